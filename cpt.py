@@ -1,0 +1,230 @@
+"""Next-token training of a base on plain text, packed.
+
+    python cpt.py --cfg tiny --base tiny/base --train_data outputs/tiny_corpus.jsonl --export tiny/new_base
+    torchrun --nproc_per_node=2 cpt.py --base Qwen/Qwen2.5-0.5B --train_data papers.jsonl --lr 2e-5
+
+Each line of the data is a document; documents end with EOS, longer ones are cut into segments of max_length tokens,
+and no token sees another document. `python cpt.py --help` lists every field.
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import configs
+import data
+import ddp
+import evaluate
+import optim
+from configs import UserError
+from model import autocast, checkpoint_activations, choose_precision, load_config, load_language_model
+
+
+def main(argv: list[str]) -> dict:
+    # ---- config -----------------------------------------------------------------------------------------------------
+    cfg, _ = configs.parse(configs.CptConfig, configs.CPT_PRESETS, argv, __doc__)
+    configs.check(cfg)
+
+    # ---- distributed ------------------------------------------------------------------------------------------------
+    world, stop = ddp.setup(), ddp.StopRequest()
+    precision, why = choose_precision(cfg.precision, world.device)
+    ddp.say(world, f"precision {precision}: {why}; {world.size} ranks on {world.device.type}")
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+    load_config(cfg.base)
+    tokenizer = data.load_tokenizer(cfg.base)
+    train, val = load_segments(cfg, tokenizer)
+    ddp.say(
+        world, f"train {len(train.lengths):,} segments, {int(train.starts[-1]):,} tokens; validation {val.starts[-1]:,}"
+    )
+    micro_batches = max(cfg.micro_batches, world.size)
+    total = cfg.epochs * math.ceil(len(train.lengths) / cfg.batch_size)
+    total = min(total, cfg.max_steps) if cfg.max_steps else total
+
+    # ---- model ------------------------------------------------------------------------------------------------------
+    seed = cfg.seed if cfg.random_init else None
+    lm = load_language_model(cfg.base, world.device, torch.float32, seed).train()
+    if cfg.grad_checkpoint:
+        checkpoint_activations(lm)
+    params = [p for p in lm.parameters() if p.requires_grad]
+    ddp.say(world, f"{sum(p.numel() for p in params):,} parameters, all trained")
+
+    # ---- optimizer --------------------------------------------------------------------------------------------------
+    optimizer = optim.adamw(optim.parameter_groups(lm.named_parameters(), cfg.lr, 0.0, cfg.weight_decay))
+    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+    gradients = ddp.GradientSum(params, extras=2, world=world)
+    if not gradients.exact:
+        ddp.say(world, "gradients are summed in fp32: other numbers of ranks are equal to rounding only")
+    warmup = optim.warmup_updates(total, cfg.warmup_steps, cfg.warmup_ratio)
+
+    # ---- resume -----------------------------------------------------------------------------------------------------
+    run = open_run(cfg, world)
+    at = restore(run, world, lm, optimizer, scaler, gradients)
+    ddp.say(world, f"run {run}" + (f", resumed at step {at['step']} of {total}" if at["step"] else ""))
+
+    # ---- loop -------------------------------------------------------------------------------------------------------
+    log, began, last_loss = run / "metrics.jsonl", time.perf_counter(), at.get("loss", float("nan"))
+    bar = tqdm(total=total, initial=at["step"], disable=world.rank != 0, unit="step", file=sys.stderr, mininterval=2.0)
+    steps_per_epoch = math.ceil(len(train.lengths) / cfg.batch_size)
+    plan, plan_epoch = [], -1
+    for step in range(at["step"], total):
+        epoch, index = divmod(step, steps_per_epoch)
+        if epoch != plan_epoch:
+            plan = data.plan_epoch(train.lengths, cfg.batch_size, cfg.max_tokens, micro_batches, cfg.seed, epoch)
+            plan_epoch = epoch
+        tokens = float(sum((train.lengths[rows] - 1).sum() for rows in plan[index]))
+        for j, rows in enumerate(plan[index]):
+            if j % world.size != world.rank:
+                continue
+            torch.manual_seed(ddp.micro_seed(cfg.seed, step, j))
+            with autocast(world.device, precision):
+                loss = evaluate.next_token_loss(lm, data.pack(train, rows, world.device)) / tokens
+            scaler.scale(loss).backward()
+            gradients.add(loss.detach(), torch.tensor(float(bool(stop.signal))))
+        summed = gradients.reduce()
+        factor = optim.lr_factor(at["updates"], total, warmup, cfg.schedule)
+        norm, taken = optim.step(optimizer, scaler, factor, cfg.grad_clip)
+        at["updates"] += taken
+        last_loss, stopping = (float(x) for x in summed)
+        if not taken and not scaler.is_enabled():
+            raise FloatingPointError(f"step {step + 1}: the gradients are not finite (loss {last_loss:.4g})")
+        at.update(step=step + 1, loss=last_loss, tokens=at["tokens"] + tokens)
+
+        # eval, save, log
+        end = step + 1 == total
+        if end or stopping or (step + 1) % (cfg.eval_every or steps_per_epoch) == 0:
+            held_out = evaluate.language_loss(lm, val, world, precision, cfg.max_tokens)
+            line = {"step": step + 1, "eval": {"loss": held_out, "perplexity": math.exp(held_out)}}
+            log_line(world, log, line)
+            ddp.say(world, json.dumps(line))
+            at["eval"] = line["eval"]
+        seconds = time.perf_counter() - began + at["seconds"]
+        line = {"step": step + 1, "epoch": epoch, "loss": last_loss, "lr": cfg.lr * factor, "grad_norm": float(norm)}
+        log_line(world, log, {**line, "tokens": at["tokens"], "seconds": seconds})
+        bar.set_postfix(loss=f"{last_loss:.3f}", tok_s=f"{at['tokens'] / seconds:,.0f}", refresh=False)
+        bar.update()
+        save_every = cfg.save_every or cfg.eval_every or steps_per_epoch
+        if end or stopping or (step + 1) % save_every == 0:
+            save(run, world, lm, tokenizer, optimizer, scaler, {**at, "seconds": seconds}, cfg.keep)
+        if stopping and not end:
+            raise KeyboardInterrupt(f"stopped at step {step + 1}: go on with --resume {run}")
+
+    # ---- end --------------------------------------------------------------------------------------------------------
+    bar.close()
+    if cfg.export and world.rank == 0:
+        export(Path(cfg.export), lm, tokenizer)
+    seconds = time.perf_counter() - began + at["seconds"]
+    result = {"run": str(run), "metrics": at.get("eval", {}), "steps": total, "train_seconds": round(seconds, 1)}
+    result["tokens_per_second"] = round(at["tokens"] / seconds, 1)
+    if world.rank == 0:
+        checkpoint.write_atomic(run / "result.json", json.dumps(result) + "\n")
+    return result
+
+
+def load_segments(cfg: configs.CptConfig, tokenizer) -> tuple[data.Tokens, data.Tokens]:
+    """Segments of the documents to train on and of the held-out ones, which are chosen by document."""
+    rows = [row for path in cfg.train_data.split(",") for row in data.read_rows(path.strip(), "train_data")]
+    try:
+        columns = data.prompts.fields(cfg.text)
+    except ValueError as e:
+        raise UserError(f"--text: {e}") from None
+    data.need_columns(rows, columns, cfg.train_data, "train_data")
+    documents, _ = data.tokenize(tokenizer, cfg.text, rows, max_length=10**9)
+    count = int(cfg.val_size) if cfg.val_size >= 1 else max(1, round(len(rows) * cfg.val_size))
+    if not 0 < count < len(rows):
+        raise UserError(f"--val_size {cfg.val_size:g} of {len(rows)} documents leaves none to train on or to hold out")
+    held_out = set(np.random.default_rng([cfg.seed, 0x5B11]).permutation(len(rows))[:count].tolist())
+    end, parts = data.end_of_text(tokenizer), ([], [])
+    for i in range(len(rows)):
+        document = np.append(documents.row(i), end)
+        side = parts[i in held_out]
+        side += [document[s : s + cfg.max_length + 1] for s in range(0, len(document) - 1, cfg.max_length)]
+    return data.join_tokens(parts[0]), data.join_tokens(parts[1])
+
+
+# ---- the run's files ------------------------------------------------------------------------------------------------
+
+
+def open_run(cfg: configs.CptConfig, world: ddp.World) -> Path:
+    """The run folder, a new one or the one to resume; rank 0 decides."""
+    run = None
+    if world.rank == 0:
+        try:
+            run = (
+                checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, configs.dataset_name(cfg))
+                if cfg.resume
+                else None
+            )
+        except ValueError as e:
+            raise UserError(str(e)) from None
+        if run is None:
+            run = checkpoint.new_run(cfg.outputs, cfg.base, configs.dataset_name(cfg))
+            checkpoint.write_atomic(run / "config.json", configs.to_json(cfg))
+            facts = checkpoint.environment(torch.get_num_threads(), world.size, str(world.device))
+            checkpoint.write_atomic(run / "environment.json", json.dumps(facts, indent=1))
+    return Path(ddp.from_rank0(world, str(run)))
+
+
+def restore(run: Path, world, lm, optimizer, scaler, gradients) -> dict:
+    """Weights, optimizer and scaler as the last save holds them, the log cut back to it; returns where to go on."""
+    found = checkpoint.last_state(run)
+    folder, at = found if found else (None, {"step": 0, "updates": 0, "tokens": 0.0, "seconds": 0.0})
+    if world.rank == 0:
+        checkpoint.cut_log(run / "metrics.jsonl", at.get("log_bytes", 0))
+    if folder:
+        lm.load_state_dict(checkpoint.load_tensors(folder / "model.safetensors"), strict=False)
+        lm.tie_weights()
+        checkpoint.load_optimizer_tensors(optimizer, checkpoint.load_tensors(folder / "state.safetensors"))
+        scaler.load_state_dict(at["scaler"])
+        gradients.attach()
+    return at
+
+
+def save(run: Path, world, lm, tokenizer, optimizer, scaler, at: dict, keep: int) -> None:
+    """Write last/: the base as transformers loads it, and the state to go on from."""
+    if world.rank != 0:
+        return
+    log_bytes = (run / "metrics.jsonl").stat().st_size
+
+    def write(folder: Path) -> None:
+        write_base(folder, lm, tokenizer, torch.float32)
+        checkpoint.save_tensors(folder / "state.safetensors", checkpoint.optimizer_tensors(optimizer))
+        checkpoint.save_json(folder / "state.json", {**at, "scaler": scaler.state_dict(), "log_bytes": log_bytes})
+
+    checkpoint.save(run / "last", write, {"step": at["step"]}, keep)
+
+
+def write_base(folder: Path, lm, tokenizer, dtype: torch.dtype) -> None:
+    """A base as transformers loads it: weights in `dtype`, config, tokenizer."""
+    tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+    tensors = {n: t.detach().to("cpu", dtype).contiguous() for n, t in lm.state_dict().items()}
+    if tied:
+        tensors.pop("lm_head.weight")
+    checkpoint.save_tensors(folder / "model.safetensors", tensors)
+    config = lm.config.to_dict()
+    config.update(dtype=str(dtype).removeprefix("torch."), architectures=[type(lm).__name__], use_cache=True)
+    config.pop("_attn_implementation", None)
+    checkpoint.save_json(folder / "config.json", config)
+    tokenizer.save_pretrained(folder)
+
+
+def export(folder: Path, lm, tokenizer) -> None:
+    """Write the base in bf16 into a folder, which may hold its config and tokenizer already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_base(folder, lm, tokenizer, torch.bfloat16)
+
+
+def log_line(world, path: Path, line: dict) -> None:
+    if world.rank == 0:
+        checkpoint.append_line(path, line)
+
+
+if __name__ == "__main__":
+    ddp.launch(main)

@@ -1,0 +1,509 @@
+"""Rows, labels, splits, tokens, and the batch plan.
+
+A step's rows are a pure function of (seed, epoch, lengths, batch_size, max_tokens, micro_batches), never of the number
+of ranks: micro-batch j of a step runs on rank j mod W. Nothing is padded, duplicated or dropped: a micro-batch is one
+row of concatenated sequences.
+"""
+
+import ast
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import prompts
+from configs import UserError
+
+csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: str, flag: str) -> list[dict[str, str]]:
+    """The rows of a CSV, TSV or JSONL file (each also .gz) or Parquet file, all values as strings, nothing guessed.
+
+    flag: the command-line flag that names the file, for errors. Raises UserError with what is wrong and where.
+    """
+    p = Path(path)
+    suffix = Path(p.stem).suffix.lower() if p.suffix.lower() == ".gz" else p.suffix.lower()
+    if not p.is_file():
+        raise UserError(f"--{flag} {path}: no such file; give the path of a CSV, TSV or JSONL file with --{flag} PATH")
+    if suffix not in FORMATS:
+        raise UserError(f"--{flag} {path}: expected a name ending in {', '.join(FORMATS)} (.gz too), got '{suffix}'")
+    if suffix == ".parquet":
+        return _parquet(path, flag)
+    try:
+        raw = gzip.decompress(p.read_bytes()) if p.suffix.lower() == ".gz" else p.read_bytes()
+    except (OSError, EOFError) as e:
+        raise UserError(f"--{flag} {path}: cannot be read ({e})") from None
+    text = _decode(raw, f"--{flag} {path}")
+    rows = _jsonl(text, f"--{flag} {path}") if suffix == ".jsonl" else _csv(text, f"--{flag} {path}", suffix)
+    if not rows:
+        raise UserError(f"--{flag} {path}: no rows")
+    return rows
+
+
+def _decode(raw: bytes, where: str) -> str:
+    if raw[:2] == b"PK":
+        raise UserError(f"{where}: this is a zip archive; unpack it first")
+    if raw[:4] == b"PAR1":
+        raise UserError(f"{where}: this is a Parquet file; name it .parquet")
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{where}: this is UTF-16; save it as UTF-8")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        raise UserError(f"{where}: not UTF-8 (byte 0x{raw[e.start]:02x} in line {line}); save it as UTF-8") from None
+    if "\0" in text:
+        raise UserError(f"{where}: line {text.count(chr(10), 0, text.index(chr(0))) + 1} holds a NUL character")
+    return text
+
+
+def _csv(text: str, where: str, suffix: str) -> list[dict[str, str]]:
+    delimiter = "\t" if suffix == ".tsv" else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows, odd = [], []
+    try:
+        header = next(reader, None)
+        if header is None:
+            raise UserError(f"{where}: the file is empty")
+        twice = [name for name, n in Counter(header).items() if n > 1]
+        if twice:
+            raise UserError(f"{where}: column {', '.join(map(repr, twice))} stands twice in the header")
+        for values in reader:
+            if not values:
+                continue  # a blank line
+            if len(values) != len(header):
+                odd.append(f"line {reader.line_num} has {len(values)}")
+            else:
+                rows.append(dict(zip(header, values, strict=True)))
+    except csv.Error as e:
+        raise UserError(f"{where}: line {reader.line_num}: {e} (an unclosed or stray quote?)") from None
+    if odd:
+        raise UserError(f"{where}: {len(odd)} rows do not have the header's {len(header)} columns ({_few(odd)})")
+    return rows
+
+
+def _jsonl(text: str, where: str) -> list[dict[str, str]]:
+    def once(pairs):
+        twice = [k for k, n in Counter(k for k, _ in pairs).items() if n > 1]
+        if twice:
+            raise ValueError(f"key {twice[0]!r} stands twice")
+        return dict(pairs)
+
+    rows, bad = [], []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=once)
+            if not isinstance(row, dict):
+                raise ValueError(f"expected an object, got {type(row).__name__}")
+            rows.append({k: _text(v) for k, v in row.items()})
+        except ValueError as e:
+            bad.append(f"line {number}: {e}")
+    if bad:
+        raise UserError(f"{where}: {len(bad)} lines are not JSON objects ({_few(bad)})")
+    return rows
+
+
+def _parquet(path: str, flag: str) -> list[dict[str, str]]:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UserError(f"--{flag} {path}: Parquet needs pyarrow (pip install pyarrow), or save it as CSV") from None
+    return [{k: _text(v) for k, v in row.items()} for row in pq.read_table(path).to_pylist()]
+
+
+def _text(value) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value) if isinstance(value, (list, dict)) else str(value)
+
+
+def _few(items: list[str], most: int = 5) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def need_columns(rows: list[dict[str, str]], columns: list[str], path: str, flag: str) -> None:
+    """Raise UserError unless every row has all columns; names what exists."""
+    missing = [c for c in columns if any(c not in row for row in rows)]
+    if missing:
+        exists = list(rows[0])
+        hint = ""
+        if len(exists) == 1 and re.search(r"[;\t|]", exists[0]):
+            hint = "; the header is a single column: is the file separated by commas?"
+        names = ", ".join(missing)
+        raise UserError(f"--{flag} {path}: no column {names} (there is: {', '.join(exists)}){hint}")
+
+
+def decode_bytes_literals(rows: list[dict[str, str]], columns: list[str]) -> int:
+    """Turn fields that are Python bytes literals (b'Solve ...\\n') into the text they stand for, in place.
+
+    Returns how many rows were changed.
+    """
+    changed = 0
+    for row in rows:
+        before = changed
+        for column in columns:
+            value = row[column]
+            if value[:2] in ("b'", 'b"') and value[-1:] == value[1]:
+                try:
+                    row[column] = ast.literal_eval(value).decode("utf-8")
+                    changed = before + 1
+                except (ValueError, SyntaxError, UnicodeDecodeError, AttributeError):
+                    pass  # ordinary text that merely looks like one
+    return changed
+
+
+def empty_rows(rows: list[dict[str, str]], columns: list[str]) -> list[int]:
+    """Indices of rows whose text columns are all blank."""
+    return [i for i, row in enumerate(rows) if not any(row[c].strip() for c in columns)]
+
+
+# ---- labels and splits ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes in order: `values` as they stand in the data, `names` as they are shown."""
+
+    values: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def find_labels(column: list[str], label_names: tuple[str, ...] = ()) -> Labels:
+    """The classes of a label column: whole numbers in numeric order, other strings sorted, or as `label_names` says.
+
+    Where the column holds whole numbers 0..C-1, C label_names that are no such numbers are their display names.
+    """
+    found = set(column)
+    if any(not v.strip() for v in found):
+        rows = [str(i + 1) for i, v in enumerate(column) if not v.strip()]
+        raise UserError(f"{len(rows)} rows have an empty label (rows {_few(rows)})")
+    whole = all(re.fullmatch(r"-?(0|[1-9]\d*)", v) for v in found)
+    if label_names:
+        numbers = tuple(str(i) for i in range(len(label_names)))
+        if not found <= set(label_names) and found <= set(numbers):
+            return Labels(numbers, label_names)
+        return Labels(label_names, label_names)
+    values = tuple(sorted(found, key=int) if whole else sorted(found))
+    if len(values) < 2:
+        raise UserError(f"the label column holds only {values[0]!r}: expected at least 2 classes")
+    if len(values) > 1000:
+        raise UserError(f"the label column holds {len(values)} different values: is it the label?")
+    return Labels(values, values)
+
+
+def encode_labels(column: list[str], labels: Labels, path: str) -> np.ndarray:
+    """Class indices (N,) int64 of a label column. Raises UserError naming unknown labels and their rows."""
+    index = {v: i for i, v in enumerate(labels.values)}
+    unknown = {}
+    for i, v in enumerate(column):
+        if v not in index:
+            unknown.setdefault(v, []).append(str(i + 1))
+    if unknown:
+        parts = [f"{v!r} (rows {_few(rows, 3)})" for v, rows in unknown.items()]
+        raise UserError(f"{path}: unknown labels {_few(parts, 3)}: expected one of {_few(list(labels.values), 20)}")
+    return np.array([index[v] for v in column], dtype=np.int64)
+
+
+def stratified_split(labels: np.ndarray, val_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted row indices (train, validation); each class gives its share, at least one row, and keeps at least one.
+
+    val_size: a fraction below 1 or a count. Raises UserError for a class with one row or a count that cannot be met.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    if (counts < 2).any():
+        lone = ", ".join(f"class {c} (row {int(np.flatnonzero(labels == c)[0]) + 1})" for c in classes[counts < 2][:5])
+        raise UserError(
+            f"a stratified split needs 2 rows of every class, but {lone} has one: give --val_data, or drop it"
+        )
+    total = int(val_size) if val_size >= 1 else int(round(len(labels) * val_size))
+    if not len(classes) <= total <= len(labels) - len(classes):
+        raise UserError(
+            f"--val_size {val_size:g} asks for {total} of {len(labels)} rows, expected {len(classes)} to "
+            f"{len(labels) - len(classes)}: one row a class on each side"
+        )
+    exact = counts * (total / len(labels))
+    take = np.clip(np.floor(exact).astype(int), 1, counts - 1)
+    while take.sum() != total:  # largest remainders first, or smallest taken back
+        step = 1 if take.sum() < total else -1
+        room = (take < counts - 1) if step > 0 else (take > 1)
+        gain = np.where(room, step * (exact - take), -np.inf)
+        take[int(gain.argmax())] += step
+    rng = np.random.default_rng([seed, 0x5B11])
+    val = [rng.permutation(np.flatnonzero(labels == c))[:n] for c, n in zip(classes, take, strict=True)]
+    val = np.sort(np.concatenate(val))
+    return np.setdiff1d(np.arange(len(labels)), val), val
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tokens:
+    """The token ids of all rows, end to end: row i is ids[starts[i] : starts[i + 1]]."""
+
+    ids: np.ndarray  # (T,) int32
+    starts: np.ndarray  # (N + 1,) int64
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) tokens of each row."""
+        return np.diff(self.starts)
+
+    def row(self, i: int) -> np.ndarray:
+        return self.ids[self.starts[i] : self.starts[i + 1]]
+
+    def take(self, rows: np.ndarray) -> "Tokens":
+        """The tokens of some rows, in the given order."""
+        return join_tokens([self.row(i) for i in rows])
+
+
+def join_tokens(rows: list) -> Tokens:
+    """Tokens from one id sequence a row."""
+    starts = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
+    return Tokens(np.concatenate([np.asarray(r, dtype=np.int32) for r in rows]), starts)
+
+
+@dataclass
+class TokenReport:
+    """What happened on the way from text to tokens."""
+
+    rows: int = 0
+    tokens: int = 0
+    longest: int = 0
+    cut_rows: int = 0  # rows over max_length
+    cut_tokens: int = 0
+    guarded: int = 0  # rows whose fields hold the string of an added token
+    empty: int = 0
+
+    def __str__(self):
+        text = f"{self.rows:,} rows, {self.tokens:,} tokens, longest {self.longest}"
+        if self.cut_rows:
+            text += f"; {self.cut_rows} rows cut to the limit, {self.cut_tokens:,} tokens lost"
+        if self.guarded:
+            text += f"; {self.guarded} rows name special tokens in their text: encoded as plain text"
+        return text + (f"; {self.empty} rows are empty" if self.empty else "")
+
+
+def tokenize(tokenizer, template: str, rows: list[dict[str, str]], max_length: int) -> tuple[Tokens, TokenReport]:
+    """Encode every row's rendered text exactly as the tokenizer itself does, in bulk.
+
+    A row whose own text spells an added token (<|im_end|>, <think>, ...) is encoded so that it stays text. A row of
+    more than max_length tokens loses the end of its longest field, never the template around it. BOS comes at most
+    once. A row without text becomes the single end-of-text token. Raises UserError when a template alone is too long
+    or a row holds a lone surrogate.
+    """
+    pieces = [prompts.render(template, row) for row in rows]
+    texts = ["".join(text for _, text in row) for row in pieces]
+    lone = [str(i + 1) for i, t in enumerate(texts) if re.search("[\ud800-\udfff]", t)]
+    if lone:
+        raise UserError(f"{len(lone)} rows hold a lone surrogate, which is no text (rows {_few(lone)})")
+    report, guard = TokenReport(rows=len(rows)), Guard(tokenizer)
+    encoded = tokenizer(texts)["input_ids"]
+    for i, row in enumerate(pieces):
+        if guard.needed(row, texts[i]):
+            report.guarded += 1
+            encoded[i] = guard.encode(row, max_length, report)
+        elif len(encoded[i]) > max_length:
+            encoded[i] = _encode_cut(tokenizer, row, texts[i], max_length, report)
+        if len(encoded[i]) > 1 and encoded[i][0] == encoded[i][1] == tokenizer.bos_token_id:
+            encoded[i] = encoded[i][1:]
+        if len(encoded[i]) == 0:
+            encoded[i] = [end_of_text(tokenizer)]
+            report.empty += 1
+    tokens = join_tokens(encoded)
+    report.tokens, report.longest = int(tokens.starts[-1]), int(tokens.lengths.max())
+    return tokens, report
+
+
+def end_of_text(tokenizer) -> int:
+    """The id that ends a document: EOS, or else pad, or else id 0."""
+    return next((t for t in (tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None), 0)
+
+
+class Guard:
+    """Encodes text that spells added tokens: those of the template stay special, those of the user stay text."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        added = sorted((t for t in tokenizer.get_added_vocab() if t.strip()), key=len, reverse=True)
+        self.added = re.compile("|".join(map(re.escape, added))) if added else None
+        self._bare = None
+
+    def needed(self, pieces: list[tuple[bool, str]], text: str) -> bool:
+        """Whether an added token's string lies outside the template's own words."""
+        return bool(self.added and self.added.search(text)) and len(self._spans(pieces, text)[1]) > 0
+
+    def _spans(self, pieces, text) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Character spans of added tokens: (inside the template's literal pieces, elsewhere)."""
+        literal, start = [], 0
+        for user, piece in pieces:
+            if not user:
+                literal.append((start, start + len(piece)))
+            start += len(piece)
+        spans = [m.span() for m in self.added.finditer(text)]
+        inside = [s for s in spans if any(a <= s[0] and s[1] <= b for a, b in literal)]
+        return inside, [s for s in spans if s not in inside]
+
+    @property
+    def bare(self):
+        """The tokenizer's backend with no added tokens at all."""
+        if self._bare is None:
+            backend = self.tokenizer.backend_tokenizer
+            spec = json.loads(backend.to_str())
+            spec["added_tokens"] = []
+            self._bare = type(backend).from_str(json.dumps(spec))
+        return self._bare
+
+    def encode(self, pieces: list[tuple[bool, str]], max_length: int, report: TokenReport) -> list[int]:
+        """Token ids of one row, cut to max_length as `tokenize` says."""
+        text = "".join(piece for _, piece in pieces)
+        special, _ = self._spans(pieces, text)
+        vocabulary = self.tokenizer.get_added_vocab()
+        plain = self.tokenizer("a", return_special_tokens_mask=True)
+        around, mask = plain["input_ids"], plain["special_tokens_mask"]
+        first, last = mask.index(0), len(mask) - mask[::-1].index(0)
+        ids, offsets = list(around[:first]), [None] * first
+        at = 0
+        for start, end in [*special, (len(text), len(text))]:
+            chunk = self.bare.encode(text[at:start], add_special_tokens=False)
+            leaked = set(chunk.ids) & set(vocabulary.values())
+            if leaked:
+                raise UserError(f"text {text[at:start][:60]!r} cannot be told from the special token ids {leaked}")
+            ids += chunk.ids
+            offsets += [at + a for a, _ in chunk.offsets]
+            if end > start:
+                ids.append(vocabulary[text[start:end]])
+                offsets.append(None)
+            at = end
+        ids, offsets = ids + around[last:], offsets + [None] * (len(around) - last)
+        return _cut(ids, offsets, pieces, max_length, report)
+
+
+def _encode_cut(tokenizer, pieces, text: str, max_length: int, report: TokenReport) -> list[int]:
+    full = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    masks = full["special_tokens_mask"]
+    offsets = [None if s else a for (a, _), s in zip(full["offset_mapping"], masks, strict=True)]
+    return _cut(full["input_ids"], offsets, pieces, max_length, report)
+
+
+def _cut(ids: list[int], offsets: list, pieces, max_length: int, report: TokenReport) -> list[int]:
+    """Drop tokens from the ends of the longest fields until max_length are left. offsets: first character, or None."""
+    if len(ids) <= max_length:
+        return ids
+    ends = np.cumsum([len(text) for _, text in pieces])
+    owner = [-1 if o is None else int(np.searchsorted(ends, o, side="right")) for o in offsets]
+    tokens_of = {i: [t for t, o in enumerate(owner) if o == i] for i, (user, _) in enumerate(pieces) if user}
+    fixed = len(ids) - sum(map(len, tokens_of.values()))
+    room = max_length - fixed
+    if room < 1:
+        raise UserError(f"the template alone has {fixed} tokens: --max_length {max_length} leaves no room for the text")
+    low, high = 0, max_length  # the largest cap with which all fields fit
+    while low < high:
+        cap = (low + high + 1) // 2
+        low, high = (cap, high) if sum(min(len(t), cap) for t in tokens_of.values()) <= room else (low, cap - 1)
+    dropped = {t for tokens in tokens_of.values() for t in tokens[low:]}
+    report.cut_rows += 1
+    report.cut_tokens += len(dropped)
+    return [t for i, t in enumerate(ids) if i not in dropped]
+
+
+def load_tokenizer(base: str):
+    """The fast tokenizer of a base. Raises UserError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as e:
+        reason = str(e).strip().split("\n")[0]
+        raise UserError(f"--base {base}: no tokenizer could be loaded ({reason})") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"--base {base}: its tokenizer has no fast version, which bulk encoding and offsets need")
+    tokenizer.model_max_length = int(1e9)  # lengths are limited by max_length, with a report
+    return tokenizer
+
+
+# ---- the batch plan -------------------------------------------------------------------------------------------------
+
+
+def plan_epoch(
+    lengths: np.ndarray, batch_size: int, max_tokens: int, micro_batches: int, seed: int, epoch: int
+) -> list[list[np.ndarray]]:
+    """The steps of an epoch: each a list of micro-batches, each an array of row indices.
+
+    Rows are shuffled by (seed, epoch) and cut into steps of batch_size, the last one smaller; see cut_step.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+    steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return [cut_step(rows, lengths, max_tokens, micro_batches) for rows in steps]
+
+
+def cut_step(rows: np.ndarray, lengths: np.ndarray, max_tokens: int, micro_batches: int) -> list[np.ndarray]:
+    """Cut a step's rows into micro-batches of at most max_tokens tokens and nearly equal work.
+
+    Their number is the least multiple of micro_batches that fits (or one a row, if there are fewer rows). Longest rows
+    go first, each to the micro-batch with the fewest tokens (LPT, Graham 1969). A row longer than max_tokens stays
+    alone.
+    """
+    micro_batches = min(micro_batches, len(rows))
+    count = micro_batches * max(1, -(-int(lengths[rows].sum()) // (max_tokens * micro_batches)))
+    longest_first = rows[np.argsort(-lengths[rows], kind="stable")]
+    while True:
+        count = min(count, len(rows))
+        bins, loads = [[] for _ in range(count)], np.zeros(count, dtype=np.int64)
+        for row in longest_first:
+            least = int(loads.argmin())
+            bins[least].append(row)
+            loads[least] += lengths[row]
+        if count == len(rows) or loads.max() <= max_tokens:
+            return [np.array(b) for b in bins]
+        count += micro_batches
+
+
+def pack_by_length(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Micro-batches for scoring: rows in order of length, as many as fit max_tokens, each row once."""
+    batches, now, load = [], [], 0
+    for row in np.argsort(-lengths, kind="stable"):
+        if now and load + lengths[row] > max_tokens:
+            batches.append(np.array(now))
+            now, load = [], 0
+        now.append(row)
+        load += lengths[row]
+    return batches + [np.array(now)] if now else batches
+
+
+@dataclass
+class Batch:
+    """One packed micro-batch on its device."""
+
+    input_ids: torch.Tensor  # (T,) int64
+    position_ids: torch.Tensor  # (T,) int64, from 0 in each sequence
+    cu_seqlens: torch.Tensor  # (B + 1,) int32, where each sequence starts
+    lengths: tuple[int, ...]  # the same on the host
+
+
+def pack(tokens: Tokens, rows: np.ndarray, device) -> Batch:
+    """Concatenate rows into one packed micro-batch; built on the CPU, copied once."""
+    lengths = tokens.lengths[rows]
+    cu = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    ids = np.concatenate([tokens.row(i) for i in rows]).astype(np.int64)
+    positions = np.arange(len(ids)) - np.repeat(cu[:-1].astype(np.int64), lengths)
+    parts = [torch.from_numpy(a) for a in (ids, positions, cu)]
+    if torch.device(device).type == "cuda":
+        parts = [p.pin_memory() for p in parts]
+    parts = [p.to(device, non_blocking=True) for p in parts]
+    return Batch(*parts, lengths=tuple(int(n) for n in lengths))

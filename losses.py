@@ -1,0 +1,41 @@
+"""Losses as sums: each returns (sum, weight), so that any split of a batch adds up to the whole batch.
+
+The caller divides by the weight of the whole optimizer step, which it knows from the plan.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0, class_weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Label-smoothed, class-weighted cross-entropy in fp32, as torch defines it (a row's weight is its class's).
+
+    logits (B, C), labels (B,) int64, class_weights (C,) -> (sum of the rows' losses, sum of the rows' weights).
+    Smoothing: Szegedy et al. 2015, https://arxiv.org/abs/1512.00567.
+    """
+    weight = class_weights[labels].sum() if class_weights is not None else logits.new_tensor(float(len(labels)))
+    loss = F.cross_entropy(
+        logits.float(), labels, weight=class_weights, label_smoothing=label_smoothing, reduction="sum"
+    )
+    return loss, weight
+
+
+def lm_cross_entropy(hidden: torch.Tensor, output_weight: torch.Tensor, targets: torch.Tensor, chunk: int = 1024):
+    """Next-token cross-entropy without ever holding all logits: chunks of rows, recomputed in the backward pass.
+
+    hidden (N, D) states, output_weight (V, D) the LM head, targets (N,) int64 -> (sum of nats, number of targets).
+    At most `chunk` x V logits exist at a time.
+    """
+
+    def part(h, w, t):
+        return F.cross_entropy(F.linear(h, w).float(), t, reduction="sum")
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for i in range(0, len(targets), chunk):
+        total = total + checkpoint(
+            part, hidden[i : i + chunk], output_weight, targets[i : i + chunk], use_reentrant=False
+        )
+    return total, len(targets)

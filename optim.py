@@ -1,0 +1,74 @@
+"""Parameter groups, schedules, and the optimizer step: unscale, clip, step, update, zero."""
+
+import math
+
+import torch
+
+
+def parameter_groups(named, lr: float, head_lr: float, weight_decay: float) -> list[dict]:
+    """Groups for AdamW from (name, parameter) pairs: head (named score) or body, decayed matrices or plain vectors.
+
+    head_lr 0 means lr. Each group keeps its peak learning rate in `peak_lr`, for the schedule.
+    """
+    groups: dict[tuple[str, bool], list] = {}
+    for name, p in named:
+        if p.requires_grad:
+            part = "head" if name.startswith("score.") else "body"
+            groups.setdefault((part, p.ndim >= 2), []).append(p)
+    peaks = {"body": lr, "head": head_lr or lr}
+    return [
+        {
+            "params": params,
+            "name": f"{part}{'' if decay else ' (no decay)'}",
+            "lr": peaks[part],
+            "peak_lr": peaks[part],
+            "weight_decay": weight_decay if decay else 0.0,
+        }
+        for (part, decay), params in groups.items()
+    ]
+
+
+def adamw(groups: list[dict]) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2017, https://arxiv.org/abs/1711.05101), fused, betas 0.9 and 0.999."""
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def lr_factor(update: int, total: int, warmup: int, schedule: str) -> float:
+    """Share of the peak learning rate at optimizer update `update` (from 0) of `total`.
+
+    Linear warm-up over `warmup` updates that starts above zero, then cosine or linear decay to zero, or constant.
+    """
+    if update < warmup:
+        return (update + 1) / warmup
+    done = min(1.0, (update - warmup) / max(1, total - warmup))
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "linear":
+        return 1 - done
+    return 1.0
+
+
+def warmup_updates(total: int, warmup_steps: int, warmup_ratio: float) -> int:
+    """Length of the warm-up in updates."""
+    return warmup_steps or math.ceil(total * warmup_ratio)
+
+
+def step(optimizer, scaler, factor: float, grad_clip: float) -> tuple[torch.Tensor, bool]:
+    """One optimizer step from gradients already summed over micro-batches and ranks.
+
+    factor: of the schedule. Returns the gradient norm before clipping (fp32, on the device) and whether the step was
+    taken: a step whose gradients are not finite changes no parameter. With fp16 the scaler then lowers its scale.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    taken = bool(torch.isfinite(norm))  # the step's one host read
+    if taken and grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    if taken or scaler.is_enabled():
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=False)  # the .grad tensors are views of GradientSum's buffer: they stay
+    return norm, taken

@@ -1,0 +1,56 @@
+"""Shared by all tests: small bases made on the spot, the user's commands, and ../shared where it is there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch at import: bit-equality holds for one thread count
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The real data beside the project; the test skips where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared (real data) is absent")
+    return SHARED
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Run one of the project's scripts as a user does, on `ranks` processes.
+
+    command("train.py", "--lr", "1e-3", ranks=2) -> (status, stdout, stderr). Runs in the project's folder with
+    outputs under tmp_path unless --outputs is given.
+    """
+
+    def run(script: str, *flags, ranks: int = 1, timeout: int = 240, cwd=ROOT, env=None):
+        flags = [str(f) for f in flags]
+        if "--outputs" not in flags:
+            flags += ["--outputs", str(tmp_path / "outputs")]
+        start = [sys.executable]
+        if ranks > 1:
+            start += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+            start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **(env or {})}
+        done = subprocess.run(
+            [*start, str(ROOT / script), *flags],
+            cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def last_json(stdout: str) -> dict:
+    """The JSON object that every entry point prints as its last line."""
+    return json.loads(stdout.strip().splitlines()[-1])

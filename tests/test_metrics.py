@@ -1,0 +1,355 @@
+"""metrics.py against scikit-learn, against definitions written out as loops, and on the inputs that break metrics."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import metrics
+
+TIGHT = dict(rel=1e-12, abs=1e-12)
+
+
+@pytest.fixture
+def sk():
+    pytest.importorskip("sklearn")
+    import sklearn.metrics
+
+    return sklearn.metrics
+
+
+def softmax(z):
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def rows_of(seed, rows, classes, ties=False):
+    """Logits (N, C) that know something of the labels (N,), every class present; with ties, rounded to halves."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(rows) % classes)
+    logits = rng.normal(size=(rows, classes)) + 1.2 * np.eye(classes)[labels]
+    return (np.round(logits * 2) / 2 if ties else logits), labels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# parity with scikit-learn
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("rows, classes", [(301, 2), (400, 3), (500, 8)])
+def test_classification_equals_sklearn(sk, rows, classes, ties):
+    logits, labels = rows_of(rows, rows, classes, ties)
+    predicted, p = logits.argmax(axis=1), softmax(logits)
+    got = metrics.classification(logits, labels)
+    assert set(got) == {
+        *("accuracy", "micro_f1", "macro_f1", "weighted_f1", "log_loss", "roc_auc", "ece", "rows"),
+    }
+    assert got["rows"] == rows
+    assert got["accuracy"] == pytest.approx(sk.accuracy_score(labels, predicted), **TIGHT)
+    for average in ("micro", "macro", "weighted"):
+        want = sk.f1_score(labels, predicted, average=average)
+        assert got[f"{average}_f1"] == pytest.approx(want, **TIGHT)
+    assert got["micro_f1"] == pytest.approx(got["accuracy"], **TIGHT)
+    assert got["log_loss"] == pytest.approx(sk.log_loss(labels, p), **TIGHT)
+    if classes == 2:
+        assert got["roc_auc"] == pytest.approx(sk.roc_auc_score(labels, logits[:, 1] - logits[:, 0]), **TIGHT)
+    elif not ties:  # with ties, softmax and log-odds round equal rows apart differently: see the next test
+        assert got["roc_auc"] == pytest.approx(sk.roc_auc_score(labels, p, multi_class="ovr"), **TIGHT)
+
+
+def test_one_vs_rest_auc_counts_repeated_rows_as_ties(sk):
+    few, _ = rows_of(1, 7, 3)
+    labels = np.random.default_rng(2).integers(3, size=210)
+    logits = np.tile(few, (30, 1))
+    want = sk.roc_auc_score(labels, softmax(logits), multi_class="ovr")
+    assert metrics.classification(logits, labels)["roc_auc"] == pytest.approx(want, **TIGHT)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_confusion_and_per_class_equal_sklearn_with_absent_classes(sk, seed):
+    rng = np.random.default_rng(seed)
+    classes = 6
+    labels, predicted = rng.integers(1, 5, size=15), rng.integers(0, 4, size=15)  # 0 never true, 4 never predicted
+    confusion = metrics.confusion_matrix(labels, predicted, classes)
+    assert confusion.dtype == np.int64
+    assert (confusion == sk.confusion_matrix(labels, predicted, labels=range(classes))).all()
+    want = sk.precision_recall_fscore_support(labels, predicted, labels=range(classes), zero_division=0)
+    got = metrics.per_class(confusion)
+    assert list(got) == ["precision", "recall", "f1", "support"]
+    for ours, theirs in zip(got.values(), want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+    scores = metrics.classification(np.eye(classes)[predicted], labels)
+    for average in ("macro", "weighted"):  # the macro mean leaves out class 5, which occurs nowhere
+        want = sk.f1_score(labels, predicted, average=average, zero_division=0)
+        assert scores[f"{average}_f1"] == pytest.approx(want, **TIGHT)
+    assert "roc_auc" not in scores
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 12])
+@pytest.mark.parametrize("rows", [2, 11, 1000])
+def test_auc_and_average_precision_equal_sklearn_with_ties(sk, rows, decimals):
+    rng = np.random.default_rng(rows)
+    labels = rng.permutation(np.arange(rows) % 2)
+    scores = np.round(rng.normal(size=rows) + labels, decimals)
+    assert metrics.roc_auc(scores, labels) == pytest.approx(sk.roc_auc_score(labels, scores), **TIGHT)
+    want = sk.average_precision_score(labels, scores)
+    assert metrics.average_precision(scores, labels) == pytest.approx(want, **TIGHT)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_multilabel_equals_sklearn(sk, ties):
+    rng = np.random.default_rng(3)
+    targets = (rng.random((250, 5)) < [0.1, 0.3, 0.5, 0.7, 0.9]).astype(int)
+    logits = rng.normal(size=targets.shape) + targets - 0.5
+    logits = np.round(logits) if ties else logits
+    predicted, p = (logits > 0).astype(int), 1 / (1 + np.exp(-logits))
+    want = {f"{a}_f1": sk.f1_score(targets, predicted, average=a) for a in ("micro", "macro", "weighted")}
+    want |= {
+        "subset_accuracy": sk.accuracy_score(targets, predicted),
+        "hamming_loss": sk.hamming_loss(targets, predicted),
+        "log_loss": np.mean([sk.log_loss(targets[:, k], p[:, k]) for k in range(5)]),
+        "average_precision": sk.average_precision_score(targets, logits, average="macro"),
+        "roc_auc": sk.roc_auc_score(targets, logits, average="macro"),
+        "rows": 250,
+    }
+    assert metrics.multilabel(logits, targets) == pytest.approx(want, **TIGHT)
+
+
+def test_regression_equals_sklearn(sk):
+    rng = np.random.default_rng(4)
+    targets = rng.normal(size=300)
+    outputs = 0.7 * targets + 0.2 + rng.normal(size=300)
+    want = {
+        "mse": sk.mean_squared_error(targets, outputs),
+        "rmse": sk.mean_squared_error(targets, outputs) ** 0.5,
+        "mae": sk.mean_absolute_error(targets, outputs),
+        "pearson": np.corrcoef(outputs, targets)[0, 1],
+        "r2": sk.r2_score(targets, outputs),
+        "rows": 300,
+    }
+    assert metrics.regression(outputs, targets) == pytest.approx(want, **TIGHT)
+    zero_one = (targets > 0).astype(float)
+    got = metrics.regression(outputs, zero_one)
+    assert got["roc_auc"] == pytest.approx(sk.roc_auc_score(zero_one, outputs), **TIGHT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# definitions and pitfalls
+
+
+def test_auc_is_the_share_of_ordered_pairs_with_half_for_ties():
+    scores, labels = np.array([0.0, 1, 1, 2, 2, 3]), np.array([0, 1, 0, 1, 0, 1])
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels == 1] for b in scores[labels == 0]]
+    assert metrics.roc_auc(scores, labels) == np.mean(pairs)
+    assert metrics.roc_auc(-scores, labels) == 1 - np.mean(pairs)
+
+
+def test_constant_scores_rank_nothing():
+    labels = np.array([0, 1, 0, 0])
+    assert metrics.roc_auc(np.full(4, 0.3), labels) == 0.5
+    assert metrics.average_precision(np.full(4, 0.3), labels) == 0.25  # the share of positives
+    scores = metrics.classification(np.zeros((4, 2)), labels)
+    assert scores["roc_auc"] == 0.5
+    assert scores["log_loss"] == pytest.approx(np.log(2), **TIGHT)
+    assert scores["ece"] == pytest.approx(0.25, **TIGHT)  # says 0.5, right on three of four
+
+
+def test_calibration_error_equals_a_loop_over_bins():
+    logits, labels = rows_of(5, 700, 4)
+    p = softmax(2 * logits)
+    top, right = p.max(axis=1), p.argmax(axis=1) == labels
+    want = 0.0
+    for k in range(15):
+        inside = (top > k / 15) & (top <= (k + 1) / 15)
+        if inside.any():
+            want += inside.mean() * abs(right[inside].mean() - top[inside].mean())
+    assert metrics.classification(2 * logits, labels)["ece"] == pytest.approx(want, **TIGHT)
+    assert want > 0.05
+
+
+def test_macro_f1_is_not_the_mean_of_the_macro_f1_of_batches():
+    logits, labels = rows_of(6, 240, 8)
+    whole = metrics.classification(logits, labels)
+    batches = [metrics.classification(logits[i : i + 8], labels[i : i + 8]) for i in range(0, 240, 8)]
+    assert np.mean([b["accuracy"] for b in batches]) == pytest.approx(whole["accuracy"], **TIGHT)
+    assert abs(np.mean([b["macro_f1"] for b in batches]) - whole["macro_f1"]) > 0.03
+
+
+def test_half_precision_probabilities_destroy_auc_and_float32_logits_keep_it():
+    rng = np.random.default_rng(7)
+    logits = np.linspace(8, 18, 2000).astype(np.float32)  # a confident model: 2,000 distinct logits
+    labels = (rng.random(2000) < np.linspace(0, 1, 2000)).astype(int)
+    exact = metrics.roc_auc(logits.astype(np.float64), labels)
+    assert len(np.unique(logits)) == 2000
+    assert exact > 0.8
+    assert metrics.roc_auc(logits, labels) == exact
+    half = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float16)
+    assert len(np.unique(half)) < 5
+    assert metrics.roc_auc(half, labels) < exact - 0.2
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_auc_of_saturated_probabilities_is_kept(classes):
+    margin = np.linspace(40, 60, 50)  # softmax gives 1.0 exactly, even in float64
+    logits = np.zeros((50, classes))
+    logits[:, 0] = margin
+    labels = np.where(np.arange(50) < 25, 1, 0)  # the lower margins are the mistakes
+    if classes == 3:
+        logits, labels = np.vstack([logits, [0, 0, 90]]), np.append(labels, 2)
+    assert len(np.unique(softmax(logits)[:50, 0])) == 1
+    scores = metrics.classification(logits, labels)
+    assert scores["roc_auc"] == 1.0
+    if classes == 2:
+        assert scores["log_loss"] == pytest.approx(margin[:25].sum() / 50, **TIGHT)
+
+
+def test_large_logits_do_not_overflow():
+    big = np.array([[1e4, -1e4], [1e4, -1e4]])
+    assert metrics.classification(big, np.array([0, 1]))["log_loss"] == 1e4
+    assert metrics.multilabel(big, np.array([[1, 0], [0, 1]]))["log_loss"] == 5e3
+
+
+def test_one_row_and_one_class():
+    one = metrics.classification(np.array([[2.0, 1.0, 0.0]]), np.array([0]))
+    assert (one["accuracy"], one["micro_f1"], one["macro_f1"], one["weighted_f1"], one["rows"]) == (1, 1, 1, 1, 1)
+    assert "roc_auc" not in one
+    assert set(metrics.multilabel(np.array([[1.0, -1.0]]), np.array([[1, 0]]))) == {
+        *("micro_f1", "macro_f1", "weighted_f1", "subset_accuracy", "hamming_loss", "log_loss", "rows"),
+    }
+    assert metrics.regression(np.array([1.0]), np.array([3.0])) == {"mse": 4, "rmse": 2, "mae": 2, "rows": 1}
+    assert set(metrics.regression(np.ones(3), np.arange(3.0))) == {"mse", "rmse", "mae", "r2", "rows"}
+    for labels in (np.zeros(4), np.ones(4)):
+        with pytest.raises(ValueError, match="at least one of each"):
+            metrics.roc_auc(np.arange(4.0), labels)
+    with pytest.raises(ValueError, match="at least one positive"):
+        metrics.average_precision(np.arange(4.0), np.zeros(4))
+    assert metrics.average_precision(np.arange(4.0), np.ones(4)) == 1
+
+
+def test_multilabel_threshold_is_a_logit_for_all_or_for_each_label():
+    logits, targets = np.array([[0.0, 2.0], [1.0, 3.0]]), np.array([[0, 0], [1, 1]])
+    assert metrics.multilabel(logits, targets)["subset_accuracy"] == 0.5  # 0 itself is not predicted
+    assert metrics.multilabel(logits, targets, -1.0)["subset_accuracy"] == 0.5
+    assert metrics.multilabel(logits, targets, [0.5, 2.5])["subset_accuracy"] == 1
+    with pytest.raises(ValueError, match="expected one logit or 2"):
+        metrics.multilabel(logits, targets, [0.5])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bootstrap, table, errors
+
+
+def test_bootstrap_interval_of_a_mean_is_the_normal_one_and_seeded():
+    values = np.random.default_rng(8).normal(size=400)
+
+    def mean(indices):
+        return values[indices].mean()
+
+    low, high = metrics.bootstrap_interval(mean, 400)
+    half = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
+    assert (low, high) == metrics.bootstrap_interval(mean, 400)
+    assert (low, high) != metrics.bootstrap_interval(mean, 400, seed=1)
+    inner = metrics.bootstrap_interval(mean, 400, level=0.5)
+    assert low < inner[0] < values.mean() < inner[1] < high
+
+
+def test_bootstrap_leaves_out_undefined_resamples_but_not_mistakes():
+    scores, labels = np.arange(8.0), np.array([0, 0, 0, 0, 0, 0, 0, 1])  # a third of the resamples has one class
+    assert metrics.bootstrap_interval(lambda i: metrics.roc_auc(scores[i], labels[i]), 8, samples=200) == (1, 1)
+    with pytest.raises(ValueError, match="one of each"):
+        metrics.bootstrap_interval(lambda i: metrics.roc_auc(scores[i], np.zeros(8)), 8)
+    with pytest.raises(ValueError, match="got 0 of 50"):
+        metrics.bootstrap_interval(lambda i: float("nan"), 8, samples=50)
+    with pytest.raises(ValueError, match="level 95"):
+        metrics.bootstrap_interval(lambda i: 0.0, 8, level=95)
+
+
+NAMES = [
+    *("Algebra", "Geometry and Trigonometry", "Calculus and Analysis", "Probability and Statistics", "Number Theory"),
+    *("Combinatorics and Discrete Math", "Linear Algebra", "Abstract Algebra and Topology"),
+]
+
+
+def test_table_of_eight_long_names_fits_a_hundred_columns():
+    confusion = np.random.default_rng(9).integers(0, 3000, size=(8, 8)) + 100 * np.eye(8, dtype=int)
+    text = metrics.table(confusion, NAMES)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert text.isascii()
+    scores = metrics.per_class(confusion)
+    for k in range(8):
+        top, bottom = [line for line in lines if line.startswith(f"{k} ")]
+        want = [f"{scores[name][k]:.4f}" for name in ("precision", "recall", "f1")]
+        assert top.split()[-4:] == [*want, str(scores["support"][k])]
+        assert bottom.split()[-8:] == [str(count) for count in confusion[k]]
+    matrix = lines[-9:]
+    assert len({len(line) for line in matrix}) == 1  # aligned
+    weighted = next(line for line in lines if line.startswith("weighted"))
+    assert weighted.split()[2] == f"{np.trace(confusion) / confusion.sum():.4f}"  # weighted recall is accuracy
+
+
+def test_table_at_other_sizes():
+    small = metrics.table(np.array([[2, 1, 0], [0, 3, 0], [0, 0, 0]]), ["no", "two\nlines", "absent"])
+    assert "1 two lines" in small
+    assert metrics.table(np.eye(2, dtype=int), ["no", "yes"]).splitlines()[-3].split() == ["0", "no", "1", "yes"]
+    macro = next(line for line in small.splitlines() if line.startswith("macro"))
+    assert macro.split() == ["macro", "0.8750", "0.8333", "0.8286", "6"]  # the absent class is not in the mean
+    many = metrics.table(np.eye(77, dtype=int), [f"a rather long intent name {k}" for k in range(77)])
+    assert "77 classes do not fit 100 columns" in many
+    assert max(map(len, many.splitlines())) <= 100
+    middle = metrics.table(np.eye(20, dtype=int), NAMES * 2 + NAMES[:4]).splitlines()
+    assert max(map(len, middle)) <= 100
+    assert middle[-21].split() == [str(k) for k in range(20)]
+    with pytest.raises(ValueError, match="got 2, expected 3"):
+        metrics.table(np.eye(3, dtype=int), ["a", "b"])
+    with pytest.raises(ValueError, match=r"expected \(C, C\)"):
+        metrics.per_class(np.ones((2, 3), dtype=int))
+
+
+def test_non_finite_rows_are_counted_and_the_first_is_named():
+    logits, labels = rows_of(10, 30, 3)
+    logits[[4, 9, 9], [0, 1, 2]] = np.nan, np.inf, -np.inf
+    message = "2 of 30 rows that are not finite, the first is row 4"
+    with pytest.raises(ValueError, match=f"logits: got {message}"):
+        metrics.classification(logits, labels)
+    with pytest.raises(ValueError, match=f"logits: got {message}"):
+        metrics.multilabel(logits, np.eye(3)[labels])
+    with pytest.raises(ValueError, match="outputs: got 1 of 30 rows"):
+        metrics.regression(logits[:, 0], labels)
+    with pytest.raises(ValueError, match="scores: got 1 of 30 rows"):
+        metrics.roc_auc(logits[:, 0], labels == 0)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: metrics.classification(np.zeros((3, 2)), [0, 1]), "labels: got 2 rows, expected 3"),
+        (lambda: metrics.classification(np.zeros((2, 2)), [0, 2]), "got 2 in row 1, expected integers from 0 to 1"),
+        (lambda: metrics.classification(np.zeros((2, 2)), [-1, 0]), "got -1 in row 0"),
+        (lambda: metrics.classification(np.zeros((2, 2)), [0.0, 1.0]), "got dtype float64, expected integers"),
+        (lambda: metrics.classification(np.zeros((0, 2)), []), r"logits: got shape \(0, 2\), expected a non-empty"),
+        (lambda: metrics.classification(np.zeros(2), [0, 1]), "expected a non-empty array of 2 dim"),
+        (lambda: metrics.classification(np.zeros((2, 1)), [0, 0]), "got 1 column, expected 2 or more"),
+        (lambda: metrics.classification(np.zeros((2, 2), np.float16), [0, 1]), "got float16, expected float32"),
+        (lambda: metrics.confusion_matrix([0, 1], [0], 2), "predictions: got 1 rows, expected 2"),
+        (lambda: metrics.confusion_matrix([], [], 2), "labels: got shape"),
+        (lambda: metrics.confusion_matrix([0, 1], [0, 3], 2), "predictions: got 3 in row 1"),
+        (lambda: metrics.multilabel(np.zeros((2, 3)), np.zeros((2, 2))), r"got shape \(2, 2\), expected \(2, 3\)"),
+        (lambda: metrics.multilabel(np.zeros((2, 2)), [[0, 1], [2, 0]]), "got 2 in row 1, expected only 0 and 1"),
+        (lambda: metrics.regression(np.zeros(3), np.zeros(2)), "targets: got 2 rows, expected 3"),
+        (lambda: metrics.regression(np.zeros((3, 1)), np.zeros(3)), r"outputs: got shape \(3, 1\)"),
+        (lambda: metrics.roc_auc(np.zeros(3), np.zeros(2)), r"labels: got shape \(2,\), expected \(3,\)"),
+        (lambda: metrics.roc_auc(np.zeros(2), [0, np.nan]), "labels: got nan in row 1"),
+    ],
+)
+def test_errors_say_what_was_got_and_expected(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_metrics_imports_numpy_alone():
+    code = "import sys, metrics; assert not {'torch', 'sklearn', 'scipy', 'pandas'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(metrics.__file__).parent, check=True)

@@ -1,0 +1,665 @@
+"""Fine-tune a decoder LLM as a text classifier: LoRA or the base itself, on one process or under torchrun.
+
+    python train.py                                        # the embedded base and problems, a minute on a CPU
+    torchrun --nproc_per_node=2 train.py --cfg qwen3b --train_data train.csv --text "{Question}" --label_column label
+    python train.py --cfg qwen05b --train_data my.csv --dry_run
+    python train.py --resume auto                          # go on with the newest unfinished run, bit for bit
+
+The run is the same on any number of ranks: see "the batch plan" in data.py and GradientSum in ddp.py.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import configs
+import data
+import ddp
+import decide
+import evaluate
+import lora
+import losses
+import metrics
+import model as models
+import optim
+import prompts
+from configs import TrainConfig, UserError
+
+
+def main(argv: list[str]) -> dict:
+    # ---- config -----------------------------------------------------------------------------------------------------
+    cfg, given = configs.parse(TrainConfig, configs.TRAIN_PRESETS, argv, __doc__)
+    cfg = configs.own_data(cfg, given)
+    configs.check(cfg)
+
+    # ---- distributed ------------------------------------------------------------------------------------------------
+    world, stop = ddp.setup(), ddp.StopRequest()
+    run = run_to_resume(cfg, world)
+    if run:
+        cfg = resumed_config(cfg, given, run)
+    precision, why = models.choose_precision(cfg.precision, world.device)
+    ddp.say(world, f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}; precision {precision} ({why})")
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+    models.find_base(cfg.base)
+    models.need_weights(models.find_base(cfg.base))
+    tokenizer = data.load_tokenizer(cfg.base)
+    train, val, labels = load_data(cfg, tokenizer, lambda *words: ddp.say(world, *words))
+    classes = len(labels.values)
+    weights = class_weights(cfg, train.labels, classes)
+    steps_per_epoch = math.ceil(len(train.labels) / cfg.batch_size)
+    total = cfg.epochs * steps_per_epoch
+    total = min(total, cfg.max_steps) if cfg.max_steps else total
+    eval_every = cfg.eval_every or steps_per_epoch
+    save_every = cfg.save_every or eval_every
+
+    # ---- model ------------------------------------------------------------------------------------------------------
+    model = evaluate.new_classifier(cfg, classes, world.device, precision)
+    model.train()
+    if cfg.grad_checkpoint:
+        models.checkpoint_activations(model.model)
+    ddp.say(world, models.attention_note(world.device, models.packs(model.model.config), precision))
+    ddp.say(world, lora.trainable_table(model))
+
+    # ---- optimizer --------------------------------------------------------------------------------------------------
+    optimizer = optim.adamw(optim.parameter_groups(model.named_parameters(), cfg.lr, cfg.head_lr, cfg.weight_decay))
+    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+    gradients = ddp.GradientSum([p for p in model.parameters() if p.requires_grad], extras=2, world=world)
+    if not gradients.exact:
+        ddp.say(world, f"{gradients.count:,} trained parameters: gradients add up in fp32, equal to rounding only")
+    warmup = optim.warmup_updates(total, cfg.warmup_steps, cfg.warmup_ratio)
+
+    # ---- resume, or a new run ---------------------------------------------------------------------------------------
+    at = restore(run, world, model, optimizer, scaler, gradients, train.digest) if run else None
+    at = at or State(micro_batches=cfg.micro_batches if run else max(cfg.micro_batches, world.size))
+    if world.size > cfg.micro_batches and at.micro_batches != cfg.micro_batches:
+        ddp.say(
+            world,
+            f"steps are cut into {at.micro_batches} micro-batches, more than --micro_batches "
+            f"{cfg.micro_batches}, to keep {world.size} ranks busy: equal to a run on fewer ranks to rounding only",
+        )
+    plan = data.plan_epoch(train.tokens.lengths, cfg.batch_size, cfg.max_tokens, at.micro_batches, cfg.seed, 0)
+    per_step = np.mean([len(step) for step in plan])
+    ddp.say(
+        world,
+        f"plan: {total:,} steps of {cfg.batch_size} rows in {per_step:.1f} micro-batches of at most "
+        f"{cfg.max_tokens:,} tokens, warm-up {warmup}, evaluation every {eval_every}, save every {save_every}",
+    )
+    if cfg.dry_run:
+        return dry_run(cfg, world, model, precision, train, plan, total)
+    if run is None:
+        run = Path(ddp.from_rank0(world, str(new_run(cfg, world, labels) if world.rank == 0 else "")))
+    ddp.say(world, f"run {run}" + (f", resumed at step {at.step} of {total}" if at.step else ""))
+    base = models.fingerprint(model.model)
+
+    # ---- loop: eval, save, step, log --------------------------------------------------------------------------------
+    log, began, evaluating = run / "metrics.jsonl", time.perf_counter(), at.eval_seconds
+    eval_rows = periodic_rows(cfg, len(val.labels))
+    bar = tqdm(total=total, initial=at.step, disable=world.rank != 0, unit="step", file=sys.stderr, mininterval=1.0)
+    while at.step < total and not at.done:
+        epoch, index = divmod(at.step, steps_per_epoch)
+        if index == 0 or at.step == at.resumed:
+            plan = data.plan_epoch(
+                train.tokens.lengths, cfg.batch_size, cfg.max_tokens, at.micro_batches, cfg.seed, epoch
+            )
+        rows_of_step = np.concatenate(plan[index])
+        denominator = float(len(rows_of_step) if weights is None else weights[train.labels[rows_of_step]].sum())
+        factor = optim.lr_factor(at.updates, total, warmup, cfg.schedule)
+        for j, rows in enumerate(plan[index]):
+            if j % world.size != world.rank:
+                continue
+            torch.manual_seed(ddp.micro_seed(cfg.seed, at.step, j))
+            target = torch.from_numpy(train.labels[rows]).to(world.device)
+            with models.autocast(world.device, precision):
+                logits = model(data.pack(train.tokens, rows, world.device))
+            loss, _ = losses.cross_entropy(logits, target, cfg.label_smoothing, on(weights, world.device))
+            loss = loss / denominator
+            scaler.scale(loss).backward()
+            gradients.add(loss.detach(), float(bool(stop.signal)))
+        loss, stopping = gradients.reduce().tolist()
+        norm, taken = optim.step(optimizer, scaler, factor, cfg.grad_clip)
+        if not taken:
+            at.skipped += 1
+            refuse_not_finite(cfg, world, model, scaler, train, plan[index], precision, at.step, loss)
+        at.step, at.updates = at.step + 1, at.updates + taken
+        at.rows += len(rows_of_step)
+        at.tokens += int(train.tokens.lengths[rows_of_step].sum())
+        if at.updates == 1 and taken:
+            assert_adapters_moved(model)
+
+        # log
+        at.eval_seconds, at.seconds = evaluating, at.before + time.perf_counter() - began
+        line = {"step": at.step, "epoch": round(at.step / steps_per_epoch, 4), "loss": loss, "lr": cfg.lr * factor}
+        line |= {"grad_norm": float(norm), "tokens": at.tokens, "skipped": at.skipped, "seconds": round(at.seconds, 3)}
+        if world.rank == 0:
+            checkpoint.append_line(log, line)
+        tokens_per_second = at.tokens / max(1e-9, at.seconds - evaluating)
+        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens_per_second:,.0f}", refresh=False)
+        bar.update()
+
+        # eval
+        last = at.step == total
+        if last or at.step % eval_every == 0:
+            started = time.perf_counter()
+            logits = evaluate.score(model, val.tokens.take(eval_rows), world, precision, cfg.max_tokens)
+            scores = metrics.classification(logits, val.labels[eval_rows])
+            evaluating += time.perf_counter() - started
+            if world.rank == 0:
+                checkpoint.append_line(log, {"step": at.step, "eval": scores})
+            ddp.say(world, f"step {at.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "rows"))
+            at.eval_seconds = evaluating
+            if better(scores, at.best, cfg.metric):
+                at.best, at.best_step, at.stale = measure(scores, cfg.metric), at.step, 0
+                save(run / "best", world, model, tokenizer, cfg, labels, {"step": at.step, "base": base})
+            else:
+                at.stale += 1
+                at.done = bool(cfg.patience) and at.stale >= cfg.patience
+
+        # save
+        if last or at.done or stopping or at.step % save_every == 0:
+            state = (log, at, optimizer, scaler, train.digest)
+            save(run / "last", world, model, tokenizer, cfg, labels, {"step": at.step, "base": base}, state)
+        if stopping and not last:
+            raise KeyboardInterrupt(f"stopped after step {at.step}; go on with --resume {run}")
+    bar.close()
+
+    # ---- end: the best save, on all validation rows -----------------------------------------------------------------
+    if at.done:
+        ddp.say(world, f"stopped early: {cfg.patience} evaluations without a better {cfg.metric}")
+    started = time.perf_counter()
+    ddp.barrier(world)  # rank 0 has written best/
+    evaluate.read_classifier(checkpoint.trusted(run / "best"), model)
+    logits = evaluate.score(model, val.tokens, world, precision, cfg.max_tokens)
+    scores = metrics.classification(logits, val.labels)
+    if len(eval_rows) == len(val.labels) and abs(measure(scores, cfg.metric) - at.best) > 1e-3:
+        raise AssertionError(f"best/ reloaded scores {cfg.metric} {measure(scores, cfg.metric)}, saved with {at.best}")
+    evaluating += time.perf_counter() - started
+    confusion = metrics.confusion_matrix(val.labels, logits.argmax(axis=1), classes)
+    ddp.say(world, f"best of {cfg.metric}: step {at.best_step}\n" + metrics.table(confusion, list(labels.names)))
+    training = max(1e-9, at.seconds - at.eval_seconds)
+    result = {
+        "run": str(run),
+        "metrics": {k: round(v, 6) for k, v in scores.items()},
+        "majority": round(float(np.bincount(val.labels).max() / len(val.labels)), 6),
+        "best_step": at.best_step,
+        "steps": at.step,
+        "examples_per_second": round(at.rows / training, 2),
+        "tokens_per_second": round(at.tokens / training, 1),
+        "peak_memory_gb": round(peak_memory_gb(world), 3),
+        "flops": models.training_flops(model, train.tokens.lengths) * at.rows / len(train.labels),
+        "train_seconds": round(training, 2),
+        "eval_seconds": round(evaluating, 2),
+    }
+    if world.rank == 0:
+        write_predictions(run / "val_predictions.csv", val, logits, labels)
+        checkpoint.write_atomic(run / "result.json", json.dumps(result) + "\n")
+    reason = decide.degenerate(logits)
+    if reason:
+        raise evaluate.Degenerate(f"{reason}; the run is in {run}")
+    return result
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+    models.find_base(cfg.base)
+    models.need_weights(models.find_base(cfg.base))
+    tokenizer = data.load_tokenizer(cfg.base)
+    train, val, labels = load_data(cfg, tokenizer, lambda *words: ddp.say(world, *words))
+    classes = len(labels.values)
+    weights = class_weights(cfg, train.labels, classes)
+    steps_per_epoch = math.ceil(len(train.labels) / cfg.batch_size)
+    total = cfg.epochs * steps_per_epoch
+    total = min(total, cfg.max_steps) if cfg.max_steps else total
+    eval_every = cfg.eval_every or steps_per_epoch
+    save_every = cfg.save_every or eval_every
+
+    # ---- model ------------------------------------------------------------------------------------------------------
+    model = evaluate.new_classifier(cfg, classes, world.device, precision)
+    model.train()
+    if cfg.grad_checkpoint:
+        models.checkpoint_activations(model.model)
+    ddp.say(world, models.attention_note(world.device, models.packs(model.model.config), precision))
+    ddp.say(world, lora.trainable_table(model))
+
+    # ---- optimizer --------------------------------------------------------------------------------------------------
+    optimizer = optim.adamw(optim.parameter_groups(model.named_parameters(), cfg.lr, cfg.head_lr, cfg.weight_decay))
+    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+    gradients = ddp.GradientSum([p for p in model.parameters() if p.requires_grad], extras=2, world=world)
+    if not gradients.exact:
+        ddp.say(world, f"{gradients.count:,} trained parameters: gradients add up in fp32, equal to rounding only")
+    warmup = optim.warmup_updates(total, cfg.warmup_steps, cfg.warmup_ratio)
+
+    # ---- resume, or a new run ---------------------------------------------------------------------------------------
+    at = restore(run, world, model, optimizer, scaler, gradients, train.digest) if run else None
+    at = at or State(micro_batches=cfg.micro_batches if run else max(cfg.micro_batches, world.size))
+    if world.size > cfg.micro_batches and at.micro_batches != cfg.micro_batches:
+        ddp.say(
+            world,
+            f"steps are cut into {at.micro_batches} micro-batches, more than --micro_batches "
+            f"{cfg.micro_batches}, to keep {world.size} ranks busy: equal to a run on fewer ranks to rounding only",
+        )
+    plan = data.plan_epoch(train.tokens.lengths, cfg.batch_size, cfg.max_tokens, at.micro_batches, cfg.seed, 0)
+    per_step = np.mean([len(step) for step in plan])
+    ddp.say(
+        world,
+        f"plan: {total:,} steps of {cfg.batch_size} rows in {per_step:.1f} micro-batches of at most "
+        f"{cfg.max_tokens:,} tokens, warm-up {warmup}, evaluation every {eval_every}, save every {save_every}",
+    )
+    if cfg.dry_run:
+        return dry_run(cfg, world, model, precision, train, plan, total)
+    if run is None:
+        run = Path(ddp.from_rank0(world, str(new_run(cfg, world, labels) if world.rank == 0 else "")))
+    ddp.say(world, f"run {run}" + (f", resumed at step {at.step} of {total}" if at.step else ""))
+    base = models.fingerprint(model.model)
+
+    # ---- loop: eval, save, step, log --------------------------------------------------------------------------------
+    log, began, evaluating = run / "metrics.jsonl", time.perf_counter(), at.eval_seconds
+    eval_rows = periodic_rows(cfg, len(val.labels))
+    bar = tqdm(total=total, initial=at.step, disable=world.rank != 0, unit="step", file=sys.stderr, mininterval=1.0)
+    while at.step < total and not at.done:
+        epoch, index = divmod(at.step, steps_per_epoch)
+        if index == 0 or at.step == at.resumed:
+            plan = data.plan_epoch(
+                train.tokens.lengths, cfg.batch_size, cfg.max_tokens, at.micro_batches, cfg.seed, epoch
+            )
+        rows_of_step = np.concatenate(plan[index])
+        denominator = float(len(rows_of_step) if weights is None else weights[train.labels[rows_of_step]].sum())
+        factor = optim.lr_factor(at.updates, total, warmup, cfg.schedule)
+        for j, rows in enumerate(plan[index]):
+            if j % world.size != world.rank:
+                continue
+            torch.manual_seed(ddp.micro_seed(cfg.seed, at.step, j))
+            target = torch.from_numpy(train.labels[rows]).to(world.device)
+            with models.autocast(world.device, precision):
+                logits = model(data.pack(train.tokens, rows, world.device))
+            loss, _ = losses.cross_entropy(logits, target, cfg.label_smoothing, on(weights, world.device))
+            loss = loss / denominator
+            scaler.scale(loss).backward()
+            gradients.add(loss.detach(), float(bool(stop.signal)))
+        loss, stopping = gradients.reduce().tolist()
+        norm, taken = optim.step(optimizer, scaler, factor, cfg.grad_clip)
+        if not taken:
+            at.skipped += 1
+            refuse_not_finite(cfg, world, model, scaler, train, plan[index], precision, at.step, loss)
+        at.step, at.updates = at.step + 1, at.updates + taken
+        at.rows += len(rows_of_step)
+        at.tokens += int(train.tokens.lengths[rows_of_step].sum())
+        if at.updates == 1 and taken:
+            assert_adapters_moved(model)
+
+        # log
+        at.eval_seconds, at.seconds = evaluating, at.before + time.perf_counter() - began
+        line = {"step": at.step, "epoch": round(at.step / steps_per_epoch, 4), "loss": loss, "lr": cfg.lr * factor}
+        line |= {"grad_norm": float(norm), "tokens": at.tokens, "skipped": at.skipped, "seconds": round(at.seconds, 3)}
+        if world.rank == 0:
+            checkpoint.append_line(log, line)
+        tokens_per_second = at.tokens / max(1e-9, at.seconds - evaluating)
+        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens_per_second:,.0f}", refresh=False)
+        bar.update()
+
+        # eval
+        last = at.step == total
+        if last or at.step % eval_every == 0:
+            started = time.perf_counter()
+            logits = evaluate.score(model, val.tokens.take(eval_rows), world, precision, cfg.max_tokens)
+            scores = metrics.classification(logits, val.labels[eval_rows])
+            evaluating += time.perf_counter() - started
+            if world.rank == 0:
+                checkpoint.append_line(log, {"step": at.step, "eval": scores})
+            ddp.say(world, f"step {at.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "rows"))
+            at.eval_seconds = evaluating
+            if better(scores, at.best, cfg.metric):
+                at.best, at.best_step, at.stale = measure(scores, cfg.metric), at.step, 0
+                save(run / "best", world, model, tokenizer, cfg, labels, {"step": at.step, "base": base})
+            else:
+                at.stale += 1
+                at.done = bool(cfg.patience) and at.stale >= cfg.patience
+
+        # save
+        if last or at.done or stopping or at.step % save_every == 0:
+            state = (log, at, optimizer, scaler, train.digest)
+            save(run / "last", world, model, tokenizer, cfg, labels, {"step": at.step, "base": base}, state)
+        if stopping and not last:
+            raise KeyboardInterrupt(f"stopped after step {at.step}; go on with --resume {run}")
+    bar.close()
+
+    # ---- end: the best save, on all validation rows -----------------------------------------------------------------
+    if at.done:
+        ddp.say(world, f"stopped early: {cfg.patience} evaluations without a better {cfg.metric}")
+    started = time.perf_counter()
+    ddp.barrier(world)  # rank 0 has written best/
+    evaluate.read_classifier(checkpoint.trusted(run / "best"), model)
+    logits = evaluate.score(model, val.tokens, world, precision, cfg.max_tokens)
+    scores = metrics.classification(logits, val.labels)
+    if len(eval_rows) == len(val.labels) and abs(measure(scores, cfg.metric) - at.best) > 1e-3:
+        raise AssertionError(f"best/ reloaded scores {cfg.metric} {measure(scores, cfg.metric)}, saved with {at.best}")
+    evaluating += time.perf_counter() - started
+    confusion = metrics.confusion_matrix(val.labels, logits.argmax(axis=1), classes)
+    ddp.say(world, f"best of {cfg.metric}: step {at.best_step}\n" + metrics.table(confusion, list(labels.names)))
+    training = max(1e-9, at.seconds - at.eval_seconds)
+    result = {
+        "run": str(run),
+        "metrics": {k: round(v, 6) for k, v in scores.items()},
+        "majority": round(float(np.bincount(val.labels).max() / len(val.labels)), 6),
+        "best_step": at.best_step,
+        "steps": at.step,
+        "examples_per_second": round(at.rows / training, 2),
+        "tokens_per_second": round(at.tokens / training, 1),
+        "peak_memory_gb": round(peak_memory_gb(world), 3),
+        "flops": models.training_flops(model, train.tokens.lengths) * at.rows / len(train.labels),
+        "train_seconds": round(training, 2),
+        "eval_seconds": round(evaluating, 2),
+    }
+    if world.rank == 0:
+        write_predictions(run / "val_predictions.csv", val, logits, labels)
+        checkpoint.write_atomic(run / "result.json", json.dumps(result) + "\n")
+    reason = decide.degenerate(logits)
+    if reason:
+        raise evaluate.Degenerate(f"{reason}; the run is in {run}")
+    return result
+
+
+class Degenerate(RuntimeError):
+    """Scores that cannot be right."""
+
+    exit_status = 5
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Split:
+    """Rows to train on or to validate with."""
+
+    ids: list[str]
+    labels: np.ndarray  # (N,) int64
+    tokens: data.Tokens
+    digest: str = ""
+
+
+def load_data(cfg: TrainConfig, tokenizer, say) -> tuple[Split, Split, data.Labels]:
+    """Training and validation rows as tokens and class indices, and the classes. Prints what was found."""
+    columns = template_columns(cfg)
+    rows = read_labelled(cfg, cfg.train_data, "train_data", columns, say)
+    labels = data.find_labels([r[cfg.label_column] for r in rows], cfg.label_names)
+    if cfg.val_data:
+        val_rows = read_labelled(cfg, cfg.val_data, "val_data", columns, say)
+        y = data.encode_labels([r[cfg.label_column] for r in rows], labels, f"--train_data {cfg.train_data}")
+        val_y = data.encode_labels([r[cfg.label_column] for r in val_rows], labels, f"--val_data {cfg.val_data}")
+        ids, val_ids = row_ids(cfg, rows), row_ids(cfg, val_rows)
+    else:
+        all_y = data.encode_labels([r[cfg.label_column] for r in rows], labels, f"--train_data {cfg.train_data}")
+        kept, held_out = data.stratified_split(all_y, cfg.val_size, cfg.seed)
+        all_ids, y, val_y = row_ids(cfg, rows), all_y[kept], all_y[held_out]
+        ids, val_ids = [all_ids[i] for i in kept], [all_ids[i] for i in held_out]
+        rows, val_rows = [rows[i] for i in kept], [rows[i] for i in held_out]
+    counts = np.bincount(y, minlength=len(labels.values))
+    absent = [labels.names[i] for i in np.flatnonzero(counts == 0)]
+    if absent:
+        say(f"warning: no training row has the label {', '.join(absent)}")
+    tokens, report = data.tokenize(tokenizer, cfg.text, rows, cfg.max_length)
+    val_tokens, val_report = data.tokenize(tokenizer, cfg.text, val_rows, cfg.max_length)
+    say(f"train: {report}\nvalidation: {val_report}")
+    say("classes: " + ", ".join(f"{n} {c:,}" for n, c in zip(labels.names, counts, strict=True)))
+    digest = hashlib.sha256(tokens.ids.tobytes() + tokens.starts.tobytes() + y.tobytes()).hexdigest()
+    return Split(ids, y, tokens, digest), Split(val_ids, val_y, val_tokens), labels
+
+
+def template_columns(cfg: TrainConfig) -> list[str]:
+    """The columns of the text template. Raises UserError for a malformed one."""
+    try:
+        return prompts.fields(cfg.text)
+    except ValueError as e:
+        raise UserError(f"--text: {e}") from None
+
+
+def read_labelled(cfg: TrainConfig, path: str, flag: str, columns: list[str], say) -> list[dict[str, str]]:
+    """Rows with text and label. Raises UserError for missing columns and, with their numbers, empty texts."""
+    rows = data.read_rows(path, flag)
+    data.need_columns(rows, [*columns, cfg.label_column], path, flag)
+    decoded = data.decode_bytes_literals(rows, columns)
+    if decoded:
+        say(f"--{flag} {path}: {decoded} rows were Python bytes literals (b'...') and are decoded")
+    empty = [str(i + 1) for i in data.empty_rows(rows, columns)]
+    if empty:
+        raise UserError(f"--{flag} {path}: {len(empty)} rows have an empty text (rows {data._few(empty, 20)})")
+    return rows
+
+
+def row_ids(cfg: TrainConfig, rows: list[dict[str, str]]) -> list[str]:
+    """The id of each row: its id column, or its index in the file."""
+    return [row.get(cfg.id_column, str(i)) for i, row in enumerate(rows)]
+
+
+def class_weights(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndarray | None:
+    try:
+        return decide.class_weights(cfg.class_weights, np.bincount(labels, minlength=classes))
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+
+def on(weights: np.ndarray | None, device) -> torch.Tensor | None:
+    return None if weights is None else torch.from_numpy(weights).float().to(device)
+
+
+# ---- resuming and starting ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """Where a run is: everything that the loop needs beside tensors. Stored as last/state.json."""
+
+    micro_batches: int
+    step: int = 0  # optimizer steps of the plan that are done
+    updates: int = 0  # those that changed parameters: the schedule counts these
+    skipped: int = 0  # those whose fp16 gradients were not finite
+    rows: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # in the loop, evaluations included
+    eval_seconds: float = 0.0
+    best: float | None = None
+    best_step: int = 0
+    stale: int = 0  # evaluations since the best one
+    done: bool = False  # stopped early
+    resumed: int = 0  # the step that this process began with
+    before: float = 0.0  # seconds before this process
+
+
+def run_to_resume(cfg: TrainConfig, world: ddp.World) -> Path | None:
+    """The run that --resume means; rank 0 looks, all know."""
+    found = ""
+    if cfg.resume and world.rank == 0:
+        try:
+            run = checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, configs.dataset_name(cfg))
+        except ValueError as e:
+            raise UserError(str(e)) from None
+        found = str(run or "")
+        if not run:
+            print("--resume auto: no unfinished run of this base and dataset; a new one starts", flush=True)
+    found = ddp.from_rank0(world, found) if cfg.resume else ""
+    return Path(found) if found else None
+
+
+def resumed_config(cfg: TrainConfig, given: set[str], run: Path) -> TrainConfig:
+    """The run's own config. Raises UserError for flags that contradict it."""
+    saved = configs.read_config(TrainConfig, run)
+    free = {"resume", "dry_run", "outputs", "keep"}
+    differ = [n for n in sorted(given - free) if getattr(cfg, n) != getattr(saved, n)]
+    if differ:
+        facts = ", ".join(f"--{n} {getattr(cfg, n)} (the run has {getattr(saved, n)})" for n in differ)
+        raise UserError(f"--resume {run}: a run goes on as it began, but {facts}; leave these flags out")
+    return replace(saved, resume=cfg.resume, dry_run=cfg.dry_run, keep=cfg.keep)
+
+
+def new_run(cfg: TrainConfig, world: ddp.World, labels: data.Labels) -> Path:
+    """Make the run folder and write what is known at the start."""
+    run = checkpoint.new_run(cfg.outputs, cfg.base, configs.dataset_name(cfg))
+    facts = checkpoint.environment(torch.get_num_threads(), world.size, device_name(world))
+    checkpoint.write_atomic(run / "environment.json", json.dumps(facts, indent=1) + "\n")
+    checkpoint.write_atomic(run / "labels.json", json.dumps({"values": labels.values, "names": labels.names}, indent=1))
+    checkpoint.write_atomic(run / "config.json", configs.to_json(cfg))
+    return run
+
+
+def restore(run: Path, world, model, optimizer, scaler, gradients, digest: str) -> State | None:
+    """Load the last save into model, optimizer and scaler and cut the log back to it; None if nothing was saved yet.
+
+    Raises UserError when the training rows are not those the run began with.
+    """
+    found = checkpoint.last_state(run)
+    if world.rank == 0:
+        checkpoint.cut_log(run / "metrics.jsonl", found[1]["log_bytes"] if found else 0)
+    if not found:
+        ddp.say(world, f"{run} has no save yet: it starts at step 0")
+        return None
+    folder, saved = found
+    if saved["digest"] != digest:
+        raise UserError(f"--resume {run}: the training rows or their tokens changed since this run began")
+    if saved["threads"] != torch.get_num_threads():
+        ddp.say(
+            world,
+            f"warning: {torch.get_num_threads()} threads, the run began with {saved['threads']}: "
+            "equal to rounding, not to the bit (set OMP_NUM_THREADS)",
+        )
+    evaluate.check_base(model, checkpoint.verify(folder)["base"], "of this run")
+    evaluate.read_classifier(folder, model)
+    checkpoint.load_optimizer_tensors(optimizer, checkpoint.load_tensors(folder / "state.safetensors"))
+    scaler.load_state_dict(saved["scaler"])
+    gradients.attach()
+    at = State(**saved["at"])
+    at.resumed, at.before = at.step, at.seconds
+    return at
+
+
+# ---- the loop's small parts -----------------------------------------------------------------------------------------
+
+
+def periodic_rows(cfg: TrainConfig, count: int) -> np.ndarray:
+    """The validation rows of periodic evaluations: all, or eval_rows drawn once from the seed."""
+    if not cfg.eval_rows or cfg.eval_rows >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng([cfg.seed, 0xE7A1]).permutation(count)[: cfg.eval_rows])
+
+
+def measure(scores: dict[str, float], metric: str) -> float:
+    """The metric that chooses best/. Raises UserError when the validation rows do not allow it."""
+    if metric not in scores:
+        raise UserError(
+            f"--metric {metric} is not defined on these validation rows (a class is missing); choose another"
+        )
+    return scores[metric]
+
+
+def better(scores: dict[str, float], best: float | None, metric: str) -> bool:
+    """Whether an evaluation beats the best so far; log_loss is the smaller the better."""
+    now = measure(scores, metric)
+    return best is None or (now < best if metric == "log_loss" else now > best)
+
+
+def assert_adapters_moved(model: models.Classifier) -> None:
+    """After the first update every LoRA B must have left zero: a frozen graph would train nothing in silence."""
+    still = [n for n, m in lora.adapters(model).items() if not m.lora_B.weight.any()]
+    if still:
+        raise AssertionError(f"{len(still)} adapters did not move in the first step (first: {still[0]})")
+
+
+def refuse_not_finite(cfg, world, model, scaler, train: Split, micro_batches, precision: str, step: int, loss) -> None:
+    """After a step whose gradients were not finite: go on while fp16 scaling can still help, else say where it began.
+
+    Raises FloatingPointError naming the first layer whose output is not finite, or the largest activation.
+    """
+    if scaler.is_enabled() and scaler.get_scale() >= 1.0:
+        return
+    with torch.no_grad(), models.autocast(world.device, precision), models.activation_maxima(model) as maxima:
+        model(data.pack(train.tokens, micro_batches[0], world.device))
+    where = models.overflow_report(maxima)
+    raise FloatingPointError(
+        f"step {step + 1}: loss {loss:.4g}, gradients not finite; {where}; lower --lr, or try --precision bf16 or fp32"
+    )
+
+
+def save(
+    target: Path, world, model, tokenizer, cfg: TrainConfig, labels, about: dict, state: tuple | None = None
+) -> None:
+    """Write best/ or, with the state to go on from, last/. Rank 0 alone writes."""
+    if world.rank != 0:
+        return
+
+    def write(folder: Path) -> None:
+        evaluate.write_classifier(folder, model, tokenizer, cfg, labels)
+        if state:
+            log, at, optimizer, scaler, digest = state
+            checkpoint.save_tensors(folder / "state.safetensors", checkpoint.optimizer_tensors(optimizer))
+            facts = {"at": vars(at), "scaler": scaler.state_dict(), "log_bytes": log.stat().st_size, "digest": digest}
+            checkpoint.save_json(folder / "state.json", {**facts, "threads": torch.get_num_threads()})
+
+    versions = {"torch": torch.__version__, "lasttoken": 1}
+    checkpoint.save(target, write, {**about, "versions": versions}, cfg.keep)
+
+
+def write_predictions(path: Path, val: Split, logits: np.ndarray, labels: data.Labels) -> None:
+    """val_predictions.csv: id, label, prediction and one column of logits a class."""
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["id", "label", "prediction", *(f"logit_{v}" for v in labels.values)])
+    for i, y, z in zip(val.ids, val.labels, logits, strict=True):
+        writer.writerow([i, labels.values[y], labels.values[int(z.argmax())], *(repr(float(x)) for x in z)])
+    checkpoint.write_atomic(path, out.getvalue())
+
+
+# ---- numbers about the machine --------------------------------------------------------------------------------------
+
+
+def device_name(world: ddp.World) -> str:
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+
+
+def peak_memory_gb(world: ddp.World) -> float:
+    """Of this process: memory allocated on its GPU, or resident on a CPU (0 where that is not known)."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+def dry_run(cfg: TrainConfig, world, model, precision: str, train: Split, plan, total: int) -> dict:
+    """Time one micro-batch forward and backward, print what the run would take, and stop."""
+    seconds = []
+    for _ in range(2):  # the first one warms up
+        started = time.perf_counter()
+        with models.autocast(world.device, precision):
+            logits = model(data.pack(train.tokens, plan[0][0], world.device))
+        logits.float().logsumexp(1).sum().backward()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    rate = float(train.tokens.lengths[plan[0][0]].sum()) / seconds[-1] * world.size
+    tokens = float(train.tokens.starts[-1]) * total / len(plan)
+    memory = models.memory_estimate(model, cfg.max_tokens, precision, cfg.grad_checkpoint)
+    parts = ", ".join(f"{k} {v:.2f}" for k, v in memory.items())
+    ddp.say(world, f"memory: about {sum(memory.values()):.2f} GB a rank ({parts})")
+    ddp.say(
+        world,
+        f"time: about {tokens / rate / 60:.1f} min for {tokens:,.0f} tokens at {rate:,.0f} tokens/s, "
+        "evaluations aside (one micro-batch timed)",
+    )
+    estimate = {"memory_gb": round(sum(memory.values()), 3), "train_seconds": round(tokens / rate, 1)}
+    return {"run": None, "dry_run": True, "steps": total, "rows": len(train.labels), "tokens": int(tokens), **estimate}
+
+
+if __name__ == "__main__":
+    ddp.launch(main)
