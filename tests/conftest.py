@@ -54,3 +54,21 @@ def command(tmp_path):
 def last_json(stdout: str) -> dict:
     """The JSON object that every entry point prints as its last line."""
     return json.loads(stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory) -> str:
+    """A folder with a random Qwen2 of 2 layers, 32 wide, and the tokenizer of tiny/base: loads in milliseconds."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("small_base")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/base")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return str(folder)
