@@ -136,28 +136,32 @@ def save(target: Path, write, about: dict, keep: int = 1) -> None:
     """Put a new save at `target`: `write(folder)` fills a hidden sibling, a manifest seals it, a rename publishes it.
 
     about: facts for the manifest (step, base fingerprint, versions). keep: earlier saves that stay as fallbacks.
-    If anything fails, `target` and its fallbacks are as they were and the half-written sibling is removed.
+    If anything fails, `target` is as it was and the half-written sibling is removed.
     """
     target = Path(target)
     hidden = target.with_name(f".{target.name}.new")
-    if hidden.exists():
-        fs_remove(hidden)
+    spare = [target.with_name(f".{target.name}.{i}") for i in range(max(keep, 1) + 1)]  # [0] is not used
+    moved = []
     try:
+        if hidden.exists():
+            fs_remove(hidden)
         hidden.mkdir()
         write(hidden)
         seal(hidden, about)
+        if target.exists():
+            for i in range(len(spare) - 1, 0, -1):
+                older = target if i == 1 else spare[i - 1]
+                if older.exists():
+                    if spare[i].exists():
+                        fs_remove(spare[i])
+                    fs_rename(older, spare[i])
+                    moved.append((older, spare[i]))
+        fs_rename(hidden, target)
     except BaseException:
+        for older, newer in reversed(moved):
+            os.replace(newer, older)
         shutil.rmtree(hidden, ignore_errors=True)
         raise
-    spare = [target.with_name(f".{target.name}.{i}") for i in range(max(keep, 1) + 1)]  # [0] is not used
-    if target.exists():
-        for i in range(len(spare) - 1, 0, -1):
-            older = target if i == 1 else spare[i - 1]
-            if older.exists():
-                if spare[i].exists():
-                    fs_remove(spare[i])
-                fs_rename(older, spare[i])
-    fs_rename(hidden, target)
     fs_sync(target.parent)
     if keep == 0 and spare[1].exists():
         fs_remove(spare[1])
@@ -169,8 +173,14 @@ def seal(folder: Path, about: dict) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         fs_sync(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    save_json(folder / MANIFEST, {**about, "files": files})
+    manifest = {**about, "files": files}
+    save_json(folder / MANIFEST, {**manifest, "seal": seal_of(manifest)})
     fs_sync(folder)
+
+
+def seal_of(manifest: dict) -> str:
+    """sha256 of a manifest's own facts, so that a flipped bit in them is seen too."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -197,9 +207,11 @@ def verify(folder: Path) -> dict:
                 raise Untrusted(f"{folder}: {name} has {path.stat().st_size} bytes, expected {fact['size']}")
             if sha256(path) != fact["sha256"]:
                 raise Untrusted(f"{folder}: {name} does not have the sha256 of its manifest")
+        if manifest.pop("seal") != seal_of(manifest):
+            raise Untrusted(f"{folder}: {MANIFEST} does not have its own sha256")
     except FileNotFoundError:
         raise Untrusted(f"{folder}: no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as e:
         raise Untrusted(f"{folder}: unreadable {MANIFEST} ({type(e).__name__}: {e})") from None
     return manifest
 
@@ -243,7 +255,7 @@ def load_json(path: Path) -> dict:
     """A JSON object. Raises Untrusted when the file does not hold one."""
     try:
         value = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise Untrusted(f"{path}: {e}") from None
     if not isinstance(value, dict):
         raise Untrusted(f"{path}: expected an object, got {type(value).__name__}")

@@ -197,6 +197,8 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         found.append(f'--text "{cfg.text}" names no column: expected a template like "{{Question}}"')
     if len(set(cfg.label_names)) != len(cfg.label_names):
         found.append(f"--label_names {','.join(cfg.label_names)}: a name stands twice")
+    if len(cfg.label_names) == 1:
+        found.append(f"--label_names {cfg.label_names[0]}: expected at least 2 names")
     if cfg.class_weights not in ("none", "balanced"):
         weights = _floats(cfg.class_weights)
         if weights is None or any(not 0 < w < float("inf") for w in weights):
@@ -425,8 +427,10 @@ def read_config(cls, path: str | Path):
     for name, value in values.items():
         if name not in hints:
             problems.append(f"unknown field {name}{_nearest(name, hints)}")
-        elif isinstance(value, list):
+        elif isinstance(value, list) and isinstance(hints[name], types.GenericAlias):
             fields[name] = tuple(str(v) for v in value)
+        elif value is None or isinstance(value, (list, dict)):
+            problems.append(f"{name} {json.dumps(value)}: expected {EXPECTED.get(hints[name], 'a string')}")
         else:
             try:
                 fields[name] = convert(value, hints[name])
@@ -437,26 +441,33 @@ def read_config(cls, path: str | Path):
     return cls(**fields)
 
 
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
+
+
 def convert(value, kind):
     """A command-line or JSON value as the type of its field. Raises ValueError with what was expected."""
     if kind is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         if str(value).lower() not in words:
-            raise ValueError("true or false")
+            raise ValueError(EXPECTED[bool])
         return words[str(value).lower()]
     if kind is int:
         try:
-            whole = float(value)
+            return int(str(value))  # exact at any size
+        except ValueError:
+            pass
+        try:
+            whole = float(value)  # 1e4
             if whole == int(whole) and not isinstance(value, bool):
                 return int(whole)
-        except (ValueError, OverflowError, TypeError):
+        except (ValueError, OverflowError):
             pass
-        raise ValueError("a whole number")
+        raise ValueError(EXPECTED[int])
     if kind is float:
         try:
-            return float(value)
-        except (ValueError, TypeError):
-            raise ValueError("a number") from None
+            return float(str(value))
+        except ValueError:
+            raise ValueError(EXPECTED[float]) from None
     if isinstance(kind, types.GenericAlias):  # tuple[str, ...]
         return tuple(part.strip() for part in str(value).split(",") if part.strip())
     return str(value)

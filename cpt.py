@@ -33,7 +33,7 @@ def main(argv: list[str]) -> dict:
     configs.check(cfg)
 
     # ---- distributed ------------------------------------------------------------------------------------------------
-    world, stop = ddp.setup(), ddp.StopRequest()
+    world = ddp.setup()
     precision, why = choose_precision(cfg.precision, world.device)
     ddp.say(world, f"precision {precision}: {why}; {world.size} ranks on {world.device.type}")
 
@@ -59,17 +59,18 @@ def main(argv: list[str]) -> dict:
     # ---- optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.adamw(optim.parameter_groups(lm.named_parameters(), cfg.lr, 0.0, cfg.weight_decay))
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
-    gradients = ddp.GradientSum(params, extras=2, world=world)
+    gradients = ddp.GradientSum(params, world)
     if not gradients.exact:
         ddp.say(world, "gradients are summed in fp32: other numbers of ranks are equal to rounding only")
     warmup = optim.warmup_updates(total, cfg.warmup_steps, cfg.warmup_ratio)
 
     # ---- resume -----------------------------------------------------------------------------------------------------
     run = open_run(cfg, world)
-    at = restore(run, world, lm, optimizer, scaler, gradients)
+    at = restore(run, world, lm, optimizer, scaler)
     ddp.say(world, f"run {run}" + (f", resumed at step {at['step']} of {total}" if at["step"] else ""))
 
     # ---- loop -------------------------------------------------------------------------------------------------------
+    stop = ddp.StopRequest()
     log, began, last_loss = run / "metrics.jsonl", time.perf_counter(), at.get("loss", float("nan"))
     bar = tqdm(total=total, initial=at["step"], disable=world.rank != 0, unit="step", file=sys.stderr, mininterval=2.0)
     steps_per_epoch = math.ceil(len(train.lengths) / cfg.batch_size)
@@ -87,12 +88,10 @@ def main(argv: list[str]) -> dict:
             with autocast(world.device, precision):
                 loss = evaluate.next_token_loss(lm, data.pack(train, rows, world.device)) / tokens
             scaler.scale(loss).backward()
-            gradients.add(loss.detach(), torch.tensor(float(bool(stop.signal))))
-        summed = gradients.reduce()
+            gradients.add(loss, stop=bool(stop.signal))
         factor = optim.lr_factor(at["updates"], total, warmup, cfg.schedule)
-        norm, taken = optim.step(optimizer, scaler, factor, cfg.grad_clip)
+        norm, taken, (last_loss, stopping) = optim.step(optimizer, scaler, factor, cfg.grad_clip, gradients.reduce())
         at["updates"] += taken
-        last_loss, stopping = (float(x) for x in summed)
         if not taken and not scaler.is_enabled():
             raise FloatingPointError(f"step {step + 1}: the gradients are not finite (loss {last_loss:.4g})")
         at.update(step=step + 1, loss=last_loss, tokens=at["tokens"] + tokens)
@@ -106,7 +105,7 @@ def main(argv: list[str]) -> dict:
             ddp.say(world, json.dumps(line))
             at["eval"] = line["eval"]
         seconds = time.perf_counter() - began + at["seconds"]
-        line = {"step": step + 1, "epoch": epoch, "loss": last_loss, "lr": cfg.lr * factor, "grad_norm": float(norm)}
+        line = {"step": step + 1, "epoch": epoch, "loss": last_loss, "lr": cfg.lr * factor, "grad_norm": norm}
         log_line(world, log, {**line, "tokens": at["tokens"], "seconds": seconds})
         bar.set_postfix(loss=f"{last_loss:.3f}", tok_s=f"{at['tokens'] / seconds:,.0f}", refresh=False)
         bar.update()
@@ -172,7 +171,7 @@ def open_run(cfg: configs.CptConfig, world: ddp.World) -> Path:
     return Path(ddp.from_rank0(world, str(run)))
 
 
-def restore(run: Path, world, lm, optimizer, scaler, gradients) -> dict:
+def restore(run: Path, world, lm, optimizer, scaler) -> dict:
     """Weights, optimizer and scaler as the last save holds them, the log cut back to it; returns where to go on."""
     found = checkpoint.last_state(run)
     folder, at = found if found else (None, {"step": 0, "updates": 0, "tokens": 0.0, "seconds": 0.0})
@@ -183,8 +182,7 @@ def restore(run: Path, world, lm, optimizer, scaler, gradients) -> dict:
         lm.tie_weights()
         checkpoint.load_optimizer_tensors(optimizer, checkpoint.load_tensors(folder / "state.safetensors"))
         scaler.load_state_dict(at["scaler"])
-        gradients.attach()
-    return at
+        return at
 
 
 def save(run: Path, world, lm, tokenizer, optimizer, scaler, at: dict, keep: int) -> None:

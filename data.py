@@ -12,6 +12,7 @@ import io
 import json
 import re
 import sys
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import prompts
 from configs import UserError
 
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+LONE = re.compile("[\ud800-\udfff]")  # half a surrogate pair: cannot be encoded, so neither read nor printed
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
@@ -40,16 +42,18 @@ def read_rows(path: str, flag: str) -> list[dict[str, str]]:
         raise UserError(f"--{flag} {path}: no such file; give the path of a CSV, TSV or JSONL file with --{flag} PATH")
     if suffix not in FORMATS:
         raise UserError(f"--{flag} {path}: expected a name ending in {', '.join(FORMATS)} (.gz too), got '{suffix}'")
+    where = f"--{flag} {path}"
     if suffix == ".parquet":
-        return _parquet(path, flag)
-    try:
-        raw = gzip.decompress(p.read_bytes()) if p.suffix.lower() == ".gz" else p.read_bytes()
-    except (OSError, EOFError) as e:
-        raise UserError(f"--{flag} {path}: cannot be read ({e})") from None
-    text = _decode(raw, f"--{flag} {path}")
-    rows = _jsonl(text, f"--{flag} {path}") if suffix == ".jsonl" else _csv(text, f"--{flag} {path}", suffix)
+        rows = _parquet(path, where)
+    else:
+        try:
+            raw = gzip.decompress(p.read_bytes()) if p.suffix.lower() == ".gz" else p.read_bytes()
+        except (OSError, EOFError, zlib.error) as e:
+            raise UserError(f"{where}: cannot be read ({e})") from None
+        text = _decode(raw, where)
+        rows = _jsonl(text, where) if suffix == ".jsonl" else _csv(text, where, suffix)
     if not rows:
-        raise UserError(f"--{flag} {path}: no rows")
+        raise UserError(f"{where}: no rows")
     return rows
 
 
@@ -63,8 +67,10 @@ def _decode(raw: bytes, where: str) -> str:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        line = raw.count(b"\n", 0, e.start) + 1
-        raise UserError(f"{where}: not UTF-8 (byte 0x{raw[e.start]:02x} in line {line}); save it as UTF-8") from None
+        line = e.object.count(b"\n", 0, e.start) + 1  # e.object: the bytes without their BOM
+        raise UserError(
+            f"{where}: not UTF-8 (byte 0x{e.object[e.start]:02x} in line {line}); save it as UTF-8"
+        ) from None
     if "\0" in text:
         raise UserError(f"{where}: line {text.count(chr(10), 0, text.index(chr(0))) + 1} holds a NUL character")
     return text
@@ -102,28 +108,38 @@ def _jsonl(text: str, where: str) -> list[dict[str, str]]:
             raise ValueError(f"key {twice[0]!r} stands twice")
         return dict(pairs)
 
+    def refuse(word):
+        raise ValueError(f"{word} is no JSON value; write null or leave the key out")
+
     rows, bad = [], []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=once)
+            row = json.loads(line, object_pairs_hook=once, parse_constant=refuse)
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, got {type(row).__name__}")
-            rows.append({k: _text(v) for k, v in row.items()})
-        except ValueError as e:
+            row = {k: _text(v) for k, v in row.items()}
+            if "\\u" in line and any(LONE.search(part) for pair in row.items() for part in pair):
+                raise ValueError("it holds a lone surrogate, which is no text")
+            rows.append(row)
+        except (ValueError, RecursionError) as e:
             bad.append(f"line {number}: {e}")
     if bad:
         raise UserError(f"{where}: {len(bad)} lines are not JSON objects ({_few(bad)})")
     return rows
 
 
-def _parquet(path: str, flag: str) -> list[dict[str, str]]:
+def _parquet(path: str, where: str) -> list[dict[str, str]]:
     try:
         import pyarrow.parquet as pq
     except ImportError:
-        raise UserError(f"--{flag} {path}: Parquet needs pyarrow (pip install pyarrow), or save it as CSV") from None
-    return [{k: _text(v) for k, v in row.items()} for row in pq.read_table(path).to_pylist()]
+        raise UserError(f"{where}: Parquet needs pyarrow (pip install pyarrow), or save it as CSV") from None
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, ValueError) as e:
+        raise UserError(f"{where}: cannot be read as Parquet ({str(e).splitlines()[0]})") from None
+    return [{k: _text(v) for k, v in row.items()} for row in rows]
 
 
 def _text(value) -> str:
@@ -145,6 +161,9 @@ def need_columns(rows: list[dict[str, str]], columns: list[str], path: str, flag
         if len(exists) == 1 and re.search(r"[;\t|]", exists[0]):
             hint = "; the header is a single column: is the file separated by commas?"
         names = ", ".join(missing)
+        if any(c in exists for c in missing):  # JSON lines need not have the same keys
+            first = next(i for i, row in enumerate(rows) if any(c not in row for c in missing))
+            names, exists = f"{names} in row {first + 1}", list(rows[first])
         raise UserError(f"--{flag} {path}: no column {names} (there is: {', '.join(exists)}){hint}")
 
 
@@ -162,7 +181,7 @@ def decode_bytes_literals(rows: list[dict[str, str]], columns: list[str]) -> int
                 try:
                     row[column] = ast.literal_eval(value).decode("utf-8")
                     changed = before + 1
-                except (ValueError, SyntaxError, UnicodeDecodeError, AttributeError):
+                except (ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
                     pass  # ordinary text that merely looks like one
     return changed
 
@@ -192,7 +211,7 @@ def find_labels(column: list[str], label_names: tuple[str, ...] = ()) -> Labels:
     if any(not v.strip() for v in found):
         rows = [str(i + 1) for i, v in enumerate(column) if not v.strip()]
         raise UserError(f"{len(rows)} rows have an empty label (rows {_few(rows)})")
-    whole = all(re.fullmatch(r"-?(0|[1-9]\d*)", v) for v in found)
+    whole = all(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", v) for v in found)
     if label_names:
         numbers = tuple(str(i) for i in range(len(label_names)))
         if not found <= set(label_names) and found <= set(numbers):
@@ -309,7 +328,7 @@ def tokenize(tokenizer, template: str, rows: list[dict[str, str]], max_length: i
     """
     pieces = [prompts.render(template, row) for row in rows]
     texts = ["".join(text for _, text in row) for row in pieces]
-    lone = [str(i + 1) for i, t in enumerate(texts) if re.search("[\ud800-\udfff]", t)]
+    lone = [str(i + 1) for i, t in enumerate(texts) if LONE.search(t)]
     if lone:
         raise UserError(f"{len(lone)} rows hold a lone surrogate, which is no text (rows {_few(lone)})")
     report, guard = TokenReport(rows=len(rows)), Guard(tokenizer)
@@ -381,11 +400,11 @@ class Guard:
         at = 0
         for start, end in [*special, (len(text), len(text))]:
             chunk = self.bare.encode(text[at:start], add_special_tokens=False)
-            leaked = set(chunk.ids) & set(vocabulary.values())
+            leaked = (set(chunk.ids) & set(vocabulary.values())) - {self.tokenizer.unk_token_id}
             if leaked:
                 raise UserError(f"text {text[at:start][:60]!r} cannot be told from the special token ids {leaked}")
             ids += chunk.ids
-            offsets += [at + a for a, _ in chunk.offsets]
+            offsets += [(at + a, at + b) for a, b in chunk.offsets]
             if end > start:
                 ids.append(vocabulary[text[start:end]])
                 offsets.append(None)
@@ -397,16 +416,22 @@ class Guard:
 def _encode_cut(tokenizer, pieces, text: str, max_length: int, report: TokenReport) -> list[int]:
     full = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
     masks = full["special_tokens_mask"]
-    offsets = [None if s else a for (a, _), s in zip(full["offset_mapping"], masks, strict=True)]
+    offsets = [None if s else span for span, s in zip(full["offset_mapping"], masks, strict=True)]
     return _cut(full["input_ids"], offsets, pieces, max_length, report)
 
 
 def _cut(ids: list[int], offsets: list, pieces, max_length: int, report: TokenReport) -> list[int]:
-    """Drop tokens from the ends of the longest fields until max_length are left. offsets: first character, or None."""
+    """Drop tokens from the ends of the longest fields until max_length are left.
+
+    offsets: the characters (first, end) of each token, or None. A token that reaches across a border of the template
+    is the template's and stays.
+    """
     if len(ids) <= max_length:
         return ids
     ends = np.cumsum([len(text) for _, text in pieces])
-    owner = [-1 if o is None else int(np.searchsorted(ends, o, side="right")) for o in offsets]
+    start, end = np.array([(-1, 0) if span is None else span for span in offsets]).T
+    first, last = (np.searchsorted(ends, at, side="right") for at in (start, np.maximum(start, end - 1)))
+    owner = np.where((start >= 0) & (first == last), first, -1).tolist()
     tokens_of = {i: [t for t, o in enumerate(owner) if o == i] for i, (user, _) in enumerate(pieces) if user}
     fixed = len(ids) - sum(map(len, tokens_of.values()))
     room = max_length - fixed

@@ -42,7 +42,10 @@ def setup() -> World:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
     return World(rank, size, device)
 
 
@@ -69,9 +72,9 @@ def launch(main) -> None:
         if rank == 0:
             print(json.dumps(result), flush=True)
         code = 0
-    except (KeyboardInterrupt, FloatingPointError, ValueError, RuntimeError) as e:
+    except (Exception, KeyboardInterrupt) as e:
         code = 4 if isinstance(e, FloatingPointError) else getattr(e, "exit_status", 1)
-        spoken = isinstance(e, (KeyboardInterrupt, FloatingPointError)) or hasattr(e, "exit_status")
+        spoken = isinstance(e, (KeyboardInterrupt, FloatingPointError, OSError)) or hasattr(e, "exit_status")
         if rank > 0:  # let rank 0 say it, unless it is this rank's alone
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
@@ -111,47 +114,39 @@ class GradientSum:
 
     Every trained parameter's .grad is a view into one flat fp32 tensor, so a backward pass writes there directly.
     `add` puts that into an fp64 buffer: fp32 values add up in fp64 almost without rounding, so the sum does not depend
-    on who added what first. `reduce` sums over ranks, writes the result back into the .grad views, and sums a few
-    numbers that ride along. Above FP64_LIMIT parameters everything is fp32, equal to rounding only.
+    on who added what first. `reduce` sums over ranks and writes the result back into the .grad views; the loss and the
+    stop requests ride along. Above FP64_LIMIT parameters everything is fp32, equal to rounding only.
     """
 
-    def __init__(self, params: list[torch.nn.Parameter], extras: int, world: World):
+    def __init__(self, params: list[torch.nn.Parameter], world: World):
         if any(p.dtype != torch.float32 for p in params):
             raise AssertionError(f"trained parameters must be fp32 masters: {sorted({str(p.dtype) for p in params})}")
-        self.world, self.count = world, sum(p.numel() for p in params)
-        device = params[0].device
+        self.params, self.world, self.count = params, world, sum(p.numel() for p in params)
         self.exact = self.count <= FP64_LIMIT
+        device = params[0].device
         self.flat = torch.zeros(self.count, dtype=torch.float32, device=device)
-        self.params = params
-        self.views, start = [], 0
+        self.total = torch.zeros(self.count + 2, dtype=torch.float64 if self.exact else torch.float32, device=device)
+        start = 0
         for p in params:
-            self.views.append(self.flat[start : start + p.numel()].view_as(p))
+            p.grad = self.flat[start : start + p.numel()].view_as(p)
             start += p.numel()
-        dtype = torch.float64 if self.exact else torch.float32
-        self.total = torch.zeros(self.count + extras, dtype=dtype, device=device)
-        self.extras = self.total[self.count :]  # (extras,)
-        self.attach()
 
-    def attach(self) -> None:
-        """Point every .grad at its view (again), with zeros in it."""
-        self.flat.zero_()
-        for p, view in zip(self.params, self.views, strict=True):
-            p.grad = view
-
-    def add(self, *extras: torch.Tensor) -> None:
-        """Add the gradients of the micro-batch just run backward, and numbers to be summed with them."""
+    def add(self, loss: torch.Tensor, stop: bool) -> None:
+        """Add the gradients of the micro-batch just run backward, its loss, and whether this rank was told to stop."""
         self.total[: self.count].add_(self.flat)
         self.flat.zero_()
-        self.extras.add_(torch.stack([torch.as_tensor(e, device=self.flat.device).double() for e in extras]))
+        self.total[self.count].add_(loss.detach())
+        if stop:
+            self.total[self.count + 1].add_(1.0)
 
     def reduce(self) -> torch.Tensor:
-        """Sum over ranks into the .grad views; returns the summed extras (extras,) and starts the next step at zero."""
+        """Sum over ranks into the .grad views and start at zero; returns (loss, stop requests) on the device."""
         if self.world.size > 1:
             dist.all_reduce(self.total)
         self.flat.copy_(self.total[: self.count])
-        extras = self.extras.clone()
+        riders = self.total[self.count :].clone()
         self.total.zero_()
-        return extras
+        return riders
 
 
 def gather_rows(world: World, rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:

@@ -205,9 +205,9 @@ def merge(model: nn.Module) -> int:
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every trained tensor under the key that peft gives it, on the CPU, in fp32."""
+    """A copy of every trained tensor under the key that peft gives it, on the CPU, in fp32."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return {PEFT_PREFIX + n: p.detach().to("cpu", torch.float32).contiguous() for n, p in named.items()}
+    return {PEFT_PREFIX + n: p.detach().to("cpu", torch.float32, copy=True).contiguous() for n, p in named.items()}
 
 
 def load_adapter_state(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

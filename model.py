@@ -177,6 +177,21 @@ def need_weights(folder: str) -> None:
         raise UserError(f"--base {folder}: no weights in this folder (model.safetensors or its shards)")
 
 
+def need_base(base: str) -> str:
+    """Where the base is, once its config and weights are known to be there. Raises UserError before anything loads."""
+    folder = find_base(base)
+    need_weights(folder)
+    load_config(base)
+    return folder
+
+
+def need_vocabulary(base: str, tokens: int) -> None:
+    """Raise UserError when the tokenizer has more tokens than the base has embeddings."""
+    rows = load_config(base).vocab_size
+    if tokens > rows:
+        raise UserError(f"--base {base}: its tokenizer has {tokens} tokens for {rows} embeddings")
+
+
 def load_config(base: str):
     """The transformers config of a base. Raises UserError with what to do when it cannot be had."""
     try:

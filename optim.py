@@ -53,16 +53,18 @@ def warmup_updates(total: int, warmup_steps: int, warmup_ratio: float) -> int:
     return warmup_steps or math.ceil(total * warmup_ratio)
 
 
-def step(optimizer, scaler, factor: float, grad_clip: float) -> tuple[torch.Tensor, bool]:
+def step(optimizer, scaler, factor: float, grad_clip: float, riders: torch.Tensor) -> tuple[float, bool, list[float]]:
     """One optimizer step from gradients already summed over micro-batches and ranks.
 
-    factor: of the schedule. Returns the gradient norm before clipping (fp32, on the device) and whether the step was
-    taken: a step whose gradients are not finite changes no parameter. With fp16 the scaler then lowers its scale.
+    factor: of the schedule; riders: numbers on the device that are read together with the norm, in the step's one host
+    read. Returns the gradient norm before clipping, whether the step was taken, and the riders. A step whose gradients
+    are not finite changes no parameter; with fp16 the scaler then lowers its scale.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    taken = bool(torch.isfinite(norm))  # the step's one host read
+    *read, host_norm = torch.cat([riders, norm.to(riders.dtype)[None]]).tolist()
+    taken = math.isfinite(host_norm)
     if taken and grad_clip:
         torch.nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
     for group in optimizer.param_groups:
@@ -71,4 +73,4 @@ def step(optimizer, scaler, factor: float, grad_clip: float) -> tuple[torch.Tens
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=False)  # the .grad tensors are views of GradientSum's buffer: they stay
-    return norm, taken
+    return host_norm, taken, read

@@ -9,11 +9,15 @@ import string
 def fields(template: str) -> list[str]:
     """The column names of a template, in order. Raises ValueError for a malformed or positional one."""
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        slots = [slot for slot in string.Formatter().parse(template) if slot[1] is not None]
     except ValueError as e:
         raise ValueError(f'template "{template}": {e}') from None
+    names = [name for _, name, _, _ in slots]
     if not names or any(n == "" or n.isdigit() for n in names):
         raise ValueError(f'template "{template}": expected named columns such as {{Question}}')
+    formatted = [name for _, name, spec, conversion in slots if spec or conversion]
+    if formatted:
+        raise ValueError(f'template "{template}": a text is put in as it is, without a format (:) or conversion (!)')
     return list(dict.fromkeys(names))
 
 

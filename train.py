@@ -44,7 +44,7 @@ def main(argv: list[str]) -> dict:
     configs.check(cfg)
 
     # ---- distributed ------------------------------------------------------------------------------------------------
-    world, stop = ddp.setup(), ddp.StopRequest()
+    world = ddp.setup()
     run = run_to_resume(cfg, world)
     if run:
         cfg = resumed_config(cfg, given, run)
@@ -52,12 +52,14 @@ def main(argv: list[str]) -> dict:
     ddp.say(world, f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}; precision {precision} ({why})")
 
     # ---- data -------------------------------------------------------------------------------------------------------
-    models.find_base(cfg.base)
-    models.need_weights(models.find_base(cfg.base))
-    tokenizer = data.load_tokenizer(cfg.base)
-    train, val, labels = load_data(cfg, tokenizer, lambda *words: ddp.say(world, *words))
+    train, val, labels = load_rows(cfg, lambda *words: ddp.say(world, *words))
     classes = len(labels.values)
-    weights = class_weights(cfg, train.labels, classes)
+    tokenizer = data.load_tokenizer(models.need_base(cfg.base))
+    models.need_vocabulary(cfg.base, len(tokenizer))
+    for name, split in (("train", train), ("validation", val)):
+        split.tokens, report = data.tokenize(tokenizer, cfg.text, split.rows, cfg.max_length)
+        ddp.say(world, f"{name}: {report}")
+    weights, eval_rows = class_weights(cfg, train.labels, classes), periodic_rows(cfg, val.labels, classes)
     steps_per_epoch = math.ceil(len(train.labels) / cfg.batch_size)
     total = cfg.epochs * steps_per_epoch
     total = min(total, cfg.max_steps) if cfg.max_steps else total
@@ -66,6 +68,7 @@ def main(argv: list[str]) -> dict:
 
     # ---- model ------------------------------------------------------------------------------------------------------
     model = evaluate.new_classifier(cfg, classes, world.device, precision)
+    base = models.fingerprint(model.model)  # before a resumed run's weights come in
     model.train()
     if cfg.grad_checkpoint:
         models.checkpoint_activations(model.model)
@@ -75,15 +78,15 @@ def main(argv: list[str]) -> dict:
     # ---- optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.adamw(optim.parameter_groups(model.named_parameters(), cfg.lr, cfg.head_lr, cfg.weight_decay))
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
-    gradients = ddp.GradientSum([p for p in model.parameters() if p.requires_grad], extras=2, world=world)
+    gradients = ddp.GradientSum([p for p in model.parameters() if p.requires_grad], world)
     if not gradients.exact:
         ddp.say(world, f"{gradients.count:,} trained parameters: gradients add up in fp32, equal to rounding only")
     warmup = optim.warmup_updates(total, cfg.warmup_steps, cfg.warmup_ratio)
 
     # ---- resume, or a new run ---------------------------------------------------------------------------------------
-    at = restore(run, world, model, optimizer, scaler, gradients, train.digest) if run else None
-    at = at or State(micro_batches=cfg.micro_batches if run else max(cfg.micro_batches, world.size))
-    if world.size > cfg.micro_batches and at.micro_batches != cfg.micro_batches:
+    at = restore(run, world, model, optimizer, scaler, train.digest()) if run else None
+    at = at or State(micro_batches=max(cfg.micro_batches, world.size))
+    if at.micro_batches != cfg.micro_batches:
         ddp.say(
             world,
             f"steps are cut into {at.micro_batches} micro-batches, more than --micro_batches "
@@ -101,11 +104,9 @@ def main(argv: list[str]) -> dict:
     if run is None:
         run = Path(ddp.from_rank0(world, str(new_run(cfg, world, labels) if world.rank == 0 else "")))
     ddp.say(world, f"run {run}" + (f", resumed at step {at.step} of {total}" if at.step else ""))
-    base = models.fingerprint(model.model)
 
     # ---- loop: eval, save, step, log --------------------------------------------------------------------------------
-    log, began, evaluating = run / "metrics.jsonl", time.perf_counter(), at.eval_seconds
-    eval_rows = periodic_rows(cfg, len(val.labels))
+    stop, log, clock = ddp.StopRequest(), run / "metrics.jsonl", Clock(at)
     bar = tqdm(total=total, initial=at.step, disable=world.rank != 0, unit="step", file=sys.stderr, mininterval=1.0)
     while at.step < total and not at.done:
         epoch, index = divmod(at.step, steps_per_epoch)
@@ -126,9 +127,8 @@ def main(argv: list[str]) -> dict:
             loss, _ = losses.cross_entropy(logits, target, cfg.label_smoothing, on(weights, world.device))
             loss = loss / denominator
             scaler.scale(loss).backward()
-            gradients.add(loss.detach(), float(bool(stop.signal)))
-        loss, stopping = gradients.reduce().tolist()
-        norm, taken = optim.step(optimizer, scaler, factor, cfg.grad_clip)
+            gradients.add(loss, stop=bool(stop.signal))
+        norm, taken, (loss, stopping) = optim.step(optimizer, scaler, factor, cfg.grad_clip, gradients.reduce())
         if not taken:
             at.skipped += 1
             refuse_not_finite(cfg, world, model, scaler, train, plan[index], precision, at.step, loss)
@@ -139,28 +139,27 @@ def main(argv: list[str]) -> dict:
             assert_adapters_moved(model)
 
         # log
-        at.eval_seconds, at.seconds = evaluating, at.before + time.perf_counter() - began
+        clock.lap("seconds")
         line = {"step": at.step, "epoch": round(at.step / steps_per_epoch, 4), "loss": loss, "lr": cfg.lr * factor}
-        line |= {"grad_norm": float(norm), "tokens": at.tokens, "skipped": at.skipped, "seconds": round(at.seconds, 3)}
+        line |= {"grad_norm": norm, "tokens": at.tokens, "skipped": at.skipped, "seconds": round(at.seconds, 3)}
         if world.rank == 0:
             checkpoint.append_line(log, line)
-        tokens_per_second = at.tokens / max(1e-9, at.seconds - evaluating)
-        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens_per_second:,.0f}", refresh=False)
+        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{at.tokens / at.seconds:,.0f}", refresh=False)
         bar.update()
 
         # eval
         last = at.step == total
         if last or at.step % eval_every == 0:
-            started = time.perf_counter()
             logits = evaluate.score(model, val.tokens.take(eval_rows), world, precision, cfg.max_tokens)
+            if not np.isfinite(logits).all():
+                raise not_finite(world, model, train, plan[index], precision, f"step {at.step}: scores not finite")
             scores = metrics.classification(logits, val.labels[eval_rows])
-            evaluating += time.perf_counter() - started
+            clock.lap("eval_seconds")
             if world.rank == 0:
                 checkpoint.append_line(log, {"step": at.step, "eval": scores})
             ddp.say(world, f"step {at.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "rows"))
-            at.eval_seconds = evaluating
             if better(scores, at.best, cfg.metric):
-                at.best, at.best_step, at.stale = measure(scores, cfg.metric), at.step, 0
+                at.best, at.best_step, at.stale = scores[cfg.metric], at.step, 0
                 save(run / "best", world, model, tokenizer, cfg, labels, {"step": at.step, "base": base})
             else:
                 at.stale += 1
@@ -168,7 +167,7 @@ def main(argv: list[str]) -> dict:
 
         # save
         if last or at.done or stopping or at.step % save_every == 0:
-            state = (log, at, optimizer, scaler, train.digest)
+            state = (log, at, optimizer, scaler, train.digest())
             save(run / "last", world, model, tokenizer, cfg, labels, {"step": at.step, "base": base}, state)
         if stopping and not last:
             raise KeyboardInterrupt(f"stopped after step {at.step}; go on with --resume {run}")
@@ -177,29 +176,27 @@ def main(argv: list[str]) -> dict:
     # ---- end: the best save, on all validation rows -----------------------------------------------------------------
     if at.done:
         ddp.say(world, f"stopped early: {cfg.patience} evaluations without a better {cfg.metric}")
-    started = time.perf_counter()
     ddp.barrier(world)  # rank 0 has written best/
     evaluate.read_classifier(checkpoint.trusted(run / "best"), model)
     logits = evaluate.score(model, val.tokens, world, precision, cfg.max_tokens)
     scores = metrics.classification(logits, val.labels)
-    if len(eval_rows) == len(val.labels) and abs(measure(scores, cfg.metric) - at.best) > 1e-3:
-        raise AssertionError(f"best/ reloaded scores {cfg.metric} {measure(scores, cfg.metric)}, saved with {at.best}")
-    evaluating += time.perf_counter() - started
+    if len(eval_rows) == len(val.labels) and abs(scores[cfg.metric] - at.best) > 1e-3:
+        raise AssertionError(f"best/ reloaded scores {cfg.metric} {scores[cfg.metric]}, saved with {at.best}")
+    clock.lap("eval_seconds")
     confusion = metrics.confusion_matrix(val.labels, logits.argmax(axis=1), classes)
     ddp.say(world, f"best of {cfg.metric}: step {at.best_step}\n" + metrics.table(confusion, list(labels.names)))
-    training = max(1e-9, at.seconds - at.eval_seconds)
     result = {
         "run": str(run),
         "metrics": {k: round(v, 6) for k, v in scores.items()},
         "majority": round(float(np.bincount(val.labels).max() / len(val.labels)), 6),
         "best_step": at.best_step,
         "steps": at.step,
-        "examples_per_second": round(at.rows / training, 2),
-        "tokens_per_second": round(at.tokens / training, 1),
+        "examples_per_second": round(at.rows / at.seconds, 2),
+        "tokens_per_second": round(at.tokens / at.seconds, 1),
         "peak_memory_gb": round(peak_memory_gb(world), 3),
         "flops": models.training_flops(model, train.tokens.lengths) * at.rows / len(train.labels),
-        "train_seconds": round(training, 2),
-        "eval_seconds": round(evaluating, 2),
+        "train_seconds": round(at.seconds, 2),
+        "eval_seconds": round(at.eval_seconds, 2),
     }
     if world.rank == 0:
         write_predictions(run / "val_predictions.csv", val, logits, labels)
@@ -208,170 +205,6 @@ def main(argv: list[str]) -> dict:
     if reason:
         raise evaluate.Degenerate(f"{reason}; the run is in {run}")
     return result
-
-    # ---- data -------------------------------------------------------------------------------------------------------
-    models.find_base(cfg.base)
-    models.need_weights(models.find_base(cfg.base))
-    tokenizer = data.load_tokenizer(cfg.base)
-    train, val, labels = load_data(cfg, tokenizer, lambda *words: ddp.say(world, *words))
-    classes = len(labels.values)
-    weights = class_weights(cfg, train.labels, classes)
-    steps_per_epoch = math.ceil(len(train.labels) / cfg.batch_size)
-    total = cfg.epochs * steps_per_epoch
-    total = min(total, cfg.max_steps) if cfg.max_steps else total
-    eval_every = cfg.eval_every or steps_per_epoch
-    save_every = cfg.save_every or eval_every
-
-    # ---- model ------------------------------------------------------------------------------------------------------
-    model = evaluate.new_classifier(cfg, classes, world.device, precision)
-    model.train()
-    if cfg.grad_checkpoint:
-        models.checkpoint_activations(model.model)
-    ddp.say(world, models.attention_note(world.device, models.packs(model.model.config), precision))
-    ddp.say(world, lora.trainable_table(model))
-
-    # ---- optimizer --------------------------------------------------------------------------------------------------
-    optimizer = optim.adamw(optim.parameter_groups(model.named_parameters(), cfg.lr, cfg.head_lr, cfg.weight_decay))
-    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
-    gradients = ddp.GradientSum([p for p in model.parameters() if p.requires_grad], extras=2, world=world)
-    if not gradients.exact:
-        ddp.say(world, f"{gradients.count:,} trained parameters: gradients add up in fp32, equal to rounding only")
-    warmup = optim.warmup_updates(total, cfg.warmup_steps, cfg.warmup_ratio)
-
-    # ---- resume, or a new run ---------------------------------------------------------------------------------------
-    at = restore(run, world, model, optimizer, scaler, gradients, train.digest) if run else None
-    at = at or State(micro_batches=cfg.micro_batches if run else max(cfg.micro_batches, world.size))
-    if world.size > cfg.micro_batches and at.micro_batches != cfg.micro_batches:
-        ddp.say(
-            world,
-            f"steps are cut into {at.micro_batches} micro-batches, more than --micro_batches "
-            f"{cfg.micro_batches}, to keep {world.size} ranks busy: equal to a run on fewer ranks to rounding only",
-        )
-    plan = data.plan_epoch(train.tokens.lengths, cfg.batch_size, cfg.max_tokens, at.micro_batches, cfg.seed, 0)
-    per_step = np.mean([len(step) for step in plan])
-    ddp.say(
-        world,
-        f"plan: {total:,} steps of {cfg.batch_size} rows in {per_step:.1f} micro-batches of at most "
-        f"{cfg.max_tokens:,} tokens, warm-up {warmup}, evaluation every {eval_every}, save every {save_every}",
-    )
-    if cfg.dry_run:
-        return dry_run(cfg, world, model, precision, train, plan, total)
-    if run is None:
-        run = Path(ddp.from_rank0(world, str(new_run(cfg, world, labels) if world.rank == 0 else "")))
-    ddp.say(world, f"run {run}" + (f", resumed at step {at.step} of {total}" if at.step else ""))
-    base = models.fingerprint(model.model)
-
-    # ---- loop: eval, save, step, log --------------------------------------------------------------------------------
-    log, began, evaluating = run / "metrics.jsonl", time.perf_counter(), at.eval_seconds
-    eval_rows = periodic_rows(cfg, len(val.labels))
-    bar = tqdm(total=total, initial=at.step, disable=world.rank != 0, unit="step", file=sys.stderr, mininterval=1.0)
-    while at.step < total and not at.done:
-        epoch, index = divmod(at.step, steps_per_epoch)
-        if index == 0 or at.step == at.resumed:
-            plan = data.plan_epoch(
-                train.tokens.lengths, cfg.batch_size, cfg.max_tokens, at.micro_batches, cfg.seed, epoch
-            )
-        rows_of_step = np.concatenate(plan[index])
-        denominator = float(len(rows_of_step) if weights is None else weights[train.labels[rows_of_step]].sum())
-        factor = optim.lr_factor(at.updates, total, warmup, cfg.schedule)
-        for j, rows in enumerate(plan[index]):
-            if j % world.size != world.rank:
-                continue
-            torch.manual_seed(ddp.micro_seed(cfg.seed, at.step, j))
-            target = torch.from_numpy(train.labels[rows]).to(world.device)
-            with models.autocast(world.device, precision):
-                logits = model(data.pack(train.tokens, rows, world.device))
-            loss, _ = losses.cross_entropy(logits, target, cfg.label_smoothing, on(weights, world.device))
-            loss = loss / denominator
-            scaler.scale(loss).backward()
-            gradients.add(loss.detach(), float(bool(stop.signal)))
-        loss, stopping = gradients.reduce().tolist()
-        norm, taken = optim.step(optimizer, scaler, factor, cfg.grad_clip)
-        if not taken:
-            at.skipped += 1
-            refuse_not_finite(cfg, world, model, scaler, train, plan[index], precision, at.step, loss)
-        at.step, at.updates = at.step + 1, at.updates + taken
-        at.rows += len(rows_of_step)
-        at.tokens += int(train.tokens.lengths[rows_of_step].sum())
-        if at.updates == 1 and taken:
-            assert_adapters_moved(model)
-
-        # log
-        at.eval_seconds, at.seconds = evaluating, at.before + time.perf_counter() - began
-        line = {"step": at.step, "epoch": round(at.step / steps_per_epoch, 4), "loss": loss, "lr": cfg.lr * factor}
-        line |= {"grad_norm": float(norm), "tokens": at.tokens, "skipped": at.skipped, "seconds": round(at.seconds, 3)}
-        if world.rank == 0:
-            checkpoint.append_line(log, line)
-        tokens_per_second = at.tokens / max(1e-9, at.seconds - evaluating)
-        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens_per_second:,.0f}", refresh=False)
-        bar.update()
-
-        # eval
-        last = at.step == total
-        if last or at.step % eval_every == 0:
-            started = time.perf_counter()
-            logits = evaluate.score(model, val.tokens.take(eval_rows), world, precision, cfg.max_tokens)
-            scores = metrics.classification(logits, val.labels[eval_rows])
-            evaluating += time.perf_counter() - started
-            if world.rank == 0:
-                checkpoint.append_line(log, {"step": at.step, "eval": scores})
-            ddp.say(world, f"step {at.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "rows"))
-            at.eval_seconds = evaluating
-            if better(scores, at.best, cfg.metric):
-                at.best, at.best_step, at.stale = measure(scores, cfg.metric), at.step, 0
-                save(run / "best", world, model, tokenizer, cfg, labels, {"step": at.step, "base": base})
-            else:
-                at.stale += 1
-                at.done = bool(cfg.patience) and at.stale >= cfg.patience
-
-        # save
-        if last or at.done or stopping or at.step % save_every == 0:
-            state = (log, at, optimizer, scaler, train.digest)
-            save(run / "last", world, model, tokenizer, cfg, labels, {"step": at.step, "base": base}, state)
-        if stopping and not last:
-            raise KeyboardInterrupt(f"stopped after step {at.step}; go on with --resume {run}")
-    bar.close()
-
-    # ---- end: the best save, on all validation rows -----------------------------------------------------------------
-    if at.done:
-        ddp.say(world, f"stopped early: {cfg.patience} evaluations without a better {cfg.metric}")
-    started = time.perf_counter()
-    ddp.barrier(world)  # rank 0 has written best/
-    evaluate.read_classifier(checkpoint.trusted(run / "best"), model)
-    logits = evaluate.score(model, val.tokens, world, precision, cfg.max_tokens)
-    scores = metrics.classification(logits, val.labels)
-    if len(eval_rows) == len(val.labels) and abs(measure(scores, cfg.metric) - at.best) > 1e-3:
-        raise AssertionError(f"best/ reloaded scores {cfg.metric} {measure(scores, cfg.metric)}, saved with {at.best}")
-    evaluating += time.perf_counter() - started
-    confusion = metrics.confusion_matrix(val.labels, logits.argmax(axis=1), classes)
-    ddp.say(world, f"best of {cfg.metric}: step {at.best_step}\n" + metrics.table(confusion, list(labels.names)))
-    training = max(1e-9, at.seconds - at.eval_seconds)
-    result = {
-        "run": str(run),
-        "metrics": {k: round(v, 6) for k, v in scores.items()},
-        "majority": round(float(np.bincount(val.labels).max() / len(val.labels)), 6),
-        "best_step": at.best_step,
-        "steps": at.step,
-        "examples_per_second": round(at.rows / training, 2),
-        "tokens_per_second": round(at.tokens / training, 1),
-        "peak_memory_gb": round(peak_memory_gb(world), 3),
-        "flops": models.training_flops(model, train.tokens.lengths) * at.rows / len(train.labels),
-        "train_seconds": round(training, 2),
-        "eval_seconds": round(evaluating, 2),
-    }
-    if world.rank == 0:
-        write_predictions(run / "val_predictions.csv", val, logits, labels)
-        checkpoint.write_atomic(run / "result.json", json.dumps(result) + "\n")
-    reason = decide.degenerate(logits)
-    if reason:
-        raise evaluate.Degenerate(f"{reason}; the run is in {run}")
-    return result
-
-
-class Degenerate(RuntimeError):
-    """Scores that cannot be right."""
-
-    exit_status = 5
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -381,38 +214,47 @@ class Degenerate(RuntimeError):
 class Split:
     """Rows to train on or to validate with."""
 
+    rows: list[dict[str, str]]
     ids: list[str]
     labels: np.ndarray  # (N,) int64
-    tokens: data.Tokens
-    digest: str = ""
+    tokens: data.Tokens | None = None
+
+    def take(self, chosen: np.ndarray) -> "Split":
+        return Split([self.rows[i] for i in chosen], [self.ids[i] for i in chosen], self.labels[chosen])
+
+    def digest(self) -> str:
+        """sha256 over tokens and labels: a resumed run must see the same."""
+        arrays = (self.tokens.ids, self.tokens.starts, self.labels)
+        return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
 
 
-def load_data(cfg: TrainConfig, tokenizer, say) -> tuple[Split, Split, data.Labels]:
-    """Training and validation rows as tokens and class indices, and the classes. Prints what was found."""
+def load_rows(cfg: TrainConfig, say) -> tuple[Split, Split, data.Labels]:
+    """Training and validation rows with their class indices, and the classes. Prints what was found.
+
+    Raises UserError for everything that is wrong with the files, before the base is touched.
+    """
     columns = template_columns(cfg)
     rows = read_labelled(cfg, cfg.train_data, "train_data", columns, say)
     labels = data.find_labels([r[cfg.label_column] for r in rows], cfg.label_names)
+    train = labelled(cfg, rows, labels, f"--train_data {cfg.train_data}")
     if cfg.val_data:
         val_rows = read_labelled(cfg, cfg.val_data, "val_data", columns, say)
-        y = data.encode_labels([r[cfg.label_column] for r in rows], labels, f"--train_data {cfg.train_data}")
-        val_y = data.encode_labels([r[cfg.label_column] for r in val_rows], labels, f"--val_data {cfg.val_data}")
-        ids, val_ids = row_ids(cfg, rows), row_ids(cfg, val_rows)
+        val = labelled(cfg, val_rows, labels, f"--val_data {cfg.val_data}")
     else:
-        all_y = data.encode_labels([r[cfg.label_column] for r in rows], labels, f"--train_data {cfg.train_data}")
-        kept, held_out = data.stratified_split(all_y, cfg.val_size, cfg.seed)
-        all_ids, y, val_y = row_ids(cfg, rows), all_y[kept], all_y[held_out]
-        ids, val_ids = [all_ids[i] for i in kept], [all_ids[i] for i in held_out]
-        rows, val_rows = [rows[i] for i in kept], [rows[i] for i in held_out]
-    counts = np.bincount(y, minlength=len(labels.values))
+        kept, held_out = data.stratified_split(train.labels, cfg.val_size, cfg.seed)
+        train, val = train.take(kept), train.take(held_out)
+    counts = np.bincount(train.labels, minlength=len(labels.values))
+    say("classes: " + ", ".join(f"{n} {c:,}" for n, c in zip(labels.names, counts, strict=True)))
     absent = [labels.names[i] for i in np.flatnonzero(counts == 0)]
     if absent:
         say(f"warning: no training row has the label {', '.join(absent)}")
-    tokens, report = data.tokenize(tokenizer, cfg.text, rows, cfg.max_length)
-    val_tokens, val_report = data.tokenize(tokenizer, cfg.text, val_rows, cfg.max_length)
-    say(f"train: {report}\nvalidation: {val_report}")
-    say("classes: " + ", ".join(f"{n} {c:,}" for n, c in zip(labels.names, counts, strict=True)))
-    digest = hashlib.sha256(tokens.ids.tobytes() + tokens.starts.tobytes() + y.tobytes()).hexdigest()
-    return Split(ids, y, tokens, digest), Split(val_ids, val_y, val_tokens), labels
+    return train, val, labels
+
+
+def labelled(cfg: TrainConfig, rows: list[dict[str, str]], labels: data.Labels, where: str) -> Split:
+    """Rows with their ids (the id column, or the index in the file) and class indices."""
+    ids = [row.get(cfg.id_column, str(i)) for i, row in enumerate(rows)]
+    return Split(rows, ids, data.encode_labels([r[cfg.label_column] for r in rows], labels, where))
 
 
 def template_columns(cfg: TrainConfig) -> list[str]:
@@ -434,11 +276,6 @@ def read_labelled(cfg: TrainConfig, path: str, flag: str, columns: list[str], sa
     if empty:
         raise UserError(f"--{flag} {path}: {len(empty)} rows have an empty text (rows {data._few(empty, 20)})")
     return rows
-
-
-def row_ids(cfg: TrainConfig, rows: list[dict[str, str]]) -> list[str]:
-    """The id of each row: its id column, or its index in the file."""
-    return [row.get(cfg.id_column, str(i)) for i, row in enumerate(rows)]
 
 
 def class_weights(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndarray | None:
@@ -465,14 +302,25 @@ class State:
     skipped: int = 0  # those whose fp16 gradients were not finite
     rows: int = 0
     tokens: int = 0
-    seconds: float = 0.0  # in the loop, evaluations included
+    seconds: float = 0.0  # spent training, saves included, evaluations not
     eval_seconds: float = 0.0
     best: float | None = None
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
     done: bool = False  # stopped early
     resumed: int = 0  # the step that this process began with
-    before: float = 0.0  # seconds before this process
+
+
+class Clock:
+    """Adds the time since the last lap to one of the state's counters of seconds."""
+
+    def __init__(self, at: State):
+        self.at, self.last = at, time.perf_counter()
+
+    def lap(self, counter: str) -> None:
+        now = time.perf_counter()
+        setattr(self.at, counter, getattr(self.at, counter) + now - self.last)
+        self.last = now
 
 
 def run_to_resume(cfg: TrainConfig, world: ddp.World) -> Path | None:
@@ -507,11 +355,11 @@ def new_run(cfg: TrainConfig, world: ddp.World, labels: data.Labels) -> Path:
     facts = checkpoint.environment(torch.get_num_threads(), world.size, device_name(world))
     checkpoint.write_atomic(run / "environment.json", json.dumps(facts, indent=1) + "\n")
     checkpoint.write_atomic(run / "labels.json", json.dumps({"values": labels.values, "names": labels.names}, indent=1))
-    checkpoint.write_atomic(run / "config.json", configs.to_json(cfg))
+    checkpoint.write_atomic(run / "config.json", configs.to_json(replace(cfg, resume="")))
     return run
 
 
-def restore(run: Path, world, model, optimizer, scaler, gradients, digest: str) -> State | None:
+def restore(run: Path, world, model, optimizer, scaler, digest: str) -> State | None:
     """Load the last save into model, optimizer and scaler and cut the log back to it; None if nothing was saved yet.
 
     Raises UserError when the training rows are not those the run began with.
@@ -535,34 +383,30 @@ def restore(run: Path, world, model, optimizer, scaler, gradients, digest: str) 
     evaluate.read_classifier(folder, model)
     checkpoint.load_optimizer_tensors(optimizer, checkpoint.load_tensors(folder / "state.safetensors"))
     scaler.load_state_dict(saved["scaler"])
-    gradients.attach()
     at = State(**saved["at"])
-    at.resumed, at.before = at.step, at.seconds
+    at.resumed = at.step
     return at
 
 
 # ---- the loop's small parts -----------------------------------------------------------------------------------------
 
 
-def periodic_rows(cfg: TrainConfig, count: int) -> np.ndarray:
-    """The validation rows of periodic evaluations: all, or eval_rows drawn once from the seed."""
-    if not cfg.eval_rows or cfg.eval_rows >= count:
-        return np.arange(count)
-    return np.sort(np.random.default_rng([cfg.seed, 0xE7A1]).permutation(count)[: cfg.eval_rows])
+def periodic_rows(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndarray:
+    """The validation rows of periodic evaluations: all, or eval_rows drawn once from the seed.
 
-
-def measure(scores: dict[str, float], metric: str) -> float:
-    """The metric that chooses best/. Raises UserError when the validation rows do not allow it."""
-    if metric not in scores:
-        raise UserError(
-            f"--metric {metric} is not defined on these validation rows (a class is missing); choose another"
-        )
-    return scores[metric]
+    Raises UserError when `metric` is not defined on them.
+    """
+    rows = np.arange(len(labels))
+    if 0 < cfg.eval_rows < len(labels):
+        rows = np.sort(np.random.default_rng([cfg.seed, 0xE7A1]).permutation(len(labels))[: cfg.eval_rows])
+    if cfg.metric == "roc_auc" and len(np.unique(labels[rows])) < classes:
+        raise UserError("--metric roc_auc needs every class among the validation rows: choose another, or more rows")
+    return rows
 
 
 def better(scores: dict[str, float], best: float | None, metric: str) -> bool:
     """Whether an evaluation beats the best so far; log_loss is the smaller the better."""
-    now = measure(scores, metric)
+    now = scores[metric]
     return best is None or (now < best if metric == "log_loss" else now > best)
 
 
@@ -574,18 +418,19 @@ def assert_adapters_moved(model: models.Classifier) -> None:
 
 
 def refuse_not_finite(cfg, world, model, scaler, train: Split, micro_batches, precision: str, step: int, loss) -> None:
-    """After a step whose gradients were not finite: go on while fp16 scaling can still help, else say where it began.
-
-    Raises FloatingPointError naming the first layer whose output is not finite, or the largest activation.
-    """
+    """After a step whose gradients were not finite: go on while fp16 scaling can still help, else raise not_finite."""
     if scaler.is_enabled() and scaler.get_scale() >= 1.0:
         return
+    found = f"step {step + 1}: loss {loss:.4g}, gradients not finite"
+    raise not_finite(world, model, train, micro_batches, precision, found)
+
+
+def not_finite(world, model, train: Split, micro_batches, precision: str, found: str) -> FloatingPointError:
+    """The error that names the first layer whose output is not finite, or else the largest activation."""
     with torch.no_grad(), models.autocast(world.device, precision), models.activation_maxima(model) as maxima:
         model(data.pack(train.tokens, micro_batches[0], world.device))
     where = models.overflow_report(maxima)
-    raise FloatingPointError(
-        f"step {step + 1}: loss {loss:.4g}, gradients not finite; {where}; lower --lr, or try --precision bf16 or fp32"
-    )
+    return FloatingPointError(f"{found}; {where}; lower --lr, or try --precision bf16 or fp32")
 
 
 def save(
