@@ -441,7 +441,11 @@ def _cut(ids: list[int], offsets: list, pieces, max_length: int, report: TokenRe
     while low < high:
         cap = (low + high + 1) // 2
         low, high = (cap, high) if sum(min(len(t), cap) for t in tokens_of.values()) <= room else (low, cap - 1)
-    dropped = {t for tokens in tokens_of.values() for t in tokens[low:]}
+    spare, dropped = room - sum(min(len(t), low) for t in tokens_of.values()), set()
+    for tokens in tokens_of.values():
+        keep = low + (spare > 0 and len(tokens) > low)
+        spare -= keep - low
+        dropped |= set(tokens[keep:])
     report.cut_rows += 1
     report.cut_tokens += len(dropped)
     return [t for i, t in enumerate(ids) if i not in dropped]
@@ -458,6 +462,8 @@ def load_tokenizer(base: str):
         raise UserError(f"--base {base}: no tokenizer could be loaded ({reason})") from None
     if not tokenizer.is_fast:
         raise UserError(f"--base {base}: its tokenizer has no fast version, which bulk encoding and offsets need")
+    if not set(tokenizer("a b 1", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
+        raise UserError(f"--base {base}: no tokenizer files there (transformers made an empty one up)")
     tokenizer.model_max_length = int(1e9)  # lengths are limited by max_length, with a report
     return tokenizer
 

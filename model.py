@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
@@ -65,8 +66,8 @@ def packed_attention(
 ):
     """Block-diagonal attention over one packed row: query (1, H, T, d), key and value (1, H_kv, T, d) -> (1, T, H, d).
 
-    Causal unless the module says otherwise; a sliding window lets token i see tokens i - window + 1 .. i, as in
-    transformers. Signature: https://huggingface.co/docs/transformers/attention_interface
+    Causal unless the module says otherwise; a sliding window lets token i see tokens i - window + 1 .. i (and as far
+    ahead where not causal), as in transformers. Signature: https://huggingface.co/docs/transformers/attention_interface
     """
     if packed is None:
         raise AssertionError(f"{type(module).__name__} got no packing: its model does not pass keyword arguments on")
@@ -103,7 +104,7 @@ def _padded(query, key, value, packed: Packed, options: dict) -> torch.Tensor:
 def _band(n: int, window: int, causal: bool, device) -> torch.Tensor:
     """(n, n) bool: which keys a query sees within its window."""
     distance = torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)[None, :]
-    return (distance >= 0) & (distance < window) if causal else distance.abs() <= window
+    return (distance >= 0) & (distance < window) if causal else distance.abs() < window
 
 
 def takes_grouped(device, dtype) -> bool:
@@ -227,7 +228,7 @@ def load_language_model(base: str, device: torch.device, dtype: torch.dtype, ran
 def _load(auto, base: str, device: torch.device, dtype: torch.dtype, random_seed: int | None = None) -> nn.Module:
     config = load_config(base)
     config.use_cache = False
-    attention = ATTENTION if packs(config) else "sdpa"
+    attention = ATTENTION if packs(config) else None  # None: transformers' choice, for DeBERTa has one kind only
     if random_seed is not None:
         torch.manual_seed(random_seed)
         model = auto.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -237,7 +238,7 @@ def _load(auto, base: str, device: torch.device, dtype: torch.dtype, random_seed
         options = {"config": config, "dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
         try:
             model, info = auto.from_pretrained(folder, **options, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError) as e:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as e:
             reason = str(e).strip().split("\n")[0]
             raise UserError(f"--base {base}: its weights cannot be loaded ({reason})") from None
         missing = sorted(info["missing_keys"])
@@ -253,7 +254,7 @@ def _cast_out(module, inputs, output):
 
 
 def fingerprint(backbone: nn.Module) -> dict:
-    """What makes a base itself: its sizes, and a few weights (to be compared with a tolerance: dtypes differ)."""
+    """What makes a base itself: its sizes, and a few weights (to be compared up to the rounding of bf16)."""
     config, named = backbone.config, [(n, p) for n, p in backbone.named_parameters() if p.ndim == 2]
     sizes = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     named = [(n, p) for n, p in named if ".lora_" not in n]
@@ -268,7 +269,7 @@ def compare_fingerprints(saved: dict, now: dict) -> list[str]:
     for name, values in saved.get("weights", {}).items():
         got = now["weights"].get(name)
         if not found and (
-            got is None or any(abs(a - b) > 1e-4 + 0.02 * abs(b) for a, b in zip(got, values, strict=True))
+            got is None or any(abs(a - b) > 1e-6 + 0.005 * abs(b) for a, b in zip(got, values, strict=True))
         ):
             found.append(f"weights of {name} {got}, expected {values}")
     return found
@@ -281,15 +282,21 @@ def hidden_states(backbone: nn.Module, batch) -> torch.Tensor:
     """
     packed = Packed(batch.cu_seqlens, batch.lengths)
     if backbone.config._attn_implementation == ATTENTION:
-        out = backbone(
-            input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, packed=packed
-        )
+        positions = batch.position_ids + first_position(backbone)
+        out = backbone(input_ids=batch.input_ids[None], position_ids=positions[None], use_cache=False, packed=packed)
         return out.last_hidden_state[0]
     index, back = packed.gather()
     lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).long()
     mask = torch.arange(index.shape[1], device=index.device) < lengths[:, None]  # (B, L)
     out = backbone(input_ids=batch.input_ids[index], attention_mask=mask.long())
     return out.last_hidden_state.flatten(0, 1)[back]
+
+
+def first_position(backbone: nn.Module) -> int:
+    """The id of a sequence's first position: 0, but after the padding row in RoBERTa's table of positions."""
+    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else padding + 1
 
 
 # ---- the classifier -------------------------------------------------------------------------------------------------

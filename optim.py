@@ -69,7 +69,7 @@ def step(optimizer, scaler, factor: float, grad_clip: float, riders: torch.Tenso
         torch.nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    if taken or scaler.is_enabled():
+    if taken:
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=False)  # the .grad tensors are views of GradientSum's buffer: they stay

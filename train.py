@@ -84,6 +84,7 @@ def main(argv: list[str]) -> dict:
     warmup = optim.warmup_updates(total, cfg.warmup_steps, cfg.warmup_ratio)
 
     # ---- resume, or a new run ---------------------------------------------------------------------------------------
+    base = models.fingerprint(model.model)  # before a resumed run's weights are in it
     at = restore(run, world, model, optimizer, scaler, train.digest()) if run else None
     at = at or State(micro_batches=max(cfg.micro_batches, world.size))
     if at.micro_batches != cfg.micro_batches:

@@ -1,0 +1,369 @@
+"""Configs: help for every field, presets as published, the command line, and what it says about mistakes."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import configs
+from configs import CptConfig, InferConfig, TrainConfig, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+ENTRIES = [(TrainConfig, configs.TRAIN_PRESETS), (InferConfig, {}), (CptConfig, configs.CPT_PRESETS)]
+
+
+def names(cls) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def parse(*argv, cls=TrainConfig, presets=configs.TRAIN_PRESETS):
+    return configs.parse(cls, presets, list(argv), "doc")
+
+
+def refusal(*argv, **kwargs) -> str:
+    with pytest.raises(UserError) as e:
+        configs.check(parse(*argv, **kwargs)[0])
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+# ---- help -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [c for c, _ in ENTRIES])
+def test_every_field_has_a_comment_that_is_its_help(cls):
+    comments = configs.comments(cls)
+    assert list(comments) == names(cls)
+    assert all(len(text) > 8 for text in comments.values())
+    listed = configs.describe(cls, {})
+    for name, text in comments.items():
+        assert f"--{name} " in listed and text in listed
+
+
+def test_python_configs_lists_every_field_and_preset():
+    done = subprocess.run([sys.executable, "configs.py"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+    for cls, presets in ENTRIES:
+        for name in names(cls):
+            assert f"  --{name} " in done.stdout
+        for name in presets:
+            assert f"\n  {name} " in done.stdout
+
+
+def test_train_help_lists_every_field_and_exits_0(command):
+    status, out, err = command("train.py", "--help")
+    assert status == 0, err
+    assert all(f"  --{name} " in out for name in names(TrainConfig))
+    assert all(f"\n  {name} " in out for name in configs.TRAIN_PRESETS)
+
+
+# ---- presets --------------------------------------------------------------------------------------------------------
+
+RECIPE = {  # the published recipe of the 3B and the choices beside it, as DESIGN's table has them
+    "base": "Qwen/Qwen2.5-3B",
+    "rank": 16,
+    "alpha": 32.0,
+    "lora_dropout": 0.1,
+    "targets": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "bias": "all",
+    "head_dropout": 0.5,
+    "epochs": 5,
+    "label_smoothing": 0.1,
+    "weight_decay": 0.001,
+    "lr": 5e-5,
+    "head_lr": 1e-4,
+    "batch_size": 16,
+    "max_length": 512,
+    "schedule": "cosine",
+    "grad_checkpoint": True,
+    "micro_batches": 2,
+    "train_data": "dataset/train.csv",
+    "text": "{Question}",
+    "label_column": "label",
+    "precision": "auto",
+    "head": "linear",
+    "pooling": "last",
+    "task": "single_label",
+    "metric": "micro_f1",
+    "quant": "none",
+}
+
+
+def test_qwen3b_is_the_published_recipe():
+    cfg = dataclasses.asdict(configs.TRAIN_PRESETS["qwen3b"]())
+    assert {name: cfg[name] for name in RECIPE} == RECIPE
+
+
+@pytest.mark.parametrize(
+    "name, base",
+    [
+        ("qwen05b", "Qwen/Qwen2.5-0.5B"),
+        ("qwen15b", "Qwen/Qwen2.5-1.5B"),
+        ("llama1b", "meta-llama/Llama-3.2-1B"),
+        ("qwen32b", "Qwen/Qwen2.5-32B"),
+    ],
+)
+def test_same_recipe_on_other_bases(name, base):
+    changed = {"base": base} | ({"quant": "nf4"} if name == "qwen32b" else {})
+    assert configs.TRAIN_PRESETS[name]() == dataclasses.replace(configs.qwen3b(), **changed)
+
+
+@pytest.mark.parametrize("name", sorted(set(configs.TRAIN_PRESETS) - {"qwen32b"}))
+def test_presets_are_complete_and_valid(name):
+    configs.check(parse("--cfg", name)[0])
+
+
+def test_cpt_and_infer_defaults_are_valid():
+    configs.check(configs.cpt_tiny())
+    configs.check(InferConfig())
+
+
+def test_a_preset_that_is_not_built_yet_says_so():
+    if "quant" not in configs.NOT_BUILT:
+        configs.check(parse("--cfg", "qwen32b")[0])
+        return
+    message = refusal("--cfg", "qwen32b")
+    assert "nf4" in message and "--quant" in message and "problems in the settings" not in message
+
+
+def test_the_default_is_tiny():
+    assert parse()[0] == configs.tiny()
+    assert parse("--cfg", "tiny")[0] == configs.tiny()
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        configs.tiny().lr = 1.0
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_flags_of_every_type():
+    cfg, given_by_hand = parse(
+        "--cfg", "qwen05b", "--lr", "1e-4", "--epochs", "1e1", "--targets", "q_proj, v_proj", "--grad-checkpoint",
+        "false", "--rslora", "--text={a}={b}", "--train_layers", "-1",
+    )  # fmt: skip
+    expected = dataclasses.replace(
+        configs.qwen05b(), lr=1e-4, epochs=10, targets=("q_proj", "v_proj"), grad_checkpoint=False, rslora=True,
+        text="{a}={b}", train_layers=-1,
+    )  # fmt: skip
+    assert cfg == expected
+    assert given_by_hand == {"lr", "epochs", "targets", "grad_checkpoint", "rslora", "text", "train_layers"}
+
+
+@pytest.mark.parametrize(
+    "kind, value, expected",
+    [
+        (bool, "true", True), (bool, "True", True), (bool, "1", True), (bool, "yes", True), (bool, True, True),
+        (bool, "false", False), (bool, "0", False), (bool, "no", False), (bool, False, False),
+        (int, "7", 7), (int, "-1", -1), (int, "1e4", 10000), (int, 3, 3), (int, 3.0, 3),
+        (int, str(2**53 + 1), 2**53 + 1), (int, 2**63, 2**63),
+        (float, "1e-4", 1e-4), (float, 2, 2.0), (float, "nan", None),
+        (str, "007", "007"), (str, "None", "None"), (str, 7, "7"),
+        (tuple[str, ...], "a,b", ("a", "b")), (tuple[str, ...], "", ()), (tuple[str, ...], " a , ,b,", ("a", "b")),
+    ],
+)  # fmt: skip
+def test_convert(kind, value, expected):
+    got = configs.convert(value, kind)
+    assert type(got) is (tuple if kind not in (bool, int, float, str) else kind)
+    assert got == expected if expected is not None else got != got
+
+
+@pytest.mark.parametrize(
+    "flag, value, expected",
+    [
+        ("rslora", "maybe", "true or false"),
+        ("epochs", "2.5", "a whole number"),
+        ("epochs", "many", "a whole number"),
+        ("epochs", "inf", "a whole number"),
+        ("epochs", "nan", "a whole number"),
+        ("epochs", "true", "a whole number"),
+        ("lr", "fast", "a number"),
+        ("lr", "1e-4,1e-5", "a number"),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_flag_value_and_expectation(flag, value, expected):
+    assert refusal(f"--{flag}", value) == f"--{flag} {value}: expected {expected}"
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--learning_rat", "1"], ["unknown flag --learning_rat"]),
+        (["--epoch", "1"], ["unknown flag --epoch ", "did you mean --epochs?"]),
+        (["--labelcolumn", "x"], ["did you mean --label_column?"]),
+        (["--cgf", "tiny"], ["did you mean --cfg?"]),
+        (["--cfg", "qwen3B"], ["unknown preset qwen3B", "did you mean qwen3b?", "llama1b"]),
+        (["--cfg", "zzz"], ["unknown preset zzz", "tiny", "qwen3b"]),
+        (["--lr"], ["--lr has no value"]),
+        (["--lr", "--epochs", "2"], ["--lr has no value"]),
+        (["--lr", "1", "--lr", "2"], ["--lr is given twice"]),
+        (["train.csv"], ["'train.csv' stands alone"]),
+        (["--epoch", "1", "--lrr", "2", "x"], ["--epochs?", "--lr?"]),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(argv, words):
+    message = refusal(*argv)
+    assert all(word in message for word in words), message
+
+
+def test_every_contradiction_comes_in_one_message():
+    message = refusal(
+        "--rank", "0", "--bias", "all", "--warmup_steps", "5", "--warmup_ratio", "0.1", "--lr", "-1", "--epochs", "0",
+        "--max_tokens", "100", "--val_data", "", "--val_size", "0", "--text", "no column", "--metric", "macrof1",
+        "--label_names", "a,b,a", "--class_weights", "1,-2", "--label_smoothing", "1", "--train_data", "",
+        "--grad_clip", "-1",
+    )  # fmt: skip
+    assert message.startswith("13 problems in the settings: ") and message.count(" | ") == 12, message
+    for words in (
+        "--bias all with --rank 0", "--warmup_steps 5 and --warmup_ratio 0.1", "--lr -1.0: expected a number above 0",
+        "--epochs 0", "--max_tokens 100 is below --max_length 512", "--val_size 0.0 without --val_data",
+        '--text "no column"', "--metric macrof1", "did you mean macro_f1?", "a name stands twice",
+        "--class_weights 1,-2", "--label_smoothing 1.0", "--train_data is empty",
+        "--grad_clip -1.0: expected 0 or more",
+    ):  # fmt: skip
+        assert words in message, (words, message)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--train_layers", "2"], "--train_layers 2 with --rank 16"),
+        (["--targets", ""], "empty --targets"),
+        (["--lr", "nan"], "--lr nan: expected a finite number"),
+        (["--lr", "inf"], "--lr inf: expected a finite number"),
+        (["--val_size", "10.5"], "must be whole"),
+        (["--seed", "-1"], "--seed -1: expected 0 or more"),
+        (["--label_names", "one"], "at least 2 names"),
+        (["--class_weights", "1,inf"], "--class_weights 1,inf"),
+        (["--pooling", "lst"], "did you mean last?"),
+    ],
+)
+def test_single_contradictions(flags, words):
+    assert words in refusal(*flags)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--submission", "a,b,c"], '--submission "a,b,c": expected two column names'),
+        (["--submission", "a"], "expected two column names"),
+        (["--output", "out.txt"], "--output out.txt"),
+        (["--max_tokens", "0"], "--max_tokens 0"),
+    ],
+)
+def test_infer_contradictions(flags, words):
+    assert words in refusal(*flags, cls=InferConfig, presets={})
+
+
+# ---- config.json ----------------------------------------------------------------------------------------------------
+
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)
+VALUES = {
+    "base": TEXTS,
+    "text": TEXTS,
+    "label_names": st.lists(TEXTS, max_size=3).map(tuple),
+    "lr": st.floats(allow_nan=False, allow_infinity=False),
+    "val_size": st.floats(0, 1e9),
+    "seed": st.integers(0, 2**64),
+    "epochs": st.integers(-5, 10**6),
+    "rslora": st.booleans(),
+}
+
+
+@given(st.fixed_dictionaries(VALUES))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_config_survives_its_json(tmp_path_factory, values):
+    path = tmp_path_factory.getbasetemp() / "config.json"
+    cfg = dataclasses.replace(configs.qwen3b(), **values)
+    path.write_text(configs.to_json(cfg), encoding="utf-8")
+    assert configs.read_config(TrainConfig, path) == cfg
+
+
+@pytest.mark.parametrize("cls, presets", ENTRIES)
+def test_every_preset_survives_its_json(cls, presets, tmp_path):
+    for make in [*presets.values(), cls]:
+        (tmp_path / "config.json").write_text(configs.to_json(make()))
+        again = configs.read_config(cls, tmp_path)  # the run folder will do
+        assert again == make()
+        assert all(type(getattr(again, n)) is type(getattr(make(), n)) for n in names(cls))
+
+
+def test_cfg_takes_a_past_run_and_flags_on_top(tmp_path):
+    (tmp_path / "config.json").write_text(configs.to_json(configs.qwen3b()))
+    for given_as in (tmp_path, tmp_path / "config.json"):
+        cfg, by_hand = parse("--cfg", str(given_as), "--lr", "1e-3")
+        assert cfg == dataclasses.replace(configs.qwen3b(), lr=1e-3) and by_hand == {"lr"}
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "is not JSON"),
+        ("[1]", "expected an object of fields, got list"),
+        ('{"lrr": 1}', "unknown field lrr (did you mean lr?)"),
+        ('{"lr": "fast"}', "lr fast: expected a number"),
+        ('{"lr": [1]}', "lr [1]: expected a number"),
+        ('{"lr": true}', "expected a number"),
+        ('{"epochs": null}', "epochs null: expected a whole number"),
+        ('{"epochs": true}', "expected a whole number"),
+        ('{"base": null}', "base null: expected a string"),
+        ('{"base": ["a"]}', "expected a string"),
+        ('{"rslora": 2}', "expected true or false"),
+        ('{"label_names": null}', "label_names null"),
+        ('{"lrr": 1, "epochs": "x"}', " | "),
+    ],
+)
+def test_a_broken_config_json_names_file_and_field(tmp_path, content, words):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(UserError) as e:
+        configs.read_config(TrainConfig, path)
+    assert str(path) in str(e.value) and words in str(e.value)
+
+
+def test_a_missing_config_json_is_named(tmp_path):
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        configs.read_config(TrainConfig, tmp_path / "none.json")
+
+
+def test_to_json_holds_every_field():
+    assert list(json.loads(configs.to_json(configs.tiny()))) == names(TrainConfig)
+
+
+# ---- data of the user's own -----------------------------------------------------------------------------------------
+
+
+def test_own_train_data_drops_the_files_of_the_preset():
+    def after(*argv):
+        cfg, by_hand = parse(*argv)
+        cfg = configs.own_data(cfg, by_hand)
+        return cfg.train_data, cfg.val_data, cfg.test_data
+
+    assert after() == ("tiny/data/train.csv", "tiny/data/val.csv", "tiny/data/test.csv")
+    assert after("--train_data", "my.csv") == ("my.csv", "", "")
+    assert after("--train_data", "my.csv", "--val_data", "v.csv") == ("my.csv", "v.csv", "")
+    assert after("--train_data", "my.csv", "--test_data", "t.csv") == ("my.csv", "", "t.csv")
+    assert after("--val_data", "v.csv") == ("tiny/data/train.csv", "v.csv", "tiny/data/test.csv")
+
+
+@pytest.mark.parametrize(
+    "path, expected",
+    [
+        ("math.csv", "math"),
+        ("dir/reddit.jsonl.gz", "reddit"),
+        ("tiny/data/train.csv", "tiny"),
+        ("rules/train.csv", "rules"),
+        ("dataset/train.csv", "data"),
+        ("train.csv", "data"),
+    ],
+)
+def test_dataset_name(path, expected):
+    assert configs.dataset_name(TrainConfig(train_data=path)) == expected
+    assert configs.dataset_name(TrainConfig(train_data=path, dataset="mine")) == "mine"

@@ -1,0 +1,495 @@
+"""model.py against transformers' own models: packed == padded == alone for every family, pooling, heads, precision.
+
+A micro-batch is one packed row. The reference is always stock attention on each sequence alone, or right-padded with an
+attention mask. Tolerances are shares of the reference's largest value.
+"""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import configs
+import data
+import evaluate
+import lora
+import model as models
+from configs import UserError
+
+CPU = torch.device("cpu")
+ROUNDING = 2e-6  # of the largest value: fp32 sums in another order
+LENGTHS = (9, 1, 17, 4)  # longer and shorter than the windows
+SIZES = dict(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, initializer_range=0.2, pad_token_id=0, bos_token_id=None, eos_token_id=2,
+)  # fmt: skip
+FAMILIES = {
+    "Qwen2": dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "Qwen3": dict(head_dim=12),
+    "Llama": dict(),
+    "Mistral": dict(sliding_window=6, head_dim=8),
+    "Gemma3Text": dict(sliding_window=5, head_dim=8, layer_types=["sliding_attention", "full_attention"]),
+    "Phi3": dict(sliding_window=7),
+}
+ENCODERS = {
+    "Bert": dict(max_position_embeddings=40),
+    "Roberta": dict(max_position_embeddings=40, pad_token_id=1),
+    "ModernBert": dict(local_attention=6, global_attn_every_n_layers=2, num_hidden_layers=3),
+    "DebertaV2": dict(relative_attention=True, pos_att_type=["p2c", "c2p"], type_vocab_size=0, position_buckets=4),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """base(family) -> a folder with a small random model of it, biases and norms away from their defaults."""
+    made = {}
+
+    def make(family, **changes):
+        key = (family, *changes.items())
+        if key not in made:
+            torch.manual_seed(0)
+            sizes = {**SIZES, **{**FAMILIES, **ENCODERS}.get(family, {}), **changes}
+            model = getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**sizes))
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.ndim == 1:
+                        p += 0.2 * torch.randn_like(p)
+            made[key] = str(tmp_path_factory.mktemp(family))
+            model.save_pretrained(made[key])
+        return made[key]
+
+    return make
+
+
+def stock(folder, auto=transformers.AutoModel, **options):
+    """transformers' own model with its default attention: sdpa, and for DeBERTa the only one it has."""
+    return auto.from_pretrained(folder, **options).eval()
+
+
+def rows(lengths=LENGTHS, low=3, seed=0):
+    """Token ids of each sequence, none of them special."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(low, 61, n).tolist() for n in lengths]
+
+
+def batch_of(sequences):
+    return data.pack(data.join_tokens(sequences), np.arange(len(sequences)), CPU)
+
+
+def pad(sequences, value=0):
+    """Right-padded ids (B, L) and their mask."""
+    longest = max(map(len, sequences))
+    ids = torch.tensor([s + [value] * (longest - len(s)) for s in sequences])
+    return ids, torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
+
+
+def near(got, want, share=ROUNDING):
+    torch.testing.assert_close(got, want, rtol=0, atol=share * float(want.detach().abs().max()))
+
+
+def classifier(folder, pooling="last", classes=3, dtype=torch.float32, targets=(), bias="none", dropout=0.0):
+    torch.manual_seed(1)
+    model = models.Classifier(models.load_backbone(folder, CPU, dtype), classes, 0.0, pooling).eval()
+    if targets:
+        models.add_adapter(model, targets, 4, 6.0, dropout, bias, False)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p += 0.1 * torch.randn_like(p)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# packed == padded == alone
+
+
+def stock_hidden(model, sequences, how):
+    """Hidden states (T, D) of each sequence by stock attention."""
+    if how == "alone":
+        return torch.cat([model(input_ids=torch.tensor([s])).last_hidden_state[0] for s in sequences])
+    ids, mask = pad(sequences)
+    return model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+
+
+@pytest.mark.parametrize("how", ["alone", "padded"])
+@pytest.mark.parametrize("family", [*FAMILIES, *ENCODERS])
+def test_packed_equals_stock_in_states_and_gradients(base, family, how):
+    """Of every parameter. DeBERTa does not take our attention and runs right-padded inside, with the same result."""
+    folder, sequences = base(family), rows()
+    ours, theirs = models.load_backbone(folder, CPU, torch.float32).eval(), stock(folder)
+    assert (
+        models.packs(ours.config) == (ours.config._attn_implementation == models.ATTENTION) == (family != "DebertaV2")
+    )
+    got, want = models.hidden_states(ours, batch_of(sequences)), stock_hidden(theirs, sequences, how)
+    near(got, want)
+    direction = torch.randn(want.shape, generator=torch.Generator().manual_seed(2))
+    for hidden in (got, want):
+        (hidden * direction).sum().backward()
+    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    largest = max(float(g.abs().max()) for g in gradients.values())
+    assert gradients.keys() == {n for n, p in ours.named_parameters() if p.grad is not None}
+    for name, p in ours.named_parameters():
+        if p.grad is not None:
+            nothing = re.search(r"key(_proj)?\.bias$", name)  # cancels in the softmax where no rotation follows
+            scale = largest if nothing else float(gradients[name].abs().max())
+            torch.testing.assert_close(p.grad, gradients[name], rtol=0, atol=ROUNDING * scale, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_contaminated_control(base, family):
+    """Stock attention on the packed row with an all-ones mask leaks: the tests above can fail."""
+    batch = batch_of(rows())
+    theirs, ours = stock(base(family)), models.load_backbone(base(family), CPU, torch.float32)
+    with torch.no_grad():
+        leaky = theirs(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=torch.ones(1, len(batch.input_ids), dtype=torch.int64),
+        ).last_hidden_state[0]
+        clean = models.hidden_states(ours, batch)
+    near(clean[: LENGTHS[0]], leaky[: LENGTHS[0]])  # the first sequence sees nothing but itself
+    assert (clean - leaky).abs().max() > 1e-2
+
+
+def test_what_follows_or_stands_beside_a_sequence_does_not_reach_it(base):
+    """Bit for bit on a CPU: the same row in two different packs."""
+    model = models.load_backbone(base("Gemma3Text"), CPU, torch.float32)
+    row, *others = rows()
+    with torch.no_grad():
+        first = models.hidden_states(model, batch_of([row, *others]))[: len(row)]
+        last = models.hidden_states(model, batch_of([others[1], row]))[-len(row) :]
+    near(last, first)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the attention function
+
+
+class Causal(nn.Module):
+    is_causal = True
+
+
+def heads(lengths, query_heads=4, key_heads=2, width=8):
+    torch.manual_seed(0)
+    shape = (1, query_heads, sum(lengths), width), (1, key_heads, sum(lengths), width)
+    parts = [torch.randn(s, requires_grad=True) for s in (shape[0], shape[1], shape[1])]
+    cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return parts, models.Packed(cu, tuple(lengths))
+
+
+def naive_attention(query, key, value, lengths, window, causal, scale):
+    """Softmax attention over the whole row with the rule written out as a matrix of who sees whom."""
+    which = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    i, j = torch.arange(sum(lengths))[:, None], torch.arange(sum(lengths))[None, :]
+    sees = which[:, None] == which[None, :]
+    if causal:
+        sees = sees & (j <= i) & ((i - j < window) if window else True)
+    elif window:
+        sees = sees & ((i - j).abs() < window)
+    repeat = query.shape[1] // key.shape[1]
+    key, value = (t[:, torch.arange(query.shape[1]) // repeat] for t in (key, value))
+    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~sees, -float("inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2)  # (1, T, H, d)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 30])
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_attention_equals_its_definition(causal, window):
+    (q, k, v), packed = heads(LENGTHS)
+    got, _ = models.packed_attention(
+        Causal(), q, k, v, scaling=0.3, sliding_window=window, packed=packed, is_causal=causal
+    )
+    near(got, naive_attention(q, k, v, LENGTHS, window, causal, 0.3))
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize("lengths", [LENGTHS, (1,), (5, 5)])
+def test_padded_kernel_of_gpus_equals_the_loop(lengths, key_heads):
+    """Values and gradients, grouped key heads included: padding is never seen, and gets no gradient."""
+    parts, packed = heads(lengths, key_heads=key_heads)
+    options = {"dropout_p": 0.0, "scale": 0.3, "enable_gqa": key_heads != 4}
+    padded = models._padded(*parts, packed, options).transpose(1, 2)
+    loop, _ = models.packed_attention(Causal(), *parts, scaling=0.3, packed=packed)
+    near(padded, loop)
+    direction = torch.randn_like(loop)
+    gradients = [torch.autograd.grad((y * direction).sum(), parts) for y in (padded, loop)]
+    for got, want in zip(*gradients, strict=True):
+        near(got, want)
+
+
+def test_attention_refuses_what_it_cannot_do():
+    (q, k, v), packed = heads(LENGTHS)
+    with pytest.raises(AssertionError, match="Causal got no packing"):
+        models.packed_attention(Causal(), q, k, v)
+    with pytest.raises(UserError, match="softcap"):
+        models.packed_attention(Causal(), q, k, v, packed=packed, softcap=30.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pooling and heads
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_transformers_classifiers(base, family, tmp_path):
+    """On padded rows without special tokens, where theirs is right; read from the whole-model save that ours writes."""
+    ours, sequences = classifier(base(family)), rows()
+    names = ("x", "y", "z")
+    evaluate.write_classifier(tmp_path, ours, Tokenizer(), configs.TrainConfig(rank=0), data.Labels(names, names))
+    theirs = stock(tmp_path, transformers.AutoModelForSequenceClassification)
+    ids, mask = pad(sequences)
+    with torch.no_grad():
+        near(ours(batch_of(sequences)), theirs(input_ids=ids, attention_mask=mask).logits)
+    assert type(theirs).__name__ == f"{family}ForSequenceClassification"
+    assert theirs.config.id2label == dict(enumerate(names))
+
+
+class Tokenizer:
+    def save_pretrained(self, folder):
+        """Nothing: these tests make their ids themselves."""
+
+
+def test_pooling_by_position_where_pad_is_eos(base):
+    """transformers#35352: it takes the rightmost token that is not pad, so with pad == eos the row ending in EOS is
+    pooled one token early, even without padding."""
+    folder = base("Llama", pad_token_id=2)
+    ours, theirs = classifier(folder), stock(folder, transformers.AutoModelForSequenceClassification, num_labels=3)
+    theirs.score.weight.data = ours.score.weight.data
+    plain, ended = rows((6, 6))
+    ended[-1] = 2
+    with torch.no_grad():
+        at_end = theirs.score(theirs.model(input_ids=torch.tensor([ended])).last_hidden_state[0])
+        wrong = theirs(input_ids=torch.tensor([ended])).logits[0]
+        got = ours(batch_of([plain, ended]))[1]
+    near(got, at_end[-1])
+    near(wrong, at_end[-2])
+    assert (got - wrong).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+def test_pooling_by_hand(pooling):
+    hidden = torch.randn(sum(LENGTHS), 5, generator=torch.Generator().manual_seed(0))
+    cu = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
+    rule = {"last": lambda h: h[-1], "mean": lambda h: h.mean(0), "cls": lambda h: h[0]}[pooling]
+    want = torch.stack([rule(part) for part in hidden.split(LENGTHS)])
+    near(models.pool(hidden, cu, pooling), want)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_head_logits_and_residual_stream_are_fp32_under_autocast(base, pooling, weights):
+    model = classifier(base("Qwen2"), pooling, dtype=weights, targets=("q_proj", "o_proj"))
+    seen = {"layer": set(), "linear": set(), "head in": set()}
+    for layer in models.decoder_layers(model.model):
+        layer.register_forward_hook(
+            lambda m, i, out: seen["layer"].add((out[0] if isinstance(out, tuple) else out).dtype)
+        )
+        layer.mlp.down_proj.register_forward_hook(lambda m, i, out: seen["linear"].add(out.dtype))
+    model.score.register_forward_hook(lambda m, i, out: seen["head in"].add(i[0].dtype))
+    with models.autocast(CPU, "bf16"):
+        logits = model(batch_of(rows()))
+    fp32, bf16 = {torch.float32}, {torch.bfloat16}
+    assert seen == {"layer": fp32, "linear": bf16, "head in": fp32}  # and autocast was on: linears gave bf16
+    assert logits.dtype == model.score.weight.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Gemma3Text"])
+def test_gradient_checkpointing_gives_the_same_gradients_and_reaches_every_adapter(base, family):
+    """Bit for bit, dropout masks included; and it does recompute. Reentrant mode would train nothing (frozen base)."""
+    gradients, calls = [], []
+    for checkpointed in (False, True):
+        model = classifier(base(family), targets=("all-linear",), bias="all", dropout=0.2).train()
+        if checkpointed:
+            models.checkpoint_activations(model.model)
+        count = []
+        models.decoder_layers(model.model)[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        torch.manual_seed(3)
+        model(batch_of(rows())).square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+        calls.append(len(count))
+    assert calls == [1, 2]
+    plain, recomputed = gradients
+    assert sum("lora_B" in n for n in plain) == 14
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, recomputed[name]), name
+        assert gradient.any() or name.endswith("k_proj.base_layer.bias"), name
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, -1])
+def test_train_layers_trains_exactly_those(base, count):
+    """The head; the last layers with the final norm; or everything. As fp32, also on a half-precision base."""
+    model = classifier(base("Qwen2"), dtype=torch.bfloat16)
+    returned = models.train_layers(model, count)
+    every = [n for n, _ in model.named_parameters()]
+    chosen = {0: r"score\.", 1: r"score\.|model\.norm\.|model\.layers\.1\.", -1: ""}
+    chosen[2] = chosen[1] + r"|model\.layers\.0\."
+    want = {n for n in every if re.match(chosen[count], n)}
+    assert set(returned) == {n for n, p in model.named_parameters() if p.requires_grad} == want
+    assert len(want) == {0: 1, 1: 14, 2: 26, -1: 27}[count]
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} <= {torch.bfloat16}
+
+
+def test_more_layers_than_there_are_is_the_users_mistake(base):
+    with pytest.raises(UserError, match="--train_layers 3: this base has 2 layers"):
+        models.train_layers(classifier(base("Qwen2")), 3)
+
+
+def test_unmatched_targets_are_the_users_mistake(base):
+    with pytest.raises(UserError, match="--targets q_proj,wte: target wte matches no module.*k_proj"):
+        models.add_adapter(classifier(base("Qwen2")), ("q_proj", "wte"), 4, 6.0, 0.0, "none", False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loading
+
+
+@pytest.mark.parametrize(
+    "problem", ["no folder", "no config", "no weights", "missing tensor", "other size", "truncated"]
+)
+def test_a_base_that_cannot_be_loaded_is_the_users_mistake(base, tmp_path, problem):
+    folder = tmp_path / "base"
+    source = stock(base("Qwen2"))
+    if problem != "no folder":
+        source.save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    said = {
+        "no folder": "no such folder",
+        "no config": "no config.json in this folder",
+        "no weights": "no weights in this folder",
+        "missing tensor": r"1 tensors are missing from its weights \(layers.1.mlp.up_proj.weight",
+        "other size": "its weights cannot be loaded",
+        "truncated": "its weights cannot be loaded",
+    }[problem]
+    if problem == "no config":
+        (folder / "config.json").unlink()
+    elif problem == "no weights":
+        weights.unlink()
+    elif problem in ("missing tensor", "other size"):
+        tensors = load_file(weights)
+        gone = tensors.pop("layers.1.mlp.up_proj.weight")
+        if problem == "other size":
+            tensors["layers.1.mlp.up_proj.weight"] = gone[:-1].contiguous()
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif problem == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"--base {folder}.*{said}"):
+        models.load_backbone(str(folder), CPU, torch.float32)
+
+
+def test_a_hub_name_offline_says_what_to_do():
+    """Tests run with HF_HUB_OFFLINE=1."""
+    with pytest.raises(UserError, match="HF_TOKEN.*offline give a local folder"):
+        models.load_config("nobody/this-is-not-there")
+
+
+def test_language_model_with_a_seed_is_drawn_not_loaded(base):
+    a, b, c = (models.load_language_model(base("Qwen2"), CPU, torch.float32, seed).state_dict() for seed in (1, 1, 2))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a[name], c[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fingerprint_of_the_same_base_agrees_across_dtypes_and_adapters(base, dtype):
+    saved = models.fingerprint(models.load_backbone(base("Qwen2"), CPU, torch.float32))
+    now = models.fingerprint(classifier(base("Qwen2"), dtype=dtype, targets=("all-linear",)).model)
+    assert saved["weights"] and models.compare_fingerprints(saved, now) == []
+    assert models.compare_fingerprints(now, saved) == []
+
+
+@pytest.mark.parametrize("moved", [0.01, 1.0])
+def test_fingerprint_names_other_weights(base, moved):
+    """Also of a base that was trained a little further: every weight moved by 1%. bf16 rounds by 0.2%."""
+    saved = models.fingerprint(models.load_backbone(base("Qwen2"), CPU, torch.float32))
+    other = models.load_backbone(base("Qwen2"), CPU, torch.float32)
+    with torch.no_grad():
+        for p in other.parameters():
+            p *= 1 + moved
+    (found,) = models.compare_fingerprints(saved, models.fingerprint(other))
+    assert re.match(r"weights of \S+ \[.*\], expected \[", found)
+
+
+def test_fingerprint_names_other_sizes(base):
+    prints = [models.fingerprint(stock(f)) for f in (base("Qwen2"), base("Qwen2", num_hidden_layers=3, vocab_size=67))]
+    assert models.compare_fingerprints(*prints) == ["num_hidden_layers 3, expected 2", "vocab_size 67, expected 61"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# precision and numbers
+
+
+@pytest.mark.parametrize(
+    "capability, precision, grouped",
+    [((6, 0), "fp16", False), ((7, 5), "fp16", False), ((8, 0), "bf16", True), ((9, 0), "bf16", True)],
+)
+def test_precision_and_kernel_by_capability_never_by_is_bf16_supported(monkeypatch, capability, precision, grouped):
+    """It is True on a T4, capability 7.5 (pytorch#148322), where bf16 is emulated and slow."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Some GPU")
+    cuda = torch.device("cuda", 0)
+    assert models.choose_precision("auto", cuda) == (precision, f"Some GPU, capability {capability[0]}.{capability[1]}")
+    assert models.weight_dtype(cuda, precision) == models.DTYPES[precision]
+    assert models.takes_grouped(cuda, models.DTYPES[precision]) == grouped
+    assert not models.takes_grouped(cuda, torch.float32)
+    assert ("expanded" in models.attention_note(cuda, True, precision)) != grouped
+
+
+@pytest.mark.parametrize("wanted, got", [("auto", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")])
+def test_precision_on_a_cpu(wanted, got):
+    assert models.choose_precision(wanted, CPU)[0] == got
+    assert models.weight_dtype(CPU, got) == torch.float32
+
+
+def test_training_flops_by_hand(base):
+    """2 FLOPs a weight and token for each of: forward, gradient of activations, gradient of trained weights."""
+    lengths = (3, 5)
+    linears = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # q o, k v, gate up down of 2 layers
+    adapters = 2 * 2 * 4 * (32 + 32)  # A and B of q and o, 2 layers
+    scores = 2 * 2 * 32 * (3**2 + 5**2)  # layers, both products of half an n x n matrix, width
+    model = classifier(base("Qwen2"), targets=("q_proj", "o_proj"))
+    assert models.training_flops(model, lengths) == 8 * (4 * linears + 6 * adapters) + 3 * scores
+    model = classifier(base("Qwen2"))
+    models.train_layers(model, -1)
+    assert models.training_flops(model, lengths) == 8 * 6 * linears + 3 * scores
+    models.train_layers(model, 0)  # the head alone: the backbone runs forward only
+    assert models.training_flops(model, lengths) == 8 * 2 * linears + scores
+
+
+def test_overflow_report_names_the_first_layer_that_is_not_finite(base):
+    model = classifier(base("Qwen2", num_hidden_layers=4))
+    layers = models.decoder_layers(model.model)
+
+    def report():
+        with torch.no_grad(), models.activation_maxima(model) as maxima:
+            model(batch_of(rows()))
+        return models.overflow_report(maxima)
+
+    with torch.no_grad():
+        layers[1].mlp.down_proj.weight *= 1e3
+        largest = re.fullmatch(r"largest activation (\S+) in layer (\d)", report())
+        assert float(largest[1]) > 1e3 and int(largest[2]) >= 1
+        layers[2].mlp.down_proj.bias = nn.Parameter(torch.full((32,), float("nan")))
+        assert report() == "layer 2 is the first whose output is not finite"
+        layers[1].mlp.down_proj.bias = nn.Parameter(torch.full((32,), -float("inf")))
+        assert report() == "layer 1 is the first whose output is not finite"
+    assert not any(layer._forward_hooks for layer in layers)
+
+
+def test_disabled_adapter_gives_the_bases_hidden_states_bit_for_bit(base):
+    """Through our own attention, with every bias trained."""
+    model, batch = classifier(base("Qwen2"), targets=("q_proj", "v_proj"), bias="all"), batch_of(rows())
+    plain = models.load_backbone(base("Qwen2"), CPU, torch.float32)
+    with torch.no_grad():
+        want = models.hidden_states(plain, batch)
+        assert not torch.equal(models.hidden_states(model.model, batch), want)
+        with lora.disable(model):
+            assert torch.equal(models.hidden_states(model.model, batch), want)
