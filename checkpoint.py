@@ -124,6 +124,7 @@ def newest_finished(outputs: str, marker: str) -> Path | None:
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file and make it durable."""
     save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+    os.chmod(path, 0o644)  # safetensors makes it private to the user
     fs_sync(path)
 
 
