@@ -24,7 +24,7 @@ import ddp
 import evaluate
 import optim
 from configs import UserError
-from model import autocast, checkpoint_activations, choose_precision, load_config, load_language_model
+from model import autocast, checkpoint_activations, choose_precision, load_config, load_language_model, plain_config
 
 
 def main(argv: list[str]) -> dict:
@@ -130,11 +130,7 @@ def main(argv: list[str]) -> dict:
 def load_segments(cfg: configs.CptConfig, tokenizer) -> tuple[data.Tokens, data.Tokens]:
     """Segments of the documents to train on and of the held-out ones, which are chosen by document."""
     rows = [row for path in cfg.train_data.split(",") for row in data.read_rows(path.strip(), "train_data")]
-    try:
-        columns = data.prompts.fields(cfg.text)
-    except ValueError as e:
-        raise UserError(f"--text: {e}") from None
-    data.need_columns(rows, columns, cfg.train_data, "train_data")
+    data.need_columns(rows, data.template_columns(cfg.text), cfg.train_data, "train_data")
     documents, _ = data.tokenize(tokenizer, cfg.text, rows, max_length=10**9)
     count = int(cfg.val_size) if cfg.val_size >= 1 else max(1, round(len(rows) * cfg.val_size))
     if not 0 < count < len(rows):
@@ -182,7 +178,7 @@ def restore(run: Path, world, lm, optimizer, scaler) -> dict:
         lm.tie_weights()
         checkpoint.load_optimizer_tensors(optimizer, checkpoint.load_tensors(folder / "state.safetensors"))
         scaler.load_state_dict(at["scaler"])
-        return at
+    return at
 
 
 def save(run: Path, world, lm, tokenizer, optimizer, scaler, at: dict, keep: int) -> None:
@@ -206,9 +202,8 @@ def write_base(folder: Path, lm, tokenizer, dtype: torch.dtype) -> None:
     if tied:
         tensors.pop("lm_head.weight")
     checkpoint.save_tensors(folder / "model.safetensors", tensors)
-    config = lm.config.to_dict()
+    config = plain_config(lm)
     config.update(dtype=str(dtype).removeprefix("torch."), architectures=[type(lm).__name__], use_cache=True)
-    config.pop("_attn_implementation", None)
     checkpoint.save_json(folder / "config.json", config)
     tokenizer.save_pretrained(folder)
 

@@ -152,6 +152,14 @@ def _few(items: list[str], most: int = 5) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def template_columns(template: str) -> list[str]:
+    """The columns that a text template names. Raises UserError for a malformed one."""
+    try:
+        return prompts.fields(template)
+    except ValueError as e:
+        raise UserError(f"--text: {e}") from None
+
+
 def need_columns(rows: list[dict[str, str]], columns: list[str], path: str, flag: str) -> None:
     """Raise UserError unless every row has all columns; names what exists."""
     missing = [c for c in columns if any(c not in row for row in rows)]
@@ -202,15 +210,16 @@ class Labels:
     names: tuple[str, ...]
 
 
-def find_labels(column: list[str], label_names: tuple[str, ...] = ()) -> Labels:
+def find_labels(column: list[str], label_names: tuple[str, ...] = (), where: str = "the label column") -> Labels:
     """The classes of a label column: whole numbers in numeric order, other strings sorted, or as `label_names` says.
 
     Where the column holds whole numbers 0..C-1, C label_names that are no such numbers are their display names.
+    where: the file, for errors.
     """
     found = set(column)
     if any(not v.strip() for v in found):
         rows = [str(i + 1) for i, v in enumerate(column) if not v.strip()]
-        raise UserError(f"{len(rows)} rows have an empty label (rows {_few(rows)})")
+        raise UserError(f"{where}: {len(rows)} rows have an empty label (rows {_few(rows)})")
     whole = all(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", v) for v in found)
     if label_names:
         numbers = tuple(str(i) for i in range(len(label_names)))
@@ -219,9 +228,9 @@ def find_labels(column: list[str], label_names: tuple[str, ...] = ()) -> Labels:
         return Labels(label_names, label_names)
     values = tuple(sorted(found, key=int) if whole else sorted(found))
     if len(values) < 2:
-        raise UserError(f"the label column holds only {values[0]!r}: expected at least 2 classes")
+        raise UserError(f"{where} holds only the label {values[0]!r}: expected at least 2 classes")
     if len(values) > 1000:
-        raise UserError(f"the label column holds {len(values)} different values: is it the label?")
+        raise UserError(f"{where} holds {len(values)} different labels: is this the label column?")
     return Labels(values, values)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 FP64_LIMIT = 200_000_000  # trained parameters up to which gradients are summed in fp64
 
@@ -79,7 +80,7 @@ def launch(main) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         if spoken:
-            print(f"error: {e}" if str(e) else "interrupted", file=sys.stderr, flush=True)
+            tqdm.write(f"error: {e}" if str(e) else "interrupted", file=sys.stderr)  # on a line of its own
         else:
             traceback.print_exc()
     if dist.is_initialized():  # destroy_process_group hangs now and then (gloo, torch 2.13; pytorch#190489)

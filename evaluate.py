@@ -161,17 +161,21 @@ class Run:
         ]
 
 
+def run_facts(path: Path) -> tuple[TrainConfig, data.Labels]:
+    """The config and labels of a run, before any weight is loaded. Raises UserError when it is no classifier."""
+    if not (path / "config.json").is_file() or not (path / "labels.json").is_file():
+        raise UserError(f"run {path}: no classification run (expected config.json and labels.json in it)")
+    facts = checkpoint.load_json(path / "labels.json")
+    return configs.read_config(TrainConfig, path), data.Labels(tuple(facts["values"]), tuple(facts["names"]))
+
+
 def load_run(path: str | Path, world: ddp.World | None = None, precision: str = "auto", merge: bool = False) -> Run:
     """The best save of a run, on this process's device, verified file by file and against its base.
 
     Raises UserError when there is no such run, Untrusted when nothing in it can be trusted or its base has changed.
     """
-    world = world or ddp.setup()
-    path = Path(path)
-    if not (path / "config.json").is_file() or not (path / "labels.json").is_file():
-        raise UserError(f"run {path}: no classification run (expected config.json and labels.json in it)")
-    cfg = configs.read_config(TrainConfig, path)
-    labels = data.Labels(*map(tuple, (checkpoint.load_json(path / "labels.json")[k] for k in ("values", "names"))))
+    path, world = Path(path), world or ddp.setup()
+    cfg, labels = run_facts(path)
     folder = checkpoint.trusted(path / "best")
     if folder is None:
         raise UserError(f"run {path}: it holds no best/ save yet; go on with python train.py --resume {path}")

@@ -22,7 +22,6 @@ import ddp
 import decide
 import evaluate
 import metrics
-import prompts
 from configs import InferConfig, UserError
 
 
@@ -31,7 +30,7 @@ def main(argv: list[str]) -> dict:
     cfg, _ = configs.parse(InferConfig, {}, argv, __doc__)
     configs.check(cfg)
     path = find_run(cfg)
-    train_cfg = configs.read_config(configs.TrainConfig, path)
+    train_cfg, labels = evaluate.run_facts(path)
     source = cfg.input or train_cfg.test_data
     if not source:
         raise UserError(f"run {path} names no test_data: give the rows to predict with --input FILE")
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> dict:
 
     # ---- rows, before any weight is loaded --------------------------------------------------------------------------
     rows = data.read_rows(source, "input")[: cfg.limit or None]
-    columns = prompts.fields(train_cfg.text)
+    columns = data.template_columns(train_cfg.text)
     data.need_columns(rows, columns, source, "input")
     decoded = data.decode_bytes_literals(rows, columns)
     empty = data.empty_rows(rows, columns)
@@ -53,14 +52,15 @@ def main(argv: list[str]) -> dict:
         )
     ids = [row.get(train_cfg.id_column, str(i)) for i, row in enumerate(rows)]
 
+    known = known_labels(rows, train_cfg.label_column, labels, source)
+
     # ---- score ------------------------------------------------------------------------------------------------------
     run = evaluate.load_run(path, world, cfg.precision, cfg.merge)
-    known = known_labels(rows, train_cfg.label_column, run.labels, source)
     started = time.perf_counter()
     logits, report = run.logits(rows, cfg.max_tokens)
     seconds = time.perf_counter() - started
     ddp.say(world, f"tokens: {report}")
-    ddp.say(world, decide.distribution(logits, list(run.labels.names)))
+    ddp.say(world, decide.distribution(logits, list(labels.names)))
     reason = decide.degenerate(logits)
     if reason and not cfg.force:
         raise evaluate.Degenerate(f"{reason}; nothing was written (--force writes it all the same)")
@@ -69,11 +69,11 @@ def main(argv: list[str]) -> dict:
     result = {"run": str(path), "rows": len(rows), "output": cfg.output}
     if known is not None:
         scores = metrics.classification(logits, known)
-        confusion = metrics.confusion_matrix(known, logits.argmax(axis=1), len(run.labels.values))
-        ddp.say(world, metrics.table(confusion, list(run.labels.names)))
+        confusion = metrics.confusion_matrix(known, logits.argmax(axis=1), len(labels.values))
+        ddp.say(world, metrics.table(confusion, list(labels.names)))
         result["metrics"] = {k: round(v, 6) for k, v in scores.items()}
     if world.rank == 0:
-        write_output(cfg, ids, logits, run.labels, train_cfg.id_column)
+        write_output(cfg, ids, logits, labels, train_cfg.id_column)
     return {**result, "examples_per_second": round(len(rows) / seconds, 2), "seconds": round(seconds, 2)}
 
 

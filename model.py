@@ -379,12 +379,19 @@ def add_adapter(model: Classifier, targets, rank: int, alpha: float, dropout: fl
 
 def classifier_config(model: Classifier, names) -> dict:
     """The config.json with which transformers loads the whole model as its own sequence classifier."""
-    config = model.model.config.to_dict()
+    config = plain_config(model.model)
     family = type(model.model).__name__.removesuffix("Model")
     config.update(architectures=[f"{family}ForSequenceClassification"], dtype="float32")
     config.update(id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
-    config.pop("_attn_implementation", None)
     return config
+
+
+def plain_config(backbone: nn.Module) -> dict:
+    """A base's config as its own file holds it: what differs from the family's defaults, no paths, no attention."""
+    config = backbone.config.to_diff_dict()
+    return {
+        k: v for k, v in config.items() if k not in ("_name_or_path", "_attn_implementation", "transformers_version")
+    }
 
 
 def checkpoint_activations(backbone: nn.Module) -> None:

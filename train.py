@@ -33,7 +33,6 @@ import losses
 import metrics
 import model as models
 import optim
-import prompts
 from configs import TrainConfig, UserError
 
 
@@ -234,10 +233,11 @@ def load_rows(cfg: TrainConfig, say) -> tuple[Split, Split, data.Labels]:
 
     Raises UserError for everything that is wrong with the files, before the base is touched.
     """
-    columns = template_columns(cfg)
+    columns = data.template_columns(cfg.text)
     rows = read_labelled(cfg, cfg.train_data, "train_data", columns, say)
-    labels = data.find_labels([r[cfg.label_column] for r in rows], cfg.label_names)
-    train = labelled(cfg, rows, labels, f"--train_data {cfg.train_data}")
+    where = f"--train_data {cfg.train_data}"
+    labels = data.find_labels([r[cfg.label_column] for r in rows], cfg.label_names, where)
+    train = labelled(cfg, rows, labels, where)
     if cfg.val_data:
         val_rows = read_labelled(cfg, cfg.val_data, "val_data", columns, say)
         val = labelled(cfg, val_rows, labels, f"--val_data {cfg.val_data}")
@@ -256,14 +256,6 @@ def labelled(cfg: TrainConfig, rows: list[dict[str, str]], labels: data.Labels, 
     """Rows with their ids (the id column, or the index in the file) and class indices."""
     ids = [row.get(cfg.id_column, str(i)) for i, row in enumerate(rows)]
     return Split(rows, ids, data.encode_labels([r[cfg.label_column] for r in rows], labels, where))
-
-
-def template_columns(cfg: TrainConfig) -> list[str]:
-    """The columns of the text template. Raises UserError for a malformed one."""
-    try:
-        return prompts.fields(cfg.text)
-    except ValueError as e:
-        raise UserError(f"--text: {e}") from None
 
 
 def read_labelled(cfg: TrainConfig, path: str, flag: str, columns: list[str], say) -> list[dict[str, str]]:

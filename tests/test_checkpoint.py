@@ -134,7 +134,10 @@ def test_a_save_that_runs_out_of_disk_at_any_event_keeps_the_old_one(tmp_path, k
             found = trusted(target)
             assert step_of(found) in (old, new) and found in (None, target), (at, how)
             assert capsys.readouterr().err == ""  # no falling back
-            hidden = {p.name for p in target.parent.iterdir()} - {"last", *(f".last.{i}" for i in range(1, max(keep, 1) + 1))}
+            hidden = {p.name for p in target.parent.iterdir()} - {
+                "last",
+                *(f".last.{i}" for i in range(1, max(keep, 1) + 1)),
+            }
             assert not hidden, (at, how, hidden)
             if step_of(found) == new:  # only what follows the publishing rename failed
                 assert at >= count_events(tmp_path / "again", keep, saves) - (1 if keep or not saves else 2)
@@ -352,7 +355,22 @@ def test_a_hub_name_becomes_one_folder():
     assert parent.as_posix() == "outputs/Qwen__Qwen2.5-0.5B/math"
 
 
-EVIL = ["..", "../..", "/etc", "/", ".", "...", "", "~", "a/../../b", "../../../x", "..\\..\\x", "C:\\x", ".hidden", "a\nb"]
+EVIL = [
+    "..",
+    "../..",
+    "/etc",
+    "/",
+    ".",
+    "...",
+    "",
+    "~",
+    "a/../../b",
+    "../../../x",
+    "..\\..\\x",
+    "C:\\x",
+    ".hidden",
+    "a\nb",
+]
 
 
 @pytest.mark.parametrize("name", EVIL)

@@ -56,7 +56,7 @@ CSV = {  # name: (bytes, expected rows, or the words of the refusal)
     "UTF-16 BE": (b"\xfe\xff" + "id,text,label\n1,a,x\n".encode("utf-16-be"), "this is UTF-16"),
     "UTF-16 without a mark": ("id,text,label\n1,a,x\n".encode("utf-16-le"), "line 1 holds a NUL"),
     "latin-1 byte": (HEAD + b"1,caf\xe9,x\n", "not UTF-8 (byte 0xe9 in line 2)"),
-    "latin-1 byte after a BOM": (b"\xef\xbb\xbf" + HEAD + b"1,a,x\n2,caf\xe9,x\n", "not UTF-8 (byte 0xe9 in line 3)"),
+    "latin-1 byte after a BOM": (b"\xef\xbb\xbf" + HEAD + b"1,a,x\n\xe9,b,x\n", "not UTF-8 (byte 0xe9 in line 3)"),
     "cut multibyte": (HEAD + b"1,a,x\n2,b\xe2\x82", "not UTF-8 (byte 0xe2 in line 3)"),
     "overlong UTF-8": (HEAD + b"1,\xc0\xaf,x\n", "not UTF-8 (byte 0xc0 in line 2)"),
     "NUL in text": (HEAD + b"1,a,x\n2,b\0,y\n", "line 3 holds a NUL"),
@@ -197,7 +197,7 @@ def test_tsv_and_gz(tmp_path):
 
 def damaged() -> bytes:
     packed = bytearray(gzip.compress(HEAD + b"1,a,x\n" * 200))
-    packed[12] ^= 0xFF
+    packed[10] = 0xFF  # no such type of block: zlib.error, which is no OSError
     return bytes(packed)
 
 
@@ -713,6 +713,12 @@ def test_no_rank_repeats_a_row_as_a_distributed_sampler_does(size):
     whole = data.pack_by_length(lengths, 400)
     scored = Counter(int(row) for r in range(size) for m in whole[r::size] for row in m)
     assert scored == Counter(range(103))
+
+
+def test_a_step_that_does_not_fit_is_cut_by_whole_multiples():
+    lengths = np.array([60, 60, 60, 1, 1, 1])  # 183 tokens fit 2 x 100 in sum, but not in whole rows
+    (step,) = data.plan_epoch(lengths, 6, 100, 2, 0, 0)
+    assert len(step) == 4
 
 
 def test_a_tighter_budget_only_cuts_finer():

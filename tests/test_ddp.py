@@ -74,7 +74,9 @@ def start(main, flags: list[str], folder: Path, ranks: int = 1, before=None) -> 
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
             for stream in (1, 2):
-                fd = os.open(folder / f"{'out' if stream == 1 else 'err'}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+                fd = os.open(
+                    folder / f"{'out' if stream == 1 else 'err'}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC
+                )
                 os.dup2(fd, stream)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             if ranks > 1:

@@ -197,7 +197,7 @@ def naive_attention(query, key, value, lengths, window, causal, scale):
     return (scores.softmax(-1) @ value).transpose(1, 2)  # (1, T, H, d)
 
 
-@pytest.mark.parametrize("window", [None, 1, 4, 30])
+@pytest.mark.parametrize("window", [None, 1, 3, 30])
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_attention_equals_its_definition(causal, window):
     (q, k, v), packed = heads(LENGTHS)
