@@ -26,6 +26,12 @@ from safetensors.torch import save_file
 MANIFEST = "manifest.json"
 
 
+class NoRun(ValueError):
+    """What --resume names cannot be resumed: the user's mistake."""
+
+    exit_status = 2
+
+
 class Untrusted(Exception):
     """A checkpoint that cannot be trusted."""
 
@@ -309,16 +315,16 @@ def load_optimizer_tensors(optimizer, tensors: dict[str, torch.Tensor]) -> None:
 def find_run(resume: str, outputs: str, base: str, dataset: str) -> Path | None:
     """The run that `--resume auto|RUN` means, or None when auto finds no unfinished one.
 
-    Raises ValueError when RUN is no run folder, or already finished.
+    Raises NoRun when RUN is no run folder, or already finished.
     """
     if resume == "auto":
         unfinished = [r for r in runs_of(outputs, base, dataset) if (r / "config.json").is_file() and not finished(r)]
         return unfinished[-1] if unfinished else None
     run = Path(resume)
     if not (run / "config.json").is_file():
-        raise ValueError(f"--resume {resume}: no run folder (expected config.json in it)")
+        raise NoRun(f"--resume {resume}: no run folder (expected config.json in it)")
     if finished(run):
-        raise ValueError(f"--resume {resume}: this run is finished; start a new one, or predict with infer.py")
+        raise NoRun(f"--resume {resume}: this run is finished; start a new one, or predict with infer.py")
     return run
 
 

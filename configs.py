@@ -519,6 +519,17 @@ def dataset_name(cfg) -> str:
     return cfg.dataset or next((n for n in names if n and n not in ("train", "training", "data", "dataset")), "data")
 
 
+def resumed(cfg, given: set[str], run: Path):
+    """The config that a run to be resumed began with. Raises UserError for flags given by hand that contradict it."""
+    saved = read_config(type(cfg), run)
+    free = {"resume", "dry_run", "outputs", "keep"} & set(dataclasses.asdict(cfg))
+    differ = [n for n in sorted(given - free) if getattr(cfg, n) != getattr(saved, n)]
+    if differ:
+        facts = ", ".join(f"--{n} {getattr(cfg, n)} (the run has {getattr(saved, n)})" for n in differ)
+        raise UserError(f"--resume {run}: a run goes on as it began, but {facts}; leave these flags out")
+    return replace(saved, **{n: getattr(cfg, n) for n in free})
+
+
 def to_json(cfg) -> str:
     """The resolved config as it is stored in a run."""
     return json.dumps(dataclasses.asdict(cfg), indent=1) + "\n"

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,22 @@ from model import autocast, checkpoint_activations, choose_precision, load_confi
 
 def main(argv: list[str]) -> dict:
     # ---- config -----------------------------------------------------------------------------------------------------
-    cfg, _ = configs.parse(configs.CptConfig, configs.CPT_PRESETS, argv, __doc__)
+    cfg, given = configs.parse(configs.CptConfig, configs.CPT_PRESETS, argv, __doc__)
     configs.check(cfg)
 
     # ---- distributed ------------------------------------------------------------------------------------------------
     world = ddp.setup()
+    run = None
+    if cfg.resume:
+        name = configs.dataset_name(cfg)
+        found = ddp.from_rank0(world, lambda: checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, name))
+        run = (
+            Path(found)
+            if found
+            else ddp.say(world, "--resume auto: no unfinished run of this base and dataset; a new one starts")
+        )
+    if run:
+        cfg = configs.resumed(cfg, given, run)
     precision, why = choose_precision(cfg.precision, world.device)
     ddp.say(world, f"precision {precision}: {why}; {world.size} ranks on {world.device.type}")
 
@@ -44,7 +56,6 @@ def main(argv: list[str]) -> dict:
     ddp.say(
         world, f"train {len(train.lengths):,} segments, {int(train.starts[-1]):,} tokens; validation {val.starts[-1]:,}"
     )
-    micro_batches = max(cfg.micro_batches, world.size)
     total = cfg.epochs * math.ceil(len(train.lengths) / cfg.batch_size)
     total = min(total, cfg.max_steps) if cfg.max_steps else total
 
@@ -65,8 +76,15 @@ def main(argv: list[str]) -> dict:
     warmup = optim.warmup_updates(total, cfg.warmup_steps, cfg.warmup_ratio)
 
     # ---- resume -----------------------------------------------------------------------------------------------------
-    run = open_run(cfg, world)
-    at = restore(run, world, lm, optimizer, scaler)
+    at = restore(run, world, lm, optimizer, scaler) if run else None
+    at = at or {
+        "micro_batches": max(cfg.micro_batches, world.size),
+        "step": 0,
+        "updates": 0,
+        "tokens": 0.0,
+        "seconds": 0.0,
+    }
+    run = run or Path(ddp.from_rank0(world, lambda: new_run(cfg, world)))
     ddp.say(world, f"run {run}" + (f", resumed at step {at['step']} of {total}" if at["step"] else ""))
 
     # ---- loop -------------------------------------------------------------------------------------------------------
@@ -78,7 +96,7 @@ def main(argv: list[str]) -> dict:
     for step in range(at["step"], total):
         epoch, index = divmod(step, steps_per_epoch)
         if epoch != plan_epoch:
-            plan = data.plan_epoch(train.lengths, cfg.batch_size, cfg.max_tokens, micro_batches, cfg.seed, epoch)
+            plan = data.plan_epoch(train.lengths, cfg.batch_size, cfg.max_tokens, at["micro_batches"], cfg.seed, epoch)
             plan_epoch = epoch
         tokens = float(sum((train.lengths[rows] - 1).sum() for rows in plan[index]))
         for j, rows in enumerate(plan[index]):
@@ -98,7 +116,7 @@ def main(argv: list[str]) -> dict:
 
         # eval, save, log
         end = step + 1 == total
-        if end or stopping or (step + 1) % (cfg.eval_every or steps_per_epoch) == 0:
+        if end or (step + 1) % (cfg.eval_every or steps_per_epoch) == 0:
             held_out = evaluate.language_loss(lm, val, world, precision, cfg.max_tokens)
             line = {"step": step + 1, "eval": {"loss": held_out, "perplexity": math.exp(held_out)}}
             log_line(world, log, line)
@@ -147,37 +165,27 @@ def load_segments(cfg: configs.CptConfig, tokenizer) -> tuple[data.Tokens, data.
 # ---- the run's files ------------------------------------------------------------------------------------------------
 
 
-def open_run(cfg: configs.CptConfig, world: ddp.World) -> Path:
-    """The run folder, a new one or the one to resume; rank 0 decides."""
-    run = None
-    if world.rank == 0:
-        try:
-            run = (
-                checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, configs.dataset_name(cfg))
-                if cfg.resume
-                else None
-            )
-        except ValueError as e:
-            raise UserError(str(e)) from None
-        if run is None:
-            run = checkpoint.new_run(cfg.outputs, cfg.base, configs.dataset_name(cfg))
-            checkpoint.write_atomic(run / "config.json", configs.to_json(cfg))
-            facts = checkpoint.environment(torch.get_num_threads(), world.size, str(world.device))
-            checkpoint.write_atomic(run / "environment.json", json.dumps(facts, indent=1))
-    return Path(ddp.from_rank0(world, str(run)))
+def new_run(cfg: configs.CptConfig, world: ddp.World) -> Path:
+    """Make the run folder and write what is known at the start."""
+    run = checkpoint.new_run(cfg.outputs, cfg.base, configs.dataset_name(cfg))
+    facts = checkpoint.environment(torch.get_num_threads(), world.size, str(world.device))
+    checkpoint.write_atomic(run / "environment.json", json.dumps(facts, indent=1) + "\n")
+    checkpoint.write_atomic(run / "config.json", configs.to_json(replace(cfg, resume="")))
+    return run
 
 
-def restore(run: Path, world, lm, optimizer, scaler) -> dict:
-    """Weights, optimizer and scaler as the last save holds them, the log cut back to it; returns where to go on."""
+def restore(run: Path, world, lm, optimizer, scaler) -> dict | None:
+    """Load the last save into model, optimizer and scaler and cut the log back to it; None if nothing was saved yet."""
     found = checkpoint.last_state(run)
-    folder, at = found if found else (None, {"step": 0, "updates": 0, "tokens": 0.0, "seconds": 0.0})
     if world.rank == 0:
-        checkpoint.cut_log(run / "metrics.jsonl", at.get("log_bytes", 0))
-    if folder:
-        lm.load_state_dict(checkpoint.load_tensors(folder / "model.safetensors"), strict=False)
-        lm.tie_weights()
-        checkpoint.load_optimizer_tensors(optimizer, checkpoint.load_tensors(folder / "state.safetensors"))
-        scaler.load_state_dict(at["scaler"])
+        checkpoint.cut_log(run / "metrics.jsonl", found[1]["log_bytes"] if found else 0)
+    if not found:
+        return None
+    folder, at = found
+    lm.load_state_dict(checkpoint.load_tensors(folder / "model.safetensors"), strict=False)
+    lm.tie_weights()
+    checkpoint.load_optimizer_tensors(optimizer, checkpoint.load_tensors(folder / "state.safetensors"))
+    scaler.load_state_dict(at["scaler"])
     return at
 
 

@@ -185,10 +185,9 @@ def barrier(world: World) -> None:
         dist.barrier()
 
 
-def from_rank0(world: World, value: str) -> str:
-    """The string that rank 0 holds, on every rank."""
-    if world.size == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
+def from_rank0(world: World, make) -> str:
+    """What make() returns on rank 0, as a string on every rank; None becomes an empty one."""
+    box = [str(make() or "") if world.rank == 0 else ""]
+    if world.size > 1:
+        dist.broadcast_object_list(box, src=0)
     return box[0]

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> dict:
 
     # ---- metrics and output -----------------------------------------------------------------------------------------
     result = {"run": str(path), "rows": len(rows), "output": cfg.output}
-    if known is not None:
+    if known is not None and np.isfinite(logits).all():
         scores = metrics.classification(logits, known)
         confusion = metrics.confusion_matrix(known, logits.argmax(axis=1), len(labels.values))
         ddp.say(world, metrics.table(confusion, list(labels.names)))

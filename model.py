@@ -259,7 +259,10 @@ def fingerprint(backbone: nn.Module) -> dict:
     sizes = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     named = [(n, p) for n, p in named if ".lora_" not in n]
     chosen = [named[0], named[len(named) // 2], named[-1]]
-    weights = {n.replace(".base_layer", ""): [round(float(x), 6) for x in p[0, :4].float()] for n, p in chosen}
+    weights = {
+        n.replace(".base_layer", ""): [round(float(x), 6) for x in p[len(p) // 2, :4].detach().float()]
+        for n, p in chosen
+    }
     return {**{k: getattr(config, k, None) for k in sizes}, "weights": weights}
 
 

@@ -44,9 +44,17 @@ def main(argv: list[str]) -> dict:
 
     # ---- distributed ------------------------------------------------------------------------------------------------
     world = ddp.setup()
-    run = run_to_resume(cfg, world)
+    run = None
+    if cfg.resume:
+        name = configs.dataset_name(cfg)
+        found = ddp.from_rank0(world, lambda: checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, name))
+        run = (
+            Path(found)
+            if found
+            else ddp.say(world, "--resume auto: no unfinished run of this base and dataset; a new one starts")
+        )
     if run:
-        cfg = resumed_config(cfg, given, run)
+        cfg = configs.resumed(cfg, given, run)
     precision, why = models.choose_precision(cfg.precision, world.device)
     ddp.say(world, f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}; precision {precision} ({why})")
 
@@ -102,7 +110,7 @@ def main(argv: list[str]) -> dict:
     if cfg.dry_run:
         return dry_run(cfg, world, model, precision, train, plan, total)
     if run is None:
-        run = Path(ddp.from_rank0(world, str(new_run(cfg, world, labels) if world.rank == 0 else "")))
+        run = Path(ddp.from_rank0(world, lambda: new_run(cfg, world, labels)))
     ddp.say(world, f"run {run}" + (f", resumed at step {at.step} of {total}" if at.step else ""))
 
     # ---- loop: eval, save, step, log --------------------------------------------------------------------------------
@@ -141,7 +149,12 @@ def main(argv: list[str]) -> dict:
         # log
         clock.lap("seconds")
         line = {"step": at.step, "epoch": round(at.step / steps_per_epoch, 4), "loss": loss, "lr": cfg.lr * factor}
-        line |= {"grad_norm": norm, "tokens": at.tokens, "skipped": at.skipped, "seconds": round(at.seconds, 3)}
+        line |= {
+            "grad_norm": norm if taken else None,
+            "tokens": at.tokens,
+            "skipped": at.skipped,
+            "seconds": round(at.seconds, 3),
+        }
         if world.rank == 0:
             checkpoint.append_line(log, line)
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{at.tokens / at.seconds:,.0f}", refresh=False)
@@ -314,32 +327,6 @@ class Clock:
         now = time.perf_counter()
         setattr(self.at, counter, getattr(self.at, counter) + now - self.last)
         self.last = now
-
-
-def run_to_resume(cfg: TrainConfig, world: ddp.World) -> Path | None:
-    """The run that --resume means; rank 0 looks, all know."""
-    found = ""
-    if cfg.resume and world.rank == 0:
-        try:
-            run = checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, configs.dataset_name(cfg))
-        except ValueError as e:
-            raise UserError(str(e)) from None
-        found = str(run or "")
-        if not run:
-            print("--resume auto: no unfinished run of this base and dataset; a new one starts", flush=True)
-    found = ddp.from_rank0(world, found) if cfg.resume else ""
-    return Path(found) if found else None
-
-
-def resumed_config(cfg: TrainConfig, given: set[str], run: Path) -> TrainConfig:
-    """The run's own config. Raises UserError for flags that contradict it."""
-    saved = configs.read_config(TrainConfig, run)
-    free = {"resume", "dry_run", "outputs", "keep"}
-    differ = [n for n in sorted(given - free) if getattr(cfg, n) != getattr(saved, n)]
-    if differ:
-        facts = ", ".join(f"--{n} {getattr(cfg, n)} (the run has {getattr(saved, n)})" for n in differ)
-        raise UserError(f"--resume {run}: a run goes on as it began, but {facts}; leave these flags out")
-    return replace(saved, resume=cfg.resume, dry_run=cfg.dry_run, keep=cfg.keep)
 
 
 def new_run(cfg: TrainConfig, world: ddp.World, labels: data.Labels) -> Path:

@@ -127,15 +127,21 @@ def ours(options: argparse.Namespace, base: str) -> dict:
         examples=options.steps * options.batch_size,
         tokens=end["tokens"] - start["tokens"],
         computed=end["tokens"] - start["tokens"],
-        seconds=end["seconds"] - start["seconds"],
+        ends=[x["seconds"] for x in steps[options.warmup - 1 :]],
         loss=sum(x["loss"] for x in steps) / len(steps),
         peak_gb=result["peak_memory_gb"],
     )
 
 
-def figures(examples: int, tokens: int, computed: int, seconds: float, loss: float, peak_gb: float) -> dict:
-    """What a side reports; computed: tokens that the model saw, padding included; loss: mean over all steps."""
+def figures(examples: int, tokens: int, computed: int, ends: list[float], loss: float, peak_gb: float) -> dict:
+    """What a side reports.
+
+    computed: tokens that the model saw, padding included; ends: times at which the last warm-up step and each measured
+    step ended; loss: mean over all steps.
+    """
+    seconds = ends[-1] - ends[0]
     return {
+        "step_seconds": [round(b - a, 4) for a, b in zip(ends, ends[1:], strict=False)],
         "examples_per_second": examples / seconds,
         "tokens_per_second": tokens / seconds,
         "tokens": tokens,
@@ -178,13 +184,13 @@ def peer(options: argparse.Namespace) -> dict:
         epoch = group_by_length(epoch, lengths, mega_batch=50)  # transformers' size
         steps[options.warmup :] = group_by_length(steps[options.warmup :], lengths, mega_batch=options.steps)
     examples = [{"input_ids": rows.tokens.row(i).tolist(), "labels": int(rows.labels[i])} for s in steps for i in s]
-    seconds, loss = run_trainer(cfg, examples, len(labels.values), options.warmup)
+    ends, loss = run_trainer(cfg, examples, len(labels.values), options.warmup)
     measured = steps[options.warmup :]
     found = figures(
         examples=sum(map(len, measured)),
         tokens=sum(int(lengths[s].sum()) for s in measured),
         computed=padded(measured, lengths),
-        seconds=seconds,
+        ends=ends,
         loss=loss,
         peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     )
@@ -208,8 +214,8 @@ def padded(steps: list, lengths) -> int:
     return sum(len(step) * int(lengths[step].max()) for step in steps)
 
 
-def run_trainer(cfg, examples: list[dict], classes: int, warmup: int) -> tuple[float, float]:
-    """Seconds of the steps after `warmup`, and the mean loss of all."""
+def run_trainer(cfg, examples: list[dict], classes: int, warmup: int) -> tuple[list[float], float]:
+    """Times at which the steps from the last warm-up step on ended, and the mean loss of all steps."""
     try:
         import accelerate  # noqa: F401
         from peft import LoraConfig, get_peft_model
@@ -249,25 +255,24 @@ def run_trainer(cfg, examples: list[dict], classes: int, warmup: int) -> tuple[f
         seed=cfg.seed,
     )
 
+    ends = []
+
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, arguments, state, control, **kwargs):
-            self.ended = time.perf_counter()
-            if state.global_step == warmup:
-                self.began = self.ended
+            ends.append(time.perf_counter())
 
-    clock = Clock()
     trainer = transformers.Trainer(
         model=get_peft_model(model, adapter),
         args=arguments,
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
         train_dataset=examples,
         processing_class=tokenizer,
-        callbacks=[clock],
+        callbacks=[Clock()],
     )
     done = trainer.train()
     if done.global_step != cfg.max_steps:
         raise AssertionError(f"the Trainer took {done.global_step} steps, expected {cfg.max_steps}")
-    return clock.ended - clock.began, done.training_loss
+    return ends[warmup - 1 :], done.training_loss
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------
@@ -281,7 +286,10 @@ def line(found: dict) -> str:
 
 
 def summary(options: argparse.Namespace, results: dict) -> str:
-    """Each side's median round, and ours over each peer: the median ratio, the least and the largest."""
+    """Each side's median round, and ours over each peer: median, least, largest, and that of undisturbed steps.
+
+    The last takes each step's least time over the rounds: on a machine that others use too, what a step needs alone.
+    """
     middle = options.rounds // 2
     lines = [f"medians of {options.rounds} rounds of {options.steps} steps, {options.threads} threads"]
     for side, found in results.items():
@@ -290,11 +298,17 @@ def summary(options: argparse.Namespace, results: dict) -> str:
         pairs = zip(results["ours"], results[side], strict=True)
         ratios = sorted(a["examples_per_second"] / b["examples_per_second"] for a, b in pairs)
         whole = results[side][0]["computed_per_token_epoch"]
+        alone = undisturbed(results[side]) / undisturbed(results["ours"])
         lines.append(
-            f"ours / {side:<13} {ratios[middle]:.2f} (rounds {ratios[0]:.2f} to {ratios[-1]:.2f}); "
-            f"{side} over a whole epoch: {whole:.2f} computed per token"
+            f"ours / {side:<13} {ratios[middle]:.2f} (rounds {ratios[0]:.2f} to {ratios[-1]:.2f}, undisturbed "
+            f"{alone:.2f}); {side} over a whole epoch: {whole:.2f} computed per token"
         )
     return "\n".join(lines)
+
+
+def undisturbed(rounds: list[dict]) -> float:
+    """Seconds of all steps, each taken from the round in which it was fastest."""
+    return sum(map(min, zip(*(r["step_seconds"] for r in rounds), strict=True)))
 
 
 if __name__ == "__main__":

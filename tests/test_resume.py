@@ -36,7 +36,7 @@ def lines_at(folder: Path) -> int:
 
 def wait_for(folder: Path, lines: int, pid: int) -> bool:
     """Until the log has that many lines; False when the process ended before."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150
     while lines_at(folder) < lines:
         assert time.monotonic() < end, (folder / "err.0").read_text()
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):

@@ -1,4 +1,4 @@
-"""Training as a user runs it, at toy size: what a run leaves, that it loads everywhere, and how it ends when it fails."""
+"""Training as a user runs it, at toy size: what a run leaves, where it loads, and how it ends when it fails."""
 
 import csv
 import json
