@@ -142,9 +142,9 @@ def test_sigterm_to_one_of_two_ranks_saves_and_stops_both(whole, tmp_path, small
     status, out, err = forked(train.main, ["--resume", str(run), "--keep", "2"], tmp_path)
     assert status == 0 and f"resumed at step {stopped} of 30" in out, err
     same(run, whole)
-    with pytest.raises(UserError, match="this run is finished"):
+    with pytest.raises(checkpoint.NoRun, match="this run is finished"):
         train.main(["--resume", str(run)])
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(checkpoint.NoRun, match="no run folder"):
         train.main(["--resume", str(tmp_path / "outputs")])
 
 
