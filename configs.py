@@ -335,9 +335,17 @@ def _range_problems(cfg) -> list[str]:
     return found
 
 
-def check(cfg) -> None:
-    """Raise one UserError that holds every problem of the config."""
-    problems = {TrainConfig: train_problems, InferConfig: infer_problems, CptConfig: cpt_problems}[type(cfg)](cfg)
+def check(cfg, given: set[str] = frozenset()) -> None:
+    """Raise one UserError with every problem of the config; given: fields set by hand, which must have an effect."""
+    idle = []
+    if isinstance(cfg, TrainConfig) and cfg.rank == 0:
+        adapter = sorted(given & {"alpha", "lora_dropout", "targets", "rslora"})
+        idle += [f"--{n} has no effect with --rank 0, which trains no adapter" for n in adapter]
+    if isinstance(cfg, TrainConfig) and cfg.val_data and "val_size" in given:
+        idle.append("--val_size has no effect with --val_data, whose rows are all used")
+    problems = idle + {TrainConfig: train_problems, InferConfig: infer_problems, CptConfig: cpt_problems}[type(cfg)](
+        cfg
+    )
     if problems:
         head = "" if len(problems) == 1 else f"{len(problems)} problems in the settings: "
         raise UserError(head + " | ".join(problems))
@@ -481,13 +489,15 @@ def comments(cls) -> dict[str, str]:
 
 def describe(cls, presets: dict) -> str:
     """Presets and fields of an entry point, as --help prints them."""
-    lines = ["presets (--cfg NAME, or the config.json of a past run):"] if presets else []
+    start = presets["tiny"]() if "tiny" in presets else cls()
+    lines = ["presets (--cfg NAME, or the config.json of a past run; without --cfg: tiny):"] if presets else []
     for name, make in presets.items():
         lines.append(f"  {name:<10} {inspect.getdoc(make)}")
-    lines.append("fields (--field value):")
+    lines.append("fields (--field value), in brackets their value without --cfg:")
     help_of = comments(cls)
     for f in dataclasses.fields(cls):
-        shown = ",".join(f.default) if isinstance(f.default, tuple) else f.default
+        value = getattr(start, f.name)
+        shown = ",".join(value) if isinstance(value, tuple) else value
         shown = '""' if shown == "" else shown
         lines.append(f"  --{f.name:<16} {help_of[f.name]} [{shown}]")
     return "\n".join(lines)
@@ -503,6 +513,13 @@ def _floats(text: str) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError:
         return None
+
+
+def preset_note(given: set[str], argv: list[str]) -> str:
+    """A warning where another base meets the tiny preset's settings, or an empty string."""
+    if "base" not in given or any(a.split("=")[0] == "--cfg" for a in argv):
+        return ""
+    return "note: without --cfg the settings are the tiny preset's, made for tiny/base; for others see --cfg qwen05b"
 
 
 def own_data(cfg, given: set[str]):

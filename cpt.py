@@ -7,9 +7,11 @@ Each line of the data is a document; documents end with EOS, longer ones are cut
 and no token sees another document. `python cpt.py --help` lists every field.
 """
 
+import hashlib
 import json
 import math
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,16 @@ import ddp
 import evaluate
 import optim
 from configs import UserError
-from model import autocast, checkpoint_activations, choose_precision, load_config, load_language_model, plain_config
+from model import (
+    autocast,
+    checkpoint_activations,
+    choose_precision,
+    find_base,
+    load_language_model,
+    need_base,
+    need_vocabulary,
+    plain_config,
+)
 
 
 def main(argv: list[str]) -> dict:
@@ -35,24 +46,15 @@ def main(argv: list[str]) -> dict:
 
     # ---- distributed ------------------------------------------------------------------------------------------------
     world = ddp.setup()
-    run = None
-    if cfg.resume:
-        name = configs.dataset_name(cfg)
-        found = ddp.from_rank0(world, lambda: checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, name))
-        run = (
-            Path(found)
-            if found
-            else ddp.say(world, "--resume auto: no unfinished run of this base and dataset; a new one starts")
-        )
-    if run:
-        cfg = configs.resumed(cfg, given, run)
+    cfg, run = evaluate.run_to_resume(cfg, given, world)
     precision, why = choose_precision(cfg.precision, world.device)
     ddp.say(world, f"precision {precision}: {why}; {world.size} ranks on {world.device.type}")
 
     # ---- data -------------------------------------------------------------------------------------------------------
-    load_config(cfg.base)
-    tokenizer = data.load_tokenizer(cfg.base)
+    tokenizer = data.load_tokenizer(find_base(cfg.base) if cfg.random_init else need_base(cfg.base))
+    need_vocabulary(cfg.base, len(tokenizer))
     train, val = load_segments(cfg, tokenizer)
+    digest = hashlib.sha256(train.ids.tobytes() + train.starts.tobytes()).hexdigest()
     ddp.say(
         world, f"train {len(train.lengths):,} segments, {int(train.starts[-1]):,} tokens; validation {val.starts[-1]:,}"
     )
@@ -69,15 +71,16 @@ def main(argv: list[str]) -> dict:
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.adamw(optim.parameter_groups(lm.named_parameters(), cfg.lr, 0.0, cfg.weight_decay))
-    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+    scaler = optim.loss_scaler(world.device.type, precision == "fp16")
     gradients = ddp.GradientSum(params, world)
     if not gradients.exact:
         ddp.say(world, "gradients are summed in fp32: other numbers of ranks are equal to rounding only")
     warmup = optim.warmup_updates(total, cfg.warmup_steps, cfg.warmup_ratio)
 
     # ---- resume -----------------------------------------------------------------------------------------------------
-    at = restore(run, world, lm, optimizer, scaler) if run else None
+    at = restore(run, world, lm, optimizer, scaler, digest) if run else None
     at = at or {
+        "digest": digest,
         "micro_batches": max(cfg.micro_batches, world.size),
         "step": 0,
         "updates": 0,
@@ -110,7 +113,7 @@ def main(argv: list[str]) -> dict:
         factor = optim.lr_factor(at["updates"], total, warmup, cfg.schedule)
         norm, taken, (last_loss, stopping) = optim.step(optimizer, scaler, factor, cfg.grad_clip, gradients.reduce())
         at["updates"] += taken
-        if not taken and not scaler.is_enabled():
+        if not taken and not (scaler.is_enabled() and scaler.get_scale() >= 1.0):
             raise FloatingPointError(f"step {step + 1}: the gradients are not finite (loss {last_loss:.4g})")
         at.update(step=step + 1, loss=last_loss, tokens=at["tokens"] + tokens)
 
@@ -118,12 +121,20 @@ def main(argv: list[str]) -> dict:
         end = step + 1 == total
         if end or (step + 1) % (cfg.eval_every or steps_per_epoch) == 0:
             held_out = evaluate.language_loss(lm, val, world, precision, cfg.max_tokens)
+            if not math.isfinite(held_out):
+                raise FloatingPointError(f"step {step + 1}: the held-out loss is not finite; lower --lr")
             line = {"step": step + 1, "eval": {"loss": held_out, "perplexity": math.exp(held_out)}}
             log_line(world, log, line)
             ddp.say(world, json.dumps(line))
             at["eval"] = line["eval"]
         seconds = time.perf_counter() - began + at["seconds"]
-        line = {"step": step + 1, "epoch": epoch, "loss": last_loss, "lr": cfg.lr * factor, "grad_norm": norm}
+        line = {
+            "step": step + 1,
+            "epoch": epoch,
+            "loss": last_loss,
+            "lr": cfg.lr * factor,
+            "grad_norm": norm if taken else None,
+        }
         log_line(world, log, {**line, "tokens": at["tokens"], "seconds": seconds})
         bar.set_postfix(loss=f"{last_loss:.3f}", tok_s=f"{at['tokens'] / seconds:,.0f}", refresh=False)
         bar.update()
@@ -135,6 +146,7 @@ def main(argv: list[str]) -> dict:
 
     # ---- end --------------------------------------------------------------------------------------------------------
     bar.close()
+    stop.close()
     if cfg.export and world.rank == 0:
         export(Path(cfg.export), lm, tokenizer)
     seconds = time.perf_counter() - began + at["seconds"]
@@ -174,7 +186,7 @@ def new_run(cfg: configs.CptConfig, world: ddp.World) -> Path:
     return run
 
 
-def restore(run: Path, world, lm, optimizer, scaler) -> dict | None:
+def restore(run: Path, world, lm, optimizer, scaler, digest: str) -> dict | None:
     """Load the last save into model, optimizer and scaler and cut the log back to it; None if nothing was saved yet."""
     found = checkpoint.last_state(run)
     if world.rank == 0:
@@ -182,7 +194,11 @@ def restore(run: Path, world, lm, optimizer, scaler) -> dict | None:
     if not found:
         return None
     folder, at = found
-    lm.load_state_dict(checkpoint.load_tensors(folder / "model.safetensors"), strict=False)
+    if at["digest"] != digest:
+        raise UserError(f"--resume {run}: the training documents or their tokens changed since this run began")
+    missing, unexpected = lm.load_state_dict(checkpoint.load_tensors(folder / "model.safetensors"), strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise checkpoint.Untrusted(f"{folder}: its weights are not those of this base ({[*missing, *unexpected][:3]})")
     lm.tie_weights()
     checkpoint.load_optimizer_tensors(optimizer, checkpoint.load_tensors(folder / "state.safetensors"))
     scaler.load_state_dict(at["scaler"])
@@ -217,9 +233,12 @@ def write_base(folder: Path, lm, tokenizer, dtype: torch.dtype) -> None:
 
 
 def export(folder: Path, lm, tokenizer) -> None:
-    """Write the base in bf16 into a folder, which may hold its config and tokenizer already."""
+    """Write the base in bf16 into a folder, which may hold its config and tokenizer already; the weights come last."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_base(folder, lm, tokenizer, torch.bfloat16)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as hidden:
+        write_base(Path(hidden), lm, tokenizer, torch.bfloat16)
+        for path in sorted(Path(hidden).iterdir(), key=lambda p: p.suffix == ".safetensors"):
+            checkpoint.fs_rename(path, folder / path.name)
 
 
 def log_line(world, path: Path, line: dict) -> None:

@@ -20,6 +20,12 @@ from tqdm import tqdm
 FP64_LIMIT = 200_000_000  # trained parameters up to which gradients are summed in fp64
 
 
+class TooFewGPUs(ValueError):
+    """More ranks than GPUs: the user's mistake."""
+
+    exit_status = 2
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all: its rank, their number, its device."""
@@ -32,14 +38,17 @@ class World:
 def setup() -> World:
     """Join torchrun's process group (nccl on GPUs, gloo on CPUs), or be a world of one.
 
-    Raises ValueError when there are more local ranks than GPUs.
+    On GPUs, kernels are chosen to be deterministic where there is a choice. Raises TooFewGPUs.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            raise ValueError(f"local rank {local} has no GPU of its own: {torch.cuda.device_count()} visible")
+            gpus = torch.cuda.device_count()
+            raise TooFewGPUs(f"local rank {local} has no GPU of its own: take --nproc_per_node={gpus}")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
@@ -56,8 +65,8 @@ def micro_seed(seed: int, step: int, micro_batch: int) -> int:
 
 
 def say(world: World, *words) -> None:
-    """Print on rank 0."""
-    if world.rank == 0:
+    """Print on rank 0, if there is anything to say."""
+    if world.rank == 0 and any(words):
         print(*words, flush=True)
 
 
@@ -95,19 +104,21 @@ def launch(main) -> None:
 class StopRequest:
     """SIGTERM and SIGINT set a flag; training polls it and all ranks stop together after the step.
 
-    A second signal acts as it did before.
+    A second signal acts as it did before, and so does any after `close`.
     """
 
     def __init__(self):
         self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous = signal.getsignal(number)
+        self.before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
 
-            def note(got, frame, previous=previous):
-                self.signal = got
-                signal.signal(got, previous)
+    def _note(self, number, frame):
+        self.signal = number
+        self.close()
+        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step, with a save\n".encode())
 
-            signal.signal(number, note)
+    def close(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class GradientSum:

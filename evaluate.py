@@ -115,6 +115,24 @@ def read_classifier(folder: Path, model: models.Classifier) -> None:
         raise checkpoint.Untrusted(f"{folder}: {e}") from None
 
 
+# ---- resuming -------------------------------------------------------------------------------------------------------
+
+
+def run_to_resume(cfg, given: set[str], world: ddp.World):
+    """(config, run folder) of the run that cfg.resume means, for train and cpt; (cfg, None) when a new run starts.
+
+    Rank 0 looks, all know. Raises UserError for flags given by hand that contradict the run.
+    """
+    if not cfg.resume:
+        return cfg, None
+    name = configs.dataset_name(cfg)
+    found = ddp.from_rank0(world, lambda: checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, name))
+    if not found:
+        ddp.say(world, "--resume auto: no unfinished run of this base and dataset; a new one starts")
+        return cfg, None
+    return configs.resumed(cfg, given, Path(found)), Path(found)
+
+
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,9 @@ The output keeps the order of the input. `python infer.py --help` lists every fi
 
 import csv
 import io
+import itertools
 import json
+import os
 import time
 from pathlib import Path
 
@@ -52,7 +54,10 @@ def main(argv: list[str]) -> dict:
         )
     ids = [row.get(train_cfg.id_column, str(i)) for i, row in enumerate(rows)]
 
-    known = known_labels(rows, train_cfg.label_column, labels, source)
+    known = known_labels(rows, train_cfg.label_column, labels)
+    if known is None and any(row.get(train_cfg.label_column, "").strip() for row in rows):
+        ddp.say(world, f"column {train_cfg.label_column} does not hold this run's labels in every row: no metrics")
+    Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
 
     # ---- score ------------------------------------------------------------------------------------------------------
     run = evaluate.load_run(path, world, cfg.precision, cfg.merge)
@@ -87,11 +92,11 @@ def find_run(cfg: InferConfig) -> Path:
     return newest
 
 
-def known_labels(rows: list[dict[str, str]], column: str, labels: data.Labels, source: str) -> np.ndarray | None:
-    """Class indices where every row has a label, else None."""
-    if not all(row.get(column, "").strip() for row in rows):
-        return None
-    return data.encode_labels([row[column] for row in rows], labels, f"--input {source}")
+def known_labels(rows: list[dict[str, str]], column: str, labels: data.Labels) -> np.ndarray | None:
+    """Class indices where every row has a label of this run, else None: there is nothing to measure against."""
+    index = {v: i for i, v in enumerate(labels.values)}
+    found = [index.get(row.get(column, "")) for row in rows]
+    return None if None in found else np.array(found, dtype=np.int64)
 
 
 def write_output(cfg: InferConfig, ids: list[str], logits: np.ndarray, labels: data.Labels, id_column: str) -> None:
@@ -116,10 +121,10 @@ def write_output(cfg: InferConfig, ids: list[str], logits: np.ndarray, labels: d
         writer.writerows(records)
         text = buffer.getvalue()
     if out.exists() and not cfg.overwrite:
-        kept = out.with_name(out.name + ".previous")
-        checkpoint.fs_rename(out, kept)
+        names = (out.with_name(f"{out.name}.previous{i or ''}") for i in itertools.count())
+        kept = next(name for name in names if not name.exists())
+        os.link(out, kept)  # the old file stays in place until the new one is whole
         print(f"{out} existed: it is kept as {kept}")
-    out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_atomic(out, text)
     print(f"wrote {len(records):,} predictions to {out}")
 

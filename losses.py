@@ -10,13 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 def cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0, class_weights: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | float]:
     """Label-smoothed, class-weighted cross-entropy in fp32, as torch defines it (a row's weight is its class's).
 
     logits (B, C), labels (B,) int64, class_weights (C,) -> (sum of the rows' losses, sum of the rows' weights).
     Smoothing: Szegedy et al. 2015, https://arxiv.org/abs/1512.00567.
     """
-    weight = class_weights[labels].sum() if class_weights is not None else logits.new_tensor(float(len(labels)))
+    weight = class_weights[labels].sum() if class_weights is not None else float(len(labels))
     loss = F.cross_entropy(
         logits.float(), labels, weight=class_weights, label_smoothing=label_smoothing, reduction="sum"
     )

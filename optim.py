@@ -33,6 +33,13 @@ def adamw(groups: list[dict]) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, fused=True)
 
 
+def loss_scaler(device: str, enabled: bool) -> torch.amp.GradScaler:
+    """The fp16 loss scaler, ready also on a rank that has no micro-batch in its first step."""
+    scaler = torch.amp.GradScaler(device, enabled=enabled)
+    scaler.scale(torch.zeros((), device=device))
+    return scaler
+
+
 def lr_factor(update: int, total: int, warmup: int, schedule: str) -> float:
     """Share of the peak learning rate at optimizer update `update` (from 0) of `total`.
 

@@ -40,21 +40,12 @@ def main(argv: list[str]) -> dict:
     # ---- config -----------------------------------------------------------------------------------------------------
     cfg, given = configs.parse(TrainConfig, configs.TRAIN_PRESETS, argv, __doc__)
     cfg = configs.own_data(cfg, given)
-    configs.check(cfg)
+    configs.check(cfg, given)
 
     # ---- distributed ------------------------------------------------------------------------------------------------
     world = ddp.setup()
-    run = None
-    if cfg.resume:
-        name = configs.dataset_name(cfg)
-        found = ddp.from_rank0(world, lambda: checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, name))
-        run = (
-            Path(found)
-            if found
-            else ddp.say(world, "--resume auto: no unfinished run of this base and dataset; a new one starts")
-        )
-    if run:
-        cfg = configs.resumed(cfg, given, run)
+    cfg, run = evaluate.run_to_resume(cfg, given, world)
+    ddp.say(world, configs.preset_note(given, argv))
     precision, why = models.choose_precision(cfg.precision, world.device)
     ddp.say(world, f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}; precision {precision} ({why})")
 
@@ -63,6 +54,7 @@ def main(argv: list[str]) -> dict:
     classes = len(labels.values)
     tokenizer = data.load_tokenizer(models.need_base(cfg.base))
     models.need_vocabulary(cfg.base, len(tokenizer))
+    models.check_structure(cfg.base, cfg.pooling, cfg.targets if cfg.rank else (), cfg.train_layers)
     for name, split in (("train", train), ("validation", val)):
         split.tokens, report = data.tokenize(tokenizer, cfg.text, split.rows, cfg.max_length)
         ddp.say(world, f"{name}: {report}")
@@ -75,16 +67,15 @@ def main(argv: list[str]) -> dict:
 
     # ---- model ------------------------------------------------------------------------------------------------------
     model = evaluate.new_classifier(cfg, classes, world.device, precision)
-    base = models.fingerprint(model.model)  # before a resumed run's weights come in
     model.train()
     if cfg.grad_checkpoint:
         models.checkpoint_activations(model.model)
-    ddp.say(world, models.attention_note(world.device, models.packs(model.model.config), precision))
+    ddp.say(world, models.attention_note(world.device, model.model.config, precision))
     ddp.say(world, lora.trainable_table(model))
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.adamw(optim.parameter_groups(model.named_parameters(), cfg.lr, cfg.head_lr, cfg.weight_decay))
-    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+    scaler = optim.loss_scaler(world.device.type, precision == "fp16")
     gradients = ddp.GradientSum([p for p in model.parameters() if p.requires_grad], world)
     if not gradients.exact:
         ddp.say(world, f"{gradients.count:,} trained parameters: gradients add up in fp32, equal to rounding only")
@@ -92,7 +83,7 @@ def main(argv: list[str]) -> dict:
 
     # ---- resume, or a new run ---------------------------------------------------------------------------------------
     base = models.fingerprint(model.model)  # before a resumed run's weights are in it
-    at = restore(run, world, model, optimizer, scaler, train.digest()) if run else None
+    at = restore(run, world, model, optimizer, scaler, train.digest()) if run and not cfg.dry_run else None
     at = at or State(micro_batches=max(cfg.micro_batches, world.size))
     if at.micro_batches != cfg.micro_batches:
         ddp.say(
@@ -114,6 +105,7 @@ def main(argv: list[str]) -> dict:
     ddp.say(world, f"run {run}" + (f", resumed at step {at.step} of {total}" if at.step else ""))
 
     # ---- loop: eval, save, step, log --------------------------------------------------------------------------------
+    row_weights = None if weights is None else torch.from_numpy(weights).float().to(world.device)
     stop, log, clock = ddp.StopRequest(), run / "metrics.jsonl", Clock(at)
     bar = tqdm(total=total, initial=at.step, disable=world.rank != 0, unit="step", file=sys.stderr, mininterval=1.0)
     while at.step < total and not at.done:
@@ -132,7 +124,7 @@ def main(argv: list[str]) -> dict:
             target = torch.from_numpy(train.labels[rows]).to(world.device)
             with models.autocast(world.device, precision):
                 logits = model(data.pack(train.tokens, rows, world.device))
-            loss, _ = losses.cross_entropy(logits, target, cfg.label_smoothing, on(weights, world.device))
+            loss, _ = losses.cross_entropy(logits, target, cfg.label_smoothing, row_weights)
             loss = loss / denominator
             scaler.scale(loss).backward()
             gradients.add(loss, stop=bool(stop.signal))
@@ -185,6 +177,7 @@ def main(argv: list[str]) -> dict:
         if stopping and not last:
             raise KeyboardInterrupt(f"stopped after step {at.step}; go on with --resume {run}")
     bar.close()
+    stop.close()
 
     # ---- end: the best save, on all validation rows -----------------------------------------------------------------
     if at.done:
@@ -193,7 +186,9 @@ def main(argv: list[str]) -> dict:
     evaluate.read_classifier(checkpoint.trusted(run / "best"), model)
     logits = evaluate.score(model, val.tokens, world, precision, cfg.max_tokens)
     scores = metrics.classification(logits, val.labels)
-    if len(eval_rows) == len(val.labels) and abs(scores[cfg.metric] - at.best) > 1e-3:
+    if (
+        len(eval_rows) == len(val.labels) and abs(scores[cfg.metric] - at.best) > 0.02
+    ):  # other hardware may flip a few rows
         raise AssertionError(f"best/ reloaded scores {cfg.metric} {scores[cfg.metric]}, saved with {at.best}")
     clock.lap("eval_seconds")
     confusion = metrics.confusion_matrix(val.labels, logits.argmax(axis=1), classes)
@@ -291,10 +286,6 @@ def class_weights(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndar
         raise UserError(str(e)) from None
 
 
-def on(weights: np.ndarray | None, device) -> torch.Tensor | None:
-    return None if weights is None else torch.from_numpy(weights).float().to(device)
-
-
 # ---- resuming and starting ------------------------------------------------------------------------------------------
 
 
@@ -362,7 +353,10 @@ def restore(run: Path, world, model, optimizer, scaler, digest: str) -> State | 
     evaluate.check_base(model, checkpoint.verify(folder)["base"], "of this run")
     evaluate.read_classifier(folder, model)
     checkpoint.load_optimizer_tensors(optimizer, checkpoint.load_tensors(folder / "state.safetensors"))
-    scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(saved["scaler"])
+    elif bool(saved["scaler"]) != scaler.is_enabled():
+        ddp.say(world, "warning: the precision is not the one this run began with: equal to rounding, not to the bit")
     at = State(**saved["at"])
     at.resumed = at.step
     return at

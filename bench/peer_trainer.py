@@ -10,8 +10,9 @@ sees no evaluation and no save.
 
 ours          python train.py, the whole command; times are those of its metrics.jsonl
 trainer       Trainer with DataCollatorWithPadding and sdpa attention; its steps have the same rows as ours
-trainer+sort  the same with rows grouped by length, which a careful user may choose though batches are then no longer
-              drawn at random: transformers' own grouping, all measured rows as one of its mega-batches
+trainer+sort  the same with train_sampling_strategy="group_by_length", which a careful user may choose though batches
+              are then no longer drawn at random; measured are steps of its epoch at evenly spaced ranks of length, so
+              the rows are others than ours, as long on average, and the ratio is one of tokens/s
 """
 
 import argparse
@@ -181,8 +182,10 @@ def peer(options: argparse.Namespace) -> dict:
     epoch = [np.concatenate(step) for step in plan]
     steps = epoch[: cfg.max_steps]
     if options.side == "trainer+sort":
-        epoch = group_by_length(epoch, lengths, mega_batch=50)  # transformers' size
-        steps[options.warmup :] = group_by_length(steps[options.warmup :], lengths, mega_batch=options.steps)
+        epoch = group_by_length(lengths, cfg.batch_size)
+        ranked = sorted((s for s in epoch if len(s) == cfg.batch_size), key=lambda s: lengths[s].max())
+        places = ((np.arange(options.steps) + 0.5) / options.steps * len(ranked)).astype(int)
+        steps[options.warmup :] = [ranked[i] for i in places]
     examples = [{"input_ids": rows.tokens.row(i).tolist(), "labels": int(rows.labels[i])} for s in steps for i in s]
     ends, loss = run_trainer(cfg, examples, len(labels.values), options.warmup)
     measured = steps[options.warmup :]
@@ -197,16 +200,15 @@ def peer(options: argparse.Namespace) -> dict:
     return {**found, "computed_per_token_epoch": padded(epoch, lengths) / int(lengths.sum())}
 
 
-def group_by_length(steps: list, lengths, mega_batch: int) -> list:
-    """The same rows, cut into steps of rows of similar length by transformers' own function."""
+def group_by_length(lengths, batch_size: int) -> list:
+    """The steps of an epoch whose rows transformers groups by length."""
     import numpy as np
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
-    rows, size = np.concatenate(steps), len(steps[0])
     torch.manual_seed(0)
-    order = get_length_grouped_indices(lengths[rows].tolist(), size, mega_batch)
-    return [rows[order[i : i + size]] for i in range(0, len(rows), size)]
+    order = np.array(get_length_grouped_indices(lengths.tolist(), batch_size))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def padded(steps: list, lengths) -> int:
@@ -296,9 +298,9 @@ def summary(options: argparse.Namespace, results: dict) -> str:
         lines.append(f"{side:<13} {line(sorted(found, key=lambda r: r['seconds'])[middle])}")
     for side in SIDES[1:]:
         pairs = zip(results["ours"], results[side], strict=True)
-        ratios = sorted(a["examples_per_second"] / b["examples_per_second"] for a, b in pairs)
+        ratios = sorted(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
         whole = results[side][0]["computed_per_token_epoch"]
-        alone = undisturbed(results[side]) / undisturbed(results["ours"])
+        alone = undisturbed(results["ours"]) / undisturbed(results[side])
         lines.append(
             f"ours / {side:<13} {ratios[middle]:.2f} (rounds {ratios[0]:.2f} to {ratios[-1]:.2f}, undisturbed "
             f"{alone:.2f}); {side} over a whole epoch: {whole:.2f} computed per token"
@@ -307,8 +309,8 @@ def summary(options: argparse.Namespace, results: dict) -> str:
 
 
 def undisturbed(rounds: list[dict]) -> float:
-    """Seconds of all steps, each taken from the round in which it was fastest."""
-    return sum(map(min, zip(*(r["step_seconds"] for r in rounds), strict=True)))
+    """Tokens/s when each step is taken from the round in which it was fastest."""
+    return rounds[0]["tokens"] / sum(map(min, zip(*(r["step_seconds"] for r in rounds), strict=True)))
 
 
 if __name__ == "__main__":

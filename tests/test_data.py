@@ -323,8 +323,8 @@ def test_find_labels(column, names, values, shown):
     "column, words",
     [
         (["a", "", "b", " "], "2 rows have an empty label (rows 2, 4)"),
-        (["a", "a"], "holds only 'a': expected at least 2 classes"),
-        ([str(i) for i in range(1001)], "1001 different values"),
+        (["a", "a"], "holds only the label 'a': expected at least 2 classes"),
+        ([str(i) for i in range(1001)], "1001 different labels"),
     ],
 )
 def test_find_labels_refuses(column, words):

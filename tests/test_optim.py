@@ -220,3 +220,12 @@ def test_riders_come_back_in_order_whatever_the_gradients_are(dtype):
         norm, taken, read = optim.step(optimizer, off(), 1.0, 1.0, riders)
         assert taken == (bad == 0) == math.isfinite(norm)
         assert read[:2] == [2.5, -1.0] and math.isnan(read[2])
+
+
+def test_fp16_step_of_a_rank_without_micro_batches():
+    """A rank that has scaled no loss yet still unscales: its gradients come from the others."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.adamw([{"params": [p], "lr": 0.1, "peak_lr": 0.1, "weight_decay": 0.0}])
+    p.grad = torch.full((3,), 65536.0)
+    norm, taken, _ = optim.step(optimizer, optim.loss_scaler("cpu", True), 1.0, 0.0, torch.zeros(2))
+    assert taken and norm == pytest.approx(3**0.5)

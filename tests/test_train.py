@@ -109,7 +109,17 @@ def test_validation_predictions_are_those_of_the_loaded_run_bit_for_bit(done):
 
 @pytest.mark.parametrize("layers", [0, 1, -1])
 def test_without_adapter_the_base_is_trained_saved_and_loads_in_transformers(tmp_path, small_base, layers):
-    flags = toy_flags(tmp_path, small_base, rank=0, train_layers=layers, lr=1e-2, max_steps=4, eval_every=2, alpha=None)
+    flags = toy_flags(
+        tmp_path,
+        small_base,
+        rank=0,
+        train_layers=layers,
+        lr=1e-2,
+        max_steps=4,
+        eval_every=2,
+        alpha=None,
+        lora_dropout=None,
+    )
     run = Path(train.main(flags)["run"])
     assert names(run / "best") == {"model.safetensors", "config.json", "manifest.json"} | TOKENIZER
     val = rows_of(tmp_path / "val.csv")
@@ -194,7 +204,9 @@ def test_recomputed_activations_give_the_same_losses(tmp_path, small_base):
 # ---- how runs fail --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{"eval_every": 5}, {"eval_every": 1}, {"rank": 0, "alpha": None, "eval_every": 1}])
+@pytest.mark.parametrize(
+    "changes", [{"eval_every": 5}, {"eval_every": 1}, {"rank": 0, "alpha": None, "lora_dropout": None, "eval_every": 1}]
+)
 def test_numbers_that_are_not_finite_end_with_status_4(tmp_path, small_base, changes):
     status, out, err = forked(train.main, toy_flags(tmp_path, small_base, lr=1e30, **changes), tmp_path)
     assert status == 4
@@ -242,7 +254,7 @@ def test_a_failing_save_leaves_no_half_written_one(tmp_path, small_base, monkeyp
 
 def test_mistakes_are_told_before_a_run_folder_is_made(tmp_path, small_base):
     for base, changes, words in (
-        (small_base, {"train_layers": 9, "rank": 0, "alpha": None}, "this base has 2 layers"),
+        (small_base, {"train_layers": 9, "rank": 0, "alpha": None, "lora_dropout": None}, "this base has 2 layers"),
         (small_base, {"targets": "q_prj"}, "matches no module"),
         (small_base, {"class_weights": "1,2"}, "expected one for each of 8"),
         (tmp_path / "nowhere", {}, "no such folder"),
