@@ -462,7 +462,7 @@ def test_precision_and_kernel_by_capability_never_by_is_bf16_supported(monkeypat
     assert models.weight_dtype(cuda, precision) == models.DTYPES[precision]
     assert models.takes_grouped(cuda, models.DTYPES[precision]) == grouped
     assert not models.takes_grouped(cuda, torch.float32)
-    assert ("expanded" in models.attention_note(cuda, LlamaConfig(), precision)) != grouped
+    assert ("expanded" in models.attention_note(cuda, transformers.LlamaConfig(), precision)) != grouped
 
 
 @pytest.mark.parametrize("wanted, got", [("auto", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")])
