@@ -109,8 +109,8 @@ def tiny() -> TrainConfig:
         head_lr=4e-3,
         label_smoothing=0.1,
         warmup_ratio=0.1,
-        epochs=4,
-        micro_batches=2,
+        epochs=3,
+        micro_batches=1,
     )
 
 
