@@ -11,7 +11,7 @@ import csv
 import io
 import itertools
 import json
-import os
+import shutil
 import time
 from pathlib import Path
 
@@ -123,7 +123,7 @@ def write_output(cfg: InferConfig, ids: list[str], logits: np.ndarray, labels: d
     if out.exists() and not cfg.overwrite:
         names = (out.with_name(f"{out.name}.previous{i or ''}") for i in itertools.count())
         kept = next(name for name in names if not name.exists())
-        os.link(out, kept)  # the old file stays in place until the new one is whole
+        shutil.copyfile(out, kept)  # the old file stays in place until the new one is whole
         print(f"{out} existed: it is kept as {kept}")
     checkpoint.write_atomic(out, text)
     print(f"wrote {len(records):,} predictions to {out}")
