@@ -104,7 +104,7 @@ def main(argv: list[str]) -> dict:
         run = Path(ddp.from_rank0(world, lambda: new_run(cfg, world, labels)))
     ddp.say(world, f"run {run}" + (f", resumed at step {at.step} of {total}" if at.step else ""))
 
-    # ---- loop: eval, save, step, log --------------------------------------------------------------------------------
+    # ---- loop: step, log, eval, save --------------------------------------------------------------------------------
     row_weights = None if weights is None else torch.from_numpy(weights).float().to(world.device)
     stop, log, clock = ddp.StopRequest(), run / "metrics.jsonl", Clock(at)
     bar = tqdm(total=total, initial=at.step, disable=world.rank != 0, unit="step", file=sys.stderr, mininterval=1.0)
@@ -140,15 +140,11 @@ def main(argv: list[str]) -> dict:
 
         # log
         clock.lap("seconds")
-        line = {"step": at.step, "epoch": round(at.step / steps_per_epoch, 4), "loss": loss, "lr": cfg.lr * factor}
-        line |= {
-            "grad_norm": norm if taken else None,
-            "tokens": at.tokens,
-            "skipped": at.skipped,
-            "seconds": round(at.seconds, 3),
-        }
         if world.rank == 0:
-            checkpoint.append_line(log, line)
+            facts = {"step": at.step, "epoch": round(at.step / steps_per_epoch, 4), "lr": cfg.lr * factor}
+            facts |= {"loss": loss, "grad_norm": norm} if taken else {"loss": None, "grad_norm": None}  # strict JSON
+            facts |= {"tokens": at.tokens, "skipped": at.skipped, "seconds": round(at.seconds, 3)}
+            checkpoint.append_line(log, facts)
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{at.tokens / at.seconds:,.0f}", refresh=False)
         bar.update()
 
