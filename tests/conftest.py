@@ -33,7 +33,7 @@ def command(tmp_path):
     outputs under tmp_path unless --outputs is given.
     """
 
-    def run(script: str, *flags, ranks: int = 1, timeout: int = 240, cwd=ROOT, env=None):
+    def run(script: str, *flags, ranks: int = 1, timeout: int = 480, cwd=ROOT, env=None):
         flags = [str(f) for f in flags]
         if "--outputs" not in flags:
             flags += ["--outputs", str(tmp_path / "outputs")]
