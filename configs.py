@@ -374,7 +374,11 @@ def parse(cls, presets: dict, argv: list[str], doc: str = ""):
             problems.append(f"--{name} {text}: expected {e}")
     if problems:
         raise UserError(" | ".join(problems))
-    return replace(cfg, **values), set(values)
+    given = set(values)
+    for one, other in (("warmup_steps", "warmup_ratio"), ("warmup_ratio", "warmup_steps")):
+        if one in given and other not in given:
+            values[other] = 0  # of two ways to say it, the one given by hand takes the preset's place
+    return replace(cfg, **values), given
 
 
 def _pairs(cls, argv: list[str]) -> dict[str, str]:
@@ -503,8 +507,17 @@ def describe(cls, presets: dict) -> str:
     return "\n".join(lines)
 
 
+ELSEWHERE = {  # what other tools call our fields
+    "learning_rate": "lr", "lora_r": "rank", "lora_alpha": "alpha", "target_modules": "targets", "model": "base",
+    "model_name_or_path": "base", "num_train_epochs": "epochs", "train_file": "train_data",
+    "max_seq_length": "max_length",
+    "gradient_checkpointing": "grad_checkpoint", "max_grad_norm": "grad_clip", "lr_scheduler_type": "schedule",
+}  # fmt: skip
+
+
 def _nearest(name: str, known, prefix: str = "") -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    theirs = difflib.get_close_matches(str(name), [n for n in ELSEWHERE if ELSEWHERE[n] in known], n=1, cutoff=0.8)
+    close = [ELSEWHERE[n] for n in theirs] or difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" (did you mean {prefix}{close[0]}?)" if close else ""
 
 

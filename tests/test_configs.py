@@ -367,3 +367,20 @@ def test_own_train_data_drops_the_files_of_the_preset():
 def test_dataset_name(path, expected):
     assert configs.dataset_name(TrainConfig(train_data=path)) == expected
     assert configs.dataset_name(TrainConfig(train_data=path, dataset="mine")) == "mine"
+
+
+def test_warmup_given_by_hand_takes_the_presets_place():
+    """The tiny presets have a warmup_ratio: --warmup_steps alone is no contradiction; both by hand are."""
+    for cls, presets in ((configs.TrainConfig, configs.TRAIN_PRESETS), (configs.CptConfig, configs.CPT_PRESETS)):
+        cfg, by_hand = configs.parse(cls, presets, ["--warmup_steps", "5"])
+        assert (cfg.warmup_steps, cfg.warmup_ratio, by_hand) == (5, 0, {"warmup_steps"})
+        configs.check(cfg, by_hand)
+        both, _ = configs.parse(cls, presets, ["--warmup_steps", "5", "--warmup_ratio", "0.1"])
+        with pytest.raises(UserError, match="give one of the two"):
+            configs.check(both)
+
+
+@pytest.mark.parametrize("theirs, ours", [("--lerning_rate", "--lr"), ("--lora_r", "--rank"), ("--epoch", "--epochs")])
+def test_flags_of_other_tools_name_ours(theirs, ours):
+    with pytest.raises(UserError, match=rf"unknown flag {theirs} \(did you mean {ours}\?\)"):
+        configs.parse(configs.TrainConfig, configs.TRAIN_PRESETS, [theirs, "1"])
