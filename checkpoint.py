@@ -258,6 +258,23 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise Untrusted(f"{path}: {e}") from None
 
 
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file, from its header alone. Raises Untrusted when the file is not one."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118 (as above)
+    except (SafetensorError, OSError, ValueError) as e:
+        raise Untrusted(f"{path}: {e}; it is damaged or cut short, get it again") from None
+
+
+def publish(hidden: Path, folder: Path) -> None:
+    """Move the files of a hidden folder, made durable, into one that may hold others; weights last."""
+    for path in sorted(hidden.iterdir(), key=lambda p: p.suffix == ".safetensors"):
+        fs_sync(path)
+        fs_rename(path, folder / path.name)
+    fs_sync(folder)
+
+
 def load_json(path: Path) -> dict:
     """A JSON object. Raises Untrusted when the file does not hold one."""
     try:
@@ -291,22 +308,37 @@ def optimizer_tensors(optimizer) -> dict[str, torch.Tensor]:
     for g, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
             for key, value in optimizer.state.get(p, {}).items():
-                found[f"{g}.{i}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+                if not key.startswith("qmap"):  # bitsandbytes' constant tables, shared by all
+                    found[f"{g}.{i}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
     return found
 
 
 def load_optimizer_tensors(optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Give an optimizer over the same parameters its state back. Raises Untrusted when shapes differ."""
+    """Give an optimizer over the same parameters its state back. Raises Untrusted when it does not fit.
+
+    bitsandbytes makes its own state first, paged or in 8 bits, and the saved values go into it.
+    """
+    own = getattr(optimizer, "init_state", None)
+    if own:
+        optimizer.check_overrides()
     for g, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
             prefix = f"{g}.{i}."
             state = {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
+            if not state:
+                continue
+            if own:
+                own(group, p, g, i)
+            fresh = optimizer.state[p] if own else {k: p for k, t in state.items() if t.ndim}
             for key, value in state.items():
-                if value.ndim and value.shape != p.shape:
-                    raise Untrusted(f"optimizer state {prefix}{key} is {tuple(value.shape)}, expected {tuple(p.shape)}")
-                state[key] = value.to(p.device)
-            if state:
-                optimizer.state[p] = state
+                want = fresh.get(key)
+                if own and want is None or torch.is_tensor(want) and value.shape != want.shape:
+                    shape = tuple(want.shape) if torch.is_tensor(want) else None
+                    raise Untrusted(f"optimizer state {prefix}{key} is {tuple(value.shape)}, expected {shape}")
+                if own:
+                    optimizer.state[p][key] = want.copy_(value) if torch.is_tensor(want) else int(value)
+                else:
+                    optimizer.state[p][key] = value.to(p.device)
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------

@@ -247,6 +247,30 @@ def encode_labels(column: list[str], labels: Labels, path: str) -> np.ndarray:
     return np.array([index[v] for v in column], dtype=np.int64)
 
 
+def encode_numbers(column: list[str], path: str) -> np.ndarray:
+    """The numbers (N,) float32 of a regression's label column. Raises UserError naming rows that hold none."""
+    wrong, values = [], np.zeros(len(column), np.float32)
+    for i, text in enumerate(column):
+        try:
+            values[i] = float(text)
+        except ValueError:
+            values[i] = np.nan
+        if not np.isfinite(values[i]):
+            wrong.append(f"row {i + 1}: {text[:30]!r}")
+    if wrong:
+        raise UserError(f"{path}: {len(wrong)} labels are no finite numbers ({_few(wrong)})")
+    return values
+
+
+def number_strata(values: np.ndarray, most: int = 10) -> np.ndarray:
+    """Strata (N,) int64 of numbers for a stratified split: the values where they are few, or else quantiles."""
+    distinct, stratum, counts = np.unique(values, return_inverse=True, return_counts=True)
+    if len(distinct) <= most and counts.min() > 1:
+        return stratum
+    ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
+    return ranks * min(most, max(1, len(values) // 2)) // len(values)
+
+
 def stratified_split(labels: np.ndarray, val_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted row indices (train, validation); each class gives its share, at least one row, and keeps at least one.
 
@@ -358,9 +382,45 @@ def tokenize(tokenizer, template: str, rows: list[dict[str, str]], max_length: i
     return tokens, report
 
 
-def end_of_text(tokenizer) -> int:
-    """The id that ends a document: EOS, or else pad, or else id 0."""
-    return next((t for t in (tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None), 0)
+def end_of_text(tokenizer, padding: bool = False) -> int:
+    """The id that ends a document: EOS, or else pad, or else id 0; padding: the id that pads one, pad before EOS."""
+    ids = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return next((t for t in (ids[::-1] if padding else ids) if t is not None), 0)
+
+
+def label_word_ids(tokenizer, template: str, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """The first tokens of each class's word as it would follow the rendered template; aliases stand apart by "|".
+
+    A word follows the template's end after a space, or directly where the end is a space or a new line. Raises
+    UserError where a token would join both, where two classes begin with the same token, and where the tokenizer ends
+    a text with a token of its own, after which no word can follow.
+    """
+    tail = prompts.tail(template)
+    context = tail or "a"  # a field's text stands there: any letter will do
+    before = tokenizer(context, add_special_tokens=False)["input_ids"]
+    space = "" if context[-1].isspace() else " "
+    last, found, owner, problems = tokenizer("a")["input_ids"][-1], [], {}, []
+    if last in tokenizer.all_special_ids:
+        problems.append(f"its tokenizer ends a text with {tokenizer.decode([last])!r}: no word can follow")
+    for c, word in enumerate(words):
+        ids = []
+        for alias in dict.fromkeys(a.strip() for a in word.split("|")):
+            after = tokenizer(context + space + alias, add_special_tokens=False)["input_ids"]
+            if not alias or after[: len(before)] != before or len(after) == len(before):
+                problems.append(
+                    f"a token joins the template's end {tail[-20:]!r} and the word {alias!r}: change the end"
+                )
+                continue
+            token = after[len(before)]
+            if owner.setdefault(token, c) != c:
+                both = f"{words[owner[token]]!r} and {word!r}"
+                problems.append(f"{both} begin with the same token {tokenizer.decode([token])!r}: give other words")
+            elif token not in ids:
+                ids.append(token)
+        found.append(tuple(ids))
+    if problems:
+        raise UserError("--head label_words: " + "; ".join(problems[:4]))
+    return tuple(found)
 
 
 class Guard:

@@ -33,7 +33,8 @@ def degenerate(logits: np.ndarray) -> str:
         return f"{int(bad.sum())} of {len(logits)} rows have scores that are not finite (first: row {first})"
     if len(logits) < 8:
         return ""
-    spread = (logits - logits.mean(axis=1, keepdims=True)).std(axis=0).max()
+    relative = logits - logits.mean(axis=1, keepdims=True) if logits.shape[1] > 1 else logits
+    spread = relative.std(axis=0).max()
     distinct = len(np.unique(logits, axis=0))
     if spread < 1e-4 or distinct <= max(2, len(logits) // 100):
         return f"{len(logits)} rows have {distinct} distinct scores, spread {spread:.1e}: the model ignores its input"
@@ -41,7 +42,10 @@ def degenerate(logits: np.ndarray) -> str:
 
 
 def distribution(logits: np.ndarray, names: list[str]) -> str:
-    """A short summary of predictions: rows and share per class, and how sure the top probabilities are."""
+    """A short summary of predictions: rows and share per class and how sure they are, or a regression's quantiles."""
+    if logits.shape[1] == 1:
+        low, mid, high = np.quantile(logits, [0.05, 0.5, 0.95])
+        return f"{names[0]}: 5% below {low:.4g}, median {mid:.4g}, 5% above {high:.4g}, mean {logits.mean():.4g}"
     top, chosen = softmax(logits).max(axis=1), logits.argmax(axis=1)
     width = max(len(n) for n in names)
     lines = [f"{'predicted':<{width}} {'rows':>7} {'share':>7} {'mean top probability':>21}"]

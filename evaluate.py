@@ -5,7 +5,8 @@ run = load_run("outputs/tiny__base/tiny/run_0")
 run.predict(["What is 2 + 2?"])            # [{"label": "0", "name": "0", "probabilities": [...], "logits": [...]}]
 """
 
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def score(model, tokens: data.Tokens, world: ddp.World, precision: str, max_toke
                 logits.append(model(data.pack(tokens, chosen, world.device)))
             rows.append(chosen)
     model.train(was_training)
-    mine = torch.cat(logits).cpu().numpy() if logits else np.zeros((0, model.score.out_features), np.float32)
+    mine = torch.cat(logits).cpu().numpy() if logits else np.zeros((0, model.outputs), np.float32)
     index = np.concatenate(rows) if rows else np.zeros(0, np.int64)
     return ddp.gather_rows(world, index, mine, len(tokens.lengths))
 
@@ -79,40 +80,123 @@ def language_loss(lm, tokens: data.Tokens, world: ddp.World, precision: str, max
 # ---- classifiers on disk --------------------------------------------------------------------------------------------
 
 
-def new_classifier(cfg: TrainConfig, classes: int, device: torch.device, precision: str) -> models.Classifier:
-    """The classifier that a config describes, with fresh adapters and head, drawn from its seed."""
-    backbone = models.load_backbone(cfg.base, device, models.weight_dtype(device, precision))
+def words_of(cfg: TrainConfig, labels: data.Labels, tokenizer) -> tuple[tuple[int, ...], ...]:
+    """The token ids of each class's words for a head of label words; empty for a linear head."""
+    if cfg.head != "label_words":
+        return ()
+    words = cfg.label_words or labels.names
+    if len(words) != len(labels.names):
+        raise UserError(f"--label_words names {len(words)} words for {len(labels.names)} classes: {labels.names}")
+    return data.label_word_ids(tokenizer, cfg.text, words)
+
+
+def adapter_of(cfg: TrainConfig, saved: tuple[str, ...]) -> lora.Adapter | None:
+    """The adapter that a config describes, None with rank 0. saved: modules of the head that it trains whole."""
+    if not cfg.rank:
+        return None
+    task = "CAUSAL_LM" if cfg.head == "label_words" else "SEQ_CLS"
+    plain = cfg.targets, cfg.rank, cfg.alpha, cfg.lora_dropout, cfg.bias, cfg.rslora
+    return lora.Adapter(*plain, saved=saved, task=task, base=cfg.base)
+
+
+def check_model(cfg: TrainConfig, labels: data.Labels, tokenizer, adapter=None, shapes=None) -> models.Classifier:
+    """Check a config's base, head and adapter on a skeleton, before any weight is loaded; returns the skeleton.
+
+    adapter, shapes: an adapter of its own and the shapes of its tensors. Raises UserError for what does not fit.
+    """
+    models.need_vocabulary(cfg.base, len(tokenizer))
+    bare = models.skeleton(cfg.base, len(labels.names), cfg.pooling, words_of(cfg, labels, tokenizer))
+    models.check_structure(bare, cfg.train_layers, cfg.max_length)
+    try:
+        mine = adapter or adapter_of(cfg, models.head_to_save(bare))
+        if mine:
+            lora.inject(bare, mine)
+        if shapes is not None:
+            lora.match_keys(bare, shapes)
+    except ValueError as e:
+        raise UserError(f"--base {cfg.base}: {e}" if adapter else f"--targets {','.join(cfg.targets)}: {e}") from None
+    return bare
+
+
+def new_classifier(
+    cfg: TrainConfig, labels: data.Labels, tokenizer, device: torch.device, precision: str, adapter=None
+) -> models.Classifier:
+    """The classifier that a config describes, with fresh adapters and head drawn from its seed, on its device.
+
+    adapter: one read from a file, in the place of the config's.
+    """
+    model = models.load_classifier(
+        cfg.base,
+        len(labels.names),
+        device,
+        models.weight_dtype(device, precision),
+        cfg.pooling,
+        cfg.head_dropout,
+        words_of(cfg, labels, tokenizer),
+        cfg.quant,
+        models.DTYPES[precision],
+        cfg.seed,
+    )
     torch.manual_seed(cfg.seed)
-    model = models.Classifier(backbone, classes, cfg.head_dropout, cfg.pooling)
-    if cfg.rank:
-        models.add_adapter(model, cfg.targets, cfg.rank, cfg.alpha, cfg.lora_dropout, cfg.bias, cfg.rslora)
+    adapter = adapter or adapter_of(cfg, models.head_to_save(model))
+    if adapter:
+        models.add_adapter(model, adapter)
     else:
         models.train_layers(model, cfg.train_layers)
     return model
 
 
-def write_classifier(folder: Path, model: models.Classifier, tokenizer, cfg: TrainConfig, labels: data.Labels) -> None:
+def write_classifier(folder: Path, model: models.Classifier, tokenizer, labels: data.Labels) -> None:
     """All that a save needs to be loaded alone: an adapter in PEFT's format or the whole model, and the tokenizer."""
-    if cfg.rank:
-        about = lora.adapter_config(cfg.base, cfg.targets, cfg.rank, cfg.alpha, cfg.lora_dropout, cfg.bias, cfg.rslora)
-        checkpoint.save_json(folder / "adapter_config.json", about)
+    if lora.adapters(model):
+        checkpoint.save_json(folder / "adapter_config.json", lora.adapter_config(model.adapter))
         checkpoint.save_tensors(folder / "adapter_model.safetensors", lora.adapter_state(model))
     else:
-        tensors = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
+        tensors = {n: t.cpu().contiguous() for n, t in models.state(model).items()}
         checkpoint.save_tensors(folder / "model.safetensors", tensors)
-        checkpoint.save_json(folder / "config.json", models.classifier_config(model, labels.names))
+        pad = data.end_of_text(tokenizer, padding=True)
+        checkpoint.save_json(folder / "config.json", models.classifier_config(model, labels.names, pad=pad))
     tokenizer.save_pretrained(folder)
 
 
-def read_classifier(folder: Path, model: models.Classifier) -> None:
-    """Load what write_classifier wrote into a model of the same config, strictly. Raises Untrusted otherwise."""
+def read_classifier(folder: Path, model: models.Classifier) -> str:
+    """Load what write_classifier wrote into a model of the same config, strictly; returns a report of an adapter's.
+
+    Raises Untrusted when anything is missing, left over, misshapen or not finite.
+    """
     try:
         if (folder / "adapter_model.safetensors").exists():
-            lora.load_adapter_state(model, checkpoint.load_tensors(folder / "adapter_model.safetensors"))
-        else:
-            model.load_state_dict(checkpoint.load_tensors(folder / "model.safetensors"))
+            return lora.load_adapter_state(model, checkpoint.load_tensors(folder / "adapter_model.safetensors"))
+        tensors = checkpoint.load_tensors(folder / "model.safetensors")
+        differ = sorted(tensors.keys() ^ models.state(model).keys())
+        if differ:
+            raise ValueError(f"{len(differ)} tensors of the save or of the model have no counterpart ({differ[0]})")
+        model.load_state_dict(tensors, strict=False)
+        return f"{len(tensors)} tensors"
     except (ValueError, RuntimeError) as e:
         raise checkpoint.Untrusted(f"{folder}: {e}") from None
+
+
+def export(path: Path, run: "Run") -> str:
+    """Write a run as a plain transformers model into a folder: its adapter merged, in the dtype that it ran in.
+
+    Raises UserError where transformers' own class could not give the same logits. Returns the class that loads it.
+    """
+    model, pooling = run.model, models.transformers_pooling(run.model)
+    if model.pooling not in pooling:
+        raise UserError(f"--export: {model.architecture} pools {' or '.join(pooling)}, this run {model.pooling}")
+    path.mkdir(parents=True, exist_ok=True)
+    lora.merge(model)
+    dtype = model.backbone.get_input_embeddings().weight.dtype
+    tensors = {n: t.to("cpu", dtype).contiguous() for n, t in models.state(model).items()}
+    pad = data.end_of_text(run.tokenizer, padding=True)
+    config = models.classifier_config(model, run.labels.names, str(dtype).removeprefix("torch."), pad)
+    with tempfile.TemporaryDirectory(dir=path, prefix=".export-") as hidden:
+        checkpoint.save_tensors(Path(hidden) / "model.safetensors", tensors)
+        checkpoint.save_json(Path(hidden) / "config.json", config)
+        run.tokenizer.save_pretrained(hidden)
+        checkpoint.publish(Path(hidden), path)
+    return model.architecture
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------
@@ -154,7 +238,8 @@ class Run:
         return score(self.model, tokens, self.world, self.precision, max_tokens), report
 
     def predict(self, texts: list, max_tokens: int = 8192) -> list[dict]:
-        """Label, display name, probabilities and logits (both in the order of `labels`) of each text.
+        """Label, display name, probabilities and logits (both in the order of `labels`) of each text; a regression's
+        score.
 
         texts: strings, where the template has one column, or rows as dicts of its columns.
         """
@@ -167,6 +252,8 @@ class Run:
         data.need_columns(rows, columns, "texts", "input")
         data.decode_bytes_literals(rows, columns)
         logits, _ = self.logits(rows, max_tokens)
+        if self.config.task == "regression":
+            return [{"score": float(z)} for z in logits[:, 0]]
         probabilities = decide.softmax(logits)
         return [
             {
@@ -187,28 +274,130 @@ def run_facts(path: Path) -> tuple[TrainConfig, data.Labels]:
     return configs.read_config(TrainConfig, path), data.Labels(tuple(facts["values"]), tuple(facts["names"]))
 
 
-def load_run(path: str | Path, world: ddp.World | None = None, precision: str = "auto", merge: bool = False) -> Run:
+def load_run(
+    path: str | Path, world: ddp.World | None = None, precision: str = "auto", merge: bool = False, quant: str = ""
+) -> Run:
     """The best save of a run, on this process's device, verified file by file and against its base.
 
-    Raises UserError when there is no such run, Untrusted when nothing in it can be trusted or its base has changed.
+    quant: another way to store the base than the run's. Raises UserError when there is no such run, Untrusted when
+    nothing in it can be trusted or its base has changed.
     """
     path, world = Path(path), world or ddp.setup()
     cfg, labels = run_facts(path)
     folder = checkpoint.trusted(path / "best")
     if folder is None:
         raise UserError(f"run {path}: it holds no best/ save yet; go on with python train.py --resume {path}")
+    cfg, tokenizer = replace(cfg, quant=quant or cfg.quant), data.load_tokenizer(str(folder))
     precision, _ = models.choose_precision(precision, world.device)
-    model = new_classifier(cfg, len(labels.values), world.device, precision)
+    adapter = lora.read_adapter_config(checkpoint.load_json(folder / "adapter_config.json")) if cfg.rank else None
+    model = new_classifier(cfg, labels, tokenizer, world.device, precision, adapter)
     check_base(model, checkpoint.verify(folder)["base"], cfg.base)
     read_classifier(folder, model)
+    return _ready(Run(path, cfg, labels, model, tokenizer, world, precision), merge)
+
+
+def _ready(run: Run, merge: bool) -> Run:
     if merge:
-        lora.merge(model)
-    model.eval().requires_grad_(False)
-    return Run(path, cfg, labels, model, data.load_tokenizer(str(folder)), world, precision)
+        lora.merge(run.model)
+    run.model.eval().requires_grad_(False)
+    return run
 
 
 def check_base(model: models.Classifier, saved: dict, base: str) -> None:
     """Raise Untrusted when the base is not the one that the save was trained on."""
-    differs = models.compare_fingerprints(saved, models.fingerprint(model.model))
+    differs = models.compare_fingerprints(saved, model.base_fingerprint)
     if differs:
         raise checkpoint.Untrusted(f"base {base} is not the one this run was trained on: {'; '.join(differs[:3])}")
+
+
+def probe(run: Run, rows: list[dict[str, str]]) -> float:
+    """How far the adapter moves the logits of a few rows. Raises Degenerate when it does not: another model's?"""
+    live, _ = run.logits(rows)
+    with lora.disable(run.model):
+        base, _ = run.logits(rows)
+    moved = float(np.abs(live - base).max())
+    if moved <= 1e-6 * max(1.0, float(np.abs(live).max())):
+        raise Degenerate(f"the adapter does not move the logits of {len(rows)} rows (by {moved:.1e} at most)")
+    return moved
+
+
+def weak_tokens(model: models.Classifier, tokenizer, tokens: data.Tokens) -> str:
+    """A warning for tokens in use whose embedding was never trained (its norm is almost 0), or an empty string.
+
+    Raises UserError for embeddings that are not finite: they make every score of their rows NaN.
+    """
+    table = model.backbone.get_input_embeddings()
+    used = torch.from_numpy(np.unique(tokens.ids).astype(np.int64))
+    norms = getattr(table, "base_layer", table).weight[used].detach().float().norm(dim=1).cpu()
+    names = tokenizer.convert_ids_to_tokens(used[~(norms > 0.01 * norms.nanmedian())].tolist())
+    if not torch.isfinite(norms).all():
+        raise UserError(f"the base's embeddings of {names[:5]} are not finite: its weights are damaged")
+    return f"warning: the base never learned the tokens {', '.join(names[:5])}, which occur here" if names else ""
+
+
+# ---- models that are no run: a base, or a base and a public adapter -------------------------------------------------
+
+
+@dataclass
+class Given:
+    """A base and perhaps an adapter, checked on their headers; no weight is loaded yet."""
+
+    config: TrainConfig
+    labels: data.Labels
+    tokenizer: object
+    adapter: lora.Adapter | None
+    folder: Path | None  # of the adapter
+
+
+def given_model(cfg: configs.InferConfig) -> Given:
+    """What --base and --adapter name, as a run's facts. Raises UserError for what does not fit together."""
+    adapter, folder, shapes = None, None, {}
+    if cfg.adapter:
+        folder = models.find_adapter(cfg.adapter)
+        shapes = checkpoint.tensor_shapes(folder / "adapter_model.safetensors")
+        try:
+            adapter = lora.read_adapter_config(checkpoint.load_json(folder / "adapter_config.json"))
+        except ValueError as e:
+            raise UserError(f"--adapter {cfg.adapter}: {e}") from None
+    base = cfg.base or (adapter.base if adapter else "")
+    models.need_base(base)
+    tokenizer = data.load_tokenizer(str(folder) if folder and (folder / "tokenizer.json").is_file() else base)
+    rows = [s[0] for k, s in shapes.items() if k.endswith((".score.weight", "classifier.weight", ".out_proj.weight"))]
+    names = cfg.label_names or models.stored_labels(base, rows[0] if rows else 0)
+    if not names:
+        raise UserError("the classes are not known: name them with --label_names (and --head label_words)")
+    labels = data.Labels(names if len(names) > 1 else (), names)
+    same = {n: getattr(cfg, n) for n in ("text", "label_column", "id_column", "head", "label_words", "quant")}
+    task = "regression" if len(names) == 1 else "single_label"
+    known = TrainConfig(base=base, task=task, max_length=cfg.max_length, rank=int(bool(adapter)), **same)
+    known = replace(known, pooling=models.stored_pooling(base))
+    check_model(known, labels, tokenizer, adapter, shapes if adapter else None)
+    return Given(known, labels, tokenizer, adapter, folder)
+
+
+def load_given(given: Given, world: ddp.World, precision: str = "auto", merge: bool = False) -> tuple[Run, str]:
+    """The given model, ready to predict, and a report of what matched.
+
+    Raises UserError when a part of the head is nowhere, Untrusted for an adapter that holds no usable values.
+    """
+    precision, _ = models.choose_precision(precision, world.device)
+    cfg, adapter, report = given.config, given.adapter, "no adapter: the base alone"
+    model = new_classifier(cfg, given.labels, given.tokenizer, world.device, precision, adapter)
+    saved = adapter.saved if adapter else ()
+    lost = [n for n in model.fresh if not lora.within(n, saved)]
+    if lost:
+        raise UserError(
+            f"{len(lost)} tensors of the head ({', '.join(lost[:3])}) are neither in the base nor in the adapter: "
+            "train a head with train.py, or score words with --head label_words"
+        )
+    if adapter:
+        matched = read_classifier(given.folder, model)
+        report = f"adapter {given.folder} (r {adapter.rank}, alpha {adapter.alpha:g}): {matched}"
+        idle = [n for n, m in lora.adapters(model).items() if m.idle()]
+        if len(idle) == len(lora.adapters(model)):
+            raise checkpoint.Untrusted(f"{given.folder}: every update is zero; the adapter was never trained")
+        report += f"; {len(idle)} updates are zero" if idle else ""
+        if Path(adapter.base).name.lower() != Path(cfg.base).name.lower():
+            report += f"\nwarning: it names the base {adapter.base!r}, not {cfg.base}: every tensor fits all the same"
+    run = Run(given.folder or Path(cfg.base), cfg, given.labels, model, given.tokenizer, world, precision)
+    return _ready(run, merge), report

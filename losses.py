@@ -23,6 +23,11 @@ def cross_entropy(
     return loss, weight
 
 
+def squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """outputs (B, 1), targets (B,) -> (sum of squared errors in fp32, number of rows)."""
+    return F.mse_loss(outputs[:, 0].float(), targets.float(), reduction="sum"), float(len(targets))
+
+
 def lm_cross_entropy(hidden: torch.Tensor, output_weight: torch.Tensor, targets: torch.Tensor, chunk: int = 1024):
     """Next-token cross-entropy without ever holding all logits: chunks of rows, recomputed in the backward pass.
 

@@ -242,6 +242,23 @@ def regression(outputs: ArrayLike, targets: ArrayLike) -> dict[str, float]:
     return scores | {"rows": len(out)}
 
 
+def of_task(task: str, logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    """The metrics of a task: `regression` of its one column of logits, or `classification`."""
+    return regression(np.asarray(logits)[:, 0], labels) if task == "regression" else classification(logits, labels)
+
+
+def majority(task: str, labels: np.ndarray) -> float:
+    """What knowing nothing reaches: the share of the largest class, or the mse of the mean."""
+    return float(np.var(labels)) if task == "regression" else float(np.bincount(labels).max() / len(labels))
+
+
+def summary(task: str, logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> str:
+    """The scores as a person reads them: a table over classes, or a line."""
+    if task == "regression":
+        return ", ".join(f"{k} {v:.4f}" for k, v in of_task(task, logits, labels).items() if k != "rows")
+    return table(confusion_matrix(labels, logits.argmax(axis=1), len(names)), list(names))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # uncertainty and print
 

@@ -1,21 +1,27 @@
-"""The only file that touches transformers' model classes: backbone, packed attention, pooling, head.
+"""The only file that touches transformers' model classes: backbone, packed attention, pooling, head, quantization.
 
 Attention is one function in transformers' attention interface. It sees a micro-batch as one row of concatenated
 sequences and keeps them apart by their lengths; no mask tensor exists (PITFALLS: packed rows leak under the stock one).
 """
 
+import json
 import os
 import re
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.utils import logging
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
+from transformers.utils import cached_file, logging
 
 import lora
 from configs import UserError
@@ -132,6 +138,7 @@ def attention_note(device: torch.device, config, precision: str) -> str:
 
 AttentionInterface.register(ATTENTION, packed_attention)
 logging.disable_progress_bar()  # transformers' bars for weights; ours is the one of training
+logging.set_verbosity_error()  # its tables of missing weights: we account for every tensor ourselves
 
 
 # ---- precision ------------------------------------------------------------------------------------------------------
@@ -160,18 +167,19 @@ def weight_dtype(device: torch.device, precision: str) -> torch.dtype:
     return DTYPES[precision] if device.type == "cuda" else torch.float32
 
 
-# ---- backbone -------------------------------------------------------------------------------------------------------
+# ---- the base -------------------------------------------------------------------------------------------------------
 
 
 def find_base(base: str) -> str:
     """The base as transformers takes it: a local folder (also relative to this project), or a hub name.
 
-    Raises UserError for a folder that is missing or holds no weights, before anything is loaded.
+    Raises UserError for a folder that is missing or holds no config, before anything is loaded.
     """
     for folder in (Path(base), Path(__file__).parent / base):
         if folder.is_dir():
-            names = os.listdir(folder)
-            if "config.json" not in names:
+            if not (folder / "config.json").exists():
+                if (folder / "adapter_config.json").exists():
+                    raise UserError(f"--base {base}: this folder is an adapter; name its base, and it with --adapter")
                 raise UserError(f"--base {base}: no config.json in this folder; give a folder saved by transformers")
             return str(folder)
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
@@ -180,19 +188,78 @@ def find_base(base: str) -> str:
 
 
 def need_weights(folder: str) -> None:
-    """Raise UserError when a local base folder holds no weights."""
-    if os.path.isdir(folder) and not any(n.endswith((".safetensors", ".bin")) for n in os.listdir(folder)):
+    """Raise UserError when a local base folder holds no weights, or names or links to files outside of itself."""
+    if not os.path.isdir(folder):
+        return
+    names = [n for n in os.listdir(folder) if n.endswith((".safetensors", ".bin")) and not n.startswith("adapter_")]
+    if not names:
         raise UserError(f"--base {folder}: no weights in this folder (model.safetensors or its shards)")
+    for name in [*names, "config.json"]:
+        if not own_file(Path(folder) / name):
+            raise UserError(f"--base {folder}: {name} is no file of this folder (a link out of it?): copy it there")
+    for index in Path(folder).glob("*.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
+            raise UserError(f"--base {folder}: {index.name} is no index of shards ({type(e).__name__})") from None
+        outside = [s for s in shards if not isinstance(s, str) or s in ("", ".", "..") or Path(s).name != s]
+        if outside:
+            raise UserError(f"--base {folder}: {index.name} names {outside[0]!r}, outside the folder: it is not read")
+
+
+def own_file(path: Path) -> bool:
+    """Whether a path is a regular file of its folder, or a link that stays in it or in the hub's cache around it."""
+    cache = path.parent.parents[1] if path.parent.parent.name == "snapshots" else path.parent
+    return path.is_file() and cache.resolve() in path.resolve().parents
 
 
 def need_base(base: str) -> str:
     """Where the base is, once its config and weights are known to be there. Raises UserError before anything loads."""
     folder = find_base(base)
     need_weights(folder)
-    if os.path.exists(os.path.join(folder, "adapter_config.json")):
-        raise UserError(f"--base {base}: this folder also holds an adapter (adapter_config.json); give the base alone")
-    load_config(base)
+    stored = getattr(load_config(base), "quantization_config", None)
+    if stored:
+        raise UserError(f"--base {base} is stored quantized: give the 16-bit base it was made from, with --quant nf4")
     return folder
+
+
+def find_adapter(adapter: str) -> Path:
+    """The folder of a PEFT adapter: a local one, or a hub name's, fetched. Raises UserError for what is never read."""
+    folder, files = Path(adapter), ("adapter_config.json", "adapter_model.safetensors")
+    if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", adapter):
+        try:
+            folder = [Path(cached_file(adapter, name)).parent for name in files][0]
+        except OSError as e:
+            raise UserError(f"--adapter {adapter}: not to be had ({str(e).splitlines()[0]}); give a folder") from None
+    missing = [n for n in files if not (folder / n).exists()]
+    if missing and any(folder.glob("adapter_model.bin")):
+        raise UserError(
+            f"--adapter {adapter}: adapter_model.bin is a pickle, which is never read: load it with peft where you "
+            "trust it, and save_pretrained writes adapter_model.safetensors"
+        )
+    if missing:
+        raise UserError(f"--adapter {adapter}: no {missing[0]} there; give the folder that peft saved")
+    links = [n for n in files if not own_file(folder / n)]
+    if links:
+        raise UserError(f"--adapter {adapter}: {links[0]} is no file of this folder (a link out of it?): copy it there")
+    return folder
+
+
+def stored_labels(base: str, rows: int) -> tuple[str, ...]:
+    """Class names of a base that is a classifier (with `rows` outputs, if not 0), or else the numbers below `rows`."""
+    config = load_config(base)
+    whole = any("ForSequenceClassification" in a for a in config.architectures or ())
+    if whole and rows in (0, config.num_labels):
+        return tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    return tuple(str(i) for i in range(rows))
+
+
+def stored_pooling(base: str) -> str:
+    """The pooling with which transformers' own classifier of this base was trained."""
+    config = load_config(base)
+    if config.model_type == "modernbert":
+        return config.classifier_pooling
+    return "cls" if config.model_type in ENCODERS else "last"
 
 
 def need_vocabulary(base: str, tokens: int) -> None:
@@ -208,8 +275,13 @@ def load_config(base: str):
         return AutoConfig.from_pretrained(find_base(base), trust_remote_code=False).get_text_config()
     except UserError:
         raise
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, RecursionError) as e:
         reason = str(e).strip().split("\n")[0]
+        if "custom code" in str(e) or "trust_remote_code" in str(e):
+            raise UserError(
+                f"--base {base}: it needs code of its own (auto_map), which is never run, and transformers has no "
+                "class for it; take a base of a family that transformers knows"
+            ) from None
         raise UserError(
             f"--base {base}: not to be had ({reason}); for a gated base accept its licence on its hub page and set "
             "HF_TOKEN, offline give a local folder with --base"
@@ -225,58 +297,65 @@ def packs(config) -> bool:
     return config.model_type in PACKS
 
 
-def check_structure(base: str, pooling: str, targets, layers: int) -> None:
-    """Raise UserError for pooling, targets or trained layers that this base does not have, before weights are loaded.
-
-    targets: of the adapter, empty without one; layers: how many last layers are trained.
-    """
-    config = load_config(base)
-    if pooling == "cls" and config.model_type not in ENCODERS:
-        raise UserError(f"--pooling cls on {config.model_type}: a causal decoder's first token sees nothing; take last")
-    with torch.device("meta"):
-        skeleton = AutoModel.from_config(config)
-    try:
-        lora.find_targets(skeleton, targets)
-    except ValueError as e:
-        raise UserError(f"--targets {','.join(targets)}: {e}") from None
-    if layers > len(decoder_layers(skeleton)):
-        raise UserError(f"--train_layers {layers}: this base has {len(decoder_layers(skeleton))} layers")
-
-
-def load_backbone(base: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The base without its LM head, on its device, weights in `dtype`, every tensor of it accounted for.
-
-    Raises UserError when weights are missing or do not fit.
-    """
-    return _load(AutoModel, base, device, dtype)
-
-
 def load_language_model(base: str, device: torch.device, dtype: torch.dtype, random_seed: int | None = None):
-    """The base with its LM head, as load_backbone does; with random_seed its weights are drawn instead of loaded."""
-    return _load(AutoModelForCausalLM, base, device, dtype, random_seed)
-
-
-def _load(auto, base: str, device: torch.device, dtype: torch.dtype, random_seed: int | None = None) -> nn.Module:
-    config = load_config(base)
-    config.use_cache = False
-    attention = ATTENTION if packs(config) else None  # None: transformers' choice, for DeBERTa has one kind only
-    if random_seed is not None:
-        torch.manual_seed(random_seed)
-        model = auto.from_config(config, dtype=dtype, attn_implementation=attention)
+    """The base with its LM head, every tensor accounted for; with random_seed its weights are drawn, not loaded."""
+    if random_seed is None:
+        model, fresh = _load(AutoModelForCausalLM, base, dtype)
+        _refuse_missing(base, fresh)
     else:
-        folder = find_base(base)
-        need_weights(folder)
-        options = {"config": config, "dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
-        try:
-            model, info = auto.from_pretrained(folder, **options, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-            reason = str(e).strip().split("\n")[0]
-            raise UserError(f"--base {base}: its weights cannot be loaded ({reason})") from None
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise UserError(f"--base {base}: {len(missing)} tensors are missing from its weights ({missing[0]}, ...)")
-    model.get_input_embeddings().register_forward_hook(_cast_out)
+        torch.manual_seed(random_seed)
+        model = AutoModelForCausalLM.from_config(_config(base), dtype=dtype, attn_implementation=_attention(base))
+        model.get_input_embeddings().register_forward_hook(_cast_out)
     return model.to(device)
+
+
+def _config(base: str, **changes):
+    config = load_config(base)
+    for name, value in {"use_cache": False, **changes}.items():
+        setattr(config, name, value)
+    return config
+
+
+def _attention(base: str) -> str | None:
+    return ATTENTION if packs(load_config(base)) else None  # None: transformers' choice, for DeBERTa has one kind only
+
+
+def _load(auto, base: str, dtype, **changes) -> tuple[nn.Module, list[str]]:
+    """A model on the CPU and the names of its tensors that the base does not hold, or holds in another size."""
+    folder = find_base(base)
+    need_weights(folder)
+    options = {"config": _config(base, **changes), "dtype": dtype, "attn_implementation": _attention(base)}
+    safe = {"trust_remote_code": False, "weights_only": True, "ignore_mismatched_sizes": True}
+    try:
+        with without_adapter(folder) as folder:
+            model, info = auto.from_pretrained(folder, **options, **safe, output_loading_info=True)
+    except Exception as e:  # whatever a foreign file, pickled ones included, can make of loading
+        reason = str(e).strip().split("\n")[0][:200]
+        raise UserError(f"--base {base}: its weights cannot be loaded ({type(e).__name__}: {reason})") from None
+    if any(".lora_" in name for name, _ in model.named_parameters()):
+        raise UserError(f"--base {base}: an adapter lies beside this base and was put into it; give the base alone")
+    model.get_input_embeddings().register_forward_hook(_cast_out)
+    return model, sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+
+
+def _refuse_missing(base: str, names: list[str]) -> None:
+    if names:
+        raise UserError(
+            f"--base {base}: {len(names)} tensors are missing from its weights or misshapen ({names[0]}, ...)"
+        )
+
+
+@contextmanager
+def without_adapter(folder: str):
+    """The base's folder; where an adapter lies in it, a view without it, for transformers would put it in by itself."""
+    if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as view:
+        for path in Path(folder).iterdir():
+            if not path.name.startswith("adapter_"):
+                os.symlink(path.resolve(), Path(view) / path.name)
+        yield view
 
 
 def _cast_out(module, inputs, output):
@@ -284,15 +363,35 @@ def _cast_out(module, inputs, output):
     return output.float()
 
 
-def fingerprint(backbone: nn.Module) -> dict:
+def quantize(backbone: nn.Module, device: torch.device, compute: torch.dtype) -> None:
+    """Store the linears of the layers in nf4 with double quantization (Dettmers et al. 2023, arXiv:2305.14314).
+
+    One module at a time goes to the device, so neither memory ever holds the 16-bit base whole. Embeddings, norms and
+    every head stay as they are; compute: the dtype that products run in. Raises UserError without bitsandbytes.
+    """
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        raise UserError("--quant nf4 needs bitsandbytes: pip install bitsandbytes") from None
+    nf4 = {"compress_statistics": True, "quant_type": "nf4"}
+    for layer in decoder_layers(backbone):
+        for name, linear in [(n, m) for n, m in layer.named_modules() if type(m) is nn.Linear]:
+            sizes = linear.in_features, linear.out_features, linear.bias is not None
+            small = bnb.nn.Linear4bit(*sizes, compute_dtype=compute, device="meta", **nf4)
+            small.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, module=small, **nf4).to(device)
+            small.bias = linear.bias
+            layer.set_submodule(name, small)
+
+
+def fingerprint(model: "Classifier") -> dict:
     """What makes a base itself: its sizes, and of every matrix the mean and mean magnitude of 64 spread-out weights."""
-    sizes = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    sizes = "model_type hidden_size num_hidden_layers num_attention_heads vocab_size tie_word_embeddings".split()
     weights = {}
-    for name, p in backbone.named_parameters():
-        if p.ndim == 2 and ".lora_" not in name:
+    for name, p in model.named_parameters():
+        if p.ndim == 2 and name not in model.fresh:
             sample = p.detach().flatten()[:: max(1, p.numel() // 64)][:64].double()
-            weights[name.replace(".base_layer", "")] = [float(sample.mean()), float(sample.abs().mean())]
-    return {**{k: getattr(backbone.config, k, None) for k in sizes}, "weights": weights}
+            weights[name] = [float(sample.mean()), float(sample.abs().mean())]
+    return {**{k: getattr(model.config, k, None) for k in sizes}, "weights": weights}
 
 
 def compare_fingerprints(saved: dict, now: dict) -> list[str]:
@@ -336,25 +435,141 @@ def first_position(backbone: nn.Module) -> int:
 
 
 class Classifier(nn.Module):
-    """A backbone and a head on one pooled state a sequence. Names are those of transformers' own classifiers.
+    """transformers' own modules of a sequence classifier under their own names, run over packed rows.
 
-    The head is dropout and a bias-free linear called `score`, fp32 whatever the rest is.
+    So parameter names are those of its checkpoints and of peft's adapters. The head is the family's own: dropout and
+    a bias-free linear `score` for decoders, poolers and `classifier` for encoders, fp32 whatever the rest is. With
+    `words` it is a causal LM, and the logits of class c are those of its words' rows of the LM head, summed as
+    probabilities. heads: names of the head's modules; fresh: names of tensors that the base did not hold.
     """
 
-    def __init__(self, backbone: nn.Module, classes: int, dropout: float = 0.0, pooling: str = "last"):
+    def __init__(self, whole: nn.Module, pooling: str = "last", dropout: float = 0.0, words=(), fresh=()):
         super().__init__()
-        self.model = backbone
-        self.pooling = pooling
-        self.dropout = nn.Dropout(dropout)
-        hidden = backbone.config.hidden_size
-        self.score = nn.Linear(hidden, classes, bias=False, device=backbone.device, dtype=torch.float32)
-        nn.init.normal_(self.score.weight, std=0.02)
+        for name, module in whole.named_children():
+            self.add_module(name, module)
+        self.config, self.prefix = whole.config, whole.base_model_prefix
+        self.pooling, self.words, self.fresh = pooling, words, tuple(fresh)
+        self.family, self.architecture = self.config.model_type, type(whole).__name__
+        outside = () if words else tuple(n for n, _ in whole.named_children() if n != self.prefix)
+        pooler = () if words or getattr(self.backbone, "pooler", None) is None else (f"{self.prefix}.pooler",)
+        self.heads = outside + pooler
+        if words:
+            sizes = [len(w) for w in words]
+            self.word_spans = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+            self.register_buffer("word_ids", torch.tensor([i for w in words for i in w]), persistent=False)
+        elif self.family not in ENCODERS:
+            if not hasattr(self, "score"):
+                raise UserError(f"{self.family}: its head is not known here; the encoders are {', '.join(ENCODERS)}")
+            self.dropout = nn.Dropout(dropout)
+        for name in self.heads:
+            self.get_submodule(name).float()
+
+    @property
+    def backbone(self) -> nn.Module:
+        return getattr(self, self.prefix)
+
+    @property
+    def outputs(self) -> int:
+        """Columns of the logits."""
+        return len(self.words) or self.config.num_labels
 
     def forward(self, batch) -> torch.Tensor:
         """fp32 logits (B, C) of a packed micro-batch (a data.Batch)."""
-        pooled = pool(hidden_states(self.model, batch), batch.cu_seqlens, self.pooling)
+        pooled = pool(hidden_states(self.backbone, batch), batch.cu_seqlens, self.pooling)
         with torch.autocast(pooled.device.type, enabled=False):
-            return self.score(self.dropout(pooled.float()))
+            return self.logits(pooled.float())
+
+    def logits(self, pooled: torch.Tensor) -> torch.Tensor:
+        """The head: pooled states (B, D) -> logits (B, C). Poolers of encoders read a sequence's first state."""
+        if self.words:
+            z = lora.output_rows(self.lm_head, pooled, self.word_ids)  # (B, words)
+            cap = getattr(self.config, "final_logit_softcapping", None)
+            z = torch.tanh(z / cap) * cap if cap else z
+            return torch.stack([z[:, span].logsumexp(1) for span in self.word_spans], dim=1)
+        if self.family == "bert":
+            return self.classifier(self.dropout(self.bert.pooler(pooled[:, None])))
+        if self.family == "roberta":
+            return self.classifier(pooled[:, None])
+        if self.family == "modernbert":
+            return self.classifier(self.drop(self.head(pooled)))
+        if self.family == "deberta-v2":
+            return self.classifier(self.dropout(self.pooler(pooled[:, None])))
+        return self.score(self.dropout(pooled))
+
+
+def _parts(outputs: int, dropout: float, words) -> tuple[type, dict]:
+    """transformers' class of model for a head, and what its config must say for it."""
+    if words:
+        return AutoModelForCausalLM, {}
+    rates = {"classifier_dropout": dropout, "cls_dropout": dropout, "pooler_dropout": dropout}
+    return AutoModelForSequenceClassification, {"num_labels": outputs, **rates}
+
+
+def skeleton(base: str, outputs: int, pooling: str = "last", words=()) -> Classifier:
+    """A classifier without weights (on the meta device), to check structure before anything is loaded.
+
+    Raises UserError for a family without the head, or a head that the family's logits do not allow.
+    """
+    auto, changes = _parts(outputs, 0.0, words)
+    config = _config(base, **changes)
+    if words and (config.model_type in ENCODERS or any(hasattr(config, n) for n in ("logit_scale", "logits_scaling"))):
+        raise UserError(f"--head label_words on {config.model_type}: it needs a decoder with a plain LM head")
+    if pooling == "cls" and config.model_type not in ENCODERS:
+        raise UserError(f"--pooling cls on {config.model_type}: a causal decoder's first token sees nothing; take last")
+    try:
+        with torch.device("meta"):
+            whole = auto.from_config(config)
+    except ValueError as e:
+        raise UserError(f"--base {base}: no classifier of its family ({str(e).splitlines()[0][:120]})") from None
+    return Classifier(whole, pooling, 0.0, words)
+
+
+def check_structure(model: Classifier, layers: int, max_length: int) -> None:
+    """Raise UserError for trained layers or lengths that a skeleton does not have, before weights are loaded."""
+    if layers > len(decoder_layers(model.backbone)):
+        raise UserError(f"--train_layers {layers}: this base has {len(decoder_layers(model.backbone))} layers")
+    tables = ("position_embeddings", "wpe")
+    for name, table in model.backbone.named_modules():
+        if isinstance(table, nn.Embedding) and name.rsplit(".", 1)[-1] in tables:
+            most = table.num_embeddings - first_position(model.backbone)
+            if max_length > most:
+                raise UserError(f"--max_length {max_length}: this base has positions for {most} tokens; lower it")
+
+
+def load_classifier(
+    base: str,
+    outputs: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    pooling: str = "last",
+    dropout: float = 0.0,
+    words=(),
+    quant: str = "none",
+    compute: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Classifier:
+    """A classifier on its device: the base's weights in `dtype`, or its layers in nf4; a fresh head drawn from seed.
+
+    outputs: columns of the logits; words: token ids of each class, for a head of label words; compute: the dtype of
+    nf4 products. A base that is a classifier with this many outputs brings its head. Raises UserError when weights
+    are missing or do not fit.
+    """
+    auto, changes = _parts(outputs, dropout, words)
+    torch.manual_seed(seed)
+    whole, fresh = _load(auto, base, "auto" if quant == "nf4" else dtype, **changes)
+    model = Classifier(whole, pooling, dropout, words, fresh)
+    _refuse_missing(base, [n for n in fresh if not lora.within(n, model.heads)])
+    model.base_fingerprint = fingerprint(model)
+    if quant == "nf4":
+        quantize(model.backbone, device, compute)
+        for name, p in model.named_parameters():
+            if p.is_floating_point() and not lora.within(name, model.heads):
+                p.data = p.data.to(device, dtype)
+    model.to(device)
+    strays = {str(p.device) for p in model.parameters() if p.device.type != device.type}
+    if strays:
+        raise AssertionError(f"weights on {strays}, expected all on {device}")
+    return model
 
 
 def pool(hidden: torch.Tensor, cu_seqlens: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -375,48 +590,75 @@ def train_layers(model: Classifier, count: int) -> list[str]:
 
     Returns the names of the trained parameters.
     """
-    layers = decoder_layers(model.model)
-    chosen = set() if count == 0 else {id(p) for layer in layers[-count:] for p in layer.parameters()}
+    layers = decoder_layers(model.backbone)
+    modules = [model.get_submodule(n) for n in model.heads]
     if count > 0:
-        rest = [m for n, m in model.model.named_children() if "norm" in n]
-        chosen |= {id(p) for m in rest for p in m.parameters()}
+        modules += [*layers[-count:], *(m for n, m in model.backbone.named_children() if "norm" in n)]
     if count == -1:
-        chosen = {id(p) for p in model.model.parameters()}
-    chosen |= {id(p) for p in model.score.parameters()}
+        modules.append(model)
+    chosen = {id(p) for m in modules for p in m.parameters()}
     for p in model.parameters():
         p.requires_grad_(id(p) in chosen)
         if id(p) in chosen:
             p.data = p.data.float()
-    model.base_biases = {}
     return [n for n, p in model.named_parameters() if p.requires_grad]
 
 
 def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
     """The list of transformer blocks of a backbone."""
-    lists = [m for n, m in backbone.named_modules() if isinstance(m, nn.ModuleList) and re.search(r"layers?$", n)]
+    lists = [m for n, m in backbone.named_modules() if isinstance(m, nn.ModuleList) and re.search(r"(layers?|h)$", n)]
     if not lists:
         raise UserError(f"{type(backbone).__name__} has no list of layers")
     return lists[0]
 
 
-def add_adapter(model: Classifier, targets, rank: int, alpha: float, dropout: float, bias: str, rslora: bool) -> None:
+def add_adapter(model: Classifier, adapter: lora.Adapter) -> None:
     """LoRA on the backbone and a trained head; everything else frozen."""
-    lora.inject(model, targets, rank, alpha, dropout, rslora)
-    lora.train_only(model, bias, extra=("score",))
+    lora.inject(model, adapter)
+    lora.train_only(model)
 
 
-def classifier_config(model: Classifier, names) -> dict:
-    """The config.json with which transformers loads the whole model as its own sequence classifier."""
-    config = plain_config(model.model)
-    family = type(model.model).__name__.removesuffix("Model")
-    config.update(architectures=[f"{family}ForSequenceClassification"], dtype="float32")
-    config.update(id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
-    return config
+def head_to_save(model: Classifier) -> tuple[str, ...]:
+    """What an adapter trains and saves whole beside its updates: the output layer, and what the base did not hold."""
+    last = [n for n in ("score", "classifier") if n in model.heads]
+    return tuple(last + [n for n in model.heads if n not in last and any(lora.within(f, [n]) for f in model.fresh)])
 
 
-def plain_config(backbone: nn.Module) -> dict:
-    """A base's config as its own file holds it: what differs from the family's defaults, no paths, no attention."""
-    config = backbone.config.to_diff_dict()
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of a model once: what a tied LM head shares stands under the embedding's name."""
+    seen, found = set(), {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            found[name] = tensor.detach()
+        seen.add(tensor.data_ptr())
+    return found
+
+
+def classifier_config(model: Classifier, names, dtype: str = "float32", pad: int | None = None) -> dict:
+    """The config.json with which transformers loads the whole model as its own. names: of the classes."""
+    config = plain_config(model)
+    config.update(architectures=[model.architecture], dtype=dtype)
+    config.pop("use_cache", None)
+    tied = model.words and model.lm_head.weight is model.backbone.get_input_embeddings().weight
+    if model.words:
+        return {**config, "tie_word_embeddings": bool(tied)}
+    if pad is not None and model.family not in ENCODERS:
+        config["pad_token_id"] = pad  # transformers pools the last token that is not this one
+    if model.family == "modernbert":
+        config["classifier_pooling"] = model.pooling
+    if model.outputs == 1:
+        config["problem_type"] = "regression"
+    return {**config, "id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+
+
+def transformers_pooling(model: Classifier) -> tuple[str, ...]:
+    """The poolings with which transformers' own class computes what this one does."""
+    return {"modernbert": ("cls", "mean")}.get(model.family, ("cls",) if model.family in ENCODERS else ("last",))
+
+
+def plain_config(model: nn.Module) -> dict:
+    """A model's config as its own file holds it: what differs from the family's defaults, no paths, no attention."""
+    config = model.config.to_diff_dict()
     return {
         k: v for k, v in config.items() if k not in ("_name_or_path", "_attn_implementation", "transformers_version")
     }
@@ -436,11 +678,11 @@ def training_flops(model: Classifier, lengths) -> float:
     2 per weight and token forward, 2 for the gradient of activations, 2 for that of trained weights; attention
     4 * n^2 / 2 * width a layer forward (causal) and twice that backward. After Kaplan et al. 2020, arXiv:2001.08361.
     """
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.score]
-    frozen = sum(m.weight.numel() for m in linears if not m.weight.requires_grad)
-    trained = sum(m.weight.numel() for m in linears if m.weight.requires_grad)
-    backward = any(p.requires_grad for p in model.model.parameters())
-    config = model.model.config
+    linears = [m for m in model.backbone.modules() if isinstance(m, nn.Linear)]
+    frozen = sum(m.in_features * m.out_features for m in linears if not m.weight.requires_grad)
+    trained = sum(m.in_features * m.out_features for m in linears if m.weight.requires_grad)
+    backward = any(p.requires_grad for p in model.backbone.parameters())
+    config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width *= config.num_attention_heads
     tokens, squares = float(sum(lengths)), float(sum(float(n) ** 2 for n in lengths))
@@ -452,7 +694,7 @@ def training_flops(model: Classifier, lengths) -> float:
 
 def memory_estimate(model: Classifier, max_tokens: int, precision: str, checkpointing: bool) -> dict[str, float]:
     """Rough GB of one rank: weights, trained state (gradients, sums, AdamW), and activations of one micro-batch."""
-    config = model.model.config
+    config = model.config
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     half = 4 if precision == "fp32" else 2
@@ -477,7 +719,7 @@ def activation_maxima(model: nn.Module):
 
         return hook
 
-    layers = decoder_layers(model.model)
+    layers = decoder_layers(model.backbone)
     hooks = [layer.register_forward_hook(note(f"layer {i}")) for i, layer in enumerate(layers)]
     try:
         yield maxima

@@ -5,15 +5,16 @@ import math
 import torch
 
 
-def parameter_groups(named, lr: float, head_lr: float, weight_decay: float) -> list[dict]:
-    """Groups for AdamW from (name, parameter) pairs: head (named score) or body, decayed matrices or plain vectors.
+def parameter_groups(named, lr: float, head_lr: float, weight_decay: float, heads=("score",)) -> list[dict]:
+    """Groups for AdamW from (name, parameter) pairs: head or body, decayed matrices or plain vectors.
 
-    head_lr 0 means lr. Each group keeps its peak learning rate in `peak_lr`, for the schedule.
+    heads: names of the head's modules. head_lr 0 means lr. Each group keeps its peak learning rate in `peak_lr`, for
+    the schedule.
     """
     groups: dict[tuple[str, bool], list] = {}
     for name, p in named:
         if p.requires_grad:
-            part = "head" if name.startswith("score.") else "body"
+            part = "head" if name.startswith(tuple(f"{h}." for h in heads)) else "body"
             groups.setdefault((part, p.ndim >= 2), []).append(p)
     peaks = {"body": lr, "head": head_lr or lr}
     return [
@@ -28,9 +29,18 @@ def parameter_groups(named, lr: float, head_lr: float, weight_decay: float) -> l
     ]
 
 
-def adamw(groups: list[dict]) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2017, https://arxiv.org/abs/1711.05101), fused, betas 0.9 and 0.999."""
-    return torch.optim.AdamW(groups, fused=True)
+def adamw(groups: list[dict], kind: str = "adamw") -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2017, https://arxiv.org/abs/1711.05101), fused, betas 0.9 and 0.999.
+
+    kind: adamw; adamw8bit, whose state is stored in 8 bits (Dettmers et al. 2021, arXiv:2110.02861); paged_adamw and
+    paged_adamw8bit, whose state moves to the host when a GPU runs out. Raises ImportError without bitsandbytes.
+    """
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    import bitsandbytes as bnb
+
+    kinds = {"adamw8bit": "AdamW8bit", "paged_adamw": "PagedAdamW32bit", "paged_adamw8bit": "PagedAdamW8bit"}
+    return getattr(bnb.optim, kinds[kind])(groups)
 
 
 def loss_scaler(device: str, enabled: bool) -> torch.amp.GradScaler:

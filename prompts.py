@@ -30,3 +30,9 @@ def render(template: str, row: dict[str, str]) -> list[tuple[bool, str]]:
         if name is not None:
             pieces.append((True, row[name]))
     return pieces
+
+
+def tail(template: str) -> str:
+    """What a template says after its last column."""
+    *_, (literal, name, _, _) = string.Formatter().parse(template)
+    return literal if name is None else ""

@@ -51,10 +51,9 @@ def main(argv: list[str]) -> dict:
 
     # ---- data -------------------------------------------------------------------------------------------------------
     train, val, labels = load_rows(cfg, lambda *words: ddp.say(world, *words))
-    classes = len(labels.values)
+    classes = len(labels.names)
     tokenizer = data.load_tokenizer(models.need_base(cfg.base))
-    models.need_vocabulary(cfg.base, len(tokenizer))
-    models.check_structure(cfg.base, cfg.pooling, cfg.targets if cfg.rank else (), cfg.train_layers)
+    evaluate.check_model(cfg, labels, tokenizer)
     for name, split in (("train", train), ("validation", val)):
         split.tokens, report = data.tokenize(tokenizer, cfg.text, split.rows, cfg.max_length)
         ddp.say(world, f"{name}: {report}")
@@ -66,15 +65,19 @@ def main(argv: list[str]) -> dict:
     save_every = cfg.save_every or eval_every
 
     # ---- model ------------------------------------------------------------------------------------------------------
-    model = evaluate.new_classifier(cfg, classes, world.device, precision)
+    model = evaluate.new_classifier(cfg, labels, tokenizer, world.device, precision)
     model.train()
     if cfg.grad_checkpoint:
-        models.checkpoint_activations(model.model)
-    ddp.say(world, models.attention_note(world.device, model.model.config, precision))
+        models.checkpoint_activations(model.backbone)
+    ddp.say(world, models.attention_note(world.device, model.config, precision))
+    ddp.say(world, evaluate.weak_tokens(model, tokenizer, train.tokens))
     ddp.say(world, lora.trainable_table(model))
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
-    optimizer = optim.adamw(optim.parameter_groups(model.named_parameters(), cfg.lr, cfg.head_lr, cfg.weight_decay))
+    groups = optim.parameter_groups(model.named_parameters(), cfg.lr, cfg.head_lr, cfg.weight_decay, model.heads)
+    optimizer = optim.adamw(groups, cfg.optimizer)
+    if cfg.optimizer.startswith("paged") and world.device.type != "cuda":
+        ddp.say(world, f"{cfg.optimizer}: paging exists on GPUs only; the state stays in this machine's memory")
     scaler = optim.loss_scaler(world.device.type, precision == "fp16")
     gradients = ddp.GradientSum([p for p in model.parameters() if p.requires_grad], world)
     if not gradients.exact:
@@ -82,7 +85,7 @@ def main(argv: list[str]) -> dict:
     warmup = optim.warmup_updates(total, cfg.warmup_steps, cfg.warmup_ratio)
 
     # ---- resume, or a new run ---------------------------------------------------------------------------------------
-    base = models.fingerprint(model.model)  # before a resumed run's weights are in it
+    base = model.base_fingerprint
     at = restore(run, world, model, optimizer, scaler, train.digest()) if run and not cfg.dry_run else None
     at = at or State(micro_batches=max(cfg.micro_batches, world.size))
     if at.micro_batches != cfg.micro_batches:
@@ -124,7 +127,10 @@ def main(argv: list[str]) -> dict:
             target = torch.from_numpy(train.labels[rows]).to(world.device)
             with models.autocast(world.device, precision):
                 logits = model(data.pack(train.tokens, rows, world.device))
-            loss, _ = losses.cross_entropy(logits, target, cfg.label_smoothing, row_weights)
+            if cfg.task == "regression":
+                loss, _ = losses.squared_error(logits, target)
+            else:
+                loss, _ = losses.cross_entropy(logits, target, cfg.label_smoothing, row_weights)
             loss = loss / denominator
             scaler.scale(loss).backward()
             gradients.add(loss, stop=bool(stop.signal))
@@ -154,13 +160,13 @@ def main(argv: list[str]) -> dict:
             logits = evaluate.score(model, val.tokens.take(eval_rows), world, precision, cfg.max_tokens)
             if not np.isfinite(logits).all():
                 raise not_finite(world, model, train, plan[index], precision, f"step {at.step}: scores not finite")
-            scores = metrics.classification(logits, val.labels[eval_rows])
+            scores = metrics.of_task(cfg.task, logits, val.labels[eval_rows])
             clock.lap("eval_seconds")
             if world.rank == 0:
                 checkpoint.append_line(log, {"step": at.step, "eval": scores})
             ddp.say(world, f"step {at.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "rows"))
             if better(scores, at.best, cfg.metric):
-                at.best, at.best_step, at.stale = scores[cfg.metric], at.step, 0
+                at.best, at.best_step, at.stale = scores.get(cfg.metric, -1.0), at.step, 0
                 save(run / "best", world, model, tokenizer, cfg, labels, {"step": at.step, "base": base})
             else:
                 at.stale += 1
@@ -181,18 +187,19 @@ def main(argv: list[str]) -> dict:
     ddp.barrier(world)  # rank 0 has written best/
     evaluate.read_classifier(checkpoint.trusted(run / "best"), model)
     logits = evaluate.score(model, val.tokens, world, precision, cfg.max_tokens)
-    scores = metrics.classification(logits, val.labels)
-    if (
-        len(eval_rows) == len(val.labels) and abs(scores[cfg.metric] - at.best) > 0.02
-    ):  # other hardware may flip a few rows
-        raise AssertionError(f"best/ reloaded scores {cfg.metric} {scores[cfg.metric]}, saved with {at.best}")
+    scores = metrics.of_task(cfg.task, logits, val.labels)
+    reached, room = scores.get(cfg.metric, -1.0), 0.02 * max(1.0, abs(at.best))  # other hardware may flip a few rows
+    if len(eval_rows) == len(val.labels) and abs(reached - at.best) > room:
+        raise AssertionError(f"best/ reloaded scores {cfg.metric} {reached}, saved with {at.best}")
     clock.lap("eval_seconds")
-    confusion = metrics.confusion_matrix(val.labels, logits.argmax(axis=1), classes)
-    ddp.say(world, f"best of {cfg.metric}: step {at.best_step}\n" + metrics.table(confusion, list(labels.names)))
+    ddp.say(
+        world,
+        f"best of {cfg.metric}: step {at.best_step}\n" + metrics.summary(cfg.task, logits, val.labels, labels.names),
+    )
     result = {
         "run": str(run),
         "metrics": {k: round(v, 6) for k, v in scores.items()},
-        "majority": round(float(np.bincount(val.labels).max() / len(val.labels)), 6),
+        "majority": round(metrics.majority(cfg.task, val.labels), 6),
         "best_step": at.best_step,
         "steps": at.step,
         "examples_per_second": round(at.rows / at.seconds, 2),
@@ -220,7 +227,7 @@ class Split:
 
     rows: list[dict[str, str]]
     ids: list[str]
-    labels: np.ndarray  # (N,) int64
+    labels: np.ndarray  # (N,) int64 classes, or float32 numbers of a regression
     tokens: data.Tokens | None = None
 
     def take(self, chosen: np.ndarray) -> "Split":
@@ -240,14 +247,22 @@ def load_rows(cfg: TrainConfig, say) -> tuple[Split, Split, data.Labels]:
     columns = data.template_columns(cfg.text)
     rows = read_labelled(cfg, cfg.train_data, "train_data", columns, say)
     where = f"--train_data {cfg.train_data}"
-    labels = data.find_labels([r[cfg.label_column] for r in rows], cfg.label_names, where)
+    if cfg.task == "regression":
+        labels = data.Labels((), (cfg.label_column,))
+    else:
+        labels = data.find_labels([r[cfg.label_column] for r in rows], cfg.label_names, where)
     train = labelled(cfg, rows, labels, where)
     if cfg.val_data:
         val_rows = read_labelled(cfg, cfg.val_data, "val_data", columns, say)
         val = labelled(cfg, val_rows, labels, f"--val_data {cfg.val_data}")
     else:
-        kept, held_out = data.stratified_split(train.labels, cfg.val_size, cfg.seed)
+        strata = data.number_strata(train.labels) if cfg.task == "regression" else train.labels
+        kept, held_out = data.stratified_split(strata, cfg.val_size, cfg.seed)
         train, val = train.take(kept), train.take(held_out)
+    if cfg.task == "regression":
+        low, mean, high = train.labels.min(), train.labels.mean(), train.labels.max()
+        say(f"{cfg.label_column}: {low:.4g} to {high:.4g}, mean {mean:.4g}")
+        return train, val, labels
     counts = np.bincount(train.labels, minlength=len(labels.values))
     say("classes: " + ", ".join(f"{n} {c:,}" for n, c in zip(labels.names, counts, strict=True)))
     absent = [labels.names[i] for i in np.flatnonzero(counts == 0)]
@@ -259,7 +274,11 @@ def load_rows(cfg: TrainConfig, say) -> tuple[Split, Split, data.Labels]:
 def labelled(cfg: TrainConfig, rows: list[dict[str, str]], labels: data.Labels, where: str) -> Split:
     """Rows with their ids (the id column, or the index in the file) and class indices."""
     ids = [row.get(cfg.id_column, str(i)) for i, row in enumerate(rows)]
-    return Split(rows, ids, data.encode_labels([r[cfg.label_column] for r in rows], labels, where))
+    column = [r[cfg.label_column] for r in rows]
+    numbers = cfg.task == "regression"
+    return Split(
+        rows, ids, data.encode_numbers(column, where) if numbers else data.encode_labels(column, labels, where)
+    )
 
 
 def read_labelled(cfg: TrainConfig, path: str, flag: str, columns: list[str], say) -> list[dict[str, str]]:
@@ -276,6 +295,8 @@ def read_labelled(cfg: TrainConfig, path: str, flag: str, columns: list[str], sa
 
 
 def class_weights(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndarray | None:
+    if cfg.task == "regression":
+        return None
     try:
         return decide.class_weights(cfg.class_weights, np.bincount(labels, minlength=classes))
     except ValueError as e:
@@ -369,20 +390,24 @@ def periodic_rows(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndar
     rows = np.arange(len(labels))
     if 0 < cfg.eval_rows < len(labels):
         rows = np.sort(np.random.default_rng([cfg.seed, 0xE7A1]).permutation(len(labels))[: cfg.eval_rows])
-    if cfg.metric == "roc_auc" and len(np.unique(labels[rows])) < classes:
-        raise UserError("--metric roc_auc needs every class among the validation rows: choose another, or more rows")
+    present = set(np.unique(labels[rows]).tolist())
+    if cfg.metric == "roc_auc" and (present != {0, 1} if cfg.task == "regression" else len(present) < classes):
+        wanted = "labels 0 and 1" if cfg.task == "regression" else "every class"
+        raise UserError(f"--metric roc_auc needs {wanted} among the validation rows: choose another, or other rows")
+    if cfg.metric in ("r2", "pearson") and len(present) < 2:
+        raise UserError(f"--metric {cfg.metric} needs different numbers among the validation rows: choose another")
     return rows
 
 
 def better(scores: dict[str, float], best: float | None, metric: str) -> bool:
-    """Whether an evaluation beats the best so far; log_loss is the smaller the better."""
-    now = scores[metric]
-    return best is None or (now < best if metric == "log_loss" else now > best)
+    """Whether an evaluation beats the best so far; losses and errors are the smaller the better."""
+    now = scores.get(metric, -1.0)  # pearson is absent while every output is the same
+    return best is None or (now < best if metric in ("log_loss", "mse", "rmse", "mae") else now > best)
 
 
 def assert_adapters_moved(model: models.Classifier) -> None:
-    """After the first update every LoRA B must have left zero: a frozen graph would train nothing in silence."""
-    still = [n for n, m in lora.adapters(model).items() if not m.lora_B.weight.any()]
+    """After the first update no adapter may still be zero: a frozen graph would train nothing in silence."""
+    still = [n for n, m in lora.adapters(model).items() if m.idle()]
     if still:
         raise AssertionError(f"{len(still)} adapters did not move in the first step (first: {still[0]})")
 
@@ -411,7 +436,7 @@ def save(
         return
 
     def write(folder: Path) -> None:
-        evaluate.write_classifier(folder, model, tokenizer, cfg, labels)
+        evaluate.write_classifier(folder, model, tokenizer, labels)
         if state:
             log, at, optimizer, scaler, digest = state
             checkpoint.save_tensors(folder / "state.safetensors", checkpoint.optimizer_tensors(optimizer))
@@ -423,12 +448,15 @@ def save(
 
 
 def write_predictions(path: Path, val: Split, logits: np.ndarray, labels: data.Labels) -> None:
-    """val_predictions.csv: id, label, prediction and one column of logits a class."""
+    """val_predictions.csv: id, label, prediction and one column of logits a class, or none for a regression."""
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["id", "label", "prediction", *(f"logit_{v}" for v in labels.values)])
     for i, y, z in zip(val.ids, val.labels, logits, strict=True):
-        writer.writerow([i, labels.values[y], labels.values[int(z.argmax())], *(repr(float(x)) for x in z)])
+        if labels.values:
+            writer.writerow([i, labels.values[y], labels.values[int(z.argmax())], *(repr(float(x)) for x in z)])
+        else:
+            writer.writerow([i, repr(float(y)), repr(float(z[0]))])
     checkpoint.write_atomic(path, out.getvalue())
 
 
@@ -458,7 +486,7 @@ def dry_run(cfg: TrainConfig, world, model, precision: str, train: Split, plan, 
         started = time.perf_counter()
         with models.autocast(world.device, precision):
             logits = model(data.pack(train.tokens, plan[0][0], world.device))
-        logits.float().logsumexp(1).sum().backward()
+        logits.square().sum().backward()
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
