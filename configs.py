@@ -208,7 +208,7 @@ def deberta_large() -> TrainConfig:
 
 def roberta_large() -> TrainConfig:
     """RoBERTa large with the same recipe."""
-    return replace(deberta_base(), base="FacebookAI/roberta-large")
+    return replace(deberta_base(), base="roberta-large")
 
 
 _DECODERS = (tiny, qwen05b, qwen15b, qwen3b, qwen32b, llama1b)

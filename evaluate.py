@@ -317,7 +317,8 @@ def probe(run: Run, rows: list[dict[str, str]]) -> float:
         base, _ = run.logits(rows)
     moved = float(np.abs(live - base).max())
     if moved <= 1e-6 * max(1.0, float(np.abs(live).max())):
-        raise Degenerate(f"the adapter does not move the logits of {len(rows)} rows (by {moved:.1e} at most)")
+        found = f"the adapter does not move the logits of {len(rows)} rows (by {moved:.1e} at most): another model's?"
+        raise Degenerate(f"{found} Nothing was written (--force writes it all the same)")
     return moved
 
 
@@ -368,9 +369,8 @@ def given_model(cfg: configs.InferConfig) -> Given:
         raise UserError("the classes are not known: name them with --label_names (and --head label_words)")
     labels = data.Labels(names if len(names) > 1 else (), names)
     same = {n: getattr(cfg, n) for n in ("text", "label_column", "id_column", "head", "label_words", "quant")}
-    task = "regression" if len(names) == 1 else "single_label"
-    known = TrainConfig(base=base, task=task, max_length=cfg.max_length, rank=int(bool(adapter)), **same)
-    known = replace(known, pooling=models.stored_pooling(base))
+    same |= {"task": "regression" if len(names) == 1 else "single_label", "max_length": cfg.max_length, "base": base}
+    known = TrainConfig(pooling=models.stored_pooling(base), rank=int(bool(adapter)), train_layers=0, **same)
     check_model(known, labels, tokenizer, adapter, shapes if adapter else None)
     return Given(known, labels, tokenizer, adapter, folder)
 
@@ -397,7 +397,7 @@ def load_given(given: Given, world: ddp.World, precision: str = "auto", merge: b
         if len(idle) == len(lora.adapters(model)):
             raise checkpoint.Untrusted(f"{given.folder}: every update is zero; the adapter was never trained")
         report += f"; {len(idle)} updates are zero" if idle else ""
-        if Path(adapter.base).name.lower() != Path(cfg.base).name.lower():
+        if adapter.base and Path(adapter.base).name.lower() != Path(cfg.base).name.lower():
             report += f"\nwarning: it names the base {adapter.base!r}, not {cfg.base}: every tensor fits all the same"
     run = Run(given.folder or Path(cfg.base), cfg, given.labels, model, given.tokenizer, world, precision)
     return _ready(run, merge), report

@@ -382,9 +382,7 @@ def match_keys(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str
     for key, name in sorted(taken.items()):
         if tuple(shapes[key]) != tuple(parameters[name].shape):
             problems.append(f"{key} has shape {tuple(shapes[key])}, expected {tuple(parameters[name].shape)}")
-    if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"the adapter does not fit this model: {'; '.join(problems[:4])}{more}")
+    _refuse(problems)
     return taken
 
 
@@ -395,14 +393,16 @@ def load_adapter_state(model: nn.Module, tensors: dict[str, torch.Tensor]) -> st
     tensors that are not floating point or not finite.
     """
     names = match_keys(model, {k: tuple(t.shape) for k, t in tensors.items()})
-    wrong = [f"{k} has dtype {tensors[k].dtype}, expected floating point" for k in names if not _real(tensors[k])]
-    wrong += [
-        f"{k} holds values that are not finite" for k in names if _real(tensors[k]) and not tensors[k].isfinite().all()
-    ]
-    if wrong:
-        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise ValueError(f"the adapter does not fit this model: {'; '.join(wrong[:4])}{more}")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters, first, problems = dict(model.named_parameters(remove_duplicate=False)), {}, []
+    for key, name in names.items():
+        twin = first.setdefault(parameters[name].data_ptr(), key)  # a tied weight comes twice, and must be the same
+        if not tensors[key].is_floating_point():
+            problems.append(f"{key} has dtype {tensors[key].dtype}, expected floating point")
+        elif not tensors[key].isfinite().all():
+            problems.append(f"{key} holds values that are not finite")
+        elif not torch.equal(tensors[twin], tensors[key]):
+            problems.append(f"{key} is tied to {twin} here, and differs from it there")
+    _refuse(problems)
     with torch.no_grad():
         for key, name in names.items():
             parameters[name].copy_(tensors[key])
@@ -416,8 +416,10 @@ def load_adapter_state(model: nn.Module, tensors: dict[str, torch.Tensor]) -> st
     )
 
 
-def _real(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point()
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"the adapter does not fit this model: {'; '.join(problems[:4])}{more}")
 
 
 # ---- PEFT's config --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ sequences and keeps them apart by their lengths; no mask tensor exists (PITFALLS
 import json
 import os
 import re
+import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -351,6 +352,7 @@ def without_adapter(folder: str):
     if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
         yield folder
         return
+    print(f"warning: {folder} holds an adapter too, which is left out (see infer.py --adapter)", file=sys.stderr)
     with tempfile.TemporaryDirectory() as view:
         for path in Path(folder).iterdir():
             if not path.name.startswith("adapter_"):

@@ -71,6 +71,8 @@ def main(argv: list[str]) -> dict:
         models.checkpoint_activations(model.backbone)
     ddp.say(world, models.attention_note(world.device, model.config, precision))
     ddp.say(world, evaluate.weak_tokens(model, tokenizer, train.tokens))
+    if cfg.pooling == "last" and model.family in models.ENCODERS:
+        ddp.say(world, "note: the last token of an encoder is a separator; --pooling cls is what its head knows")
     ddp.say(world, lora.trainable_table(model))
 
     # ---- optimizer --------------------------------------------------------------------------------------------------

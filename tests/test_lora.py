@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import configs
 import data
 import evaluate
 import lora
@@ -44,11 +43,15 @@ def scramble(model, scale, trained_only=False, seed=1):
     return model
 
 
+def described(targets=QV, **more):
+    return lora.Adapter(tuple(targets), RANK, ALPHA, **{"saved": ("score",), **more})
+
+
 def adapted(base, targets=QV, bias="none", rslora=False, dropout=0.0, seed=2):
     """Ours on a copy of the base, with every trained parameter moved."""
     model = copy.deepcopy(base)
-    lora.inject(model, targets, RANK, ALPHA, dropout, rslora)
-    lora.train_only(model, bias, extra=("score",))
+    lora.inject(model, described(targets, bias=bias, rslora=rslora, dropout=dropout))
+    lora.train_only(model)
     return scramble(model, 0.3, trained_only=True, seed=seed)
 
 
@@ -159,7 +162,7 @@ def test_targets_are_exact_last_segments_as_in_peft():
 
     theirs = get_peft_model(Names(), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "k"]))
     model = Names()
-    assert set(lora.inject(model, ["q_proj", "k"], RANK, ALPHA)) == {"q_proj", "block.q_proj", "block.k"}
+    assert set(lora.inject(model, described(["q_proj", "k"]))) == {"q_proj", "block.q_proj", "block.k"}
     assert set(lora.adapters(model)) == set(theirs.base_model.targeted_module_names)
 
 
@@ -171,20 +174,23 @@ def test_all_linear_is_every_linear_but_the_head_as_in_peft(family):
     config = getattr(transformers, f"{family}Config")(**sizes, pad_token_id=0)
     base = getattr(transformers, f"{family}ForSequenceClassification")(config)
     want = {n for n, m in base.named_modules() if isinstance(m, nn.Linear)} - {"score", "classifier"}
-    found = lora.find_targets(base, ["all-linear"])
+    found = lora.find_targets(base, described(["all-linear"]))
     assert set(found) == want and len(found) == len(want)
     assert want == set(peft_model(base, "all-linear").base_model.targeted_module_names)
 
 
 @pytest.mark.parametrize(
     "targets, said",
-    [(["q_proj", "wte"], "target wte matches no module"), (["block"], "target block is no linear but ModuleDict")],
+    [
+        (["q_proj", "wte"], "target wte matches no module"),
+        (["block"], "target block is no linear or embedding but ModuleDict"),
+    ],
 )
 def test_a_target_that_cannot_be_met_raises_and_lists_what_exists(targets, said):
     """Even where another target matches (peft#1959); nothing is injected then."""
     model = Names()
     with pytest.raises(ValueError, match=said) as e:
-        lora.inject(model, targets, RANK, ALPHA)
+        lora.inject(model, described(targets))
     listed = set(re.search(r"the linears here are (.*) \(or all-linear\)", str(e.value))[1].split(", "))
     assert listed == {"q_proj", "my_q_proj", "q_proj_extra", "k"}
     assert not lora.adapters(model)
@@ -192,9 +198,9 @@ def test_a_target_that_cannot_be_met_raises_and_lists_what_exists(targets, said)
 
 def test_double_injection_raises():
     model = Names()
-    lora.inject(model, ["k"], RANK, ALPHA)
+    lora.inject(model, described(["k"]))
     with pytest.raises(ValueError, match="already holds an adapter on 1 modules"):
-        lora.inject(model, ["q_proj"], RANK, ALPHA)
+        lora.inject(model, described(["q_proj"]))
     assert set(lora.adapters(model)) == {"block.k"}
 
 
@@ -219,9 +225,8 @@ VARIANTS = {
 
 def classifier(base, targets=QV, bias="none", rslora=False, dtype=torch.float32):
     """Our own Classifier on a saved base, adapted, every trained parameter moved."""
-    torch.manual_seed(0)
-    model = models.Classifier(models.load_backbone(base, CPU, dtype), 3)
-    models.add_adapter(model, targets, RANK, ALPHA, 0.1, bias, rslora)
+    model = models.load_classifier(base, 3, CPU, dtype)
+    models.add_adapter(model, described(targets, dropout=0.1, bias=bias, rslora=rslora, base=base))
     return scramble(model.eval(), 0.1, trained_only=True)
 
 
@@ -237,11 +242,8 @@ def test_a_written_adapter_loads_with_peft_to_the_same_logits(variant, small_bas
     from transformers import AutoTokenizer
 
     ours = classifier(small_base, **VARIANTS[variant])
-    cfg = configs.TrainConfig(
-        base=small_base, rank=RANK, alpha=ALPHA, lora_dropout=0.1, **{"targets": QV, **VARIANTS[variant]}
-    )
     labels = data.Labels(("a", "b", "c"), ("a", "b", "c"))
-    evaluate.write_classifier(tmp_path, ours, AutoTokenizer.from_pretrained(small_base), cfg, labels)
+    evaluate.write_classifier(tmp_path, ours, AutoTokenizer.from_pretrained(small_base), labels)
     theirs = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).eval()
     with torch.no_grad():
         got = ours(batch_of(ROWS))
@@ -267,7 +269,7 @@ def test_an_adapter_saved_by_peft_loads_in_ours(variant, small_base, tmp_path):
         torch.testing.assert_close(ours(batch_of(ROWS)), logits_alone(theirs), rtol=0, atol=1e-5)
     about = json.loads((tmp_path / "adapter_config.json").read_text())
     named = about["target_modules"] if targets == "all-linear" else targets  # peft writes all-linear out
-    mine = lora.adapter_config(small_base, named, RANK, ALPHA, 0.0, about["bias"], about["use_rslora"])
+    mine = lora.adapter_config(described(named, bias=about["bias"], rslora=about["use_rslora"], base=small_base))
     for field in mine.keys() - {"target_modules", "modules_to_save"}:
         assert mine[field] == about[field], field
     assert set(mine["target_modules"]) == set(about["target_modules"])
@@ -305,25 +307,39 @@ def test_merged_half_precision_weights_and_biases_keep_the_dtype_of_the_base():
         assert torch.equal(linears[name].weight, weight.half()), name
 
 
-@pytest.mark.parametrize("case", ["tied", "quantized"])
-def test_merge_refuses_weights_that_cannot_take_it_and_changes_nothing(case):
-    """A tied lm_head would change the embedding too: merged and live logits differ then (unsloth#9331)."""
+def toy_lm(tied):
+    """A random Qwen2 with its LM head, adapted on q_proj, embedding and LM head, every update moved."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=case == "tied",
+        num_key_value_heads=2, tie_word_embeddings=tied,
     )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
-    lora.inject(model, ["q_proj", "lm_head"], RANK, ALPHA)
-    scramble(model, 0.1)
-    if case == "quantized":
-        model.lm_head.base_layer.weight = nn.Parameter(torch.ones(61, 32, dtype=torch.int8), requires_grad=False)
+    model = Qwen2ForCausalLM(config).eval()
+    lora.inject(model, described(["q_proj", "embed_tokens", "lm_head"], saved=()))
+    lora.train_only(model)
+    return scramble(model, 0.1, trained_only=True)
+
+
+@torch.no_grad()
+def test_merging_unties_a_shared_weight_so_that_merged_equals_live():
+    """One sum for both would give other logits: 0.3 on a toy, 5.9 on Qwen2.5-0.5B (unsloth#9331)."""
+    model = toy_lm(tied=True)
+    live = model(input_ids=ids()).logits
+    assert model.lm_head.base_layer.weight is model.model.embed_tokens.base_layer.weight
+    lora.merge(model)
+    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+    torch.testing.assert_close(model(input_ids=ids()).logits, live, rtol=0, atol=1e-6 * float(live.abs().max()))
+
+
+def test_merge_refuses_quantized_weights_and_changes_nothing():
+    model = toy_lm(tied=False)
+    model.lm_head.base_layer.weight = nn.Parameter(torch.ones(61, 32, dtype=torch.int8), requires_grad=False)
     before = bits(model)
-    said = "shares its weight .*embed_tokens.weight" if case == "tied" else "is stored as torch.int8"
-    with pytest.raises(ValueError, match=f"lm_head {said}"):
+    with pytest.raises(ValueError, match=r"lm_head is quantized \(stored as torch.int8\): merge into the 16-bit base"):
         lora.merge(model)
-    assert equal(before, bits(model)) and len(lora.adapters(model)) == 2
+    assert equal(before, bits(model)) and len(lora.adapters(model)) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -355,8 +371,8 @@ def test_disable_gives_the_base_bit_for_bit_with_all_biases_trained(dtype):
 def test_the_trained_set_is_exactly_what_is_asked_for(bias):
     base = toy_base()
     model = copy.deepcopy(base)
-    lora.inject(model, QV, RANK, ALPHA)
-    returned = lora.train_only(model, bias, extra=("score",))
+    lora.inject(model, described(bias=bias))
+    returned = lora.train_only(model)
     stem = [f"model.layers.{i}.self_attn." for i in (0, 1)]
     want = {f"{s}{t}.lora_{x}.weight" for s in stem for t in QV for x in "AB"} | {"score.weight"}
     if bias != "none":
@@ -370,7 +386,8 @@ def test_the_trained_set_is_exactly_what_is_asked_for(bias):
 
 def test_unknown_bias_raises():
     with pytest.raises(ValueError, match="bias some: expected none, lora_only or all"):
-        lora.train_only(Names(), "some")
+        lora.inject(model := Names(), described(["k"], bias="some"))
+        lora.train_only(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -5,6 +5,7 @@ attention mask. Tolerances are shares of the reference's largest value.
 """
 
 import itertools
+import json
 import re
 import shutil
 
@@ -67,6 +68,11 @@ def base(tmp_path_factory):
     return make
 
 
+def backbone(folder):
+    """The base of our classifier, which attends to packed rows where its family can."""
+    return models.load_classifier(folder, 3, CPU, torch.float32).backbone.eval()
+
+
 def stock(folder, auto=transformers.AutoModel, **options):
     """transformers' own model with its default attention: sdpa, and for DeBERTa the only one it has."""
     return auto.from_pretrained(folder, **options).eval()
@@ -94,10 +100,10 @@ def near(got, want, share=ROUNDING):
 
 
 def classifier(folder, pooling="last", classes=3, dtype=torch.float32, targets=(), bias="none", dropout=0.0):
-    torch.manual_seed(1)
-    model = models.Classifier(models.load_backbone(folder, CPU, dtype), classes, 0.0, pooling).eval()
+    model = models.load_classifier(folder, classes, CPU, dtype, pooling, seed=1).eval()
     if targets:
-        models.add_adapter(model, targets, 4, 6.0, dropout, bias, False)
+        saved = models.head_to_save(model)
+        models.add_adapter(model, lora.Adapter(tuple(targets), 4, 6.0, dropout, bias, saved=saved))
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad:
@@ -122,7 +128,7 @@ def stock_hidden(model, sequences, how):
 def test_packed_equals_stock_in_states_and_gradients(base, family, how):
     """Of every parameter. DeBERTa does not take our attention and runs right-padded inside, with the same result."""
     folder, sequences = base(family), rows()
-    ours, theirs = models.load_backbone(folder, CPU, torch.float32).eval(), stock(folder)
+    ours, theirs = backbone(folder), stock(folder)
     assert (
         models.packs(ours.config) == (ours.config._attn_implementation == models.ATTENTION) == (family != "DebertaV2")
     )
@@ -145,7 +151,7 @@ def test_packed_equals_stock_in_states_and_gradients(base, family, how):
 def test_contaminated_control(base, family):
     """Stock attention on the packed row with an all-ones mask leaks: the tests above can fail."""
     batch = batch_of(rows())
-    theirs, ours = stock(base(family)), models.load_backbone(base(family), CPU, torch.float32)
+    theirs, ours = stock(base(family)), backbone(base(family))
     with torch.no_grad():
         leaky = theirs(
             input_ids=batch.input_ids[None],
@@ -159,7 +165,7 @@ def test_contaminated_control(base, family):
 
 def test_what_follows_or_stands_beside_a_sequence_does_not_reach_it(base):
     """Bit for bit on a CPU: the same row in two different packs."""
-    model = models.load_backbone(base("Gemma3Text"), CPU, torch.float32)
+    model = backbone(base("Gemma3Text"))
     row, *others = rows()
     with torch.no_grad():
         first = models.hidden_states(model, batch_of([row, *others]))[: len(row)]
@@ -240,7 +246,7 @@ def test_logits_equal_those_of_transformers_classifiers(base, family, tmp_path):
     """On padded rows without special tokens, where theirs is right; read from the whole-model save that ours writes."""
     ours, sequences = classifier(base(family)), rows()
     names = ("x", "y", "z")
-    evaluate.write_classifier(tmp_path, ours, Tokenizer(), configs.TrainConfig(rank=0), data.Labels(names, names))
+    evaluate.write_classifier(tmp_path, ours, Tokenizer(), data.Labels(names, names))
     theirs = stock(tmp_path, transformers.AutoModelForSequenceClassification)
     ids, mask = pad(sequences)
     with torch.no_grad():
@@ -250,6 +256,8 @@ def test_logits_equal_those_of_transformers_classifiers(base, family, tmp_path):
 
 
 class Tokenizer:
+    eos_token_id, pad_token_id = 2, 0
+
     def save_pretrained(self, folder):
         """Nothing: these tests make their ids themselves."""
 
@@ -285,7 +293,7 @@ def test_pooling_by_hand(pooling):
 def test_head_logits_and_residual_stream_are_fp32_under_autocast(base, pooling, weights):
     model = classifier(base("Qwen2"), pooling, dtype=weights, targets=("q_proj", "o_proj"))
     seen = {"layer": set(), "linear": set(), "head in": set()}
-    for layer in models.decoder_layers(model.model):
+    for layer in models.decoder_layers(model.backbone):
         layer.register_forward_hook(
             lambda m, i, out: seen["layer"].add((out[0] if isinstance(out, tuple) else out).dtype)
         )
@@ -309,9 +317,9 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_reaches_every_adapt
     for checkpointed in (False, True):
         model = classifier(base(family), targets=("all-linear",), bias="all", dropout=0.2).train()
         if checkpointed:
-            models.checkpoint_activations(model.model)
+            models.checkpoint_activations(model.backbone)
         count = []
-        models.decoder_layers(model.model)[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        models.decoder_layers(model.backbone)[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         torch.manual_seed(3)
         model(batch_of(rows())).square().sum().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
@@ -341,12 +349,13 @@ def test_train_layers_trains_exactly_those(base, count):
 
 def test_more_layers_than_there_are_is_the_users_mistake(base):
     with pytest.raises(UserError, match="--train_layers 3: this base has 2 layers"):
-        models.check_structure(base("Qwen2"), "last", (), 3)
+        models.check_structure(models.skeleton(base("Qwen2"), 3), 3, 10)
 
 
 def test_unmatched_targets_are_the_users_mistake(base):
+    cfg = configs.TrainConfig(base=base("Qwen2"), targets=("q_proj", "wte"))
     with pytest.raises(UserError, match="--targets q_proj,wte: target wte matches no module.*k_proj"):
-        models.check_structure(base("Qwen2"), "last", ("q_proj", "wte"), -1)
+        evaluate.check_model(cfg, data.Labels(("x", "y"), ("x", "y")), range(60))
 
 
 def test_families_that_packing_would_break_run_right_padded():
@@ -356,18 +365,21 @@ def test_families_that_packing_would_break_run_right_padded():
     assert not models.packs(GptOssConfig()) and not models.packs(Llama4TextConfig()) and models.packs(Qwen2Config())
 
 
-def test_a_base_folder_that_also_holds_an_adapter_is_refused(base, tmp_path):
-    """transformers would put that adapter in by itself wherever peft is installed."""
+def test_an_adapter_beside_the_base_is_left_out(base, tmp_path, capfd):
+    """transformers would put it in by itself wherever peft is installed; said, not silent."""
     folder = shutil.copytree(base("Qwen2"), tmp_path / "both")
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="also holds an adapter"):
-        models.need_base(str(folder))
+    model = classifier(str(folder), targets=("q_proj",))
+    (folder / "adapter_config.json").write_text(json.dumps(lora.adapter_config(model.adapter)))
+    save_file(lora.adapter_state(model), folder / "adapter_model.safetensors")
+    both, plain = backbone(str(folder)).state_dict(), backbone(base("Qwen2")).state_dict()
+    assert both.keys() == plain.keys() and all(torch.equal(both[k], plain[k]) for k in plain)
+    assert "holds an adapter too, which is left out" in capfd.readouterr().err
 
 
 def test_cls_pooling_of_a_causal_decoder_is_refused(base):
     """Its first token has seen nothing: the head would train on rounding noise."""
     with pytest.raises(UserError, match="--pooling cls on qwen2"):
-        models.check_structure(base("Qwen2"), "cls", ("q_proj",), -1)
+        models.skeleton(base("Qwen2"), 3, "cls")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,8 +399,8 @@ def test_a_base_that_cannot_be_loaded_is_the_users_mistake(base, tmp_path, probl
         "no folder": "no such folder",
         "no config": "no config.json in this folder",
         "no weights": "no weights in this folder",
-        "missing tensor": r"1 tensors are missing from its weights \(layers.1.mlp.up_proj.weight",
-        "other size": "its weights cannot be loaded",
+        "missing tensor": r"1 tensors are missing from its weights or misshapen \(model.layers.1.mlp.up_proj.weight",
+        "other size": r"1 tensors are missing from its weights or misshapen \(model.layers.1.mlp.up_proj.weight",
         "truncated": "its weights cannot be loaded",
     }[problem]
     if problem == "no config":
@@ -404,7 +416,8 @@ def test_a_base_that_cannot_be_loaded_is_the_users_mistake(base, tmp_path, probl
     elif problem == "truncated":
         weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=f"--base {folder}.*{said}"):
-        models.load_backbone(str(folder), CPU, torch.float32)
+        models.need_base(str(folder))
+        backbone(str(folder))
 
 
 def test_a_hub_name_offline_says_what_to_do():
@@ -421,8 +434,8 @@ def test_language_model_with_a_seed_is_drawn_not_loaded(base):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fingerprint_of_the_same_base_agrees_across_dtypes_and_adapters(base, dtype):
-    saved = models.fingerprint(models.load_backbone(base("Qwen2"), CPU, torch.float32))
-    now = models.fingerprint(classifier(base("Qwen2"), dtype=dtype, targets=("all-linear",)).model)
+    saved = classifier(base("Qwen2")).base_fingerprint
+    now = classifier(base("Qwen2"), dtype=dtype, targets=("all-linear",)).base_fingerprint
     assert saved["weights"] and models.compare_fingerprints(saved, now) == []
     assert models.compare_fingerprints(now, saved) == []
 
@@ -430,17 +443,19 @@ def test_fingerprint_of_the_same_base_agrees_across_dtypes_and_adapters(base, dt
 @pytest.mark.parametrize("moved", [0.01, 1.0])
 def test_fingerprint_names_other_weights(base, moved):
     """Also of a base that was trained a little further: every weight moved by 1%. bf16 rounds by 0.2%."""
-    saved = models.fingerprint(models.load_backbone(base("Qwen2"), CPU, torch.float32))
-    other = models.load_backbone(base("Qwen2"), CPU, torch.float32)
+    other = classifier(base("Qwen2"))
+    saved = other.base_fingerprint
     with torch.no_grad():
         for p in other.parameters():
             p *= 1 + moved
     found = models.compare_fingerprints(saved, models.fingerprint(other))
-    assert found == [f"weights of {n}" for n, p in other.named_parameters() if p.ndim == 2]
+    assert found == [f"weights of {n}" for n, p in other.backbone.named_parameters("model") if p.ndim == 2]
 
 
 def test_fingerprint_names_other_sizes(base):
-    prints = [models.fingerprint(stock(f)) for f in (base("Qwen2"), base("Qwen2", num_hidden_layers=3, vocab_size=67))]
+    prints = [
+        classifier(f).base_fingerprint for f in (base("Qwen2"), base("Qwen2", num_hidden_layers=3, vocab_size=67))
+    ]
     assert models.compare_fingerprints(*prints) == ["num_hidden_layers 3, expected 2", "vocab_size 67, expected 61"]
 
 
@@ -488,7 +503,7 @@ def test_training_flops_by_hand(base):
 
 def test_overflow_report_names_the_first_layer_that_is_not_finite(base):
     model = classifier(base("Qwen2", num_hidden_layers=4))
-    layers = models.decoder_layers(model.model)
+    layers = models.decoder_layers(model.backbone)
 
     def report():
         with torch.no_grad(), models.activation_maxima(model) as maxima:
@@ -509,9 +524,9 @@ def test_overflow_report_names_the_first_layer_that_is_not_finite(base):
 def test_disabled_adapter_gives_the_bases_hidden_states_bit_for_bit(base):
     """Through our own attention, with every bias trained."""
     model, batch = classifier(base("Qwen2"), targets=("q_proj", "v_proj"), bias="all"), batch_of(rows())
-    plain = models.load_backbone(base("Qwen2"), CPU, torch.float32)
+    plain = backbone(base("Qwen2"))
     with torch.no_grad():
         want = models.hidden_states(plain, batch)
-        assert not torch.equal(models.hidden_states(model.model, batch), want)
+        assert not torch.equal(models.hidden_states(model.backbone, batch), want)
         with lora.disable(model):
-            assert torch.equal(models.hidden_states(model.model, batch), want)
+            assert torch.equal(models.hidden_states(model.backbone, batch), want)
