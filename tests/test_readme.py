@@ -21,7 +21,7 @@ ENTRY = {
 
 @pytest.mark.parametrize("command", [c.strip() for c in COMMANDS if ".py" in c])
 def test_commands_parse(command):
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     script = next(w for w in words if w.endswith(".py"))
     cfg, given = configs.parse(*ENTRY[script], words[words.index(script) + 1 :])
     configs.check(cfg, given)
