@@ -267,14 +267,6 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise Untrusted(f"{path}: {e}; it is damaged or cut short, get it again") from None
 
 
-def publish(hidden: Path, folder: Path) -> None:
-    """Move the files of a hidden folder, made durable, into one that may hold others; weights last."""
-    for path in sorted(hidden.iterdir(), key=lambda p: p.suffix == ".safetensors"):
-        fs_sync(path)
-        fs_rename(path, folder / path.name)
-    fs_sync(folder)
-
-
 def load_json(path: Path) -> dict:
     """A JSON object. Raises Untrusted when the file does not hold one."""
     try:
@@ -329,12 +321,15 @@ def load_optimizer_tensors(optimizer, tensors: dict[str, torch.Tensor]) -> None:
                 continue
             if own:
                 own(group, p, g, i)
-            fresh = optimizer.state[p] if own else {k: p for k, t in state.items() if t.ndim}
+            fresh = optimizer.state[p] if own else {"exp_avg": p, "exp_avg_sq": p, "step": None}
+            wanted = {k for k in fresh if not k.startswith("qmap")}
+            if state.keys() != wanted:
+                raise Untrusted(f"optimizer state {prefix}* has {sorted(state)}, expected {sorted(wanted)}")
             for key, value in state.items():
-                want = fresh.get(key)
-                if own and want is None or torch.is_tensor(want) and value.shape != want.shape:
-                    shape = tuple(want.shape) if torch.is_tensor(want) else None
-                    raise Untrusted(f"optimizer state {prefix}{key} is {tuple(value.shape)}, expected {shape}")
+                want = fresh[key]
+                if torch.is_tensor(want) and value.shape != want.shape:
+                    shapes = f"{tuple(value.shape)}, expected {tuple(want.shape)}"
+                    raise Untrusted(f"optimizer state {prefix}{key} is {shapes}")
                 if own:
                     optimizer.state[p][key] = want.copy_(value) if torch.is_tensor(want) else int(value)
                 else:

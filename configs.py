@@ -9,6 +9,7 @@ The comment behind a field is its help text: it is printed by --help, so it is t
 
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 import json
 import os
@@ -245,6 +246,8 @@ def train_problems(cfg: TrainConfig) -> list[str]:
             for name, plain in OF_CLASSES.items()
             if getattr(cfg, name) != plain
         ]
+    if cfg.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
+        found.append(f"--optimizer {cfg.optimizer} needs bitsandbytes: pip install bitsandbytes")
     if cfg.quant != "none" and cfg.rank == 0:
         found.append(f"--quant {cfg.quant} with --rank 0: quantized weights cannot be trained; give a --rank")
     if cfg.head == "label_words" and cfg.rank == 0 and cfg.train_layers == 0:
@@ -318,8 +321,10 @@ def infer_problems(cfg: InferConfig) -> list[str]:
         found.append(f"--runs {cfg.runs} with --base or --adapter: a run has its own base; give one or the other")
     if cfg.merge and cfg.quant != "none":
         found.append(f"--merge with --quant {cfg.quant}: quantized weights take no update; leave --quant out")
-    if cfg.export and os.path.exists(os.path.join(cfg.export, "model.safetensors")):
-        found.append(f"--export {cfg.export} already holds model.safetensors: name another folder or remove it")
+    held = sorted(os.listdir(cfg.export), reverse=True) if cfg.export and os.path.isdir(cfg.export) else []
+    if held:
+        held = [n for n in held if n.endswith(".safetensors")] or held
+        found.append(f"--export {cfg.export} already holds {held[0]}: name a new folder")
     if not re.search(r"\.(csv|jsonl)$", cfg.output):
         found.append(f"--output {cfg.output}: expected a name that ends in .csv or .jsonl")
     return found

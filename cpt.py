@@ -237,7 +237,8 @@ def export(folder: Path, lm, tokenizer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as hidden:
         write_base(Path(hidden), lm, tokenizer, torch.bfloat16)
-        checkpoint.publish(Path(hidden), folder)
+        for path in sorted(Path(hidden).iterdir(), key=lambda p: p.suffix == ".safetensors"):
+            checkpoint.fs_rename(path, folder / path.name)
 
 
 def log_line(world, path: Path, line: dict) -> None:

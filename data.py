@@ -526,8 +526,8 @@ def load_tokenizer(base: str):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as e:
-        reason = str(e).strip().split("\n")[0]
+    except Exception as e:  # whatever a foreign file can make of it
+        reason = (str(e).strip().split("\n") or [""])[0][:200]
         raise UserError(f"--base {base}: no tokenizer could be loaded ({reason})") from None
     if not tokenizer.is_fast:
         raise UserError(f"--base {base}: its tokenizer has no fast version, which bulk encoding and offsets need")

@@ -5,7 +5,6 @@ run = load_run("outputs/tiny__base/tiny/run_0")
 run.predict(["What is 2 + 2?"])            # [{"label": "0", "name": "0", "probabilities": [...], "logits": [...]}]
 """
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,8 +98,8 @@ def adapter_of(cfg: TrainConfig, saved: tuple[str, ...]) -> lora.Adapter | None:
     return lora.Adapter(*plain, saved=saved, task=task, base=cfg.base)
 
 
-def check_model(cfg: TrainConfig, labels: data.Labels, tokenizer, adapter=None, shapes=None) -> models.Classifier:
-    """Check a config's base, head and adapter on a skeleton, before any weight is loaded; returns the skeleton.
+def check_model(cfg: TrainConfig, labels: data.Labels, tokenizer, adapter=None, shapes=None) -> None:
+    """Check a config's base, head and adapter on a skeleton, before any weight is loaded.
 
     adapter, shapes: an adapter of its own and the shapes of its tensors. Raises UserError for what does not fit.
     """
@@ -115,7 +114,6 @@ def check_model(cfg: TrainConfig, labels: data.Labels, tokenizer, adapter=None, 
             lora.match_keys(bare, shapes)
     except ValueError as e:
         raise UserError(f"--base {cfg.base}: {e}" if adapter else f"--targets {','.join(cfg.targets)}: {e}") from None
-    return bare
 
 
 def new_classifier(
@@ -139,10 +137,13 @@ def new_classifier(
     )
     torch.manual_seed(cfg.seed)
     adapter = adapter or adapter_of(cfg, models.head_to_save(model))
-    if adapter:
-        models.add_adapter(model, adapter)
-    else:
-        models.train_layers(model, cfg.train_layers)
+    try:
+        if adapter:
+            models.add_adapter(model, adapter)
+        else:
+            models.train_layers(model, cfg.train_layers)
+    except ValueError as e:  # what only the weights tell: a part of the head that the base lacks is trained whole
+        raise UserError(f"--targets {','.join(cfg.targets)}: {e}") from None
     return model
 
 
@@ -185,17 +186,20 @@ def export(path: Path, run: "Run") -> str:
     model, pooling = run.model, models.transformers_pooling(run.model)
     if model.pooling not in pooling:
         raise UserError(f"--export: {model.architecture} pools {' or '.join(pooling)}, this run {model.pooling}")
-    path.mkdir(parents=True, exist_ok=True)
     lora.merge(model)
+    run.tokenizer.model_max_length = run.config.max_length
     dtype = model.backbone.get_input_embeddings().weight.dtype
-    tensors = {n: t.to("cpu", dtype).contiguous() for n, t in models.state(model).items()}
     pad = data.end_of_text(run.tokenizer, padding=True)
     config = models.classifier_config(model, run.labels.names, str(dtype).removeprefix("torch."), pad)
-    with tempfile.TemporaryDirectory(dir=path, prefix=".export-") as hidden:
-        checkpoint.save_tensors(Path(hidden) / "model.safetensors", tensors)
-        checkpoint.save_json(Path(hidden) / "config.json", config)
-        run.tokenizer.save_pretrained(hidden)
-        checkpoint.publish(Path(hidden), path)
+
+    def write(folder: Path) -> None:
+        tensors = {n: t.to("cpu", dtype).contiguous() for n, t in models.state(model).items()}
+        checkpoint.save_tensors(folder / "model.safetensors", tensors)
+        checkpoint.save_json(folder / "config.json", config)
+        run.tokenizer.save_pretrained(folder)
+
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(path.absolute(), write, {"exported": str(run.path)}, keep=0)
     return model.architecture
 
 
@@ -316,7 +320,7 @@ def probe(run: Run, rows: list[dict[str, str]]) -> float:
     with lora.disable(run.model):
         base, _ = run.logits(rows)
     moved = float(np.abs(live - base).max())
-    if moved <= 1e-6 * max(1.0, float(np.abs(live).max())):
+    if not moved > 1e-6 * max(1.0, float(np.abs(live).max())):  # NaN too
         found = f"the adapter does not move the logits of {len(rows)} rows (by {moved:.1e} at most): another model's?"
         raise Degenerate(f"{found} Nothing was written (--force writes it all the same)")
     return moved
@@ -330,8 +334,9 @@ def weak_tokens(model: models.Classifier, tokenizer, tokens: data.Tokens) -> str
     table = model.backbone.get_input_embeddings()
     used = torch.from_numpy(np.unique(tokens.ids).astype(np.int64))
     norms = getattr(table, "base_layer", table).weight[used].detach().float().norm(dim=1).cpu()
-    names = tokenizer.convert_ids_to_tokens(used[~(norms > 0.01 * norms.nanmedian())].tolist())
-    if not torch.isfinite(norms).all():
+    weak = ~(norms.isfinite() & (norms > 0.01 * norms[norms.isfinite()].median()))
+    names = tokenizer.convert_ids_to_tokens(used[weak if norms.isfinite().all() else ~norms.isfinite()].tolist())
+    if not norms.isfinite().all():
         raise UserError(f"the base's embeddings of {names[:5]} are not finite: its weights are damaged")
     return f"warning: the base never learned the tokens {', '.join(names[:5])}, which occur here" if names else ""
 
@@ -363,7 +368,8 @@ def given_model(cfg: configs.InferConfig) -> Given:
     base = cfg.base or (adapter.base if adapter else "")
     models.need_base(base)
     tokenizer = data.load_tokenizer(str(folder) if folder and (folder / "tokenizer.json").is_file() else base)
-    rows = [s[0] for k, s in shapes.items() if k.endswith((".score.weight", "classifier.weight", ".out_proj.weight"))]
+    ends = (".score.weight", "classifier.weight", ".out_proj.weight")
+    rows = [s[0] for k, s in shapes.items() if k.endswith(ends) and len(s) == 2]
     names = cfg.label_names or models.stored_labels(base, rows[0] if rows else 0)
     if not names:
         raise UserError("the classes are not known: name them with --label_names (and --head label_words)")

@@ -23,6 +23,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 PEFT_PREFIX = "base_model.model."
+LAYER = r"\.(?P<layer>\d+)\."
 HEADS = ("lm_head", "score", "classifier")  # output layers: never part of all-linear, as in peft
 
 
@@ -180,10 +181,11 @@ def find_targets(model: nn.Module, adapter: Adapter) -> list[str]:
     odd = [n for n in found if not isinstance(modules[n], (nn.Linear, nn.Embedding, Conv1D))]
     if missing or odd or not found:
         exists = sorted({n.rsplit(".", 1)[-1] for n in linears} - set(HEADS))
-        wrong = [f"target {t} matches no module" for t in missing]
+        wrong = [f"target {t} matches no module" for t in missing[:5]]
+        wrong += [f"and {len(missing) - 5} more match none"] if len(missing) > 5 else []
         wrong += [f"target {n} is no linear or embedding but {type(modules[n]).__name__}" for n in odd[:3]]
         wrong += [] if wrong else ["the targets leave no module to adapt"]
-        raise ValueError(f"{'; '.join(wrong)}: the linears here are {', '.join(exists)} (or all-linear)")
+        raise ValueError(f"{_one_line(wrong)}: the linears here are {', '.join(exists)} (or all-linear)")
     return found
 
 
@@ -192,8 +194,8 @@ def _in_layers(name: str, adapter: Adapter) -> bool:
     if not adapter.layers:
         return True
     lists = [rf"(?:^|.*?\.){p}" for p in adapter.layers_pattern] or [r".*?\.[^.]*"]
-    found = next(filter(None, (re.match(rf"{p}\.(\d+)\.", name) for p in lists)), None)
-    return found is not None and int(found[1]) in adapter.layers
+    found = next(filter(None, (re.match(rf"{p}{LAYER}", name) for p in lists)), None)
+    return found is not None and found["layer"] is not None and int(found["layer"]) in adapter.layers
 
 
 def inject(model: nn.Module, adapter: Adapter) -> list[str]:
@@ -204,9 +206,9 @@ def inject(model: nn.Module, adapter: Adapter) -> list[str]:
     names = find_targets(model, adapter)
     modules = dict(model.named_modules())
     for end in adapter.saved:
-        mine = [n for n in modules if named(n, [end])]
+        mine = [n for n in modules if n.endswith(end)]
         if not mine and end not in ("score", "classifier"):  # peft names both, whichever the model has
-            raise ValueError(f"modules_to_save {end} matches no module")
+            raise ValueError(f"modules_to_save {_one_line([end])} matches no module")
         for m in (m for n in mine for m in modules[n].modules()):
             if getattr(m, "weight", None) is not None and len(_owners(model, m.weight)) > 1:
                 m.weight = nn.Parameter(m.weight.detach().clone())
@@ -247,10 +249,11 @@ def adapter_names(model: nn.Module) -> list[str]:
     if adapter.bias not in ("none", "lora_only", "all"):
         raise ValueError(f"bias {adapter.bias}: expected none, lora_only or all")
     layers = adapters(model)
+    saved = tuple(f"{n}." for n, _ in model.named_modules() if n.endswith(adapter.saved))  # peft: not by segments
 
     def belongs(name: str) -> bool:
         owner, _, last = name.rpartition(".")
-        if ".lora_" in name or within(owner, adapter.saved):
+        if ".lora_" in name or name.startswith(saved):
             return True
         if last != "bias" or adapter.bias == "none":
             return False
@@ -284,7 +287,7 @@ def trainable_table(model: nn.Module) -> str:
             pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
             count = rows.setdefault(pattern, [0, 0])
             count[0], count[1] = count[0] + 1, count[1] + p.numel()
-    everything = sum(p.numel() for p in model.parameters())
+    everything = sum(p.numel() * (1 + (p.dtype == torch.uint8)) for p in model.parameters())  # nf4: two in a byte
     width = max([len(p) for p in rows] + [9])
     lines = [f"{'trainable':<{width}} {'tensors':>8} {'parameters':>13} {'share':>8}"]
     lines += [f"{p:<{width}} {t:>8} {n:>13,} {n / everything:>8.3%}" for p, (t, n) in rows.items()]
@@ -398,7 +401,7 @@ def load_adapter_state(model: nn.Module, tensors: dict[str, torch.Tensor]) -> st
         twin = first.setdefault(parameters[name].data_ptr(), key)  # a tied weight comes twice, and must be the same
         if not tensors[key].is_floating_point():
             problems.append(f"{key} has dtype {tensors[key].dtype}, expected floating point")
-        elif not tensors[key].isfinite().all():
+        elif not tensors[key].float().isfinite().all():
             problems.append(f"{key} holds values that are not finite")
         elif not torch.equal(tensors[twin], tensors[key]):
             problems.append(f"{key} is tied to {twin} here, and differs from it there")
@@ -419,27 +422,33 @@ def load_adapter_state(model: nn.Module, tensors: dict[str, torch.Tensor]) -> st
 def _refuse(problems: list[str]) -> None:
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"the adapter does not fit this model: {'; '.join(problems[:4])}{more}")
+        raise ValueError(f"the adapter does not fit this model: {_one_line(problems[:4])}{more}")
+
+
+def _one_line(problems: list[str]) -> str:
+    """Problems as one readable line, whatever names a file made up."""
+    texts = ["".join(c if c.isprintable() else " " for c in p[:500]) for p in problems[:20]]
+    return "; ".join(texts) + ("; ..." if len(problems) > 20 else "")
 
 
 # ---- PEFT's config --------------------------------------------------------------------------------------------------
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value != 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < abs(value) < 1e30
 
 
 def _is_rank(value) -> bool:
-    return _is_number(value) and isinstance(value, int) and value > 0
+    return _is_number(value) and isinstance(value, int) and 0 < value <= 1_000_000
 
 
 def _is_names(value) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
 
 
-def _is_regex(value) -> bool:
+def _is_regex(value, around: str = "{}") -> bool:
     try:
-        return isinstance(value, str) and bool(re.compile(value))
+        return isinstance(value, str) and bool(re.compile(around.format(value)))
     except (re.error, RecursionError, OverflowError):
         return False
 
@@ -450,16 +459,22 @@ def _is_layers(value) -> bool:
 
 
 def _is_patterns(good):
-    return lambda value: isinstance(value, dict) and all(_is_regex(k) and good(v) for k, v in value.items())
+    around = r"(.*\.)?({})$"
+    return lambda value: isinstance(value, dict) and all(_is_regex(k, around) and good(v) for k, v in value.items())
 
 
 def _is_modules(value) -> bool:
     return _is_names(value) or _is_regex(value)
 
 
+def _is_lists(value) -> bool:
+    several = value if isinstance(value, list) else [value]
+    return all(_is_regex(v, "(?:^|.*?[.]){}" + LAYER) for v in several)
+
+
 FORMAT = {  # our field: peft's key, what is valid, in words
     "targets": ("target_modules", lambda v: v and _is_modules(v), "a list of names or a regex"),
-    "rank": ("r", _is_rank, "a whole number from 1"),
+    "rank": ("r", _is_rank, "a whole number from 1 to 1,000,000"),
     "alpha": ("lora_alpha", _is_number, "a finite number that is not 0"),
     "dropout": ("lora_dropout", lambda v: v == 0 or _is_number(v) and 0 < v < 1, "a share from 0 to 1"),
     "bias": ("bias", lambda v: v in ("none", "lora_only", "all"), "none, lora_only or all"),
@@ -468,7 +483,7 @@ FORMAT = {  # our field: peft's key, what is valid, in words
     "alpha_pattern": ("alpha_pattern", _is_patterns(_is_number), "alphas by regex"),
     "exclude": ("exclude_modules", _is_modules, "a list of names or a regex"),
     "layers": ("layers_to_transform", _is_layers, "layer numbers"),
-    "layers_pattern": ("layers_pattern", _is_modules, "a list of names"),
+    "layers_pattern": ("layers_pattern", _is_lists, "a list of names"),
     "saved": ("modules_to_save", _is_names, "a list of names"),
     "task": ("task_type", lambda v: isinstance(v, str), "a name"),
     "base": ("base_model_name_or_path", lambda v: isinstance(v, str), "a name"),
@@ -509,7 +524,7 @@ def read_adapter_config(about: dict) -> Adapter:
     wrong += [f"{k} {str(v)[:60]} is not supported" for k, v in about.items() if k not in known and v]
     if wrong:
         raise ValueError(
-            f"{'; '.join(wrong)}. Way out: load it with peft on its own base, merge_and_unload, save_pretrained, and "
+            f"{_one_line(wrong)}. Way out: load it with peft on its own base, merge_and_unload, save_pretrained, and "
             "give that folder as --base"
         )
     return Adapter(**values)

@@ -30,6 +30,7 @@ from configs import UserError
 ATTENTION = "lasttoken"
 ENCODERS = ("bert", "roberta", "modernbert", "deberta-v2")
 PACKS = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text", "phi3", "bert", "roberta", "modernbert")  # each tested
+HUB_NAME = r"\w[\w.-]*(/[\w.-]+)?"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -177,25 +178,32 @@ def find_base(base: str) -> str:
     Raises UserError for a folder that is missing or holds no config, before anything is loaded.
     """
     for folder in (Path(base), Path(__file__).parent / base):
-        if folder.is_dir():
+        if os.path.isdir(folder):
             if not (folder / "config.json").exists():
                 if (folder / "adapter_config.json").exists():
                     raise UserError(f"--base {base}: this folder is an adapter; name its base, and it with --adapter")
                 raise UserError(f"--base {base}: no config.json in this folder; give a folder saved by transformers")
             return str(folder)
-    if base.startswith((".", "/", "~")) or base.count("/") > 1:
-        raise UserError(f"--base {base}: no such folder; give a local folder or a hub name such as Qwen/Qwen2.5-0.5B")
+    if not re.fullmatch(HUB_NAME, base):
+        known = "give a local folder or a hub name such as Qwen/Qwen2.5-0.5B"
+        raise UserError(f"--base {one_line(base)}: no such folder; {known}")
     return base
+
+
+def one_line(error) -> str:
+    """A foreign text's first line, cut to a readable length."""
+    return "".join(c if c.isprintable() else " " for c in (str(error).strip().split("\n") or [""])[0][:200])
 
 
 def need_weights(folder: str) -> None:
     """Raise UserError when a local base folder holds no weights, or names or links to files outside of itself."""
     if not os.path.isdir(folder):
         return
-    names = [n for n in os.listdir(folder) if n.endswith((".safetensors", ".bin")) and not n.startswith("adapter_")]
-    if not names:
+    kinds = (".safetensors", ".bin")
+    names = [n for n in os.listdir(folder) if n.endswith((*kinds, ".json")) or not os.path.isdir(f"{folder}/{n}")]
+    if not [n for n in names if n.endswith(kinds) and not n.startswith("adapter_")]:
         raise UserError(f"--base {folder}: no weights in this folder (model.safetensors or its shards)")
-    for name in [*names, "config.json"]:
+    for name in sorted(names, key=lambda n: not n.endswith(kinds)):
         if not own_file(Path(folder) / name):
             raise UserError(f"--base {folder}: {name} is no file of this folder (a link out of it?): copy it there")
     for index in Path(folder).glob("*.index.json"):
@@ -205,7 +213,7 @@ def need_weights(folder: str) -> None:
             raise UserError(f"--base {folder}: {index.name} is no index of shards ({type(e).__name__})") from None
         outside = [s for s in shards if not isinstance(s, str) or s in ("", ".", "..") or Path(s).name != s]
         if outside:
-            raise UserError(f"--base {folder}: {index.name} names {outside[0]!r}, outside the folder: it is not read")
+            raise UserError(f"--base {folder}: {index.name} names {outside[0]!r:.200}, outside the folder: not read")
 
 
 def own_file(path: Path) -> bool:
@@ -227,11 +235,13 @@ def need_base(base: str) -> str:
 def find_adapter(adapter: str) -> Path:
     """The folder of a PEFT adapter: a local one, or a hub name's, fetched. Raises UserError for what is never read."""
     folder, files = Path(adapter), ("adapter_config.json", "adapter_model.safetensors")
-    if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", adapter):
+    if not os.path.isdir(folder) and re.fullmatch(HUB_NAME, adapter) and "/" in adapter:
         try:
             folder = [Path(cached_file(adapter, name)).parent for name in files][0]
-        except OSError as e:
-            raise UserError(f"--adapter {adapter}: not to be had ({str(e).splitlines()[0]}); give a folder") from None
+        except (OSError, ValueError) as e:
+            raise UserError(f"--adapter {adapter}: not to be had ({one_line(e)}); give a folder") from None
+    if not os.path.isdir(folder):
+        raise UserError(f"--adapter {one_line(adapter)}: no such folder; give the one that peft saved")
     missing = [n for n in files if not (folder / n).exists()]
     if missing and any(folder.glob("adapter_model.bin")):
         raise UserError(
@@ -249,6 +259,8 @@ def find_adapter(adapter: str) -> Path:
 def stored_labels(base: str, rows: int) -> tuple[str, ...]:
     """Class names of a base that is a classifier (with `rows` outputs, if not 0), or else the numbers below `rows`."""
     config = load_config(base)
+    if rows > 100_000:
+        raise UserError(f"the adapter's head, score.weight or the like, claims {rows:,} outputs: it is damaged")
     whole = any("ForSequenceClassification" in a for a in config.architectures or ())
     if whole and rows in (0, config.num_labels):
         return tuple(str(config.id2label[i]) for i in range(config.num_labels))
@@ -273,19 +285,21 @@ def need_vocabulary(base: str, tokens: int) -> None:
 def load_config(base: str):
     """The transformers config of a base. Raises UserError with what to do when it cannot be had."""
     try:
-        return AutoConfig.from_pretrained(find_base(base), trust_remote_code=False).get_text_config()
+        config = AutoConfig.from_pretrained(find_base(base), trust_remote_code=False).get_text_config()
+        config._attn_implementation = None  # a kernel of its choice would be fetched and run
+        config.transformers_weights = None  # a file of its choice may lie anywhere
+        return config
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, RecursionError) as e:
-        reason = str(e).strip().split("\n")[0]
+    except Exception as e:  # whatever a foreign file can make of it
         if "custom code" in str(e) or "trust_remote_code" in str(e):
             raise UserError(
                 f"--base {base}: it needs code of its own (auto_map), which is never run, and transformers has no "
                 "class for it; take a base of a family that transformers knows"
             ) from None
         raise UserError(
-            f"--base {base}: not to be had ({reason}); for a gated base accept its licence on its hub page and set "
-            "HF_TOKEN, offline give a local folder with --base"
+            f"--base {base}: not to be had ({one_line(e)}); for a gated base accept its licence on its hub page and "
+            "set HF_TOKEN, offline give a local folder with --base"
         ) from None
 
 
@@ -305,9 +319,18 @@ def load_language_model(base: str, device: torch.device, dtype: torch.dtype, ran
         _refuse_missing(base, fresh)
     else:
         torch.manual_seed(random_seed)
-        model = AutoModelForCausalLM.from_config(_config(base), dtype=dtype, attn_implementation=_attention(base))
+        options = {"dtype": dtype, "attn_implementation": _attention(base)}
+        model = _from_config(AutoModelForCausalLM, base, _config(base), **options)
         model.get_input_embeddings().register_forward_hook(_cast_out)
     return model.to(device)
+
+
+def _from_config(auto, base: str, config, **options) -> nn.Module:
+    """A model with drawn weights. Raises UserError for a family or a config that transformers cannot make one of."""
+    try:
+        return auto.from_config(config, trust_remote_code=False, **options)
+    except Exception as e:  # whatever a foreign config can make of it
+        raise UserError(f"--base {base}: no model of this kind can be made of it ({one_line(e)})") from None
 
 
 def _config(base: str, **changes):
@@ -331,8 +354,7 @@ def _load(auto, base: str, dtype, **changes) -> tuple[nn.Module, list[str]]:
         with without_adapter(folder) as folder:
             model, info = auto.from_pretrained(folder, **options, **safe, output_loading_info=True)
     except Exception as e:  # whatever a foreign file, pickled ones included, can make of loading
-        reason = str(e).strip().split("\n")[0][:200]
-        raise UserError(f"--base {base}: its weights cannot be loaded ({type(e).__name__}: {reason})") from None
+        raise UserError(f"--base {base}: its weights cannot be loaded ({type(e).__name__}: {one_line(e)})") from None
     if any(".lora_" in name for name, _ in model.named_parameters()):
         raise UserError(f"--base {base}: an adapter lies beside this base and was put into it; give the base alone")
     model.get_input_embeddings().register_forward_hook(_cast_out)
@@ -369,20 +391,31 @@ def quantize(backbone: nn.Module, device: torch.device, compute: torch.dtype) ->
     """Store the linears of the layers in nf4 with double quantization (Dettmers et al. 2023, arXiv:2305.14314).
 
     One module at a time goes to the device, so neither memory ever holds the 16-bit base whole. Embeddings, norms and
-    every head stay as they are; compute: the dtype that products run in. Raises UserError without bitsandbytes.
+    every head stay as they are; so do linears whose inputs are no multiple of a block of 64, of which bitsandbytes'
+    CPU kernel loses the scales. compute: the dtype of products. Raises UserError without bitsandbytes.
     """
     try:
         import bitsandbytes as bnb
     except ImportError:
         raise UserError("--quant nf4 needs bitsandbytes: pip install bitsandbytes") from None
+
+    class NF4(bnb.nn.Linear4bit):
+        """The product alone: its own forward repacks weights for AVX512-BF16 (rounded, no gradient), casts biases."""
+
+        def forward(self, x):
+            y = bnb.matmul_4bit(x.to(self.compute_dtype), self.weight.t(), quant_state=self.weight.quant_state)
+            return y.to(x.dtype) if self.bias is None else y.to(x.dtype) + self.bias.to(x.dtype)
+
     nf4 = {"compress_statistics": True, "quant_type": "nf4"}
     for layer in decoder_layers(backbone):
         for name, linear in [(n, m) for n, m in layer.named_modules() if type(m) is nn.Linear]:
-            sizes = linear.in_features, linear.out_features, linear.bias is not None
-            small = bnb.nn.Linear4bit(*sizes, compute_dtype=compute, device="meta", **nf4)
-            small.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, module=small, **nf4).to(device)
-            small.bias = linear.bias
-            layer.set_submodule(name, small)
+            if linear.in_features % 64 == 0:
+                sizes = linear.in_features, linear.out_features, linear.bias is not None
+                small = NF4(*sizes, compute_dtype=compute, device="meta", **nf4)
+                weight = linear.weight.data.to(compute)  # dequantized to the dtype of products, not rounded to another
+                small.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=small, **nf4).to(device)
+                small.bias = linear.bias
+                layer.set_submodule(name, small)
 
 
 def fingerprint(model: "Classifier") -> dict:
@@ -516,14 +549,11 @@ def skeleton(base: str, outputs: int, pooling: str = "last", words=()) -> Classi
     config = _config(base, **changes)
     if words and (config.model_type in ENCODERS or any(hasattr(config, n) for n in ("logit_scale", "logits_scaling"))):
         raise UserError(f"--head label_words on {config.model_type}: it needs a decoder with a plain LM head")
+    with torch.device("meta"):
+        model = Classifier(_from_config(auto, base, config), pooling, 0.0, words)
     if pooling == "cls" and config.model_type not in ENCODERS:
         raise UserError(f"--pooling cls on {config.model_type}: a causal decoder's first token sees nothing; take last")
-    try:
-        with torch.device("meta"):
-            whole = auto.from_config(config)
-    except ValueError as e:
-        raise UserError(f"--base {base}: no classifier of its family ({str(e).splitlines()[0][:120]})") from None
-    return Classifier(whole, pooling, 0.0, words)
+    return model
 
 
 def check_structure(model: Classifier, layers: int, max_length: int) -> None:

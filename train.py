@@ -57,6 +57,7 @@ def main(argv: list[str]) -> dict:
     for name, split in (("train", train), ("validation", val)):
         split.tokens, report = data.tokenize(tokenizer, cfg.text, split.rows, cfg.max_length)
         ddp.say(world, f"{name}: {report}")
+    tokenizer.model_max_length = cfg.max_length  # as others read it from a save
     weights, eval_rows = class_weights(cfg, train.labels, classes), periodic_rows(cfg, val.labels, classes)
     steps_per_epoch = math.ceil(len(train.labels) / cfg.batch_size)
     total = cfg.epochs * steps_per_epoch
