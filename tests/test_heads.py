@@ -714,7 +714,7 @@ def test_an_export_is_the_run_in_transformers_own_class(trained, tmp_path, capsy
     assert result["drift"] < 1e-4 and "0 predictions changed" in capsys.readouterr().out
     assert not [p for p in [*out.iterdir(), *out.parent.iterdir()] if p.name.startswith(".")]
     tokenizer_files = {"tokenizer.json", "tokenizer_config.json"}
-    assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.json"} | tokenizer_files
+    assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.json", "manifest.json"} | tokenizer_files
     assert all(os.stat(p).st_mode & 0o444 == 0o444 for p in out.iterdir())
 
     alone = shutil.move(out, tmp_path / "elsewhere")

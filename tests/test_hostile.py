@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import unicodedata
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -383,8 +384,8 @@ def test_attention_named_by_a_base_is_not_taken(tmp_path, small_base, small, fam
         try:
             models.skeleton(folder, 3)
             got = models.load_classifier(folder, 3, CPU, torch.float32)
-        except UserError as e:
-            assert "\n" not in str(e)
+        except UserError as e:  # a refusal of ours, not one of transformers that it could not be had here
+            assert "\n" not in str(e) and not re.search("install|not supported|kernels", str(e)), e
             continue
         assert got.config._attn_implementation == want
 
@@ -703,6 +704,9 @@ def test_a_pickle_is_not_run(tmp_path, small_base, kind):
     with pytest.raises(UserError, match="its weights cannot be loaded"):
         models.load_classifier(str(folder), 3, CPU, torch.float32)
     assert not mark.exists()
+    with suppress(Exception):
+        torch.load(path, weights_only=False)
+    assert mark.exists(), "the control: the pickle does what it says"
     tensors = checkpoint.load_tensors(Path(small_base) / "model.safetensors")
     torch.save(tensors, path)
     assert equal(weights_of(folder), weights_of(small_base))
