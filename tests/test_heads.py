@@ -699,7 +699,7 @@ def exported_logits(folder: Path, texts: list[str], words, batched: bool) -> tor
 @pytest.mark.parametrize("name", [n for n in RUNS if n not in ("decoder mean", "bert mean", "bert last")])
 def test_an_export_is_the_run_in_transformers_own_class(trained, tmp_path, capsys, name):
     """Tokenizer, weights and config from the folder alone: the same logits one by one and right-padded, the names of
-    the classes; and nothing but the files of a model in it."""
+    the classes; and nothing but the files of a model in it, and their manifest."""
     run = trained(name)
     rows_file = write_rows(tmp_path / "rows.csv", 24)
     out = tmp_path / "deep" / "export"
@@ -715,6 +715,7 @@ def test_an_export_is_the_run_in_transformers_own_class(trained, tmp_path, capsy
     assert not [p for p in [*out.iterdir(), *out.parent.iterdir()] if p.name.startswith(".")]
     tokenizer_files = {"tokenizer.json", "tokenizer_config.json"}
     assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.json", "manifest.json"} | tokenizer_files
+    checkpoint.verify(out)
     assert all(os.stat(p).st_mode & 0o444 == 0o444 for p in out.iterdir())
 
     alone = shutil.move(out, tmp_path / "elsewhere")
@@ -760,7 +761,6 @@ def test_an_export_is_a_base_with_a_head_for_this_project(trained, tmp_path, nam
     assert [r["prediction"] for r in tables[1]] == [NAMES[int(r["prediction"])] for r in tables[0]]
 
 
-# BUG: load_tokenizer sets model_max_length to 1e9 and write_classifier and export save that: truncation cuts nothing
 @pytest.mark.parametrize("name", ["bert", "lora"])
 def test_an_exported_tokenizer_cuts_what_the_run_cuts(trained, tmp_path, name):
     """transformers' truncation=True takes the limit from the folder; BERT has no positions beyond its table."""
@@ -817,13 +817,15 @@ def test_an_export_is_not_overwritten(trained, tmp_path):
     assert contents(out) == before
 
 
-# BUG: infer_problems looks for model.safetensors alone; publish replaces config.json and tokenizer files in its way
-@pytest.mark.parametrize("kind", ["run", "base as bin", "base in shards"])
-def test_an_export_writes_over_no_other_config(trained, base, tmp_path, kind):
-    """A folder that holds a config.json of something else, a run or a base in another format, stays as it is."""
+@pytest.mark.parametrize("kind", ["run", "base as bin", "base in shards", "notes"])
+def test_an_export_writes_over_nothing_else(trained, base, tmp_path, kind):
+    """A folder that holds something else, a run or a base in another format, stays as it is."""
     out = tmp_path / "folder"
     if kind == "run":
         shutil.copytree(trained("lora"), out)
+    elif kind == "notes":
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
     else:
         shutil.copytree(base("Qwen2", text=True), out)
         shard = "pytorch_model.bin" if kind == "base as bin" else "model-00001-of-00001.safetensors"
@@ -834,14 +836,29 @@ def test_an_export_writes_over_no_other_config(trained, base, tmp_path, kind):
     assert contents(out) == before
 
 
+# BUG: a file is no folder that holds something: checkpoint.save moves it aside and removes it
+def test_an_export_writes_over_no_file(trained, tmp_path):
+    """Of the name it is given, or of a folder above it; an empty folder is as good as none."""
+    flags, file = ["--runs", str(trained("lora")), "--export"], tmp_path / "notes.txt"
+    file.write_text("mine")
+    for out in (file, file / "deeper"):
+        status, _, err = forked(infer.main, [*flags, out], tmp_path)
+        assert file.is_file() and file.read_text() == "mine"
+        assert status in (1, 2) and err.startswith("error: ") and err.count("\n") == 1, err
+    (tmp_path / "empty").mkdir()
+    infer.main([*flags, str(tmp_path / "empty")])
+    assert (tmp_path / "empty/model.safetensors").is_file()
+
+
 def test_a_failed_export_leaves_nothing_that_loads(trained, tmp_path, monkeypatch):
     """The disk fails at each write and at each rename in turn: no weights, no hidden folder; then it succeeds."""
     run = trained("lora")
-    flags = ["--runs", str(run), "--export"]
     failed = 0
     for operation in ("save_tensors", "save_json", "fs_rename", "fs_sync"):
-        for at in range(9):
-            out, calls = tmp_path / f"{operation}{at}", []
+        for at in range(12):
+            place = tmp_path / f"{operation}{at}"
+            place.mkdir()
+            flags, calls = ["--runs", str(run), "--export", str(place / "export")], []
             real = getattr(checkpoint, operation)
 
             def failing(*given, at=at, real=real, calls=calls):
@@ -853,16 +870,16 @@ def test_a_failed_export_leaves_nothing_that_loads(trained, tmp_path, monkeypatc
             with monkeypatch.context() as patch:
                 patch.setattr(checkpoint, operation, failing)
                 try:
-                    infer.main([*flags, str(out)])
+                    infer.main(flags)
                 except OSError:
                     failed += 1
                 else:
                     break
-            left = {p.name for p in out.iterdir()} if out.exists() else set()
-            assert not [n for n in left if n.startswith(".")], left
-            if "model.safetensors" in left:  # all that was left to do is the last sync
-                assert {"config.json", "tokenizer.json", "tokenizer_config.json"} < left and operation == "fs_sync"
+            left = {p.relative_to(place).as_posix() for p in place.rglob("*")}
+            assert not [n for n in left if n.split("/")[-1].startswith(".")], left
+            if "export/model.safetensors" in left:  # whole: all that was left to do is the last sync
+                assert operation == "fs_sync" and checkpoint.verify(place / "export")
                 continue
-            infer.main([*flags, str(out)])
-            assert (out / "model.safetensors").is_file()
+            infer.main(flags)
+            assert (place / "export/model.safetensors").is_file()
     assert failed >= 8

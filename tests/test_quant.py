@@ -156,26 +156,24 @@ def test_exactly_the_linears_of_the_layers_are_quantized(base, kind, dtype, comp
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == (kind == "tied words")
 
 
-# BUG: bitsandbytes' CPU kernel takes the wrong scales where in_features is no multiple of its block of 64, so such
-# linears hold other weights (errors of 1.7 times the largest weight); model.quantize lets them through
 @pytest.mark.parametrize("width, inner", [(64, 128), (128, 192), (64, 96), (32, 64), (80, 160)])
 @torch.no_grad()
 def test_a_quantized_weight_is_near_its_own_but_not_it(base, width, inner):
-    """Or is left as it is, or the base is refused: the control of everything below.
+    """The control of everything below. Where a row is no multiple of a block of 64 the linear stays as it is.
 
-    nf4's widest step is 0.304 of a block's largest value, so no weight is off by more than half of it, and the scales
-    are themselves rounded to 8 bits.
+    (bitsandbytes' CPU kernel takes other blocks' scales there.) nf4's widest step is 0.304 of a block's largest value,
+    so no weight is off by more than half of it, and the scales are themselves rounded to 8 bits.
     """
     folder = base("qwen2", hidden_size=width, intermediate_size=inner)
-    try:
-        model = load(folder)
-    except UserError as e:
-        assert width % 64 or inner % 64, e
-        return
-    plain, found = load(folder, quant="none"), quantized(model)
-    assert found.keys() == QWEN or width % 64 or inner % 64
-    for name, m in found.items():
-        got, want = values_of(m).reshape(-1, 64), plain.get_submodule(name).weight.reshape(-1, 64)
+    model, plain = load(folder), load(folder, quant="none")
+    found = quantized(model)
+    assert found.keys() == {n for n in QWEN if plain.get_submodule(n).in_features % 64 == 0}
+    for name in QWEN:
+        weight = plain.get_submodule(name).weight
+        if name not in found:
+            assert torch.equal(model.get_submodule(name).weight, weight), name
+            continue
+        got, want = values_of(found[name]).reshape(-1, 64), weight.reshape(-1, 64)
         error = (got - want).abs().amax(1) / want.abs().amax(1)
         assert 0.01 < error.mean() and error.max() < 0.2, (name, error.max())
 
@@ -183,8 +181,6 @@ def test_a_quantized_weight_is_near_its_own_but_not_it(base, width, inner):
 # ---- the same numbers as the dequantized weights --------------------------------------------------------------------
 
 
-# BUG: on CPUs with AVX512-BF16 bitsandbytes repacks the weights at the first forward in eval mode: bf16 products, or an
-# error where sizes are no multiples of 64 and 32
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_equal_those_of_dequantized_weights(base, kind, mode):
@@ -205,7 +201,6 @@ def test_logits_equal_those_of_dequantized_weights(base, kind, mode):
     assert float((want - control).abs().max()) > 1e-2 * float(control.abs().max())
 
 
-# BUG: as above
 def test_logits_on_a_base_stored_in_bf16(base):
     """The weights are dequantized in the dtype that products run in, not rounded to the stored one first."""
     folder = base("qwen2", torch.bfloat16)
@@ -213,13 +208,16 @@ def test_logits_on_a_base_stored_in_bf16(base):
         near(load(folder)(batch_of()), dequantized(folder)(batch_of()))
 
 
-# BUG: as above; after the first evaluation training gets no gradient through quantized linears, or fails
-@pytest.mark.parametrize("width", [64, 96])
-def test_training_and_evaluating_in_turn_changes_nothing(base, width):
-    """train -> eval -> train -> eval: the same logits, gradients and packed bytes each time, whatever the CPU."""
-    folder = base("qwen2", hidden_size=width, intermediate_size=width + 16)
+@pytest.mark.parametrize("width, inner", [(64, 128), (64, 80), (192, 96)])
+def test_training_and_evaluating_in_turn_changes_nothing(base, width, inner):
+    """train -> eval -> train -> eval: the same logits, gradients and packed bytes each time, whatever the CPU.
+
+    (On AVX512-BF16 bitsandbytes' own layer repacks its weights in eval mode, rounds to bf16 and has no gradient.)
+    """
+    folder = base("qwen2", hidden_size=width, intermediate_size=inner)
     model, reference = adapted(load(folder)), adapted(dequantized(folder))
     before, seen = bytes_of(model), []
+    assert len(before) >= 12
     want, want_gradients = gradients(reference)
     for _ in range(2):
         logits, found = gradients(model)
@@ -274,14 +272,11 @@ def test_gradients_equal_those_on_dequantized_weights(base, bias, checkpointing)
 
 
 def test_gradients_on_a_base_stored_in_bf16(base):
-    """Backward multiplies by weights that bitsandbytes rounds to the stored dtype, 2^-9 of each; forward does not.
-
-    Through two layers of large random weights that is up to 2% of a tensor's largest gradient.
-    """
+    """Backward multiplies by the weights of the forward pass, not by ones rounded to the stored dtype."""
     folder = base("qwen2", torch.bfloat16)
     (_, found), (_, want) = gradients(adapted(load(folder))), gradients(adapted(dequantized(folder)))
     for name, g in found.items():
-        near(g, want[name], 0.05)
+        near(g, want[name], 1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -310,7 +305,6 @@ def test_every_update_moves_and_the_packed_base_does_not(base, checkpointing):
     assert losses[0][2] < losses[0][0]
 
 
-# BUG: lora.trainable_table counts the packed bytes, two weights each, so that shares come out about twice as large
 def test_the_table_of_what_is_trained_counts_weights_not_bytes(base):
     tables = [lora.trainable_table(adapted(load(base("qwen2"), quant=quant))) for quant in ("nf4", "none")]
     assert tables[0] == tables[1]
@@ -356,7 +350,6 @@ NF4 = {"quant": "nf4", "targets": "all-linear"}
 LONG = {**NF4, "batch_size": 6, "save_every": 3, "micro_batches": 2, "metric": "log_loss"}  # 20 steps
 
 
-# BUG: as above: train.main fails at the first evaluation or at the step after it
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, toy) -> Path:
     """The toy run in nf4, on one rank, never interrupted."""
@@ -389,14 +382,12 @@ def test_a_run_is_saved_reloaded_and_predicts_as_it_did(done, tmp_path):
     assert [p["label"] for p in run.predict(texts)] == [p["prediction"] for p in predicted]
 
 
-# BUG: as above
 def test_the_same_adapter_on_two_ranks(done, tmp_path, toy):
     status, out, err = forked(train.main, toy_flags(tmp_path, toy, **LONG), tmp_path, ranks=2)
     assert status == 0, err
     assert log_of(run_of(out)) == log_of(done) and shas(run_of(out)) == shas(done)
 
 
-# BUG: as above
 def test_killed_and_resumed_is_the_run_that_was_not(done, tmp_path, toy):
     flags = [*toy_flags(tmp_path, toy, **LONG), "--resume", "auto"]
     (pid,) = start(train.main, flags, tmp_path)
@@ -408,7 +399,6 @@ def test_killed_and_resumed_is_the_run_that_was_not(done, tmp_path, toy):
     same(run_of(out), done)
 
 
-# BUG: as above
 def test_recomputed_activations_give_the_same_losses(done, tmp_path, toy):
     run = Path(train.main(toy_flags(tmp_path, toy, **LONG, grad_checkpoint="true"))["run"])
     losses = [[line["loss"] for line in log_of(r) if "loss" in line] for r in (run, done)]
@@ -416,7 +406,6 @@ def test_recomputed_activations_give_the_same_losses(done, tmp_path, toy):
     np.testing.assert_allclose(*losses, rtol=2e-5)
 
 
-# BUG: as above
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_trains_fp32_masters_on_nf4(tmp_path, toy, precision):
     """Every update moves, is saved as fp32, and the reloaded run scores as it did."""
@@ -428,8 +417,6 @@ def test_half_precision_trains_fp32_masters_on_nf4(tmp_path, toy, precision):
     assert [[float(x) for x in line.split(",")[-8:]] for line in lines] == logits.astype(float).tolist()
 
 
-# BUG: bitsandbytes' Linear4bit.forward casts its bias in place to the compute dtype, so a trained bias is no fp32
-# master any more; qwen32b (nf4, bias all) fails on every GPU at the first step
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_trained_biases_stay_fp32_masters_in_half_precision(tmp_path, toy, precision):
     """As qwen32b trains them: nf4, bias all, products in half precision."""
@@ -450,7 +437,6 @@ def load_state(folder: str) -> dict[str, torch.Tensor]:
     return checkpoint.load_tensors(Path(folder) / "model.safetensors")
 
 
-# BUG: as above, in fp16 and bf16
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_forward_pass_leaves_trained_biases_as_they_are(base, precision):
     """Products may run in half precision; what is trained stays an fp32 master, bit for bit."""
@@ -463,7 +449,6 @@ def test_a_forward_pass_leaves_trained_biases_as_they_are(base, precision):
             assert p.dtype == torch.float32 and torch.equal(p, before[name]), name
 
 
-# BUG: as the first one (no run to work with)
 def test_merge_is_refused_with_the_way_out(done, tmp_path, toy):
     with pytest.raises(UserError, match=r"is quantized.*--export DIR merges its 16-bit base"):
         infer.main([f"--runs={done}", f"--input={done.parents[3] / 'val.csv'}", "--merge=true"])
@@ -474,7 +459,6 @@ def test_merge_is_refused_with_the_way_out(done, tmp_path, toy):
         lora.merge(evaluate.load_run(done).model)
 
 
-# BUG: as the first one
 @pytest.mark.parametrize("way", ["run", "adapter"])
 def test_export_merges_into_the_16_bit_base_and_tells_the_drift(done, tmp_path, toy, way, capsys):
     """The exported model is what peft makes of the unquantized base and this adapter; drift is how far that is off."""
@@ -497,7 +481,6 @@ def test_export_merges_into_the_16_bit_base_and_tells_the_drift(done, tmp_path, 
     assert json.loads((target / "config.json").read_text()).get("quantization_config") is None
 
 
-# BUG: as the first one
 def test_a_run_can_be_read_unquantized_and_the_adapter_is_the_same(done):
     """quant="none" takes the 16-bit base; only the base's rounding lies between the two."""
     rows = rows_of(done)
@@ -505,7 +488,6 @@ def test_a_run_can_be_read_unquantized_and_the_adapter_is_the_same(done):
     assert 1e-3 < np.abs(nf4 - plain).max() < 0.2 * np.abs(plain).max()
 
 
-# BUG: as the first one
 @pytest.mark.parametrize("change", ["other weights", "one matrix by 1%"])
 def test_a_swapped_base_is_refused_under_nf4(tmp_path, toy, change):
     """The fingerprint is of the weights before they are quantized: also what nf4 would round away is seen."""
@@ -556,7 +538,6 @@ def without_bitsandbytes() -> None:
     sys.modules["bitsandbytes"] = None
 
 
-# BUG: --optimizer adamw8bit without bitsandbytes ends in a traceback and status 1 (train.py: optim.adamw)
 @pytest.mark.parametrize(
     "changes", [{"quant": "nf4"}, {"optimizer": "adamw8bit"}, {"optimizer": "paged_adamw"}], ids=str
 )
@@ -682,8 +663,6 @@ def test_state_of_other_shapes_is_refused(kind):
         checkpoint.load_optimizer_tensors(stepped(kind, parameters(64), 0), tensors)
 
 
-# BUG: the fp32 state of paged_adamw is cast into the uint8 state of the 8-bit ones without a word, and their scales
-# stay zero (checkpoint.load_optimizer_tensors: want.copy_(value) with no look at dtype, and no look at missing keys)
 @pytest.mark.parametrize("saved, now", [(a, b) for a in ("adamw", *KIND) for b in ("adamw", *KIND) if a[-8:] != b[-8:]])
 def test_state_of_another_optimizer_is_refused(saved, now):
     tensors = checkpoint.optimizer_tensors(stepped(saved, parameters()))
