@@ -430,7 +430,6 @@ class Guard:
         self.tokenizer = tokenizer
         added = sorted((t for t in tokenizer.get_added_vocab() if t.strip()), key=len, reverse=True)
         self.added = re.compile("|".join(map(re.escape, added))) if added else None
-        self._bare = None
 
     def needed(self, pieces: list[tuple[bool, str]], text: str) -> bool:
         """Whether an added token's string lies outside the template's own words."""
@@ -449,13 +448,13 @@ class Guard:
 
     @property
     def bare(self):
-        """The tokenizer's backend with no added tokens at all."""
-        if self._bare is None:
+        """The tokenizer's backend with no added tokens at all; it takes a second to make, so the tokenizer keeps it."""
+        if not hasattr(self.tokenizer, "bare_backend"):
             backend = self.tokenizer.backend_tokenizer
             spec = json.loads(backend.to_str())
             spec["added_tokens"] = []
-            self._bare = type(backend).from_str(json.dumps(spec))
-        return self._bare
+            self.tokenizer.bare_backend = type(backend).from_str(json.dumps(spec))
+        return self.tokenizer.bare_backend
 
     def encode(self, pieces: list[tuple[bool, str]], max_length: int, report: TokenReport) -> list[int]:
         """Token ids of one row, cut to max_length as `tokenize` says."""

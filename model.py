@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import cached_file, logging
 
 import lora
+import optim
 from configs import UserError
 
 ATTENTION = "lasttoken"
@@ -374,7 +375,8 @@ def without_adapter(folder: str):
     if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
         yield folder
         return
-    print(f"warning: {folder} holds an adapter too, which is left out (see infer.py --adapter)", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {folder} holds an adapter too, which is left out (see infer.py --adapter)", file=sys.stderr)
     with tempfile.TemporaryDirectory() as view:
         for path in Path(folder).iterdir():
             if not path.name.startswith("adapter_"):
@@ -395,7 +397,7 @@ def quantize(backbone: nn.Module, device: torch.device, compute: torch.dtype) ->
     CPU kernel loses the scales. compute: the dtype of products. Raises UserError without bitsandbytes.
     """
     try:
-        import bitsandbytes as bnb
+        bnb = optim.bitsandbytes()
     except ImportError:
         raise UserError("--quant nf4 needs bitsandbytes: pip install bitsandbytes") from None
 
@@ -404,7 +406,8 @@ def quantize(backbone: nn.Module, device: torch.device, compute: torch.dtype) ->
 
         def forward(self, x):
             y = bnb.matmul_4bit(x.to(self.compute_dtype), self.weight.t(), quant_state=self.weight.quant_state)
-            return y.to(x.dtype) if self.bias is None else y.to(x.dtype) + self.bias.to(x.dtype)
+            y = y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)  # autocast leaves it in half precision
+            return y if self.bias is None else y + self.bias.to(y.dtype)
 
     nf4 = {"compress_statistics": True, "quant_type": "nf4"}
     for layer in decoder_layers(backbone):
@@ -689,11 +692,9 @@ def transformers_pooling(model: Classifier) -> tuple[str, ...]:
 
 
 def plain_config(model: nn.Module) -> dict:
-    """A model's config as its own file holds it: what differs from the family's defaults, no paths, no attention."""
-    config = model.config.to_diff_dict()
-    return {
-        k: v for k, v in config.items() if k not in ("_name_or_path", "_attn_implementation", "transformers_version")
-    }
+    """A model's config as its own file holds it: what differs from the family's defaults, no paths, code or kernels."""
+    left_out = ("_name_or_path", "_attn_implementation", "transformers_version", "auto_map", "transformers_weights")
+    return {k: v for k, v in model.config.to_diff_dict().items() if k not in left_out}
 
 
 def checkpoint_activations(backbone: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Parameter groups, schedules, and the optimizer step: unscale, clip, step, update, zero."""
 
 import math
+import sys
 
 import torch
 
@@ -37,10 +38,20 @@ def adamw(groups: list[dict], kind: str = "adamw") -> torch.optim.Optimizer:
     """
     if kind == "adamw":
         return torch.optim.AdamW(groups, fused=True)
-    import bitsandbytes as bnb
-
     kinds = {"adamw8bit": "AdamW8bit", "paged_adamw": "PagedAdamW32bit", "paged_adamw8bit": "PagedAdamW8bit"}
-    return getattr(bnb.optim, kinds[kind])(groups)
+    return getattr(bitsandbytes().optim, kinds[kind])(groups)
+
+
+def bitsandbytes():
+    """The library, imported without the hub's CPU kernel that it would fetch and run where `kernels` is installed."""
+    before = sys.modules.get("kernels")
+    sys.modules["kernels"] = None
+    try:
+        import bitsandbytes
+
+        return bitsandbytes
+    finally:
+        sys.modules.pop("kernels") if before is None else sys.modules.update(kernels=before)
 
 
 def loss_scaler(device: str, enabled: bool) -> torch.amp.GradScaler:

@@ -48,7 +48,7 @@ FAMILIES = {
 POOLINGS = [("Bert", "cls"), ("Roberta", "cls"), ("ModernBert", "cls"), ("ModernBert", "mean"), ("DebertaV2", "cls")]
 WIDE = dict(vocab_size=4096, hidden_size=64, intermediate_size=96, max_position_embeddings=130)  # for texts
 CLASSIFIER = {"classifier.weight", "classifier.bias"}
-HEADS = {  # family: the names of its head's tensors, the layer before the last, the linears of a layer
+HEADS = {  # family: the names of its head's tensors, and how those of its last layer begin
     "Bert": (CLASSIFIER | {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}, "bert.encoder.layer.1."),
     "Roberta": (
         {f"classifier.{m}.{t}" for m in ("dense", "out_proj") for t in ("weight", "bias")},
@@ -117,10 +117,8 @@ def alone(model, rows) -> torch.Tensor:
     return torch.cat([model(input_ids=torch.tensor([r])).logits for r in rows])
 
 
-def near(got, want, share=CLOSE, name=""):
-    torch.testing.assert_close(
-        got, want, rtol=0, atol=share * float(want.detach().abs().max()), msg=lambda m: f"{name}: {m}"
-    )
+def near(got, want, share=CLOSE):
+    torch.testing.assert_close(got, want, rtol=0, atol=share * float(want.detach().abs().max()))
 
 
 def as_bin(folder: str, to: Path) -> Path:
@@ -140,7 +138,7 @@ def spoiled(folder: str, to: Path, change) -> Path:
     return to
 
 
-# ---- packed == padded == alone ==  transformers ----------------------------------------------------------------------
+# ---- packed == padded == alone == transformers' -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family,pooling", POOLINGS)
@@ -182,7 +180,7 @@ def test_packed_gradients_equal_theirs(base, family, pooling):
         nothing = re.search(r"\.key\.bias$", name)  # cancels in the softmax
         scale = largest if nothing else float(want[name].abs().max())
         torch.testing.assert_close(gradient, want[name], rtol=0, atol=CLOSE * scale, msg=name)
-        assert gradient.any(), name
+        assert nothing or gradient.any(), name
 
 
 def test_the_window_of_modernbert_is_what_the_parity_tests_saw(base):

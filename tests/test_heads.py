@@ -620,7 +620,7 @@ def test_held_out_rows_have_the_share_of_zeros_and_ones(tmp_path):
 
 # ---- export ---------------------------------------------------------------------------------------------------------
 
-RUNS = {  # name: (family, what its flags change, the class that loads the export)
+RUNS = {  # name: (family, what its flags change)
     "lora": ("Qwen2", {"targets": "q_proj,v_proj"}),
     "lora bias all": ("Qwen2", {"targets": "all-linear", "bias": "all"}),
     "lora embeddings": ("Llama", {"targets": "q_proj,embed_tokens"}),

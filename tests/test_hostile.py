@@ -321,7 +321,8 @@ def data_ids(base) -> dict[str, torch.Tensor]:
     return {t: torch.tensor(tokenizer(t)["input_ids"]) for t in ("What is 2 + 2?", "<|im_end|> é\n")}
 
 
-# BUG: load_config sets transformers_weights to None on every base, so every saved config.json names it (delattr instead)
+# BUG: the base's auto_map, and "transformers_weights": null since load_config sets it on every base, stand in the
+# config.json of saved and exported models (model.plain_config keeps both)
 def test_a_saved_model_names_no_code_and_no_files(tmp_path, small_base):
     """Of a base that does, the whole saved model and its config are those of one that does not."""
     own = {"auto_map": AUTO, "transformers_weights": "model.safetensors", "attn_implementation": "eager"}
@@ -329,9 +330,9 @@ def test_a_saved_model_names_no_code_and_no_files(tmp_path, small_base):
     for base in (str(folder), small_base):
         flags = toy_flags(tmp_path, base, rank=0, alpha=None, lora_dropout=None, max_steps=2, eval_every=2)
         saved.append(Path(train.main(flags)["run"]) / "best")
-    configs = [json.loads((s / "config.json").read_text()) for s in saved]
-    assert configs[0] == configs[1]
-    assert not [k for k in configs[1] if k in own or "attn_implementation" in k]
+    written = [json.loads((s / "config.json").read_text()) for s in saved]
+    assert written[0] == written[1]
+    assert not [k for k in written[1] if k in own or "attn_implementation" in k]
     assert equal(*(checkpoint.load_tensors(s / "model.safetensors") for s in saved))
 
 
