@@ -321,6 +321,8 @@ def infer_problems(cfg: InferConfig) -> list[str]:
         found.append(f"--runs {cfg.runs} with --base or --adapter: a run has its own base; give one or the other")
     if cfg.merge and cfg.quant != "none":
         found.append(f"--merge with --quant {cfg.quant}: quantized weights take no update; leave --quant out")
+    if cfg.export and os.path.isfile(cfg.export):
+        found.append(f"--export {cfg.export} is a file: name a new folder")
     held = sorted(os.listdir(cfg.export), reverse=True) if cfg.export and os.path.isdir(cfg.export) else []
     if held:
         held = [n for n in held if n.endswith(".safetensors")] or held

@@ -406,7 +406,10 @@ def label_word_ids(tokenizer, template: str, words: tuple[str, ...]) -> tuple[tu
         ids = []
         for alias in dict.fromkeys(a.strip() for a in word.split("|")):
             after = tokenizer(context + space + alias, add_special_tokens=False)["input_ids"]
-            if not alias or after[: len(before)] != before or len(after) == len(before):
+            if not alias:
+                problems.append(f"{word!r} has an empty alias: give a word on each side of |")
+                continue
+            if after[: len(before)] != before or len(after) == len(before):
                 problems.append(
                     f"a token joins the template's end {tail[-20:]!r} and the word {alias!r}: change the end"
                 )

@@ -535,11 +535,12 @@ class Classifier(nn.Module):
         return self.score(self.dropout(pooled))
 
 
-def _parts(outputs: int, dropout: float, words) -> tuple[type, dict]:
+def _parts(base: str, outputs: int, dropout: float, words) -> tuple[type, dict]:
     """transformers' class of model for a head, and what its config must say for it."""
     if words:
         return AutoModelForCausalLM, {}
-    rates = {"classifier_dropout": dropout, "cls_dropout": dropout, "pooler_dropout": dropout}
+    encoder = load_config(base).model_type in ENCODERS
+    rates = {n: dropout for n in ("classifier_dropout", "cls_dropout", "pooler_dropout") if encoder}
     return AutoModelForSequenceClassification, {"num_labels": outputs, **rates}
 
 
@@ -548,7 +549,7 @@ def skeleton(base: str, outputs: int, pooling: str = "last", words=()) -> Classi
 
     Raises UserError for a family without the head, or a head that the family's logits do not allow.
     """
-    auto, changes = _parts(outputs, 0.0, words)
+    auto, changes = _parts(base, outputs, 0.0, words)
     config = _config(base, **changes)
     if words and (config.model_type in ENCODERS or any(hasattr(config, n) for n in ("logit_scale", "logits_scaling"))):
         raise UserError(f"--head label_words on {config.model_type}: it needs a decoder with a plain LM head")
@@ -589,7 +590,7 @@ def load_classifier(
     nf4 products. A base that is a classifier with this many outputs brings its head. Raises UserError when weights
     are missing or do not fit.
     """
-    auto, changes = _parts(outputs, dropout, words)
+    auto, changes = _parts(base, outputs, dropout, words)
     torch.manual_seed(seed)
     whole, fresh = _load(auto, base, "auto" if quant == "nf4" else dtype, **changes)
     model = Classifier(whole, pooling, dropout, words, fresh)

@@ -138,7 +138,7 @@ def spoiled(folder: str, to: Path, change) -> Path:
     return to
 
 
-# ---- packed == padded == alone == transformers' -----------------------------------------------------------------------
+# ---- packed == padded == alone == transformers' ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family,pooling", POOLINGS)
@@ -232,7 +232,7 @@ def test_modernbert_as_trained_by_others_says_its_pooling(base, pooling):
     assert (logits["cls"] - logits["mean"]).abs().max() > 1e-2
 
 
-# ---- heads that a base does not hold ---------------------------------------------------------------------------------
+# ---- heads that a base does not hold --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -254,8 +254,8 @@ def ending(tokenizer, token: str):
         ("{q}\nAnswer:", ("yes|True", "no|Trust"), "'yes|True' and 'no|Trust' begin with the same token ' T'"),
         ("{q}\nAnswer:", ("0", "1"), "'0' and '1' begin with the same token ' '"),
         ("{q}\nAnswer: ", ("Yes", "No"), "a token joins the template's end .* and the word 'Yes'"),
-        ("{q}\nAnswer:", ("Yes|", "No"), "the word ''"),
-        ("{q}\nAnswer:", ("Yes", "|No"), "the word ''"),
+        ("{q}\nAnswer:", ("Yes|", "No"), "has an empty alias"),
+        ("{q}\nAnswer:", ("Yes", "|No"), "has an empty alias"),
     ],
 )
 def test_words_that_cannot_be_told_apart_or_follow_are_refused(template, words, said):
