@@ -530,6 +530,8 @@ def load_tokenizer(base: str):
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except Exception as e:  # whatever a foreign file can make of it
         reason = (str(e).strip().split("\n") or [""])[0][:200]
+        if "tiktoken" in reason or "sentencepiece" in reason.lower():  # DeBERTa-v3 is published as spm.model alone
+            reason = "it is a sentencepiece model: pip install sentencepiece protobuf"
         raise UserError(f"--base {base}: no tokenizer could be loaded ({reason})") from None
     if not tokenizer.is_fast:
         raise UserError(f"--base {base}: its tokenizer has no fast version, which bulk encoding and offsets need")

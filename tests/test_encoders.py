@@ -5,6 +5,7 @@ that nothing agrees by being zero. Tolerances are shares of the reference's larg
 """
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -594,3 +595,14 @@ def test_a_target_within_a_head_that_is_trained_whole_is_refused(base, tmp_path)
     flags = toy_flags(tmp_path, base("Bert", "ForMaskedLM", tokenizer=True), pooling="cls", targets="pooler.dense")
     with pytest.raises(UserError, match="--targets pooler.dense: "):
         train.main(flags)
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_model_says_what_to_install(tmp_path):
+    """DeBERTa-v3 is published so; its fast form is made by packages that are not among the six."""
+    if importlib.util.find_spec("sentencepiece"):
+        pytest.skip("sentencepiece is installed")
+    transformers.DebertaV2Config().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "DebertaV2Tokenizer", "vocab_type": "spm"}')
+    (tmp_path / "spm.model").write_bytes(bytes(range(1, 200)))
+    with pytest.raises(UserError, match="pip install sentencepiece protobuf"):
+        data.load_tokenizer(str(tmp_path))

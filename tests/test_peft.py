@@ -317,14 +317,18 @@ def test_an_adapter_saved_by_peft_gives_the_logits_of_peft(task, family, name, t
 
 @matrix
 def test_an_adapter_written_here_gives_its_logits_in_peft(task, family, name, tied, base, tmp_path):
-    """peft finds every key that it looks for, and would write the same ones itself."""
+    """peft finds every key that it looks for, and would write the same ones; disabled, a LM is its base again."""
     folder = folder_of(base, task, family, tied)
     fields = fields_of(family, name)
     if task == "SEQ_CLS":
         head = ("score",) if family not in ENCODERS else ("classifier",)
         fields["saved"] = head + fields.get("saved", ())
     ours = ours_on(folder, task, lora.Adapter(rank=RANK, alpha=ALPHA, dropout=0.1, task=task, base=folder, **fields))
+    start = packed(ours)
     scramble(ours, 0.2, trained_only=True)
+    if task == "CAUSAL_LM":
+        with lora.disable(ours):
+            assert torch.equal(packed(ours), start)
     state = lora.adapter_state(ours)
     checkpoint.save_json(tmp_path / "adapter_config.json", lora.adapter_config(ours.adapter))
     checkpoint.save_tensors(tmp_path / "adapter_model.safetensors", state)
