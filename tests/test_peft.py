@@ -534,8 +534,9 @@ def test_a_merged_model_of_tied_weights_saves_both(base, tmp_path):
     live = packed(scramble(model, 0.2, trained_only=True))
     lora.merge(model)
     checkpoint.save_tensors(tmp_path / "model.safetensors", {n: t.contiguous() for n, t in models.state(model).items()})
-    checkpoint.save_json(tmp_path / "config.json", models.classifier_config(model, ("a", "b")))
-    folder = str(tmp_path)
+    config, folder = models.classifier_config(model, ("a", "b")), str(tmp_path)
+    assert config["tie_word_embeddings"] is False
+    checkpoint.save_json(tmp_path / "config.json", config)
     again = models.load_classifier(folder, 2, CPU, torch.float32, words=WORDS).eval()
     for got in (packed(again), alone(stock(folder, "CAUSAL_LM"), "CAUSAL_LM")):
         torch.testing.assert_close(got, live, rtol=0, atol=1e-5 * float(live.abs().max()))
