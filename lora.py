@@ -447,8 +447,9 @@ def _is_names(value) -> bool:
 
 
 def _is_regex(value, around: str = "{}") -> bool:
+    endless = isinstance(value, str) and re.search(r"[+*}]\??\)[+*{]", value)  # (a+)+ takes forever on some names
     try:
-        return isinstance(value, str) and bool(re.compile(around.format(value)))
+        return isinstance(value, str) and not endless and bool(re.compile(around.format(value)))
     except (re.error, RecursionError, OverflowError):
         return False
 

@@ -858,6 +858,11 @@ VALUES = {  # settings that are not valid, and what is said
     "layers that are not there": ({"layers_to_transform": [7]}, "the targets leave no module to adapt"),
     "bad regex of layers": ({"layers_to_transform": [1], "layers_pattern": ["("]}, "layers_pattern"),
     "flags in a regex of ranks": ({"rank_pattern": {"(?i)q_proj": 4}}, "rank_pattern"),
+    "endless regex of targets": (
+        {"target_modules": "([a-z_.0-9]+)+!"},
+        "target_modules .*: expected a list of names or a re",
+    ),
+    "endless regex of ranks": ({"rank_pattern": {"([a-z_.0-9]+)+!": 4}}, "rank_pattern"),
     "bad regex of targets": ({"target_modules": "(q_proj"}, "target_modules .q_proj: expected a list of names or a re"),
     "bad regex of ranks": ({"rank_pattern": {"(q": 4}}, "rank_pattern .*: expected ranks by regex"),
     "bad regex of exclusions": ({"exclude_modules": "["}, "exclude_modules .: expected a list of names or a regex"),
