@@ -135,7 +135,6 @@ def new_classifier(
         models.DTYPES[precision],
         cfg.seed,
     )
-    torch.manual_seed(cfg.seed)
     adapter = adapter or adapter_of(cfg, models.head_to_save(model))
     try:
         if adapter:

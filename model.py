@@ -591,11 +591,16 @@ def load_classifier(
     are missing or do not fit.
     """
     auto, changes = _parts(base, outputs, dropout, words)
-    torch.manual_seed(seed)
     whole, fresh = _load(auto, base, "auto" if quant == "nf4" else dtype, **changes)
     model = Classifier(whole, pooling, dropout, words, fresh)
     _refuse_missing(base, [n for n in fresh if not lora.within(n, model.heads)])
     model.base_fingerprint = fingerprint(model)
+    torch.manual_seed(seed)  # the head follows from the seed alone, whatever loading drew before
+    for linear in (m for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" in fresh):
+        linear.reset_parameters()
+        nn.init.normal_(linear.weight, std=0.02)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
     if quant == "nf4":
         quantize(model.backbone, device, compute)
         for name, p in model.named_parameters():

@@ -420,6 +420,18 @@ def test_a_base_that_cannot_be_loaded_is_the_users_mistake(base, tmp_path, probl
         backbone(str(folder))
 
 
+@pytest.mark.parametrize("family", ["Qwen2", "Roberta"])
+def test_a_fresh_head_follows_from_the_seed_alone(base, family):
+    """Also of RoBERTa's two linears; what was drawn before, or by transformers in loading, does not matter."""
+    heads = []
+    for before, seed in ((1, 5), (2, 5), (2, 6)):
+        torch.manual_seed(before)
+        model = models.load_classifier(base(family), 3, CPU, torch.float32, seed=seed)
+        heads.append({n: dict(model.named_parameters())[n] for n in model.fresh})
+    assert heads[0] and all(torch.equal(t, heads[1][n]) for n, t in heads[0].items())
+    assert not any(torch.equal(t, heads[2][n]) for n, t in heads[0].items() if t.ndim == 2)
+
+
 def test_a_hub_name_offline_says_what_to_do():
     """Tests run with HF_HUB_OFFLINE=1."""
     with pytest.raises(UserError, match="HF_TOKEN.*offline give a local folder"):
