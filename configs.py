@@ -218,6 +218,7 @@ TRAIN_PRESETS = {f.__name__: f for f in _DECODERS + _ENCODERS}
 CHOICES = {
     "head": ("linear", "label_words"),
     "quant": ("none", "nf4"),
+    "export_dtype": ("bf16", "fp16", "fp32"),
     "optimizer": ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"),
     "pooling": ("last", "mean", "cls"),
     "bias": ("none", "lora_only", "all"),
@@ -337,16 +338,24 @@ def infer_problems(cfg: InferConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class CptConfig:
-    """Next-token training of a base on plain text."""
+    """Next-token training of a base on plain text or LaTeX: the whole base, or an adapter on it."""
 
     base: str = "tiny/base"  # hub name or local folder of the base model
     random_init: bool = False  # draw fresh weights from seed: base then needs only config.json and a tokenizer
-    train_data: str = ""  # JSONL files (.gz too) of documents, comma separated
+    train_data: str = ""  # folders of .tex .txt .md .jsonl (.gz too), or such files, comma separated
+    guard_data: str = ""  # general text on which forgetting is measured, as train_data; never trained on
     dataset: str = ""  # name of the run folder under outputs/<base>/; empty: taken from train_data
     text: str = "{text}"  # format template over a document's fields
     max_length: int = 512  # tokens of a segment: longer documents are cut into several
+    cross_document: bool = False  # cut segments from the stream of all documents: a token then sees the one before
     val_size: float = 0.02  # held-out documents: a fraction below 1, or a count
+    rank: int = 0  # LoRA rank; 0: no adapter, the whole base is trained
+    alpha: float = 16.0  # LoRA alpha: the update is scaled by alpha / rank
+    lora_dropout: float = 0.05  # dropout on the input of each adapter
+    targets: tuple[str, ...] = ALL_PROJECTIONS  # name ends of what gets an adapter, embed_tokens and lm_head too
+    modules_to_save: tuple[str, ...] = ()  # with an adapter: modules trained whole, such as embed_tokens,lm_head
     lr: float = 1e-3  # peak learning rate
+    embed_lr: float = 0.0  # peak learning rate of the embedding and the LM head; 0: the same as lr
     weight_decay: float = 0.1  # AdamW's, on matrices only
     epochs: int = 1  # passes over the documents
     max_steps: int = 0  # stop after this many optimizer steps, 0 for no limit
@@ -364,7 +373,8 @@ class CptConfig:
     keep: int = 1  # earlier saves that stay as a fallback
     seed: int = 0  # of the split, the plan and the initial weights
     outputs: str = "outputs"  # folder that holds all runs
-    export: str = ""  # folder that gets the trained base in bf16 at the end: config, weights, tokenizer
+    export: str = ""  # folder that gets the trained base at the end, an adapter merged: config, weights, tokenizer
+    export_dtype: str = "bf16"  # of the exported weights: bf16, fp16 or fp32
     resume: str = ""  # auto (the newest unfinished run of this base and dataset) or a run folder
 
 
@@ -382,14 +392,40 @@ def cpt_tiny() -> CptConfig:
     )
 
 
-CPT_PRESETS = {"tiny": cpt_tiny}
+def qwen_math15b() -> CptConfig:
+    """Qwen2.5-Math-1.5B on the sources of papers: the published LaTeX recipe, its embedding and LM head named right."""
+    return CptConfig(
+        base="Qwen/Qwen2.5-Math-1.5B",
+        train_data="dataset/papers",
+        max_length=2048,
+        rank=8,
+        alpha=16.0,
+        lora_dropout=0.05,
+        targets=ALL_PROJECTIONS + ("embed_tokens", "lm_head"),
+        lr=1e-4,
+        embed_lr=1e-5,
+        weight_decay=0.01,
+        epochs=3,
+        batch_size=16,
+        max_tokens=2048,
+        micro_batches=2,
+        precision="fp16",
+        grad_checkpoint=True,
+    )
+
+
+CPT_PRESETS = {"tiny": cpt_tiny, "qwen_math15b": qwen_math15b}
 
 
 def cpt_problems(cfg: CptConfig) -> list[str]:
     """Everything wrong with a CptConfig that can be seen without reading data or weights, one line each."""
     found = _range_problems(cfg)
     if not cfg.train_data:
-        found.append("--train_data is empty: give the JSONL file of documents to train on")
+        found.append("--train_data is empty: give the folder or the file of documents to train on")
+    if cfg.rank and cfg.random_init:
+        found.append("--random_init with --rank: an adapter on a random base learns nothing; give a trained base")
+    if cfg.rank == 0 and cfg.modules_to_save:
+        found.append("--modules_to_save with --rank 0: the whole base is trained already")
     if cfg.warmup_steps and cfg.warmup_ratio:
         found.append(f"--warmup_steps {cfg.warmup_steps} and --warmup_ratio {cfg.warmup_ratio}: give one of the two")
     if cfg.export and os.path.exists(os.path.join(cfg.export, "model.safetensors")):
@@ -401,7 +437,7 @@ def cpt_problems(cfg: CptConfig) -> list[str]:
 
 POSITIVE = ("lr", "epochs", "batch_size", "max_tokens", "micro_batches", "max_length", "alpha")
 NOT_NEGATIVE = (
-    "rank head_lr weight_decay max_steps warmup_steps grad_clip "
+    "rank head_lr embed_lr weight_decay max_steps warmup_steps grad_clip "
     "eval_every save_every keep patience seed eval_rows limit"
 ).split()
 SHARES = ("lora_dropout", "head_dropout", "label_smoothing", "warmup_ratio")
@@ -434,7 +470,7 @@ def _range_problems(cfg) -> list[str]:
 def check(cfg, given: set[str] = frozenset()) -> None:
     """Raise one UserError with every problem of the config; given: fields set by hand, which must have an effect."""
     idle = []
-    if isinstance(cfg, TrainConfig) and cfg.rank == 0:
+    if not isinstance(cfg, InferConfig) and cfg.rank == 0:
         adapter = sorted(given & {"alpha", "lora_dropout", "targets", "rslora"})
         idle += [f"--{n} has no effect with --rank 0, which trains no adapter" for n in adapter]
     if isinstance(cfg, TrainConfig) and cfg.val_data and "val_size" in given:
@@ -642,6 +678,9 @@ def own_data(cfg, given: set[str]):
     """What follows from flags given by hand: with a train_data of the user's own, the preset's validation and test
     files are not theirs and dropped; a task takes its first metric, and a regression drops settings of classes.
     """
+    if isinstance(cfg, CptConfig):  # an adapter is for a trained base, the tiny preset begins with a random one
+        cfg = replace(cfg, dataset="") if "train_data" in given and "dataset" not in given else cfg
+        return replace(cfg, random_init=False) if "rank" in given and "random_init" not in given else cfg
     if "task" in given and "metric" not in given and cfg.metric not in METRICS.get(cfg.task, (cfg.metric,)):
         cfg = replace(cfg, metric=METRICS[cfg.task][0])
     if "task" in given and cfg.task == "regression":

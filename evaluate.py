@@ -58,12 +58,12 @@ def next_token_loss(lm, batch: data.Batch) -> torch.Tensor:
     keep[batch.cu_seqlens[1:].long() - 1] = False
     at = keep.nonzero()[:, 0]  # (N,) states that predict a token
     hidden = models.hidden_states(lm.base_model, batch)[at]
-    return losses.lm_cross_entropy(hidden, lm.get_output_embeddings().weight, batch.input_ids[at + 1])[0]
+    return losses.lm_cross_entropy(hidden, models.vocabulary_head(lm), batch.input_ids[at + 1])[0]
 
 
 @torch.no_grad()
-def language_loss(lm, tokens: data.Tokens, world: ddp.World, precision: str, max_tokens: int) -> float:
-    """Mean next-token loss in nats over all segments, the same on every rank."""
+def language_scores(lm, tokens: data.Tokens, world: ddp.World, precision: str, max_tokens: int) -> dict[str, float]:
+    """loss (mean nats a token), perplexity and bits_per_byte over all segments, the same on every rank."""
     was_training = lm.training
     lm.eval()
     total = 0.0
@@ -73,7 +73,9 @@ def language_loss(lm, tokens: data.Tokens, world: ddp.World, precision: str, max
                 total += float(next_token_loss(lm, data.pack(tokens, rows, world.device)))
     lm.train(was_training)
     (total,) = ddp.sum_over_ranks(world, [total])
-    return total / float((tokens.lengths - 1).sum())
+    loss = total / float((tokens.lengths - 1).sum())
+    scores = {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
+    return scores | ({"bits_per_byte": total / np.log(2) / tokens.bytes} if tokens.bytes else {})
 
 
 # ---- classifiers on disk --------------------------------------------------------------------------------------------

@@ -28,19 +28,17 @@ def squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.T
     return F.mse_loss(outputs[:, 0].float(), targets.float(), reduction="sum"), float(len(targets))
 
 
-def lm_cross_entropy(hidden: torch.Tensor, output_weight: torch.Tensor, targets: torch.Tensor, chunk: int = 1024):
+def lm_cross_entropy(hidden: torch.Tensor, head, targets: torch.Tensor, chunk: int = 1024):
     """Next-token cross-entropy without ever holding all logits: chunks of rows, recomputed in the backward pass.
 
-    hidden (N, D) states, output_weight (V, D) the LM head, targets (N,) int64 -> (sum of nats, number of targets).
-    At most `chunk` x V logits exist at a time.
+    hidden (N, D) states, head: states -> logits over the vocabulary (the LM head, adapted or not), targets (N,) int64
+    -> (sum of nats, number of targets). At most `chunk` x V logits exist at a time.
     """
 
-    def part(h, w, t):
-        return F.cross_entropy(F.linear(h, w).float(), t, reduction="sum")
+    def part(h, t):
+        return F.cross_entropy(head(h).float(), t, reduction="sum")
 
     total = hidden.new_zeros((), dtype=torch.float32)
     for i in range(0, len(targets), chunk):
-        total = total + checkpoint(
-            part, hidden[i : i + chunk], output_weight, targets[i : i + chunk], use_reentrant=False
-        )
+        total = total + checkpoint(part, hidden[i : i + chunk], targets[i : i + chunk], use_reentrant=False)
     return total, len(targets)

@@ -326,6 +326,18 @@ def load_language_model(base: str, device: torch.device, dtype: torch.dtype, ran
     return model.to(device)
 
 
+def vocabulary_head(lm: nn.Module):
+    """The LM head as a function: states (N, D) -> logits (N, V), capped where the family caps them."""
+    head, cap = lm.get_output_embeddings(), getattr(lm.config, "final_logit_softcapping", None)
+    return head if not cap else lambda hidden: torch.tanh(head(hidden) / cap) * cap
+
+
+def vocabulary_modules(lm: nn.Module) -> tuple[str, ...]:
+    """Names of the embedding and the LM head, adapted or not."""
+    ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    return tuple(n for n, m in lm.named_modules() if any(m is end for end in ends))
+
+
 def _from_config(auto, base: str, config, **options) -> nn.Module:
     """A model with drawn weights. Raises UserError for a family or a config that transformers cannot make one of."""
     try:

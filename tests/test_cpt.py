@@ -18,10 +18,15 @@ import checkpoint
 import configs
 import cpt
 import data
+import ddp
+import evaluate
+import model as models
+import optim
 import train
 from configs import UserError
 
 pytestmark = forks
+ALONE = ddp.World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +133,126 @@ def test_sigterm_saves_and_names_the_way_on(done, source, tmp_path):
     assert status == 1 and f"go on with --resume {run}" in err and "Traceback" not in err, err
     resumed = cpt.main([*cpt_flags(source, tmp_path), "--resume", str(run)])
     assert weights(Path(resumed["run"])) == weights(Path(done[0]["run"]))
+
+
+# ---- an adapter on the base, its embedding and LM head included -----------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def adapted(request, source, small_base, tmp_path_factory) -> tuple[dict, Path, list[str]]:
+    """A short run with LoRA on q_proj, embedding and LM head, on a trained base; its result, export and flags."""
+    out, base = tmp_path_factory.mktemp(request.param), small_base
+    if request.param == "untied":
+        lm, base = AutoModelForCausalLM.from_pretrained(small_base), str(out / "base")
+        shutil.copytree(small_base, base)
+        lm.config.tie_word_embeddings = False
+        lm.lm_head.weight = torch.nn.Parameter(lm.lm_head.weight.detach() * 1.5)
+        lm.save_pretrained(base)
+    flags = cpt_flags(
+        source, out, base=base, random_init=None, rank=4, alpha=6, targets="q_proj,embed_tokens,lm_head", lr=1e-2,
+        embed_lr=1e-3, max_steps=7, eval_every=4, export=out / "merged", export_dtype="fp32",
+        guard_data=source / "papers.jsonl",
+    )  # fmt: skip
+    return cpt.main(flags), out / "merged", flags
+
+
+def test_live_merged_and_reloaded_give_the_same_logits(adapted):
+    """With LoRA on an embedding and an LM head that share their weight: one sum for both would be 0.3 off on a toy."""
+    from peft import PeftModel
+
+    result, merged, flags = adapted
+    base = flags[flags.index("--base") + 1]
+    ids = torch.randint(5, 900, (2, 23), generator=torch.Generator().manual_seed(0))
+    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), Path(result["run"]) / "last").eval()
+    plain, whole = AutoModelForCausalLM.from_pretrained(base), AutoModelForCausalLM.from_pretrained(merged)
+    with torch.no_grad():
+        want = live(input_ids=ids).logits
+        torch.testing.assert_close(whole(input_ids=ids).logits, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+        assert (plain(input_ids=ids).logits - want).abs().max() > 1e-2
+    assert not whole.config.tie_word_embeddings
+    cfg, _ = configs.parse(configs.CptConfig, configs.CPT_PRESETS, flags)
+    _, held_out = cpt.load_segments(configs.own_data(cfg, set()), data.load_tokenizer(base))
+    scores = evaluate.language_scores(
+        models.load_language_model(str(merged), torch.device("cpu"), torch.float32), held_out, ALONE, "fp32", 128
+    )
+    assert scores == pytest.approx({n: result["metrics"][n] for n in scores}, abs=1e-5)
+
+
+def test_exactly_what_is_listed_is_trained_each_group_at_its_rate(adapted, capsys):
+    result, _, flags = adapted
+    tensors = checkpoint.load_tensors(Path(result["run"]) / "last/adapter_model.safetensors")
+    ends = {"q_proj": ("lora_A.weight", "lora_B.weight"), "lm_head": ("lora_A.weight", "lora_B.weight")}
+    stems = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)] + ["lm_head"]
+    want = {f"base_model.model.{s}.{e}" for s in stems for e in ends[s.rsplit(".", 1)[-1]]}
+    want |= {f"base_model.model.model.embed_tokens.lora_embedding_{x}" for x in "AB"}
+    assert tensors.keys() == want and all(t.any() for t in tensors.values())
+    cfg, given = configs.parse(configs.CptConfig, configs.CPT_PRESETS, flags)
+    lm = cpt.new_language_model(configs.own_data(cfg, given), ALONE, "fp32")
+    names = {id(p): n for n, p in lm.named_parameters()}
+    groups = optim.parameter_groups(lm.named_parameters(), 1e-2, 1e-3, 0.1, models.vocabulary_modules(lm))
+    rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    assert rates == {n: 1e-3 if "embed" in n or "lm_head" in n else 1e-2 for n in rates}
+    assert {f"base_model.model.{n}" for n in rates} == want
+
+
+def test_an_adapter_run_is_resumed_and_on_two_ranks_the_same_to_the_bit(adapted, tmp_path):
+    result, _, flags = adapted
+    flags = [f for i, f in enumerate(flags) if flags[i - 1 : i] != ["--export"] and f != "--export"]
+    at = flags.index("--outputs") + 1
+    want = checkpoint.sha256(Path(result["run"]) / "last/adapter_model.safetensors")
+    for name, ranks, more in (("two", 2, []), ("cut", 1, ["--resume", "auto"])):
+        mine = [*flags[:at], str(tmp_path / name), *flags[at + 1 :], *more]
+        (tmp_path / name).mkdir()
+        if more:
+            (pid,) = start(cpt.main, mine, tmp_path / name)
+            assert wait_for(tmp_path / name, 6, pid)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        status, out, err = forked(cpt.main, mine, tmp_path / name, ranks=ranks)
+        assert status == 0, err
+        assert checkpoint.sha256(run_of(out) / "last/adapter_model.safetensors") == want
+
+
+def test_modules_trained_whole_are_untied_and_saved(source, small_base, tmp_path):
+    changes = {"base": small_base, "random_init": None, "rank": 2, "alpha": 3, "targets": "q_proj", "max_steps": 2}
+    result = cpt.main(cpt_flags(source, tmp_path, modules_to_save="embed_tokens,lm_head", eval_every=2, **changes))
+    tensors = checkpoint.load_tensors(Path(result["run"]) / "last/adapter_model.safetensors")
+    embed, head = (tensors[f"base_model.model.{n}.weight"] for n in ("model.embed_tokens", "lm_head"))
+    assert embed.shape == head.shape and not torch.equal(embed, head)
+
+
+# ---- the corpus -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_read_and_equal_documents_are_kept_once(small_base, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("One  document.\n")
+    (tmp_path / "sub/b.md").write_text("One document.")
+    (tmp_path / "sub/c.jsonl").write_text(json.dumps({"text": "Another é."}) + "\n" + json.dumps({"text": " "}) + "\n")
+    rows, said = data.read_documents(str(tmp_path), "train_data", "{text}")
+    assert [r["text"] for r in rows] == ["One  document.\n", "Another é."]
+    assert "2 documents, 2 empty or equal to another left out" in said[-1]
+    for path, words in ((tmp_path / "none", "no such file or folder"), (tmp_path / "x.pdf", "expected .tex, .txt")):
+        (tmp_path / "x.pdf").write_bytes(b"%PDF")
+        with pytest.raises(UserError, match=f"--guard_data .*{words}"):
+            data.read_documents(str(path), "guard_data", "{text}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no documents in there"):
+        data.read_documents(str(tmp_path / "empty"), "train_data", "{text}")
+
+
+@pytest.mark.parametrize("cross_document", [False, True])
+def test_every_token_is_predicted_once_and_bytes_are_those_of_the_text(source, cross_document):
+    """Of each document, or of the whole stream, only the very first token is not predicted."""
+    flags = cpt_flags(source, source, cross_document=str(cross_document).lower())
+    cfg, _ = configs.parse(configs.CptConfig, configs.CPT_PRESETS, flags)
+    tokenizer = data.load_tokenizer(cfg.base)
+    texts = [json.loads(line)["text"] for line in open(source / "papers.jsonl", encoding="utf-8")]
+    rows = [{"text": t} for t in dict.fromkeys(texts)]
+    found = cpt.segments(cfg, tokenizer, rows)
+    ids = [[*tokenizer(r["text"])["input_ids"], data.end_of_text(tokenizer)] for r in rows]
+    documents = [sum(ids, [])] if cross_document else ids
+    predicted = [t for i in range(len(found.lengths)) for t in found.row(i)[1:].tolist()]
+    assert predicted == [t for d in documents for t in d[1:]] and max(found.lengths) == 33
+    first = sum(len(tokenizer.decode(d[:1]).encode()) for d in documents)
+    assert found.bytes == sum(len(r["text"].encode()) for r in rows) - first

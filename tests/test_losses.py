@@ -83,7 +83,7 @@ def test_chunked_lm_cross_entropy_equals_plain(chunk):
     targets = torch.randint(0, 23, (11,), generator=generator)
     want = F.cross_entropy(hidden @ head.T, targets, reduction="sum")
     want_grads = torch.autograd.grad(want, [hidden, head])
-    total, count = losses.lm_cross_entropy(hidden, head, targets, chunk)
+    total, count = losses.lm_cross_entropy(hidden, lambda h: F.linear(h, head), targets, chunk)
     assert count == 11
     torch.testing.assert_close(total, want, rtol=1e-6, atol=0)
     for got, wanted in zip(torch.autograd.grad(total, [hidden, head]), want_grads, strict=True):
@@ -96,5 +96,5 @@ def test_lm_cross_entropy_never_holds_all_logits(monkeypatch):
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda h, w: seen.append(len(h)) or linear(h, w))
     hidden, head = torch.randn(10, 8, requires_grad=True), torch.randn(23, 8)
-    losses.lm_cross_entropy(hidden, head, torch.zeros(10, dtype=torch.int64), chunk=4)[0].backward()
+    losses.lm_cross_entropy(hidden, lambda h: F.linear(h, head), torch.zeros(10).long(), chunk=4)[0].backward()
     assert sorted(seen) == [2, 2, 4, 4, 4, 4]
