@@ -338,11 +338,11 @@ def infer_problems(cfg: InferConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class CptConfig:
-    """Next-token training of a base on plain text or LaTeX: the whole base, or an adapter on it."""
+    """Next-token training of a base on plain text: the whole base, or an adapter on it."""
 
     base: str = "tiny/base"  # hub name or local folder of the base model
     random_init: bool = False  # draw fresh weights from seed: base then needs only config.json and a tokenizer
-    train_data: str = ""  # folders of .tex .txt .md .jsonl (.gz too), or such files, comma separated
+    train_data: str = ""  # folders of .txt .md .jsonl (.gz too), or such files, comma separated
     guard_data: str = ""  # general text on which forgetting is measured, as train_data; never trained on
     dataset: str = ""  # name of the run folder under outputs/<base>/; empty: taken from train_data
     text: str = "{text}"  # format template over a document's fields

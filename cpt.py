@@ -1,11 +1,11 @@
-"""Next-token training of a base on plain text or LaTeX, packed: the whole base, or an adapter on it.
+"""Next-token training of a base on plain text, packed: the whole base, or an adapter on it.
 
     python cpt.py --cfg tiny --base tiny/base --train_data outputs/tiny_corpus.jsonl --export tiny/new_base
     torchrun --nproc_per_node=2 cpt.py --base Qwen/Qwen2.5-0.5B --train_data papers.jsonl --lr 2e-5
-    python cpt.py --cfg qwen_math15b --train_data arxiv/ --guard_data wiki.jsonl --export adapted
+    python cpt.py --cfg qwen_math15b --train_data papers/ --guard_data wiki.jsonl --export adapted
 
-Sources of papers are cleaned by latex.py; a line of JSONL is a document. Documents end with EOS, longer ones are cut
-into segments of max_length tokens, and no token sees another document. `python cpt.py --help` lists every field.
+A .txt or .md file, or a line of JSONL, is a document; documents end with EOS, longer ones are cut into segments of
+max_length tokens, and no token sees another document. `python cpt.py --help` lists every field.
 """
 
 import hashlib
@@ -175,8 +175,7 @@ def main(argv: list[str]) -> dict:
 def load_segments(cfg: configs.CptConfig, tokenizer, say=lambda *words: None) -> tuple[data.Tokens, data.Tokens]:
     """Segments of the documents to train on and of the held-out ones, which are chosen by document."""
     rows, said = data.read_documents(cfg.train_data, "train_data", cfg.text)
-    for line in said:
-        say(line)
+    say(said)
     count = int(cfg.val_size) if cfg.val_size >= 1 else max(1, round(len(rows) * cfg.val_size))
     if not 0 < count < len(rows):
         raise UserError(f"--val_size {cfg.val_size:g} of {len(rows)} documents leaves none to train on or to hold out")
@@ -190,8 +189,7 @@ def load_guard(cfg: configs.CptConfig, tokenizer, say) -> data.Tokens | None:
     if not cfg.guard_data:
         return None
     rows, said = data.read_documents(cfg.guard_data, "guard_data", cfg.text)
-    for line in said:
-        say(line)
+    say(said)
     return segments(cfg, tokenizer, rows)
 
 

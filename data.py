@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import latex
 import prompts
 from configs import UserError
 
@@ -195,45 +194,32 @@ def decode_bytes_literals(rows: list[dict[str, str]], columns: list[str]) -> int
     return changed
 
 
-def read_documents(paths: str, flag: str, template: str) -> tuple[list[dict[str, str]], list[str]]:
-    """Documents as rows that have the template's columns, from folders and files, and lines that say what was found.
+def read_documents(paths: str, flag: str, template: str) -> tuple[list[dict[str, str]], str]:
+    """Documents as rows that have the template's columns, from folders and files, and a line that says what was found.
 
-    .tex files become one document a root (see latex.py), .txt and .md one each, lines of JSONL one each. Documents
-    that are equal but for white space are kept once. Raises UserError for what cannot be read, and for no documents.
+    .txt and .md files are one document each, lines of JSONL one each. Documents that are equal but for white space are
+    kept once. Raises UserError for what cannot be read, and for no documents.
     """
-    rows, said, flag_of = [], [], f"--{flag}"
+    rows, flag_of = [], f"--{flag}"
     for path in (Path(p.strip()) for p in paths.split(",") if p.strip()):
-        if path.is_dir():
-            found, reports = latex.read_folder(path)
-            rows += [{"text": document.text} for document in found]
-            fates = Counter(re.sub(r" .*", "", report.fate) for report in reports)
-            notes = [f"{report.name}: {note}" for report in reports for note in report.notes]
-            if reports:
-                counts = ", ".join(f"{n:,} {fate}" for fate, n in fates.most_common())
-                said.append(f"{flag_of} {path}: {len(reports):,} LaTeX files ({counts}), {len(found):,} documents")
-                said += [f"  {_few(notes)}"] if notes else []
-        elif not path.is_file():
+        if not path.exists():
             raise UserError(f"{flag_of} {path}: no such file or folder")
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        for file in files:
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
             if file.suffix in (".txt", ".md"):
                 rows.append({"text": _decode(file.read_bytes(), f"{flag_of} {file}")})
             elif file.name.endswith((".jsonl", ".jsonl.gz")):
                 rows += read_rows(str(file), flag)
-            elif file.suffix == ".tex" and file is path:
-                rows.append({"text": latex.clean(latex.decode(file.read_bytes())[0])})
             elif file is path:
-                raise UserError(f"{flag_of} {file}: expected .tex, .txt, .md or .jsonl (.gz too), or a folder of them")
+                raise UserError(f"{flag_of} {file}: expected .txt, .md or .jsonl (.gz too), or a folder of them")
     if not rows:
-        raise UserError(f"{flag_of} {paths}: no documents in there (.tex, .txt, .md, .jsonl)")
+        raise UserError(f"{flag_of} {paths}: no documents in there (.txt, .md, .jsonl)")
     need_columns(rows, template_columns(template), paths, flag)
     texts = [" ".join("".join(part for _, part in prompts.render(template, row)).split()) for row in rows]
     first = {text: i for i, text in reversed(list(enumerate(texts))) if text}
     kept = [rows[i] for i in sorted(first.values())]
     if not kept:
         raise UserError(f"{flag_of} {paths}: {len(rows)} documents, all empty")
-    said.append(f"{flag_of}: {len(kept):,} documents, {len(rows) - len(kept):,} empty or equal to another left out")
-    return kept, said
+    return kept, f"{flag_of}: {len(kept):,} documents, {len(rows) - len(kept):,} empty or equal to another left out"
 
 
 def empty_rows(rows: list[dict[str, str]], columns: list[str]) -> list[int]:

@@ -150,7 +150,7 @@ def adapted(request, source, small_base, tmp_path_factory) -> tuple[dict, Path, 
         lm.save_pretrained(base)
     flags = cpt_flags(
         source, out, base=base, random_init=None, rank=4, alpha=6, targets="q_proj,embed_tokens,lm_head", lr=1e-2,
-        embed_lr=1e-3, max_steps=7, eval_every=4, export=out / "merged", export_dtype="fp32",
+        embed_lr=1e-3, max_steps=16, eval_every=8, save_every=2, export=out / "merged", export_dtype="fp32",
         guard_data=source / "papers.jsonl",
     )  # fmt: skip
     return cpt.main(flags), out / "merged", flags
@@ -175,7 +175,7 @@ def test_live_merged_and_reloaded_give_the_same_logits(adapted):
     scores = evaluate.language_scores(
         models.load_language_model(str(merged), torch.device("cpu"), torch.float32), held_out, ALONE, "fp32", 128
     )
-    assert scores == pytest.approx({n: result["metrics"][n] for n in scores}, abs=1e-5)
+    assert scores == pytest.approx({n: result["metrics"][n] for n in scores}, rel=1e-6)
 
 
 def test_exactly_what_is_listed_is_trained_each_group_at_its_rate(adapted, capsys):
@@ -201,11 +201,11 @@ def test_an_adapter_run_is_resumed_and_on_two_ranks_the_same_to_the_bit(adapted,
     at = flags.index("--outputs") + 1
     want = checkpoint.sha256(Path(result["run"]) / "last/adapter_model.safetensors")
     for name, ranks, more in (("two", 2, []), ("cut", 1, ["--resume", "auto"])):
-        mine = [*flags[:at], str(tmp_path / name), *flags[at + 1 :], *more]
+        mine = [*flags[:at], str(tmp_path / name / "outputs"), *flags[at + 1 :], *more]
         (tmp_path / name).mkdir()
         if more:
             (pid,) = start(cpt.main, mine, tmp_path / name)
-            assert wait_for(tmp_path / name, 6, pid)
+            assert wait_for(tmp_path / name, 5, pid)
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         status, out, err = forked(cpt.main, mine, tmp_path / name, ranks=ranks)
@@ -231,8 +231,8 @@ def test_a_folder_is_read_and_equal_documents_are_kept_once(small_base, tmp_path
     (tmp_path / "sub/c.jsonl").write_text(json.dumps({"text": "Another é."}) + "\n" + json.dumps({"text": " "}) + "\n")
     rows, said = data.read_documents(str(tmp_path), "train_data", "{text}")
     assert [r["text"] for r in rows] == ["One  document.\n", "Another é."]
-    assert "2 documents, 2 empty or equal to another left out" in said[-1]
-    for path, words in ((tmp_path / "none", "no such file or folder"), (tmp_path / "x.pdf", "expected .tex, .txt")):
+    assert "2 documents, 2 empty or equal to another left out" in said
+    for path, words in ((tmp_path / "none", "no such file or folder"), (tmp_path / "x.pdf", "expected .txt, .md")):
         (tmp_path / "x.pdf").write_bytes(b"%PDF")
         with pytest.raises(UserError, match=f"--guard_data .*{words}"):
             data.read_documents(str(path), "guard_data", "{text}")
