@@ -619,7 +619,7 @@ def load_classifier(
             if p.is_floating_point() and not lora.within(name, model.heads):
                 p.data = p.data.to(device, dtype)
     model.to(device)
-    strays = {str(p.device) for p in model.parameters() if p.device.type != device.type}
+    strays = {str(p.device) for p in model.parameters() if p.device != device}
     if strays:
         raise AssertionError(f"weights on {strays}, expected all on {device}")
     return model
