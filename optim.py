@@ -1,5 +1,6 @@
 """Parameter groups, schedules, and the optimizer step: unscale, clip, step, update, zero."""
 
+import logging
 import math
 import sys
 
@@ -44,13 +45,15 @@ def adamw(groups: list[dict], kind: str = "adamw") -> torch.optim.Optimizer:
 
 def bitsandbytes():
     """The library, imported without the hub's CPU kernel that it would fetch and run where `kernels` is installed."""
-    before = sys.modules.get("kernels")
-    sys.modules["kernels"] = None
+    before, log = sys.modules.get("kernels"), logging.getLogger("bitsandbytes")
+    sys.modules["kernels"], level = None, log.level
+    log.setLevel(logging.ERROR)  # it would say that the kernel is missing
     try:
         import bitsandbytes
 
         return bitsandbytes
     finally:
+        log.setLevel(level)
         sys.modules.pop("kernels") if before is None else sys.modules.update(kernels=before)
 
 
