@@ -313,11 +313,25 @@ def packs(config) -> bool:
     return config.model_type in PACKS
 
 
-def load_language_model(base: str, device: torch.device, dtype: torch.dtype, random_seed: int | None = None):
-    """The base with its LM head, every tensor accounted for; with random_seed its weights are drawn, not loaded."""
+def load_language_model(
+    base: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    random_seed: int | None = None,
+    quant: str = "none",
+    compute: torch.dtype = torch.float32,
+):
+    """The base with its LM head, every tensor accounted for; with random_seed its weights are drawn, not loaded.
+
+    quant, compute: as in load_classifier.
+    """
     if random_seed is None:
-        model, fresh = _load(AutoModelForCausalLM, base, dtype)
+        model, fresh = _load(AutoModelForCausalLM, base, "auto" if quant == "nf4" else dtype)
         _refuse_missing(base, fresh)
+        if quant == "nf4":
+            quantize(model.base_model, device, compute)
+            for p in model.parameters():
+                p.data = p.data.to(dtype) if p.is_floating_point() else p.data
     else:
         torch.manual_seed(random_seed)
         options = {"dtype": dtype, "attn_implementation": _attention(base)}

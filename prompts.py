@@ -1,9 +1,13 @@
 """Text templates: from a row's columns to the text that the model reads, keeping apart what is the user's.
 
-A template is a Python format string over column names, such as "Rule: {rule}\\nPost: {body}".
+A template is a Python format string over column names, such as "Rule: {rule}\\nPost: {body}". A chat is a list of
+messages {"role", "content"} that the tokenizer's own chat template renders.
 """
 
+import re
 import string
+
+DATE = "26 Jul 2024"  # what templates that print today's date are told: scores must not change by the day
 
 
 def fields(template: str) -> list[str]:
@@ -36,3 +40,32 @@ def tail(template: str) -> str:
     """What a template says after its last column."""
     *_, (literal, name, _, _) = string.Formatter().parse(template)
     return literal if name is None else ""
+
+
+def chat(tokenizer, messages: list[dict], tools: list | None = None, answer: bool = False) -> list[tuple[bool, str]]:
+    """A chat as pieces (is it a message's?, text), rendered by the tokenizer's template; joined they are its text.
+
+    answer: end with the opening of the assistant's next turn. Raises ValueError for messages that the template refuses,
+    or that it does not put in as they are.
+    """
+
+    def rendered(contents: list[str]) -> str:
+        turns = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
+        options = {"tools": tools, "add_generation_prompt": answer, "date_string": DATE}
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        except Exception as e:  # whatever a foreign template can make of it
+            raise ValueError(f"the chat template refuses it ({str(e).strip()[:100]})") from None
+
+    contents = [m.get("content") or "" for m in messages]
+    text = rendered(contents)
+    parts = re.split("\ue000([0-9]+)\ue001", rendered([f"\ue000{i}\ue001" for i in range(len(messages))]))
+    for strip in (False, True):  # some templates strip what they are given
+        fill = [c.strip() if strip else c for c in contents]
+        pieces = [(i % 2 == 1, fill[int(part)] if i % 2 else part) for i, part in enumerate(parts)]
+        if "".join(part for _, part in pieces) == text:
+            return [piece for piece in pieces if piece[1]]
+    spelled = [t for t in tokenizer.all_special_tokens if any(t in c for c in contents)]
+    if spelled:
+        raise ValueError(f"a message spells the special token {spelled[0]}, and the chat template rewrites it")
+    return [(False, text)]
