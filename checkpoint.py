@@ -115,11 +115,11 @@ def finished(run: Path) -> bool:
     return (run / "result.json").is_file()
 
 
-def newest_finished(outputs: str, marker: str) -> Path | None:
-    """The run under outputs that ended last and holds the file `marker`, or None."""
+def newest_finished(outputs: str, marker: str, without: str = "") -> Path | None:
+    """The run under outputs that ended last and holds the file `marker` but not `without`, or None."""
     ended = []
     for result in Path(outputs).glob("*/*/run_*/result.json"):
-        if (result.parent / marker).is_file():
+        if (result.parent / marker).is_file() and not (without and (result.parent / without).exists()):
             ended.append((result.stat().st_mtime_ns, result.parent))
     return max(ended)[1] if ended else None
 
@@ -368,6 +368,15 @@ def append_line(path: Path, line: dict) -> None:
     """Append one JSON object to a log."""
     with open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(line) + "\n")
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Append whole lines in one write; where the disk takes only a part of them, none stay."""
+    with open(path, "ab", buffering=0) as f:
+        before, data = f.seek(0, os.SEEK_END), text.encode()
+        if f.write(data) != len(data):
+            f.truncate(before)
+            raise OSError(f"{path}: the disk took only a part of {len(data)} bytes; is it full?")
 
 
 def cut_log(path: Path, size: int) -> None:

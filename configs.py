@@ -218,6 +218,7 @@ TRAIN_PRESETS = {f.__name__: f for f in _DECODERS + _ENCODERS}
 CHOICES = {
     "head": ("linear", "label_words"),
     "quant": ("none", "nf4"),
+    "chat": ("auto", "yes", "no"),
     "export_dtype": ("bf16", "fp16", "fp32"),
     "optimizer": ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"),
     "pooling": ("last", "mean", "cls"),
@@ -234,7 +235,7 @@ OF_CLASSES = {"label_smoothing": 0.0, "class_weights": "none", "head": "linear",
 
 def train_problems(cfg: TrainConfig) -> list[str]:
     """Everything wrong with a TrainConfig that can be seen without reading data or weights, one line each."""
-    found = _range_problems(cfg)
+    found = _range_problems(cfg) + _training_problems(cfg)
     if cfg.task not in METRICS:
         why = "multi_label is not built yet: " if cfg.task == "multi_label" else ""
         found.append(f"--task {cfg.task}: {why}expected one of {', '.join(METRICS)}{_nearest(cfg.task, METRICS)}")
@@ -247,10 +248,6 @@ def train_problems(cfg: TrainConfig) -> list[str]:
             for name, plain in OF_CLASSES.items()
             if getattr(cfg, name) != plain
         ]
-    if cfg.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
-        found.append(f"--optimizer {cfg.optimizer} needs bitsandbytes: pip install bitsandbytes")
-    if cfg.quant != "none" and cfg.rank == 0:
-        found.append(f"--quant {cfg.quant} with --rank 0: quantized weights cannot be trained; give a --rank")
     if cfg.head == "label_words" and cfg.rank == 0 and cfg.train_layers == 0:
         found.append("--head label_words with --rank 0 --train_layers 0: nothing would be trained; give a --rank")
     if cfg.head == "label_words" and cfg.pooling != "last":
@@ -259,12 +256,8 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         found.append("--train_data is empty: give the CSV, TSV or JSONL file to train on")
     if cfg.rank > 0 and cfg.train_layers != -1:
         found.append(f"--train_layers {cfg.train_layers} with --rank {cfg.rank}: layers are trained with --rank 0 only")
-    if cfg.rank > 0 and not cfg.targets:
-        found.append(f"--rank {cfg.rank} with empty --targets: name the linears to adapt, or all-linear")
     if cfg.rank == 0 and cfg.bias != "none":
         found.append(f"--bias {cfg.bias} with --rank 0: biases are trained with an adapter only")
-    if cfg.warmup_steps and cfg.warmup_ratio:
-        found.append(f"--warmup_steps {cfg.warmup_steps} and --warmup_ratio {cfg.warmup_ratio}: give one of the two")
     if not cfg.val_data and cfg.val_size <= 0:
         found.append(f"--val_size {cfg.val_size} without --val_data: expected a fraction or a count above 0")
     if cfg.val_size >= 1 and cfg.val_size != int(cfg.val_size):
@@ -287,21 +280,21 @@ def train_problems(cfg: TrainConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class InferConfig:
-    """Prediction with a finished run."""
+    """Prediction with a finished run; or, with generate, completions of prompts by a language model."""
 
     runs: str = ""  # run folder to predict with; empty: the newest finished run under outputs
     base: str = ""  # instead of a run: a base, hub name or folder; empty with adapter: the one that the adapter names
     adapter: str = ""  # a PEFT LoRA adapter for that base, folder or hub name
-    text: str = "{Question}"  # for base and adapter: format template over a row's columns
+    text: str = "{Question}"  # for base, adapter and generate (there {prompt}): format template over a row's columns
     label_column: str = "label"  # for base and adapter: column of the label, where there is one
     label_names: tuple[str, ...] = ()  # for base and adapter: class names in the order of the head's outputs
     label_words: tuple[str, ...] = ()  # for base and adapter: as in train.py
-    id_column: str = "id"  # for base and adapter: column of the row id
+    id_column: str = "id"  # for base, adapter and generate: column of the row id
     head: str = "linear"  # for base and adapter: linear, or label_words to score words without training
     quant: str = "none"  # for base and adapter: none or nf4
-    max_length: int = 512  # for base and adapter: most tokens of a row
-    input: str = ""  # rows to predict; empty: the run's own test_data
-    output: str = "submission.csv"  # where predictions go; CSV, or JSONL by its extension
+    max_length: int = 512  # for base, adapter and generate: most tokens of a row, or of a prompt
+    input: str = ""  # rows to predict; empty: the run's own test_data, with generate the terminal or a pipe
+    output: str = "submission.csv"  # where predictions go; CSV, or JSONL by its extension (generate: completions.jsonl)
     submission: str = "id,label"  # names of the two columns id and label; empty: id, prediction and all probabilities
     max_tokens: int = 8192  # token budget of one micro-batch
     limit: int = 0  # only the first rows, 0 for all
@@ -309,6 +302,16 @@ class InferConfig:
     export: str = ""  # write a plain transformers model, the adapter merged, into this folder, and predict nothing
     precision: str = "auto"  # as in train.py
     force: bool = False  # write the output even when the scores are degenerate
+    generate: bool = False  # complete prompts: of input, or lines of the terminal or a pipe
+    chat: str = "auto"  # generate: prompts as a chat, yes, no, or auto: where the tokenizer has a chat template
+    system: str = "You are a helpful assistant."  # generate: a chat's system turn, where messages have none
+    examples: str = ""  # generate: solved examples put before each prompt, rows of the template's columns and response
+    tools: str = ""  # generate: a JSON list of tool descriptions for the chat template
+    max_new_tokens: int = 256  # generate: most tokens of a completion
+    temperature: float = 0.0  # generate: 0 takes the likeliest token, more draws from softmax(logits / temperature)
+    top_p: float = 1.0  # generate: draw from the likeliest tokens that hold this share
+    batch_size: int = 8  # generate: prompts of a batch, in the order of the input
+    seed: int = 0  # generate: of what is drawn
     overwrite: bool = False  # replace an existing output; otherwise it is kept beside it as NAME.previous
     outputs: str = "outputs"  # folder that holds all runs
 
@@ -328,9 +331,38 @@ def infer_problems(cfg: InferConfig) -> list[str]:
     if held:
         held = [n for n in held if n.endswith(".safetensors")] or held
         found.append(f"--export {cfg.export} already holds {held[0]}: name a new folder")
-    if not re.search(r"\.(csv|jsonl)$", cfg.output):
-        found.append(f"--output {cfg.output}: expected a name that ends in .csv or .jsonl")
+    if cfg.temperature != 0 and not cfg.temperature >= 0.01:
+        found.append(f"--temperature {cfg.temperature:g}: expected 0 for greedy, or 0.01 and more")
+    if not 0 < cfg.top_p <= 1:
+        found.append(f"--top_p {cfg.top_p:g}: expected a share above 0 up to 1")
+    ends = ("jsonl",) if cfg.generate else ("csv", "jsonl")
+    if not cfg.output.endswith(tuple(f".{end}" for end in ends)):
+        found.append(f"--output {cfg.output}: expected a name that ends in .{' or .'.join(ends)}")
     return found
+
+
+OF_SCORES = "label_column label_names label_words head submission max_tokens merge export force".split()
+OF_TEXTS = "chat system examples tools max_new_tokens temperature top_p batch_size seed".split()
+
+
+def of_generation(cfg: InferConfig, given: set[str]) -> InferConfig:
+    """The config with generate's own defaults where nothing was given by hand."""
+    own = {"text": "{prompt}", "output": "completions.jsonl"} if cfg.generate else {}
+    return replace(cfg, **{name: value for name, value in own.items() if name not in given})
+
+
+def _idle_infer(cfg: InferConfig, given: set[str]) -> list[str]:
+    """Flags given by hand that have no effect on what is asked for."""
+    side, others = ("with", OF_SCORES) if cfg.generate else ("without", OF_TEXTS)
+    idle = [f"--{n} has no effect {side} --generate" for n in others if n in given]
+    if not (cfg.base or cfg.adapter):
+        ours = "text label_column label_names label_words id_column head quant max_length".split()
+        ours = ["quant"] if cfg.generate else ours
+        idle += [f"--{n} has no effect without --base or --adapter: a run has its own" for n in ours if n in given]
+    drawn = {"top_p", "seed"} & given if cfg.generate and cfg.temperature == 0 else ()
+    idle += [f"--{n} has no effect with --temperature 0, which draws nothing" for n in sorted(drawn)]
+    chats = {"system", "tools"} & given if cfg.chat == "no" else ()
+    return idle + [f"--{n} has no effect with --chat no" for n in sorted(chats)]
 
 
 # ---- cpt.py ---------------------------------------------------------------------------------------------------------
@@ -342,18 +374,23 @@ class CptConfig:
 
     base: str = "tiny/base"  # hub name or local folder of the base model
     random_init: bool = False  # draw fresh weights from seed: base then needs only config.json and a tokenizer
-    train_data: str = ""  # folders of .txt .md .jsonl (.gz too), or such files, comma separated
+    train_data: str = ""  # folders of .tex .txt .md .jsonl (.gz too), or such files, comma separated
     guard_data: str = ""  # general text on which forgetting is measured, as train_data; never trained on
     dataset: str = ""  # name of the run folder under outputs/<base>/; empty: taken from train_data
-    text: str = "{text}"  # format template over a document's fields
-    max_length: int = 512  # tokens of a segment: longer documents are cut into several
+    text: str = "{text}"  # format template of a document, or of a pair's prompt ({text} means {prompt} there)
+    chat: str = "auto"  # for pairs: yes, no, or auto: by the tokenizer's chat template where it has one
+    system: str = "You are a helpful assistant."  # for pairs in a chat: the system turn of those without one
+    max_length: int = 512  # tokens of a segment: longer documents are cut into several, longer pairs are shortened
     cross_document: bool = False  # cut segments from the stream of all documents: a token then sees the one before
     val_size: float = 0.02  # held-out documents: a fraction below 1, or a count
+    eval_rows: int = 0  # most held-out segments of a periodic evaluation, 0 for all; first and last take all
+    samples: int = 2  # held-out texts, or prompts, that are completed at each evaluation, 0 for none
     rank: int = 0  # LoRA rank; 0: no adapter, the whole base is trained
     alpha: float = 16.0  # LoRA alpha: the update is scaled by alpha / rank
     lora_dropout: float = 0.05  # dropout on the input of each adapter
     targets: tuple[str, ...] = ALL_PROJECTIONS  # name ends of what gets an adapter, embed_tokens and lm_head too
     modules_to_save: tuple[str, ...] = ()  # with an adapter: modules trained whole, such as embed_tokens,lm_head
+    quant: str = "none"  # with an adapter: nf4 stores the frozen linears of the layers in 4 bits; none
     lr: float = 1e-3  # peak learning rate
     embed_lr: float = 0.0  # peak learning rate of the embedding and the LM head; 0: the same as lr
     weight_decay: float = 0.1  # AdamW's, on matrices only
@@ -366,6 +403,7 @@ class CptConfig:
     warmup_steps: int = 0  # warm-up in optimizer steps; takes the place of warmup_ratio
     warmup_ratio: float = 0.02  # warm-up as a share of all steps
     grad_clip: float = 1.0  # largest gradient norm, 0 for no clipping
+    optimizer: str = "adamw"  # as in train.py
     precision: str = "auto"  # as in train.py
     grad_checkpoint: bool = False  # recompute activations in the backward pass
     eval_every: int = 0  # steps between evaluations, 0: at the end of each epoch
@@ -414,20 +452,48 @@ def qwen_math15b() -> CptConfig:
     )
 
 
-CPT_PRESETS = {"tiny": cpt_tiny, "qwen_math15b": qwen_math15b}
+def llama8b_sft() -> CptConfig:
+    """Llama-3.1-8B in nf4 on prompts and responses: the published recipe of the verifier, responses learned."""
+    return CptConfig(
+        base="meta-llama/Llama-3.1-8B",
+        train_data="dataset/train.jsonl",
+        max_length=2048,
+        val_size=5000,
+        eval_rows=500,
+        rank=16,
+        alpha=16.0,
+        lora_dropout=0.0,
+        targets=("all-linear",),
+        quant="nf4",
+        lr=1e-4,
+        warmup_steps=100,
+        warmup_ratio=0.0,
+        weight_decay=0.01,
+        epochs=3,
+        batch_size=8,
+        micro_batches=2,
+        optimizer="paged_adamw",
+        precision="fp16",
+        grad_checkpoint=True,
+        eval_every=500,
+        save_every=500,
+    )
+
+
+CPT_PRESETS = {"tiny": cpt_tiny, "qwen_math15b": qwen_math15b, "llama8b_sft": llama8b_sft}
 
 
 def cpt_problems(cfg: CptConfig) -> list[str]:
     """Everything wrong with a CptConfig that can be seen without reading data or weights, one line each."""
-    found = _range_problems(cfg)
+    found = _range_problems(cfg) + _training_problems(cfg)
     if not cfg.train_data:
         found.append("--train_data is empty: give the folder or the file of documents to train on")
     if cfg.rank and cfg.random_init:
         found.append("--random_init with --rank: an adapter on a random base learns nothing; give a trained base")
     if cfg.rank == 0 and cfg.modules_to_save:
         found.append("--modules_to_save with --rank 0: the whole base is trained already")
-    if cfg.warmup_steps and cfg.warmup_ratio:
-        found.append(f"--warmup_steps {cfg.warmup_steps} and --warmup_ratio {cfg.warmup_ratio}: give one of the two")
+    if cfg.val_size <= 0 or (cfg.val_size >= 1 and cfg.val_size != int(cfg.val_size)):
+        found.append(f"--val_size {cfg.val_size}: expected a share below 1 or a whole number of documents above 0")
     if cfg.export and os.path.exists(os.path.join(cfg.export, "model.safetensors")):
         found.append(f"--export {cfg.export} already holds model.safetensors: name another folder or remove it")
     return found
@@ -435,7 +501,7 @@ def cpt_problems(cfg: CptConfig) -> list[str]:
 
 # ---- checks shared by the three ------------------------------------------------------------------------------------
 
-POSITIVE = ("lr", "epochs", "batch_size", "max_tokens", "micro_batches", "max_length", "alpha")
+POSITIVE = ("lr", "epochs", "batch_size", "max_new_tokens", "max_tokens", "micro_batches", "max_length", "alpha")
 NOT_NEGATIVE = (
     "rank head_lr embed_lr weight_decay max_steps warmup_steps grad_clip "
     "eval_every save_every keep patience seed eval_rows limit"
@@ -459,11 +525,24 @@ def _range_problems(cfg) -> list[str]:
             found.append(
                 f"--{name} {value}: expected one of {', '.join(CHOICES[name])}{_nearest(value, CHOICES[name])}"
             )
-    if values.get("max_tokens", 0) < values.get("max_length", 0) and "batch_size" in values:
+    if values.get("max_tokens", 0) < values.get("max_length", 0) and "lr" in values:
         found.append(
             f"--max_tokens {cfg.max_tokens} is below --max_length {cfg.max_length}: the longest row would fit no "
             "micro-batch; raise max_tokens or lower max_length"
         )
+    return found
+
+
+def _training_problems(cfg) -> list[str]:
+    found = []
+    if cfg.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
+        found.append(f"--optimizer {cfg.optimizer} needs bitsandbytes: pip install bitsandbytes")
+    if cfg.quant != "none" and cfg.rank == 0:
+        found.append(f"--quant {cfg.quant} with --rank 0: quantized weights cannot be trained; give a --rank")
+    if cfg.rank > 0 and not cfg.targets:
+        found.append(f"--rank {cfg.rank} with empty --targets: name the linears to adapt, or all-linear")
+    if cfg.warmup_steps and cfg.warmup_ratio:
+        found.append(f"--warmup_steps {cfg.warmup_steps} and --warmup_ratio {cfg.warmup_ratio}: give one of the two")
     return found
 
 
@@ -479,9 +558,8 @@ def check(cfg, given: set[str] = frozenset()) -> None:
         idle.append("--label_words has no effect without --head label_words")
     if isinstance(cfg, TrainConfig) and cfg.head == "label_words":
         idle += [f"--{n} has no effect with --head label_words" for n in sorted(given & {"head_lr", "head_dropout"})]
-    if isinstance(cfg, InferConfig) and not (cfg.base or cfg.adapter):
-        ours = "text label_column label_names label_words id_column head quant max_length".split()
-        idle += [f"--{n} has no effect without --base or --adapter: a run has its own" for n in ours if n in given]
+    if isinstance(cfg, InferConfig):
+        idle += _idle_infer(cfg, given)
     problems = idle + {TrainConfig: train_problems, InferConfig: infer_problems, CptConfig: cpt_problems}[type(cfg)](
         cfg
     )

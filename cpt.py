@@ -1,20 +1,19 @@
-"""Next-token training of a base on plain text, packed: the whole base, or an adapter on it.
+"""Next-token training of a base on documents, or on the answers to prompts: the whole base, or an adapter on it.
 
     python cpt.py --cfg tiny --base tiny/base --train_data outputs/tiny_corpus.jsonl --export tiny/new_base
-    torchrun --nproc_per_node=2 cpt.py --base Qwen/Qwen2.5-0.5B --train_data papers.jsonl --lr 2e-5
     python cpt.py --cfg qwen_math15b --train_data papers/ --guard_data wiki.jsonl --export adapted
+    torchrun --nproc_per_node=2 cpt.py --cfg llama8b_sft --train_data pairs.jsonl
 
-A .txt or .md file, or a line of JSONL, is a document; documents end with EOS, longer ones are cut into segments of
-max_length tokens, and no token sees another document. `python cpt.py --help` lists every field.
+A LaTeX project, a .txt or .md file, or a line of JSONL is a document; documents end with EOS, longer ones are cut into
+segments of max_length tokens, and no token sees another document. Lines of JSONL with prompt and response, or with
+messages, are pairs: only the responses are learned. `python cpt.py --help` lists every field.
 """
 
-import hashlib
 import json
 import math
 import sys
 import tempfile
-import time
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,51 +22,53 @@ from tqdm import tqdm
 
 import checkpoint
 import configs
+import corpus
 import data
 import ddp
 import evaluate
 import lora
 import model as models
 import optim
-import prompts
-from configs import UserError
+import resume
+from configs import CptConfig, UserError
 
 
 def main(argv: list[str]) -> dict:
     # ---- config -----------------------------------------------------------------------------------------------------
-    cfg, given = configs.parse(configs.CptConfig, configs.CPT_PRESETS, argv, __doc__)
+    cfg, given = configs.parse(CptConfig, configs.CPT_PRESETS, argv, __doc__)
     cfg = configs.own_data(cfg, given)
     configs.check(cfg, given)
 
     # ---- distributed ------------------------------------------------------------------------------------------------
     world = ddp.setup()
-    cfg, run = evaluate.run_to_resume(cfg, given, world)
+    cfg, run = resume.run_to_resume(cfg, given, world)
     precision, why = models.choose_precision(cfg.precision, world.device)
-    ddp.say(world, f"precision {precision}: {why}; {world.size} ranks on {world.device.type}")
+    ddp.say(world, f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}; precision {precision} ({why})")
 
     # ---- data -------------------------------------------------------------------------------------------------------
     tokenizer = data.load_tokenizer(models.find_base(cfg.base) if cfg.random_init else models.need_base(cfg.base))
-    models.need_vocabulary(cfg.base, len(tokenizer))
-    train, val = load_segments(cfg, tokenizer, lambda *words: ddp.say(world, *words))
-    guard = load_guard(cfg, tokenizer, lambda *words: ddp.say(world, *words))
-    digest = hashlib.sha256(train.ids.tobytes() + train.starts.tobytes()).hexdigest()
-    ddp.say(
-        world, f"train {len(train.lengths):,} segments, {int(train.starts[-1]):,} tokens; validation {val.starts[-1]:,}"
-    )
-    total = cfg.epochs * math.ceil(len(train.lengths) / cfg.batch_size)
+    check_model(cfg, tokenizer)
+    texts = load_texts(cfg, tokenizer, world)
+    train, total = texts.train, cfg.epochs * math.ceil(len(texts.train.lengths) / cfg.batch_size)
     total = min(total, cfg.max_steps) if cfg.max_steps else total
+    steps_per_epoch = math.ceil(len(train.lengths) / cfg.batch_size)
+    eval_every = cfg.eval_every or steps_per_epoch
+    save_every = cfg.save_every or eval_every
+    digest = train.digest()
 
     # ---- model ------------------------------------------------------------------------------------------------------
     lm = new_language_model(cfg, world, precision)
     if cfg.grad_checkpoint:
         models.checkpoint_activations(lm)
     params = [p for p in lm.parameters() if p.requires_grad]
+    ddp.say(world, models.attention_note(world.device, lm.config, precision))
+    ddp.say(world, "" if cfg.random_init else evaluate.weak_tokens(lm, tokenizer, train))
     ddp.say(world, lora.trainable_table(lm) if cfg.rank else f"{sum(p.numel() for p in params):,} parameters trained")
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
     vocabulary = models.vocabulary_modules(lm)
     groups = optim.parameter_groups(lm.named_parameters(), cfg.lr, cfg.embed_lr, cfg.weight_decay, vocabulary)
-    optimizer = optim.adamw(groups)
+    optimizer = optim.adamw(groups, cfg.optimizer)
     for group in groups:
         name = group["name"].replace("head", "embedding and LM head")
         ddp.say(world, f"{name}: {len(group['params'])} tensors, lr {group['lr']:g}, decay {group['weight_decay']:g}")
@@ -77,153 +78,182 @@ def main(argv: list[str]) -> dict:
         ddp.say(world, "gradients are summed in fp32: other numbers of ranks are equal to rounding only")
     warmup = optim.warmup_updates(total, cfg.warmup_steps, cfg.warmup_ratio)
 
-    # ---- resume -----------------------------------------------------------------------------------------------------
-    at = restore(run, world, lm, optimizer, scaler, digest) if run else None
-    at = at or {
-        "digest": digest,
-        "micro_batches": max(cfg.micro_batches, world.size),
-        "step": 0,
-        "updates": 0,
-        "tokens": 0.0,
-        "seconds": 0.0,
-        "evals": [],
-    }
-    run = run or Path(ddp.from_rank0(world, lambda: new_run(cfg, world)))
-    ddp.say(world, f"run {run}" + (f", resumed at step {at['step']} of {total}" if at["step"] else ""))
+    # ---- resume, or a new run ---------------------------------------------------------------------------------------
+    about = {"base": lm.base_fingerprint} if cfg.rank else {}
+    at = resume.restore(run, world, lambda folder: read_save(folder, lm), optimizer, scaler, digest) if run else None
+    at = at or resume.State(micro_batches=max(cfg.micro_batches, world.size))
+    if run is None:
+        report = "".join(json.dumps(record) + "\n" for record in texts.files)
+        run = resume.new_run(cfg, world, {"corpus.jsonl": report})
+    ddp.say(
+        world,
+        f"plan: {total:,} steps of {cfg.batch_size} rows, micro-batches of at most {cfg.max_tokens:,} tokens, warm-up "
+        f"{warmup}, evaluation every {eval_every}, save every {save_every}",
+        f"\nrun {run}" + (f", resumed at step {at.step} of {total}" if at.step else ""),
+    )
 
-    # ---- loop -------------------------------------------------------------------------------------------------------
-    stop = ddp.StopRequest()
-    log, began, last_loss = run / "metrics.jsonl", time.perf_counter(), at.get("loss", float("nan"))
+    # ---- loop: step, log, eval, save --------------------------------------------------------------------------------
+    stop, log, clock = ddp.StopRequest(), run / "metrics.jsonl", resume.Clock(at)
 
-    def held_out(step: int) -> None:
+    def write(folder: Path) -> None:
+        write_save(folder, lm, tokenizer)
+
+    def held_out(step: int, val: data.Tokens) -> float:
         scores = evaluate.language_scores(lm, val, world, precision, cfg.max_tokens)
-        if guard:
-            other = evaluate.language_scores(lm, guard, world, precision, cfg.max_tokens)
-            scores |= {f"guard_{name}": value for name, value in other.items()}
+        if texts.guard:
+            other = evaluate.language_scores(lm, texts.guard, world, precision, cfg.max_tokens)
+            scores |= {f"guard_{key}": value for key, value in other.items()}
         if not all(map(math.isfinite, scores.values())):
             raise FloatingPointError(f"step {step}: the held-out loss is not finite; lower --lr")
-        line = {"step": step, "eval": scores}
-        log_line(world, log, line)
-        ddp.say(world, json.dumps(line))
-        at["evals"].append(line)
+        at.evals.append({"step": step, "eval": scores})
+        ddp.say(world, f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        if world.rank == 0:
+            samples = complete_samples(lm, tokenizer, texts.samples, precision)
+            checkpoint.append_line(log, {"step": step, "eval": scores, "samples": samples})
+            print(
+                *(f"sample: {prompt[-60:]!r} -> {completion!r}" for prompt, completion in samples), sep="\n", flush=True
+            )
+        clock.lap("eval_seconds")
+        return scores["loss"]
 
-    if not at["evals"]:
-        held_out(0)
-    bar = tqdm(total=total, initial=at["step"], disable=world.rank != 0, unit="step", file=sys.stderr, mininterval=2.0)
-    steps_per_epoch = math.ceil(len(train.lengths) / cfg.batch_size)
-    plan, plan_epoch = [], -1
-    for step in range(at["step"], total):
-        epoch, index = divmod(step, steps_per_epoch)
-        if epoch != plan_epoch:
-            plan = data.plan_epoch(train.lengths, cfg.batch_size, cfg.max_tokens, at["micro_batches"], cfg.seed, epoch)
-            plan_epoch = epoch
-        tokens = float(sum((train.lengths[rows] - 1).sum() for rows in plan[index]))
+    if not at.evals:
+        held_out(0, texts.val)
+    bar = tqdm(total=total, initial=at.step, disable=world.rank != 0, unit="step", file=sys.stderr, mininterval=2.0)
+    while at.step < total:
+        epoch, index = divmod(at.step, steps_per_epoch)
+        if index == 0 or at.step == at.resumed:
+            plan = data.plan_epoch(train.lengths, cfg.batch_size, cfg.max_tokens, at.micro_batches, cfg.seed, epoch)
+        rows_of_step = np.concatenate(plan[index])
+        targets = float(train.targets[rows_of_step].sum())
+        factor = optim.lr_factor(at.updates, total, warmup, cfg.schedule)
         for j, rows in enumerate(plan[index]):
             if j % world.size != world.rank:
                 continue
-            torch.manual_seed(ddp.micro_seed(cfg.seed, step, j))
+            torch.manual_seed(ddp.micro_seed(cfg.seed, at.step, j))
+            batch = data.pack(train, rows, world.device, predict=True)
             with models.autocast(world.device, precision):
-                loss = evaluate.next_token_loss(lm, data.pack(train, rows, world.device)) / tokens
+                loss = evaluate.next_token_loss(lm, batch) / targets
             scaler.scale(loss).backward()
             gradients.add(loss, stop=bool(stop.signal))
-        factor = optim.lr_factor(at["updates"], total, warmup, cfg.schedule)
-        norm, taken, (last_loss, stopping) = optim.step(optimizer, scaler, factor, cfg.grad_clip, gradients.reduce())
-        at["updates"] += taken
+        norm, taken, (loss, stopping) = optim.step(optimizer, scaler, factor, cfg.grad_clip, gradients.reduce())
         if not taken and not (scaler.is_enabled() and scaler.get_scale() >= 1.0):
-            raise FloatingPointError(f"step {step + 1}: the gradients are not finite (loss {last_loss:.4g})")
-        at.update(step=step + 1, loss=last_loss, tokens=at["tokens"] + tokens)
+            batch = data.pack(train, plan[index][0], world.device, predict=True)
+            raise FloatingPointError(f"step {at.step + 1}: loss {loss:.4g}; {not_finite(lm, batch, world, precision)}")
+        at.step, at.updates, at.skipped = at.step + 1, at.updates + taken, at.skipped + (not taken)
+        at.rows, at.tokens = at.rows + len(rows_of_step), at.tokens + int(train.lengths[rows_of_step].sum())
+        if at.updates == 1 and taken:
+            lora.assert_moved(lm)
 
-        # eval, save, log
-        end = step + 1 == total
-        if end or (step + 1) % (cfg.eval_every or steps_per_epoch) == 0:
-            held_out(step + 1)
-        seconds = time.perf_counter() - began + at["seconds"]
-        line = {
-            "step": step + 1,
-            "epoch": epoch,
-            "loss": last_loss,
-            "lr": cfg.lr * factor,
-            "grad_norm": norm if taken else None,
-        }
-        log_line(world, log, {**line, "tokens": at["tokens"], "seconds": seconds})
-        bar.set_postfix(loss=f"{last_loss:.3f}", tok_s=f"{at['tokens'] / seconds:,.0f}", refresh=False)
+        # log
+        clock.lap("seconds")
+        if world.rank == 0:
+            facts = {"step": at.step, "epoch": round(at.step / steps_per_epoch, 4), "lr": cfg.lr * factor}
+            facts |= {"loss": loss, "grad_norm": norm} if taken else {"loss": None, "grad_norm": None}  # strict JSON
+            facts |= {"tokens": at.tokens, "skipped": at.skipped, "seconds": round(at.seconds, 3)}
+            checkpoint.append_line(log, facts)
+        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{at.tokens / at.seconds:,.0f}", refresh=False)
         bar.update()
-        save_every = cfg.save_every or cfg.eval_every or steps_per_epoch
-        if end or stopping or (step + 1) % save_every == 0:
-            save(run, world, lm, tokenizer, optimizer, scaler, {**at, "seconds": seconds}, cfg.keep)
-        if stopping and not end:
-            raise KeyboardInterrupt(f"stopped at step {step + 1}: go on with --resume {run}")
 
-    # ---- end --------------------------------------------------------------------------------------------------------
+        # eval
+        last = at.step == total
+        if last or at.step % eval_every == 0:
+            held_out_loss = held_out(at.step, texts.periodic)
+            if at.best is None or held_out_loss < at.best:
+                at.best, at.best_step = held_out_loss, at.step
+                resume.save(run / "best", world, write, {"step": at.step, **about}, cfg.keep)
+
+        # save
+        if last or stopping or at.step % save_every == 0:
+            state = (log, at, optimizer, scaler, digest)
+            resume.save(run / "last", world, write, {"step": at.step, **about}, cfg.keep, state)
+        if stopping and not last:
+            raise KeyboardInterrupt(f"stopped after step {at.step}; go on with --resume {run}")
     bar.close()
     stop.close()
-    ddp.say(world, eval_table(at["evals"]))
+
+    # ---- end: the best save, on everything held out -----------------------------------------------------------------
+    ddp.barrier(world)  # rank 0 has written best/
+    if at.best_step != at.step:
+        read_save(checkpoint.trusted(run / "best"), lm)
+        ddp.say(world, f"best held-out loss: step {at.best_step}, which is what is kept and exported")
+    if at.best_step != at.step or texts.periodic is not texts.val:
+        held_out(at.best_step, texts.val)
+    ddp.say(world, eval_table(at.evals))
+    before, after = at.evals[0]["eval"], at.evals[-1]["eval"]
+    if after["loss"] >= before["loss"]:
+        ddp.say(world, "warning: the held-out loss did not fall; lower --lr, or take more text")
+    result = {
+        "run": str(run),
+        "before": before,
+        "metrics": after,
+        "best_step": at.best_step,
+        "steps": total,
+        "tokens_per_second": round(at.tokens / at.seconds, 1),
+        "peak_memory_gb": round(resume.peak_memory_gb(world), 3),
+        "train_seconds": round(at.seconds, 2),
+        "eval_seconds": round(at.eval_seconds, 2),
+    }
     if cfg.export and world.rank == 0:
-        export(Path(cfg.export), lm, tokenizer, models.DTYPES[cfg.export_dtype])
-    seconds = time.perf_counter() - began + at["seconds"]
-    result = {"run": str(run), "metrics": at["evals"][-1]["eval"], "steps": total, "train_seconds": round(seconds, 1)}
-    result["before"] = at["evals"][0]["eval"]
-    result["tokens_per_second"] = round(at["tokens"] / seconds, 1)
+        export(cfg, lm, tokenizer, run)
     if world.rank == 0:
         checkpoint.write_atomic(run / "result.json", json.dumps(result) + "\n")
     return result
 
 
-# ---- data and model -------------------------------------------------------------------------------------------------
+# ---- data -----------------------------------------------------------------------------------------------------------
 
 
-def load_segments(cfg: configs.CptConfig, tokenizer, say=lambda *words: None) -> tuple[data.Tokens, data.Tokens]:
-    """Segments of the documents to train on and of the held-out ones, which are chosen by document."""
-    rows, said = data.read_documents(cfg.train_data, "train_data", cfg.text)
-    say(said)
-    count = int(cfg.val_size) if cfg.val_size >= 1 else max(1, round(len(rows) * cfg.val_size))
-    if not 0 < count < len(rows):
-        raise UserError(f"--val_size {cfg.val_size:g} of {len(rows)} documents leaves none to train on or to hold out")
-    held_out = set(np.random.default_rng([cfg.seed, 0x5B11]).permutation(len(rows))[:count].tolist())
-    sides = [[row for i, row in enumerate(rows) if (i in held_out) == side] for side in (False, True)]
-    return tuple(segments(cfg, tokenizer, side) for side in sides)
+@dataclass
+class Texts:
+    """What a run trains on and what it is measured on, as rows of tokens."""
+
+    train: data.Tokens
+    val: data.Tokens
+    periodic: data.Tokens  # of val, for evaluations on the way
+    guard: data.Tokens | None  # general text, on which forgetting is measured
+    samples: list[list[int]]  # beginnings of held-out documents, or prompts of pairs, to complete
+    files: list[dict]  # what became of each file
 
 
-def load_guard(cfg: configs.CptConfig, tokenizer, say) -> data.Tokens | None:
-    """Segments of the general text on which forgetting is measured."""
-    if not cfg.guard_data:
-        return None
-    rows, said = data.read_documents(cfg.guard_data, "guard_data", cfg.text)
-    say(said)
-    return segments(cfg, tokenizer, rows)
+def load_texts(cfg: CptConfig, tokenizer, world) -> Texts:
+    """The corpus, split by document, and the guard text. Raises UserError for everything wrong with the files."""
+
+    def say(words: str) -> None:
+        ddp.say(world, words)
+
+    cache, how = Path(cfg.outputs) / "token_cache", {n: getattr(cfg, n) for n in ("max_length", "chat", "system")}
+    guard = None
+    if cfg.guard_data:
+        general = corpus.load(cfg.guard_data, "guard_data", tokenizer, cache, world, say, template=cfg.text, **how)
+        guard = corpus.segments(general, np.arange(len(general.sizes)), tokenizer, cfg.max_length, cfg.cross_document)
+    found = corpus.load(cfg.train_data, "train_data", tokenizer, cache, world, say, template=cfg.text, **how)
+    sides = corpus.split(len(found.sizes), cfg.val_size, cfg.seed)
+    few = sides[1] if not cfg.eval_rows else sides[1][: cfg.eval_rows]
+    train, val, periodic = (
+        corpus.segments(found, rows, tokenizer, cfg.max_length, cfg.cross_document) for rows in (*sides, few)
+    )
+    periodic = val if len(few) == len(sides[1]) else periodic
+    say(f"train {len(train.lengths):,} rows, {train.targets.sum():,} tokens to learn; held out {val.targets.sum():,}")
+    return Texts(train, val, periodic, guard, beginnings(found, sides[1][: cfg.samples]), found.files)
 
 
-def segments(cfg: configs.CptConfig, tokenizer, rows: list[dict[str, str]]) -> data.Tokens:
-    """Documents, each ended by EOS, cut into segments that share one token: every token but the first is predicted.
-
-    With cross_document the stream of all documents is cut, and only its own first token is not predicted.
-    """
-    tokens, _ = data.tokenize(tokenizer, cfg.text, rows, max_length=10**9)
-    end = data.end_of_text(tokenizer)
-    documents = [np.append(tokens.row(i), end) for i in range(len(rows))]
-    texts = ["".join(part for _, part in prompts.render(cfg.text, row)) for row in rows]
-    if cfg.cross_document:
-        documents, texts = [np.concatenate(documents)], ["".join(texts)]
-    first = sum(len(tokenizer.decode(d[:1]).encode()) for d in documents)  # not predicted, so not counted
-    cut = [d[s : s + cfg.max_length + 1] for d in documents for s in range(0, len(d) - 1, cfg.max_length)]
-    found = data.join_tokens(cut)
-    return data.Tokens(found.ids, found.starts, max(1, sum(len(t.encode()) for t in texts) - first))
+def beginnings(found: corpus.Corpus, rows: np.ndarray, most: int = 32) -> list[list[int]]:
+    """Token ids of the beginning of documents, or of all before a pair's first answer."""
+    starts, stops = found.tokens.starts[rows], found.tokens.stops[rows]
+    ends = np.minimum(starts + most, stops - 1)
+    if found.pairs:
+        ends = [
+            start + int(found.tokens.learned[start:stop].argmax()) for start, stop in zip(starts, stops, strict=True)
+        ]
+    return [found.tokens.ids[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
 
 
-def new_language_model(cfg: configs.CptConfig, world: ddp.World, precision: str):
-    """The base to train: whole in fp32, or frozen under an adapter. Raises UserError for targets that do not exist."""
-    seed = cfg.seed if cfg.random_init else None
-    dtype = models.weight_dtype(world.device, precision) if cfg.rank else torch.float32
-    lm = models.load_language_model(cfg.base, world.device, dtype, seed).train()
-    if cfg.rank:
-        torch.manual_seed(cfg.seed)
-        plain = cfg.targets, cfg.rank, cfg.alpha, cfg.lora_dropout
-        try:
-            lora.inject(lm, lora.Adapter(*plain, saved=cfg.modules_to_save, task="CAUSAL_LM", base=cfg.base))
-        except ValueError as e:
-            raise UserError(f"--targets {','.join(cfg.targets)}: {e}") from None
-        lora.train_only(lm)
-    return lm
+def complete_samples(lm, tokenizer, prompts: list[list[int]], precision: str, most: int = 48) -> list[list[str]]:
+    """(prompt, greedy completion) of each prompt."""
+    if not prompts:
+        return []
+    found = evaluate.generate(lm, tokenizer, prompts, precision, most)
+    return [[tokenizer.decode(p), completion] for p, completion in zip(prompts, found, strict=True)]
 
 
 def eval_table(evals: list[dict]) -> str:
@@ -235,60 +265,62 @@ def eval_table(evals: list[dict]) -> str:
     return "\n".join(lines)
 
 
-# ---- the run's files ------------------------------------------------------------------------------------------------
+# ---- model ----------------------------------------------------------------------------------------------------------
 
 
-def new_run(cfg: configs.CptConfig, world: ddp.World) -> Path:
-    """Make the run folder and write what is known at the start."""
-    run = checkpoint.new_run(cfg.outputs, cfg.base, configs.dataset_name(cfg))
-    facts = checkpoint.environment(torch.get_num_threads(), world.size, str(world.device))
-    checkpoint.write_atomic(run / "environment.json", json.dumps(facts, indent=1) + "\n")
-    checkpoint.write_atomic(run / "config.json", configs.to_json(replace(cfg, resume="")))
-    return run
+def adapter_of(cfg: CptConfig) -> lora.Adapter:
+    plain = cfg.targets, cfg.rank, cfg.alpha, cfg.lora_dropout
+    return lora.Adapter(*plain, saved=cfg.modules_to_save, task="CAUSAL_LM", base=cfg.base)
 
 
-def restore(run: Path, world, lm, optimizer, scaler, digest: str) -> dict | None:
-    """Load the last save into model, optimizer and scaler and cut the log back to it; None if nothing was saved yet."""
-    found = checkpoint.last_state(run)
-    if world.rank == 0:
-        checkpoint.cut_log(run / "metrics.jsonl", found[1]["log_bytes"] if found else 0)
-    if not found:
-        return None
-    folder, at = found
-    if at["digest"] != digest:
-        raise UserError(f"--resume {run}: the training documents or their tokens changed since this run began")
+def check_model(cfg: CptConfig, tokenizer) -> None:
+    """Check base and adapter on a skeleton, before any weight is loaded. Raises UserError for what does not fit."""
+    models.need_vocabulary(cfg.base, len(tokenizer))
+    bare = models.language_skeleton(cfg.base)
     try:
-        if lora.adapters(lm):
-            lora.load_adapter_state(lm, checkpoint.load_tensors(folder / "adapter_model.safetensors"))
-        else:
-            tensors = checkpoint.load_tensors(folder / "model.safetensors")
-            if tensors.keys() != models.state(lm).keys():
-                raise ValueError("its weights are not those of this base")
-            lm.load_state_dict(tensors, strict=False)
-    except (ValueError, RuntimeError) as e:
-        raise checkpoint.Untrusted(f"{folder}: {e}") from None
-    checkpoint.load_optimizer_tensors(optimizer, checkpoint.load_tensors(folder / "state.safetensors"))
-    scaler.load_state_dict(at["scaler"])
-    return at
+        if cfg.rank:
+            lora.inject(bare, adapter_of(cfg))
+    except ValueError as e:
+        raise UserError(f"--targets {','.join(cfg.targets)}: {e}") from None
 
 
-def save(run: Path, world, lm, tokenizer, optimizer, scaler, at: dict, keep: int) -> None:
-    """Write last/: the base as transformers loads it, and the state to go on from."""
-    if world.rank != 0:
-        return
-    log_bytes = (run / "metrics.jsonl").stat().st_size
+def new_language_model(cfg: CptConfig, world: ddp.World, precision: str):
+    """The base to train: whole in fp32, or frozen under an adapter drawn from the seed."""
+    dtype = models.weight_dtype(world.device, precision) if cfg.rank else torch.float32
+    seed, compute = cfg.seed if cfg.random_init else None, models.DTYPES[precision]
+    lm = models.load_language_model(cfg.base, world.device, dtype, seed, cfg.quant, compute).train()
+    if cfg.rank:
+        torch.manual_seed(cfg.seed)
+        lora.inject(lm, adapter_of(cfg))
+        lora.train_only(lm)
+    return lm
 
-    def write(folder: Path) -> None:
-        if lora.adapters(lm):
-            checkpoint.save_json(folder / "adapter_config.json", lora.adapter_config(lm.adapter))
-            checkpoint.save_tensors(folder / "adapter_model.safetensors", lora.adapter_state(lm))
-            tokenizer.save_pretrained(folder)
-        else:
-            write_base(folder, lm, tokenizer, torch.float32)
-        checkpoint.save_tensors(folder / "state.safetensors", checkpoint.optimizer_tensors(optimizer))
-        checkpoint.save_json(folder / "state.json", {**at, "scaler": scaler.state_dict(), "log_bytes": log_bytes})
 
-    checkpoint.save(run / "last", write, {"step": at["step"]}, keep)
+def not_finite(lm, batch: data.Batch, world: ddp.World, precision: str) -> str:
+    """Where a forward pass overflows first, and what to do."""
+    with torch.no_grad(), models.autocast(world.device, precision), models.activation_maxima(lm) as maxima:
+        evaluate.next_token_loss(lm, batch)
+    return f"{models.overflow_report(maxima)}; lower --lr, or try --precision bf16 or fp32"
+
+
+# ---- the model on disk ----------------------------------------------------------------------------------------------
+
+
+def write_save(folder: Path, lm, tokenizer) -> None:
+    """The adapter in PEFT's format, or the base as transformers loads it."""
+    if lora.adapters(lm):
+        checkpoint.save_json(folder / "adapter_config.json", lora.adapter_config(lm.adapter))
+        checkpoint.save_tensors(folder / "adapter_model.safetensors", lora.adapter_state(lm))
+        tokenizer.save_pretrained(folder)
+    else:
+        write_base(folder, lm, tokenizer, torch.float32)
+
+
+def read_save(folder: Path, lm) -> None:
+    """Load what write_save wrote. Raises Untrusted when it does not fit, or the base has changed."""
+    if lora.adapters(lm):
+        evaluate.check_base(lm, checkpoint.verify(folder)["base"], "of this run")
+    evaluate.read_classifier(folder, lm)
 
 
 def write_base(folder: Path, lm, tokenizer, dtype: torch.dtype) -> None:
@@ -302,19 +334,22 @@ def write_base(folder: Path, lm, tokenizer, dtype: torch.dtype) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def export(folder: Path, lm, tokenizer, dtype: torch.dtype) -> None:
-    """Merge an adapter and write the base into a folder, which may hold its config and tokenizer; weights come last."""
+def export(cfg: CptConfig, lm, tokenizer, run: Path) -> None:
+    """Merge an adapter and write the base into a folder, which may hold its config and tokenizer; weights come last.
+
+    A quantized base takes no update: its 16-bit weights are loaded for it.
+    """
+    folder, dtype = Path(cfg.export), models.DTYPES[cfg.export_dtype]
+    if cfg.quant != "none":
+        lm = models.load_language_model(cfg.base, torch.device("cpu"), dtype)
+        lora.inject(lm, adapter_of(cfg))
+        evaluate.read_classifier(checkpoint.trusted(run / "best"), lm)
     lora.merge(lm)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as hidden:
         write_base(Path(hidden), lm, tokenizer, dtype)
         for path in sorted(Path(hidden).iterdir(), key=lambda p: p.suffix == ".safetensors"):
             checkpoint.fs_rename(path, folder / path.name)
-
-
-def log_line(world, path: Path, line: dict) -> None:
-    if world.rank == 0:
-        checkpoint.append_line(path, line)
 
 
 if __name__ == "__main__":

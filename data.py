@@ -8,6 +8,7 @@ row of concatenated sequences.
 import ast
 import csv
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -50,14 +51,14 @@ def read_rows(path: str, flag: str) -> list[dict[str, str]]:
             raw = gzip.decompress(p.read_bytes()) if p.suffix.lower() == ".gz" else p.read_bytes()
         except (OSError, EOFError, zlib.error) as e:
             raise UserError(f"{where}: cannot be read ({e})") from None
-        text = _decode(raw, where)
+        text = decode_text(raw, where)
         rows = _jsonl(text, where) if suffix == ".jsonl" else _csv(text, where, suffix)
     if not rows:
         raise UserError(f"{where}: no rows")
     return rows
 
 
-def _decode(raw: bytes, where: str) -> str:
+def decode_text(raw: bytes, where: str) -> str:
     if raw[:2] == b"PK":
         raise UserError(f"{where}: this is a zip archive; unpack it first")
     if raw[:4] == b"PAR1":
@@ -194,34 +195,6 @@ def decode_bytes_literals(rows: list[dict[str, str]], columns: list[str]) -> int
     return changed
 
 
-def read_documents(paths: str, flag: str, template: str) -> tuple[list[dict[str, str]], str]:
-    """Documents as rows that have the template's columns, from folders and files, and a line that says what was found.
-
-    .txt and .md files are one document each, lines of JSONL one each. Documents that are equal but for white space are
-    kept once. Raises UserError for what cannot be read, and for no documents.
-    """
-    rows, flag_of = [], f"--{flag}"
-    for path in (Path(p.strip()) for p in paths.split(",") if p.strip()):
-        if not path.exists():
-            raise UserError(f"{flag_of} {path}: no such file or folder")
-        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            if file.suffix in (".txt", ".md"):
-                rows.append({"text": _decode(file.read_bytes(), f"{flag_of} {file}")})
-            elif file.name.endswith((".jsonl", ".jsonl.gz")):
-                rows += read_rows(str(file), flag)
-            elif file is path:
-                raise UserError(f"{flag_of} {file}: expected .txt, .md or .jsonl (.gz too), or a folder of them")
-    if not rows:
-        raise UserError(f"{flag_of} {paths}: no documents in there (.txt, .md, .jsonl)")
-    need_columns(rows, template_columns(template), paths, flag)
-    texts = [" ".join("".join(part for _, part in prompts.render(template, row)).split()) for row in rows]
-    first = {text: i for i, text in reversed(list(enumerate(texts))) if text}
-    kept = [rows[i] for i in sorted(first.values())]
-    if not kept:
-        raise UserError(f"{flag_of} {paths}: {len(rows)} documents, all empty")
-    return kept, f"{flag_of}: {len(kept):,} documents, {len(rows) - len(kept):,} empty or equal to another left out"
-
-
 def empty_rows(rows: list[dict[str, str]], columns: list[str]) -> list[int]:
     """Indices of rows whose text columns are all blank."""
     return [i for i, row in enumerate(rows) if not any(row[c].strip() for c in columns)]
@@ -334,29 +307,48 @@ def stratified_split(labels: np.ndarray, val_size: float, seed: int) -> tuple[np
 
 @dataclass
 class Tokens:
-    """The token ids of all rows, end to end: row i is ids[starts[i] : starts[i + 1]]."""
+    """The token ids of all rows, perhaps in a file: row i is ids[starts[i] : stops[i]]."""
 
     ids: np.ndarray  # (T,) int32
-    starts: np.ndarray  # (N + 1,) int64
-    bytes: int = 0  # of a corpus: UTF-8 bytes of the text that its predicted tokens stand for
+    starts: np.ndarray  # (N,) int64
+    stops: np.ndarray  # (N,) int64
+    learned: np.ndarray | None = None  # (T,) bool: what a language model learns to predict; None: everything
+    bytes: int = 0  # UTF-8 bytes of the text that its predicted tokens stand for
 
     @property
     def lengths(self) -> np.ndarray:
         """(N,) tokens of each row."""
-        return np.diff(self.starts)
+        return self.stops - self.starts
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(N,) tokens of each row that a language model predicts: of those learned all but the row's first."""
+        if self.learned is None:
+            return self.lengths - 1
+        before = np.concatenate([[0], np.cumsum(self.learned)])
+        return before[self.stops] - before[self.starts + 1]
 
     def row(self, i: int) -> np.ndarray:
-        return self.ids[self.starts[i] : self.starts[i + 1]]
+        return self.ids[self.starts[i] : self.stops[i]]
 
     def take(self, rows: np.ndarray) -> "Tokens":
-        """The tokens of some rows, in the given order."""
-        return join_tokens([self.row(i) for i in rows])
+        """Some rows, in the given order."""
+        return Tokens(self.ids, self.starts[rows], self.stops[rows], self.learned)
+
+    def digest(self, *more: np.ndarray) -> str:
+        """sha256 over the tokens of all rows and more arrays: a resumed run must see the same."""
+        parts = [self.ids, self.starts, self.stops, *(a for a in (self.learned, *more) if a is not None)]
+        found = hashlib.sha256()
+        for part in parts:
+            found.update(np.ascontiguousarray(part))
+        return found.hexdigest()
 
 
-def join_tokens(rows: list) -> Tokens:
-    """Tokens from one id sequence a row."""
-    starts = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
-    return Tokens(np.concatenate([np.asarray(r, dtype=np.int32) for r in rows]), starts)
+def join_tokens(rows: list, learned: list | None = None) -> Tokens:
+    """Tokens from one id sequence a row and, where not everything is learned, one of booleans a row."""
+    ends = np.cumsum([0, *map(len, rows)]).astype(np.int64)
+    ids = np.concatenate([np.asarray(r, dtype=np.int32) for r in rows])
+    return Tokens(ids, ends[:-1], ends[1:], None if learned is None else np.concatenate(learned).astype(bool))
 
 
 @dataclass
@@ -381,34 +373,65 @@ class TokenReport:
 
 
 def tokenize(tokenizer, template: str, rows: list[dict[str, str]], max_length: int) -> tuple[Tokens, TokenReport]:
-    """Encode every row's rendered text exactly as the tokenizer itself does, in bulk.
+    """Encode every row's rendered template; see `encode`."""
+    return encode(tokenizer, [prompts.render(template, row) for row in rows], max_length)
 
-    A row whose own text spells an added token (<|im_end|>, <think>, ...) is encoded so that it stays text. A row of
+
+def encode(
+    tokenizer, rows: list[list[tuple[bool, str]]], max_length: int, answers: list | None = None
+) -> tuple[Tokens, TokenReport]:
+    """Encode rows of pieces (is it the user's?, text) exactly as the tokenizer itself does their text, in bulk.
+
+    A row whose user's text spells an added token (<|im_end|>, <think>, ...) is encoded so that it stays text. A row of
     more than max_length tokens loses the end of its longest field, never the template around it. BOS comes at most
-    once. A row without text becomes the single end-of-text token. Raises UserError when a template alone is too long
-    or a row holds a lone surrogate.
+    once. A row without text becomes the single end-of-text token. answers: the character spans (first, end) of each
+    row that a language model learns. Of a field that was cut, what follows in its span is not learned: an answer cut
+    short has no end. Raises UserError when a template alone is too long, when a row holds a lone surrogate, and when
+    none of a row's answers is left.
     """
-    pieces = [prompts.render(template, row) for row in rows]
-    texts = ["".join(text for _, text in row) for row in pieces]
+    texts = ["".join(text for _, text in row) for row in rows]
     lone = [str(i + 1) for i, t in enumerate(texts) if LONE.search(t)]
     if lone:
         raise UserError(f"{len(lone)} rows hold a lone surrogate, which is no text (rows {_few(lone)})")
     report, guard = TokenReport(rows=len(rows)), Guard(tokenizer)
-    encoded = tokenizer(texts)["input_ids"]
-    for i, row in enumerate(pieces):
+    encoded, learned = [], [] if answers else None
+    for i, row in enumerate(rows):
+        if i % 1000 == 0:  # in bulk, but never all at once
+            bulk = (
+                tokenizer(texts[i : i + 1000])["input_ids"] if not answers else _located(tokenizer, texts[i : i + 1000])
+            )
+        ids, offsets = bulk[i % 1000] if answers else (bulk[i % 1000], None)
         if guard.needed(row, texts[i]):
             report.guarded += 1
-            encoded[i] = guard.encode(row, max_length, report)
-        elif len(encoded[i]) > max_length:
-            encoded[i] = _encode_cut(tokenizer, row, texts[i], max_length, report)
-        if len(encoded[i]) > 1 and encoded[i][0] == encoded[i][1] == tokenizer.bos_token_id:
-            encoded[i] = encoded[i][1:]
-        if len(encoded[i]) == 0:
-            encoded[i] = [end_of_text(tokenizer)]
+            ids, offsets = guard.encode(row)
+        elif offsets is None and len(ids) > max_length:
+            ids, offsets = _located(tokenizer, [texts[i]])[0]
+        dropped = _too_long(ids, offsets, row, max_length, report)
+        kept = [t for t in range(len(ids)) if t not in dropped]
+        if len(kept) > 1 and ids[kept[0]] == ids[kept[1]] == tokenizer.bos_token_id:
+            kept = kept[1:]
+        if len(kept) == 0:
             report.empty += 1
-    tokens = join_tokens(encoded)
-    report.tokens, report.longest = int(tokens.starts[-1]), int(tokens.lengths.max())
+        encoded.append([ids[t] for t in kept] if kept else [end_of_text(tokenizer)])
+        if answers:
+            learned.append(_learned(offsets, dropped, answers[i])[kept] if kept else [False])
+    without = [str(i + 1) for i, row in enumerate(learned or []) if not any(row[1:])]
+    if without:
+        raise UserError(
+            f"{len(without)} rows have no token of an answer left (rows {_few(without)}): raise --max_length"
+        )
+    tokens = join_tokens(encoded, learned)
+    report.tokens, report.longest = len(tokens.ids), int(tokens.lengths.max())
     return tokens, report
+
+
+def _learned(offsets: list, dropped: set[int], spans: list[tuple[int, int]]) -> np.ndarray:
+    """(T,) bool: which tokens begin in an answer's span, before anything of it is dropped."""
+    at, found = np.array([-1 if span is None else span[0] for span in offsets]), np.zeros(len(offsets), bool)
+    for first, end in spans:
+        cut = min((at[t] for t in dropped if first <= at[t] < end), default=end)
+        found |= (at >= first) & (at < cut)
+    return found
 
 
 def end_of_text(tokenizer, padding: bool = False) -> int:
@@ -488,8 +511,8 @@ class Guard:
             self.tokenizer.bare_backend = type(backend).from_str(json.dumps(spec))
         return self.tokenizer.bare_backend
 
-    def encode(self, pieces: list[tuple[bool, str]], max_length: int, report: TokenReport) -> list[int]:
-        """Token ids of one row, cut to max_length as `tokenize` says."""
+    def encode(self, pieces: list[tuple[bool, str]]) -> tuple[list[int], list]:
+        """Token ids of one row, and the characters (first, end) of each, or None for the tokenizer's own."""
         text = "".join(piece for _, piece in pieces)
         special, _ = self._spans(pieces, text)
         vocabulary = self.tokenizer.get_added_vocab()
@@ -507,27 +530,25 @@ class Guard:
             offsets += [(at + a, at + b) for a, b in chunk.offsets]
             if end > start:
                 ids.append(vocabulary[text[start:end]])
-                offsets.append(None)
+                offsets.append((start, end))
             at = end
-        ids, offsets = ids + around[last:], offsets + [None] * (len(around) - last)
-        return _cut(ids, offsets, pieces, max_length, report)
+        return ids + around[last:], offsets + [None] * (len(around) - last)
 
 
-def _encode_cut(tokenizer, pieces, text: str, max_length: int, report: TokenReport) -> list[int]:
-    full = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    masks = full["special_tokens_mask"]
-    offsets = [None if s else span for span, s in zip(full["offset_mapping"], masks, strict=True)]
-    return _cut(full["input_ids"], offsets, pieces, max_length, report)
+def _located(tokenizer, texts: list[str]) -> list[tuple[list[int], list]]:
+    """Token ids of texts, and the characters (first, end) of each, or None for the tokenizer's own."""
+    full = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True)
+    columns = zip(full["input_ids"], full["offset_mapping"], full["special_tokens_mask"], strict=True)
+    return [(ids, [None if m else s for s, m in zip(at, mask, strict=True)]) for ids, at, mask in columns]
 
 
-def _cut(ids: list[int], offsets: list, pieces, max_length: int, report: TokenReport) -> list[int]:
-    """Drop tokens from the ends of the longest fields until max_length are left.
+def _too_long(ids: list[int], offsets: list, pieces, max_length: int, report: TokenReport) -> set[int]:
+    """Which tokens to drop from the ends of the longest fields so that max_length are left.
 
-    offsets: the characters (first, end) of each token, or None. A token that reaches across a border of the template
-    is the template's and stays.
+    A token that reaches across a border of the template is the template's and stays.
     """
     if len(ids) <= max_length:
-        return ids
+        return set()
     ends = np.cumsum([len(text) for _, text in pieces])
     start, end = np.array([(-1, 0) if span is None else span for span in offsets]).T
     first, last = (np.searchsorted(ends, at, side="right") for at in (start, np.maximum(start, end - 1)))
@@ -548,7 +569,7 @@ def _cut(ids: list[int], offsets: list, pieces, max_length: int, report: TokenRe
         dropped |= set(tokens[keep:])
     report.cut_rows += 1
     report.cut_tokens += len(dropped)
-    return [t for i, t in enumerate(ids) if i not in dropped]
+    return dropped
 
 
 def load_tokenizer(base: str):
@@ -627,16 +648,22 @@ class Batch:
     position_ids: torch.Tensor  # (T,) int64, from 0 in each sequence
     cu_seqlens: torch.Tensor  # (B + 1,) int32, where each sequence starts
     lengths: tuple[int, ...]  # the same on the host
+    targets: torch.Tensor | None = None  # (P,) int64, for a language model: where tokens to be predicted stand
 
 
-def pack(tokens: Tokens, rows: np.ndarray, device) -> Batch:
-    """Concatenate rows into one packed micro-batch; built on the CPU, copied once."""
+def pack(tokens: Tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
+    """Concatenate rows into one packed micro-batch; built on the CPU, copied once. predict: with its targets."""
     lengths = tokens.lengths[rows]
     cu = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     ids = np.concatenate([tokens.row(i) for i in rows]).astype(np.int64)
     positions = np.arange(len(ids)) - np.repeat(cu[:-1].astype(np.int64), lengths)
-    parts = [torch.from_numpy(a) for a in (ids, positions, cu)]
+    arrays = [ids, positions, cu]
+    if predict:
+        spans = [slice(tokens.starts[i], tokens.stops[i]) for i in rows]
+        learned = True if tokens.learned is None else np.concatenate([tokens.learned[s] for s in spans])
+        arrays.append(np.flatnonzero((positions > 0) & learned))
+    parts = [torch.from_numpy(a) for a in arrays]
     if torch.device(device).type == "cuda":
         parts = [p.pin_memory() for p in parts]
     parts = [p.to(device, non_blocking=True) for p in parts]
-    return Batch(*parts, lengths=tuple(int(n) for n in lengths))
+    return Batch(*parts[:3], tuple(int(n) for n in lengths), *parts[3:])

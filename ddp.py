@@ -190,6 +190,14 @@ def sum_over_ranks(world: World, values: list[float]) -> list[float]:
     return total.tolist()
 
 
+def gather_objects(world: World, value) -> list:
+    """What each rank gives, in the order of ranks, on every rank."""
+    found = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
 def barrier(world: World) -> None:
     """Wait until every rank is here."""
     if world.size > 1:

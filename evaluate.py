@@ -54,11 +54,8 @@ def score(model, tokens: data.Tokens, world: ddp.World, precision: str, max_toke
 
 def next_token_loss(lm, batch: data.Batch) -> torch.Tensor:
     """Sum of the next-token losses (nats) of a packed micro-batch; no token is predicted from another sequence."""
-    keep = torch.ones(len(batch.input_ids), dtype=torch.bool, device=batch.input_ids.device)
-    keep[batch.cu_seqlens[1:].long() - 1] = False
-    at = keep.nonzero()[:, 0]  # (N,) states that predict a token
-    hidden = models.hidden_states(lm.base_model, batch)[at]
-    return losses.lm_cross_entropy(hidden, models.vocabulary_head(lm), batch.input_ids[at + 1])[0]
+    hidden = models.hidden_states(lm.base_model, batch)[batch.targets - 1]  # (P, D) states that predict a token
+    return losses.lm_cross_entropy(hidden, models.vocabulary_head(lm), batch.input_ids[batch.targets])[0]
 
 
 @torch.no_grad()
@@ -66,16 +63,67 @@ def language_scores(lm, tokens: data.Tokens, world: ddp.World, precision: str, m
     """loss (mean nats a token), perplexity and bits_per_byte over all segments, the same on every rank."""
     was_training = lm.training
     lm.eval()
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=world.device)  # read once, at the end
     for j, rows in enumerate(data.pack_by_length(tokens.lengths, max_tokens)):
         if j % world.size == world.rank:
             with models.autocast(world.device, precision):
-                total += float(next_token_loss(lm, data.pack(tokens, rows, world.device)))
+                total += next_token_loss(lm, data.pack(tokens, rows, world.device, predict=True)).double()
     lm.train(was_training)
-    (total,) = ddp.sum_over_ranks(world, [total])
-    loss = total / float((tokens.lengths - 1).sum())
+    (total,) = ddp.sum_over_ranks(world, [float(total)])
+    loss = total / float(tokens.targets.sum())
     scores = {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
     return scores | ({"bits_per_byte": total / np.log(2) / tokens.bytes} if tokens.bytes else {})
+
+
+# ---- generation -----------------------------------------------------------------------------------------------------
+
+
+def stop_ids(lm, tokenizer) -> set[int]:
+    """Tokens that end a completion: EOS of the tokenizer and of the base, and what ends a turn of the chat template."""
+    own = lm.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    if tokenizer.chat_template:
+        try:
+            turns = prompts.chat(tokenizer, [prompts.QUESTION, {"role": "assistant", "content": "."}])
+        except ValueError:
+            turns = []
+        end = turns[-1][1].lstrip() if len(turns) > 1 and not turns[-1][0] else ""
+        first = tokenizer(end, add_special_tokens=False)["input_ids"][:1]
+        found.update(set(first) & set(tokenizer.get_added_vocab().values()))
+    return {token for token in found if isinstance(token, int)}
+
+
+def encode_prompts(tokenizer, rows: list, max_length: int) -> tuple[list[list[int]], data.TokenReport]:
+    """Ids of prompts given as pieces, as data.encode makes them; an end that the tokenizer adds by itself is left out,
+    for nothing could follow it.
+    """
+    tokens, report = data.encode(tokenizer, rows, max_length)
+    mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    ends = mask[::-1].index(0)
+    ids = [tokens.row(i).tolist() for i in range(len(rows))]
+    return [row[: len(row) - ends] or row for row in ids], report
+
+
+def completion_text(tokenizer, prompt: list[int], ids: list[int]) -> str:
+    """The text of a completion without special tokens, as it stands behind its prompt: some tokenizers drop the space
+    before a text's first word.
+    """
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before, whole = (tokenizer.decode(part, **options) for part in (prompt, prompt + ids))
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids, **options)
+
+
+def generate(
+    lm, tokenizer, rows: list[list[int]], precision="fp32", most=256, temperature=0.0, top_p=1.0, seed=0, stops=None
+) -> list[str]:
+    """The completions of one batch of encoded prompts as text; see models.complete. stops: ids, None for stop_ids.
+
+    A model in training is left exactly as it was.
+    """
+    how = precision, most, temperature, top_p, seed
+    stops, pad = stop_ids(lm, tokenizer) if stops is None else stops, data.end_of_text(tokenizer, padding=True)
+    found = models.complete(lm, rows, pad, stops, *how)
+    return [completion_text(tokenizer, row, ids) for row, ids in zip(rows, found, strict=True)]
 
 
 # ---- classifiers on disk --------------------------------------------------------------------------------------------
@@ -204,24 +252,6 @@ def export(path: Path, run: "Run") -> str:
     return model.architecture
 
 
-# ---- resuming -------------------------------------------------------------------------------------------------------
-
-
-def run_to_resume(cfg, given: set[str], world: ddp.World):
-    """(config, run folder) of the run that cfg.resume means, for train and cpt; (cfg, None) when a new run starts.
-
-    Rank 0 looks, all know. Raises UserError for flags given by hand that contradict the run.
-    """
-    if not cfg.resume:
-        return cfg, None
-    name = configs.dataset_name(cfg)
-    found = ddp.from_rank0(world, lambda: checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, name))
-    if not found:
-        ddp.say(world, "--resume auto: no unfinished run of this base and dataset; a new one starts")
-        return cfg, None
-    return configs.resumed(cfg, given, Path(found)), Path(found)
-
-
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -327,12 +357,12 @@ def probe(run: Run, rows: list[dict[str, str]]) -> float:
     return moved
 
 
-def weak_tokens(model: models.Classifier, tokenizer, tokens: data.Tokens) -> str:
+def weak_tokens(model, tokenizer, tokens: data.Tokens) -> str:
     """A warning for tokens in use whose embedding was never trained (its norm is almost 0), or an empty string.
 
     Raises UserError for embeddings that are not finite: they make every score of their rows NaN.
     """
-    table = model.backbone.get_input_embeddings()
+    table = getattr(model, "backbone", model).get_input_embeddings()
     used = torch.from_numpy(np.unique(tokens.ids).astype(np.int64))
     norms = getattr(table, "base_layer", table).weight[used].detach().float().norm(dim=1).cpu()
     weak = ~(norms.isfinite() & (norms > 0.01 * norms[norms.isfinite()].median()))
@@ -349,8 +379,8 @@ def weak_tokens(model: models.Classifier, tokenizer, tokens: data.Tokens) -> str
 class Given:
     """A base and perhaps an adapter, checked on their headers; no weight is loaded yet."""
 
-    config: TrainConfig
-    labels: data.Labels
+    config: TrainConfig | configs.CptConfig
+    labels: data.Labels | None
     tokenizer: object
     adapter: lora.Adapter | None
     folder: Path | None  # of the adapter
@@ -361,11 +391,7 @@ def given_model(cfg: configs.InferConfig) -> Given:
     adapter, folder, shapes = None, None, {}
     if cfg.adapter:
         folder = models.find_adapter(cfg.adapter)
-        shapes = checkpoint.tensor_shapes(folder / "adapter_model.safetensors")
-        try:
-            adapter = lora.read_adapter_config(checkpoint.load_json(folder / "adapter_config.json"))
-        except ValueError as e:
-            raise UserError(f"--adapter {cfg.adapter}: {e}") from None
+        adapter, shapes = adapter_header(folder)
     base = cfg.base or (adapter.base if adapter else "")
     models.need_base(base)
     tokenizer = data.load_tokenizer(str(folder) if folder and (folder / "tokenizer.json").is_file() else base)
@@ -398,13 +424,89 @@ def load_given(given: Given, world: ddp.World, precision: str = "auto", merge: b
             "train a head with train.py, or score words with --head label_words"
         )
     if adapter:
-        matched = read_classifier(given.folder, model)
-        report = f"adapter {given.folder} (r {adapter.rank}, alpha {adapter.alpha:g}): {matched}"
-        idle = [n for n, m in lora.adapters(model).items() if m.idle()]
-        if len(idle) == len(lora.adapters(model)):
-            raise checkpoint.Untrusted(f"{given.folder}: every update is zero; the adapter was never trained")
-        report += f"; {len(idle)} updates are zero" if idle else ""
-        if adapter.base and Path(adapter.base).name.lower() != Path(cfg.base).name.lower():
-            report += f"\nwarning: it names the base {adapter.base!r}, not {cfg.base}: every tensor fits all the same"
+        report = load_adapter(given.folder, adapter, model, cfg.base)
     run = Run(given.folder or Path(cfg.base), cfg, given.labels, model, given.tokenizer, world, precision)
     return _ready(run, merge), report
+
+
+def adapter_header(folder: Path) -> tuple[lora.Adapter, dict]:
+    """An adapter's config and the shapes of its tensors. Raises UserError for what cannot be honoured."""
+    shapes = checkpoint.tensor_shapes(folder / "adapter_model.safetensors")
+    try:
+        return lora.read_adapter_config(checkpoint.load_json(folder / "adapter_config.json")), shapes
+    except ValueError as e:
+        raise UserError(f"--adapter {folder}: {e}") from None
+
+
+def load_adapter(folder: Path, adapter: lora.Adapter, model, base: str) -> str:
+    """Load an adapter into the model that it was injected into, and say what matched.
+
+    Raises Untrusted when it does not fit or was never trained.
+    """
+    matched = read_classifier(folder, model)
+    report = f"adapter {folder} (r {adapter.rank}, alpha {adapter.alpha:g}): {matched}"
+    idle = [n for n, m in lora.adapters(model).items() if m.idle()]
+    if len(idle) == len(lora.adapters(model)):
+        raise checkpoint.Untrusted(f"{folder}: every update is zero; the adapter was never trained")
+    report += f"; {len(idle)} updates are zero" if idle else ""
+    if adapter.base and Path(adapter.base).name.lower() != Path(base).name.lower():
+        report += f"\nwarning: it names the base {adapter.base!r}, not {base}: every tensor fits all the same"
+    return report
+
+
+# ---- language models: a run of cpt.py, a base, or a base and an adapter ---------------------------------------------
+
+
+def given_language_model(cfg: configs.InferConfig, run: Path | None) -> Given:
+    """What a run of cpt.py, or else --base and --adapter, name: a whole base, or a base with an adapter on it.
+
+    Its config is a CptConfig. Raises UserError for what does not fit together, Untrusted for saves that cannot be
+    trusted.
+    """
+    known, folder = configs.CptConfig(base=cfg.base, quant=cfg.quant), None
+    if run:
+        known, folder = _run_of_cpt(run)
+    elif cfg.adapter:
+        folder = models.find_adapter(cfg.adapter)
+    adapter, shapes = adapter_header(folder) if folder else (None, {})
+    if folder and checkpoint.load_json(folder / "adapter_config.json").get("task_type") not in (None, "CAUSAL_LM"):
+        raise UserError(f"{folder}: an adapter of task {adapter.task}, which writes no text; leave --generate out")
+    base = known.base or adapter.base
+    models.need_base(base)
+    tokenizer = data.load_tokenizer(str(folder) if folder and (folder / "tokenizer.json").is_file() else base)
+    models.need_vocabulary(base, len(tokenizer))
+    turns = folder / "chat_template.jinja" if folder else None  # of an adapter without a tokenizer of its own
+    if turns and models.own_file(turns):
+        tokenizer.chat_template = turns.read_text(encoding="utf-8")
+    bare = models.language_skeleton(base)
+    try:
+        if adapter:
+            lora.inject(bare, adapter)
+            lora.match_keys(bare, shapes)
+    except ValueError as e:
+        raise UserError(f"--base {base}: {e}") from None
+    return Given(replace(known, base=base), None, tokenizer, adapter, folder)
+
+
+def _run_of_cpt(run: Path) -> tuple[configs.CptConfig, Path | None]:
+    """A run's config and its best save, or its last: where that is an adapter, its folder, or else as the base."""
+    if (run / "labels.json").exists() or not (run / "config.json").is_file():
+        raise UserError(f"run {run}: no run of cpt.py, whose models write text; leave --generate out or name another")
+    known = configs.read_config(configs.CptConfig, run)
+    folder = checkpoint.trusted(run / "best") or checkpoint.trusted(run / "last")
+    if folder is None:
+        raise UserError(f"run {run}: it holds no save yet; go on with python cpt.py --resume {run}")
+    whole = (folder / "model.safetensors").exists()
+    return (replace(known, base=str(folder), quant="none"), None) if whole else (known, folder)
+
+
+def load_language_model(given: Given, world: ddp.World, precision: str):
+    """(the language model, ready to write; a report of what matched). Raises Untrusted for an adapter of no values."""
+    dtype, cfg = models.weight_dtype(world.device, precision), given.config
+    lm = models.load_language_model(cfg.base, world.device, dtype, None, cfg.quant, models.DTYPES[precision])
+    report = "no adapter: the base alone"
+    if given.adapter:
+        lora.inject(lm, given.adapter)
+        lora.train_only(lm)
+        report = load_adapter(given.folder, given.adapter, lm, cfg.base)
+    return lm.eval().requires_grad_(False), report

@@ -240,6 +240,13 @@ def adapters(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if isinstance(m, (LoRALinear, LoRAEmbedding))}
 
 
+def assert_moved(model: nn.Module) -> None:
+    """After the first update no adapter may still be zero: a frozen graph would train nothing in silence."""
+    still = [n for n, m in adapters(model).items() if m.idle()]
+    if still:
+        raise AssertionError(f"{len(still)} adapters did not move in the first step (first: {still[0]})")
+
+
 # ---- what is trained ------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
 )
 from transformers.utils import cached_file, logging
 
@@ -328,6 +329,7 @@ def load_language_model(
     if random_seed is None:
         model, fresh = _load(AutoModelForCausalLM, base, "auto" if quant == "nf4" else dtype)
         _refuse_missing(base, fresh)
+        model.base_fingerprint = fingerprint(model)
         if quant == "nf4":
             quantize(model.base_model, device, compute)
             for p in model.parameters():
@@ -338,6 +340,53 @@ def load_language_model(
         model = _from_config(AutoModelForCausalLM, base, _config(base), **options)
         model.get_input_embeddings().register_forward_hook(_cast_out)
     return model.to(device)
+
+
+def language_skeleton(base: str) -> nn.Module:
+    """A decoder with its LM head and no weights (on the meta device). Raises UserError for an encoder."""
+    config = _config(base)
+    if config.model_type in ENCODERS:
+        raise UserError(f"--base {base}: {config.model_type} is an encoder, which writes no text; give a decoder")
+    with torch.device("meta"):
+        return _from_config(AutoModelForCausalLM, base, config)
+
+
+@contextmanager
+def generating(lm: nn.Module):
+    """Inside the block a language model takes transformers' `generate`: eval mode, stock attention, a cache, and no
+    setting of the base's generation_config.json. Afterwards everything is exactly as it was.
+    """
+    modes, before = [(m, m.training) for m in lm.modules()], lm.generation_config
+    packed, use_cache = lm.config._attn_implementation, lm.config.use_cache
+    try:
+        lm.eval()
+        lm.generation_config, lm.config.use_cache = GenerationConfig(), True
+        lm.config._attn_implementation = "sdpa" if packed == ATTENTION else packed
+        yield lm
+    finally:
+        lm.generation_config, lm.config.use_cache, lm.config._attn_implementation = before, use_cache, packed
+        for module, mode in modes:
+            module.training = mode
+
+
+def complete(
+    lm, prompts: list[list[int]], pad: int, stops, precision="fp32", most=256, temperature=0.0, top_p=1.0, seed=0
+) -> list[list[int]]:
+    """At most `most` token ids after each prompt, up to and with its first stop token, from one left-padded batch.
+
+    Temperature 0 is greedy; else tokens are drawn from seed. Neither the model nor torch's random state is changed.
+    """
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=lm.device)  # (B, L)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
+    draw = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    ends = {"max_new_tokens": most, "pad_token_id": pad, "eos_token_id": sorted(stops) or None}
+    gpus = [lm.device] if lm.device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), autocast(lm.device, precision), generating(lm):
+        torch.manual_seed(seed)
+        out = lm.generate(ids, attention_mask=mask, generation_config=GenerationConfig(**ends, **draw))
+    found = out[:, longest:].tolist()
+    return [row[: next((t + 1 for t, token in enumerate(row) if token in stops), len(row))] for row in found]
 
 
 def vocabulary_head(lm: nn.Module):
@@ -447,12 +496,12 @@ def quantize(backbone: nn.Module, device: torch.device, compute: torch.dtype) ->
                 layer.set_submodule(name, small)
 
 
-def fingerprint(model: "Classifier") -> dict:
+def fingerprint(model: nn.Module) -> dict:
     """What makes a base itself: its sizes, and of every matrix the mean and mean magnitude of 64 spread-out weights."""
     sizes = "model_type hidden_size num_hidden_layers num_attention_heads vocab_size tie_word_embeddings".split()
     weights = {}
     for name, p in model.named_parameters():
-        if p.ndim == 2 and name not in model.fresh:
+        if p.ndim == 2 and name not in getattr(model, "fresh", ()):
             sample = p.detach().flatten()[:: max(1, p.numel() // 64)][:64].double()
             weights[name] = [float(sample.mean()), float(sample.abs().mean())]
     return {**{k: getattr(model.config, k, None) for k in sizes}, "weights": weights}
@@ -784,7 +833,7 @@ def activation_maxima(model: nn.Module):
 
         return hook
 
-    layers = decoder_layers(model.backbone)
+    layers = decoder_layers(model)
     hooks = [layer.register_forward_hook(note(f"layer {i}")) for i, layer in enumerate(layers)]
     try:
         yield maxima

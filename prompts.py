@@ -4,9 +4,11 @@ A template is a Python format string over column names, such as "Rule: {rule}\\n
 messages {"role", "content"} that the tokenizer's own chat template renders.
 """
 
+import os
 import re
 import string
 
+QUESTION = {"role": "user", "content": "?"}
 DATE = "26 Jul 2024"  # what templates that print today's date are told: scores must not change by the day
 
 
@@ -69,3 +71,61 @@ def chat(tokenizer, messages: list[dict], tools: list | None = None, answer: boo
     if spelled:
         raise ValueError(f"a message spells the special token {spelled[0]}, and the chat template rewrites it")
     return [(False, text)]
+
+
+def takes_system(tokenizer) -> bool:
+    """Whether the chat template has a place for a system turn."""
+    try:
+        return any("\ue000" in text for _, text in chat(tokenizer, [{"role": "system", "content": "\ue000"}, QUESTION]))
+    except ValueError:
+        return False
+
+
+def conversation(tokenizer, messages: list[dict], tools: list | None = None):
+    """A chat to learn from: its pieces, and the character spans (first, end) of the assistant's turns.
+
+    A turn that the template renders otherwise once others follow it (some drop the reasoning of earlier ones) is not
+    learned. Raises ValueError for messages that the template refuses, and where the last turn is no answer to learn.
+    """
+
+    def rendered(count: int, answer: bool) -> str:
+        return "".join(text for _, text in chat(tokenizer, messages[:count], tools, answer))
+
+    pieces, spans = chat(tokenizer, messages, tools), []
+    text = "".join(part for _, part in pieces)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and i > 0:
+            opened, closed = rendered(i, True), rendered(i + 1, False)
+            end = len(os.path.commonprefix([text, closed]))
+            if text.startswith(opened) and end >= len(opened) + len((message.get("content") or "").strip()):
+                spans.append((len(opened), end))
+    if messages[-1]["role"] != "assistant" or not spans or spans[-1][1] != len(text):
+        raise ValueError("expected an assistant's turn at the end, which the chat template renders after its prompt")
+    return pieces, spans
+
+
+def completion(template: str, row: dict[str, str], response: str, end: str):
+    """A plain prompt and its response to learn from: pieces, and the characters (first, end) of the response.
+
+    end: the text of the token that ends it.
+    """
+    prompt = render(template, row)
+    start = sum(len(text) for _, text in prompt)
+    return [*prompt, (True, response), (False, end)], [(start, start + len(response) + len(end))]
+
+
+def spell(tokenizer, pieces: list[tuple[bool, str]], spans: list[tuple[int, int]]) -> list[tuple[bool, str]]:
+    """The pieces with the ordinary added tokens of answers (<think>, <tool_call>) as the template's own words.
+
+    A model learns to write them. Special tokens in an answer stay plain text, as do all in a prompt.
+    """
+    words = sorted(set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens), key=len, reverse=True)
+    found, at = [], 0
+    for user, text in pieces:
+        if user and words and any(first <= at < end for first, end in spans):
+            parts = re.split("(" + "|".join(map(re.escape, words)) + ")", text)
+            found += [(i % 2 == 0, part) for i, part in enumerate(parts) if part]
+        else:
+            found.append((user, text))
+        at += len(text)
+    return found

@@ -9,13 +9,12 @@ The run is the same on any number of ranks: see "the batch plan" in data.py and 
 """
 
 import csv
-import hashlib
 import io
 import json
 import math
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ import losses
 import metrics
 import model as models
 import optim
+import resume
 from configs import TrainConfig, UserError
 
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> dict:
 
     # ---- distributed ------------------------------------------------------------------------------------------------
     world = ddp.setup()
-    cfg, run = evaluate.run_to_resume(cfg, given, world)
+    cfg, run = resume.run_to_resume(cfg, given, world)
     ddp.say(world, configs.preset_note(given, argv))
     precision, why = models.choose_precision(cfg.precision, world.device)
     ddp.say(world, f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}; precision {precision} ({why})")
@@ -89,8 +89,16 @@ def main(argv: list[str]) -> dict:
 
     # ---- resume, or a new run ---------------------------------------------------------------------------------------
     base = model.base_fingerprint
-    at = restore(run, world, model, optimizer, scaler, train.digest()) if run and not cfg.dry_run else None
-    at = at or State(micro_batches=max(cfg.micro_batches, world.size))
+
+    def read(folder: Path) -> None:
+        evaluate.check_base(model, checkpoint.verify(folder)["base"], "of this run")
+        evaluate.read_classifier(folder, model)
+
+    def write(folder: Path) -> None:
+        evaluate.write_classifier(folder, model, tokenizer, labels)
+
+    at = resume.restore(run, world, read, optimizer, scaler, train.digest()) if run and not cfg.dry_run else None
+    at = at or resume.State(micro_batches=max(cfg.micro_batches, world.size))
     if at.micro_batches != cfg.micro_batches:
         ddp.say(
             world,
@@ -107,12 +115,13 @@ def main(argv: list[str]) -> dict:
     if cfg.dry_run:
         return dry_run(cfg, world, model, precision, train, plan, total)
     if run is None:
-        run = Path(ddp.from_rank0(world, lambda: new_run(cfg, world, labels)))
+        names = json.dumps({"values": labels.values, "names": labels.names}, indent=1)
+        run = resume.new_run(cfg, world, {"labels.json": names})
     ddp.say(world, f"run {run}" + (f", resumed at step {at.step} of {total}" if at.step else ""))
 
     # ---- loop: step, log, eval, save --------------------------------------------------------------------------------
     row_weights = None if weights is None else torch.from_numpy(weights).float().to(world.device)
-    stop, log, clock = ddp.StopRequest(), run / "metrics.jsonl", Clock(at)
+    stop, log, clock = ddp.StopRequest(), run / "metrics.jsonl", resume.Clock(at)
     bar = tqdm(total=total, initial=at.step, disable=world.rank != 0, unit="step", file=sys.stderr, mininterval=1.0)
     while at.step < total and not at.done:
         epoch, index = divmod(at.step, steps_per_epoch)
@@ -145,7 +154,7 @@ def main(argv: list[str]) -> dict:
         at.rows += len(rows_of_step)
         at.tokens += int(train.tokens.lengths[rows_of_step].sum())
         if at.updates == 1 and taken:
-            assert_adapters_moved(model)
+            lora.assert_moved(model)
 
         # log
         clock.lap("seconds")
@@ -170,7 +179,7 @@ def main(argv: list[str]) -> dict:
             ddp.say(world, f"step {at.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "rows"))
             if better(scores, at.best, cfg.metric):
                 at.best, at.best_step, at.stale = scores.get(cfg.metric, -1.0), at.step, 0
-                save(run / "best", world, model, tokenizer, cfg, labels, {"step": at.step, "base": base})
+                resume.save(run / "best", world, write, {"step": at.step, "base": base}, cfg.keep)
             else:
                 at.stale += 1
                 at.done = bool(cfg.patience) and at.stale >= cfg.patience
@@ -178,7 +187,7 @@ def main(argv: list[str]) -> dict:
         # save
         if last or at.done or stopping or at.step % save_every == 0:
             state = (log, at, optimizer, scaler, train.digest())
-            save(run / "last", world, model, tokenizer, cfg, labels, {"step": at.step, "base": base}, state)
+            resume.save(run / "last", world, write, {"step": at.step, "base": base}, cfg.keep, state)
         if stopping and not last:
             raise KeyboardInterrupt(f"stopped after step {at.step}; go on with --resume {run}")
     bar.close()
@@ -207,7 +216,7 @@ def main(argv: list[str]) -> dict:
         "steps": at.step,
         "examples_per_second": round(at.rows / at.seconds, 2),
         "tokens_per_second": round(at.tokens / at.seconds, 1),
-        "peak_memory_gb": round(peak_memory_gb(world), 3),
+        "peak_memory_gb": round(resume.peak_memory_gb(world), 3),
         "flops": models.training_flops(model, train.tokens.lengths) * at.rows / len(train.labels),
         "train_seconds": round(at.seconds, 2),
         "eval_seconds": round(at.eval_seconds, 2),
@@ -238,8 +247,7 @@ class Split:
 
     def digest(self) -> str:
         """sha256 over tokens and labels: a resumed run must see the same."""
-        arrays = (self.tokens.ids, self.tokens.starts, self.labels)
-        return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
+        return self.tokens.digest(self.labels)
 
 
 def load_rows(cfg: TrainConfig, say) -> tuple[Split, Split, data.Labels]:
@@ -306,82 +314,6 @@ def class_weights(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndar
         raise UserError(str(e)) from None
 
 
-# ---- resuming and starting ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class State:
-    """Where a run is: everything that the loop needs beside tensors. Stored as last/state.json."""
-
-    micro_batches: int
-    step: int = 0  # optimizer steps of the plan that are done
-    updates: int = 0  # those that changed parameters: the schedule counts these
-    skipped: int = 0  # those whose fp16 gradients were not finite
-    rows: int = 0
-    tokens: int = 0
-    seconds: float = 0.0  # spent training, saves included, evaluations not
-    eval_seconds: float = 0.0
-    best: float | None = None
-    best_step: int = 0
-    stale: int = 0  # evaluations since the best one
-    done: bool = False  # stopped early
-    resumed: int = 0  # the step that this process began with
-
-
-class Clock:
-    """Adds the time since the last lap to one of the state's counters of seconds."""
-
-    def __init__(self, at: State):
-        self.at, self.last = at, time.perf_counter()
-
-    def lap(self, counter: str) -> None:
-        now = time.perf_counter()
-        setattr(self.at, counter, getattr(self.at, counter) + now - self.last)
-        self.last = now
-
-
-def new_run(cfg: TrainConfig, world: ddp.World, labels: data.Labels) -> Path:
-    """Make the run folder and write what is known at the start."""
-    run = checkpoint.new_run(cfg.outputs, cfg.base, configs.dataset_name(cfg))
-    facts = checkpoint.environment(torch.get_num_threads(), world.size, device_name(world))
-    checkpoint.write_atomic(run / "environment.json", json.dumps(facts, indent=1) + "\n")
-    checkpoint.write_atomic(run / "labels.json", json.dumps({"values": labels.values, "names": labels.names}, indent=1))
-    checkpoint.write_atomic(run / "config.json", configs.to_json(replace(cfg, resume="")))
-    return run
-
-
-def restore(run: Path, world, model, optimizer, scaler, digest: str) -> State | None:
-    """Load the last save into model, optimizer and scaler and cut the log back to it; None if nothing was saved yet.
-
-    Raises UserError when the training rows are not those the run began with.
-    """
-    found = checkpoint.last_state(run)
-    if world.rank == 0:
-        checkpoint.cut_log(run / "metrics.jsonl", found[1]["log_bytes"] if found else 0)
-    if not found:
-        ddp.say(world, f"{run} has no save yet: it starts at step 0")
-        return None
-    folder, saved = found
-    if saved["digest"] != digest:
-        raise UserError(f"--resume {run}: the training rows or their tokens changed since this run began")
-    if saved["threads"] != torch.get_num_threads():
-        ddp.say(
-            world,
-            f"warning: {torch.get_num_threads()} threads, the run began with {saved['threads']}: "
-            "equal to rounding, not to the bit (set OMP_NUM_THREADS)",
-        )
-    evaluate.check_base(model, checkpoint.verify(folder)["base"], "of this run")
-    evaluate.read_classifier(folder, model)
-    checkpoint.load_optimizer_tensors(optimizer, checkpoint.load_tensors(folder / "state.safetensors"))
-    if saved["scaler"] and scaler.is_enabled():
-        scaler.load_state_dict(saved["scaler"])
-    elif bool(saved["scaler"]) != scaler.is_enabled():
-        ddp.say(world, "warning: the precision is not the one this run began with: equal to rounding, not to the bit")
-    at = State(**saved["at"])
-    at.resumed = at.step
-    return at
-
-
 # ---- the loop's small parts -----------------------------------------------------------------------------------------
 
 
@@ -408,13 +340,6 @@ def better(scores: dict[str, float], best: float | None, metric: str) -> bool:
     return best is None or (now < best if metric in ("log_loss", "mse", "rmse", "mae") else now > best)
 
 
-def assert_adapters_moved(model: models.Classifier) -> None:
-    """After the first update no adapter may still be zero: a frozen graph would train nothing in silence."""
-    still = [n for n, m in lora.adapters(model).items() if m.idle()]
-    if still:
-        raise AssertionError(f"{len(still)} adapters did not move in the first step (first: {still[0]})")
-
-
 def refuse_not_finite(cfg, world, model, scaler, train: Split, micro_batches, precision: str, step: int, loss) -> None:
     """After a step whose gradients were not finite: go on while fp16 scaling can still help, else raise not_finite."""
     if scaler.is_enabled() and scaler.get_scale() >= 1.0:
@@ -431,25 +356,6 @@ def not_finite(world, model, train: Split, micro_batches, precision: str, found:
     return FloatingPointError(f"{found}; {where}; lower --lr, or try --precision bf16 or fp32")
 
 
-def save(
-    target: Path, world, model, tokenizer, cfg: TrainConfig, labels, about: dict, state: tuple | None = None
-) -> None:
-    """Write best/ or, with the state to go on from, last/. Rank 0 alone writes."""
-    if world.rank != 0:
-        return
-
-    def write(folder: Path) -> None:
-        evaluate.write_classifier(folder, model, tokenizer, labels)
-        if state:
-            log, at, optimizer, scaler, digest = state
-            checkpoint.save_tensors(folder / "state.safetensors", checkpoint.optimizer_tensors(optimizer))
-            facts = {"at": vars(at), "scaler": scaler.state_dict(), "log_bytes": log.stat().st_size, "digest": digest}
-            checkpoint.save_json(folder / "state.json", {**facts, "threads": torch.get_num_threads()})
-
-    versions = {"torch": torch.__version__, "lasttoken": 1}
-    checkpoint.save(target, write, {**about, "versions": versions}, cfg.keep)
-
-
 def write_predictions(path: Path, val: Split, logits: np.ndarray, labels: data.Labels) -> None:
     """val_predictions.csv: id, label, prediction and one column of logits a class, or none for a regression."""
     out = io.StringIO(newline="")
@@ -461,25 +367,6 @@ def write_predictions(path: Path, val: Split, logits: np.ndarray, labels: data.L
         else:
             writer.writerow([i, repr(float(y)), repr(float(z[0]))])
     checkpoint.write_atomic(path, out.getvalue())
-
-
-# ---- numbers about the machine --------------------------------------------------------------------------------------
-
-
-def device_name(world: ddp.World) -> str:
-    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-
-
-def peak_memory_gb(world: ddp.World) -> float:
-    """Of this process: memory allocated on its GPU, or resident on a CPU (0 where that is not known)."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(world.device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
 def dry_run(cfg: TrainConfig, world, model, precision: str, train: Split, plan, total: int) -> dict:
@@ -494,7 +381,7 @@ def dry_run(cfg: TrainConfig, world, model, precision: str, train: Split, plan, 
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     rate = float(train.tokens.lengths[plan[0][0]].sum()) / seconds[-1] * world.size
-    tokens = float(train.tokens.starts[-1]) * total / len(plan)
+    tokens = float(train.tokens.lengths.sum()) * total / len(plan)
     memory = models.memory_estimate(model, cfg.max_tokens, precision, cfg.grad_checkpoint)
     parts = ", ".join(f"{k} {v:.2f}" for k, v in memory.items())
     ddp.say(world, f"memory: about {sum(memory.values()):.2f} GB a rank ({parts})")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import checkpoint
 import configs
+import corpus
 import cpt
 import data
 import ddp
@@ -88,7 +89,8 @@ def test_loss_falls_and_the_base_loads_everywhere(done, small_base, tmp_path):
 def test_held_out_loss_is_that_of_each_segment_alone_in_transformers(done, source, tmp_path):
     result, flags = done
     cfg, _ = configs.parse(configs.CptConfig, configs.CPT_PRESETS, flags)
-    segments, held_out = cpt.load_segments(cfg, data.load_tokenizer(cfg.base))
+    texts = cpt.load_texts(cfg, data.load_tokenizer(cfg.base), ALONE)
+    segments, held_out = texts.train, texts.val
     lm = AutoModelForCausalLM.from_pretrained(Path(result["run"]) / "last", dtype=torch.float32).eval()
     nats, count = 0.0, 0
     with torch.no_grad():
@@ -171,7 +173,7 @@ def test_live_merged_and_reloaded_give_the_same_logits(adapted):
         assert (plain(input_ids=ids).logits - want).abs().max() > 1e-2
     assert not whole.config.tie_word_embeddings
     cfg, _ = configs.parse(configs.CptConfig, configs.CPT_PRESETS, flags)
-    _, held_out = cpt.load_segments(configs.own_data(cfg, set()), data.load_tokenizer(base))
+    held_out = cpt.load_texts(configs.own_data(cfg, set()), data.load_tokenizer(base), ALONE).val
     scores = evaluate.language_scores(
         models.load_language_model(str(merged), torch.device("cpu"), torch.float32), held_out, ALONE, "fp32", 128
     )
@@ -224,32 +226,17 @@ def test_modules_trained_whole_are_untied_and_saved(source, small_base, tmp_path
 # ---- the corpus -----------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_read_and_equal_documents_are_kept_once(small_base, tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "a.txt").write_text("One  document.\n")
-    (tmp_path / "sub/b.md").write_text("One document.")
-    (tmp_path / "sub/c.jsonl").write_text(json.dumps({"text": "Another é."}) + "\n" + json.dumps({"text": " "}) + "\n")
-    rows, said = data.read_documents(str(tmp_path), "train_data", "{text}")
-    assert [r["text"] for r in rows] == ["One  document.\n", "Another é."]
-    assert "2 documents, 2 empty or equal to another left out" in said
-    for path, words in ((tmp_path / "none", "no such file or folder"), (tmp_path / "x.pdf", "expected .txt, .md")):
-        (tmp_path / "x.pdf").write_bytes(b"%PDF")
-        with pytest.raises(UserError, match=f"--guard_data .*{words}"):
-            data.read_documents(str(path), "guard_data", "{text}")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no documents in there"):
-        data.read_documents(str(tmp_path / "empty"), "train_data", "{text}")
-
-
 @pytest.mark.parametrize("cross_document", [False, True])
-def test_every_token_is_predicted_once_and_bytes_are_those_of_the_text(source, cross_document):
+def test_every_token_is_predicted_once_and_bytes_are_those_of_the_text(source, tmp_path, cross_document):
     """Of each document, or of the whole stream, only the very first token is not predicted."""
-    flags = cpt_flags(source, source, cross_document=str(cross_document).lower())
-    cfg, _ = configs.parse(configs.CptConfig, configs.CPT_PRESETS, flags)
-    tokenizer = data.load_tokenizer(cfg.base)
+    tokenizer = data.load_tokenizer(str(source / "base"))
     texts = [json.loads(line)["text"] for line in open(source / "papers.jsonl", encoding="utf-8")]
     rows = [{"text": t} for t in dict.fromkeys(texts)]
-    found = cpt.segments(cfg, tokenizer, rows)
+    read = corpus.load(
+        str(source / "papers.jsonl"), "train_data", tokenizer, tmp_path, ALONE, print, template="{text}", max_length=32,
+        chat="auto", system="",
+    )  # fmt: skip
+    found = corpus.segments(read, np.arange(len(rows)), tokenizer, 32, cross_document)
     ids = [[*tokenizer(r["text"])["input_ids"], data.end_of_text(tokenizer)] for r in rows]
     documents = [sum(ids, [])] if cross_document else ids
     predicted = [t for i in range(len(found.lengths)) for t in found.row(i)[1:].tolist()]

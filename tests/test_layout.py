@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     3: {"train", "infer", "cpt", "report"},
-    2: {"evaluate"},
-    1: {"model", "data"},
+    2: {"evaluate", "corpus"},
+    1: {"model", "data", "resume"},
     0: {"configs", "lora", "ddp", "optim", "checkpoint", "losses", "metrics", "decide", "prompts", "latex"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -1,0 +1,139 @@
+"""Where a run is, for train and cpt: its folder and state, how they are saved, and how a run goes on."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import configs
+import ddp
+from configs import UserError
+
+
+@dataclass
+class State:
+    """Everything that the loop needs beside tensors. Stored as last/state.json."""
+
+    micro_batches: int
+    step: int = 0  # optimizer steps of the plan that are done
+    updates: int = 0  # those that changed parameters: the schedule counts these
+    skipped: int = 0  # those whose fp16 gradients were not finite
+    rows: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # spent training, saves included, evaluations not
+    eval_seconds: float = 0.0
+    best: float | None = None
+    best_step: int = 0
+    stale: int = 0  # evaluations since the best one
+    done: bool = False  # stopped early
+    evals: list = field(default_factory=list)  # of cpt: all evaluations so far
+    resumed: int = 0  # the step that this process began with
+
+
+class Clock:
+    """Adds the time since the last lap to one of the state's counters of seconds."""
+
+    def __init__(self, at: State):
+        self.at, self.last = at, time.perf_counter()
+
+    def lap(self, counter: str) -> None:
+        now = time.perf_counter()
+        setattr(self.at, counter, getattr(self.at, counter) + now - self.last)
+        self.last = now
+
+
+def run_to_resume(cfg, given: set[str], world: ddp.World):
+    """(config, run folder) of the run that cfg.resume means; (cfg, None) when a new run starts.
+
+    Rank 0 looks, all know. Raises UserError for flags given by hand that contradict the run.
+    """
+    if not cfg.resume:
+        return cfg, None
+    name = configs.dataset_name(cfg)
+    found = ddp.from_rank0(world, lambda: checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, name))
+    if not found:
+        ddp.say(world, "--resume auto: no unfinished run of this base and dataset; a new one starts")
+        return cfg, None
+    return configs.resumed(cfg, given, Path(found)), Path(found)
+
+
+def new_run(cfg, world: ddp.World, facts: dict[str, str]) -> Path:
+    """Make the run folder, on rank 0, and write what is known at the start; facts: more files and their texts."""
+
+    def make() -> Path:
+        run = checkpoint.new_run(cfg.outputs, cfg.base, configs.dataset_name(cfg))
+        environment = checkpoint.environment(torch.get_num_threads(), world.size, device_name(world))
+        texts = {"environment.json": json.dumps(environment, indent=1) + "\n", **facts}
+        for name, text in {**texts, "config.json": configs.to_json(replace(cfg, resume=""))}.items():
+            checkpoint.write_atomic(run / name, text)
+        return run
+
+    return Path(ddp.from_rank0(world, make))
+
+
+def save(target: Path, world, write, about: dict, keep: int, state: tuple | None = None) -> None:
+    """Write best/ or, with the state (log, at, optimizer, scaler, digest) to go on from, last/. Rank 0 alone writes."""
+    if world.rank != 0:
+        return
+
+    def whole(folder: Path) -> None:
+        write(folder)
+        if state:
+            log, at, optimizer, scaler, digest = state
+            checkpoint.save_tensors(folder / "state.safetensors", checkpoint.optimizer_tensors(optimizer))
+            facts = {"at": vars(at), "scaler": scaler.state_dict(), "log_bytes": log.stat().st_size, "digest": digest}
+            checkpoint.save_json(folder / "state.json", {**facts, "threads": torch.get_num_threads()})
+
+    versions = {"torch": torch.__version__, "lasttoken": 1}
+    checkpoint.save(target, whole, {**about, "versions": versions}, keep)
+
+
+def restore(run: Path, world, read, optimizer, scaler, digest: str) -> State | None:
+    """Load the last save, the model by read(folder), and cut the log back to it; None if nothing was saved yet.
+
+    Raises UserError when the training rows are not those the run began with.
+    """
+    found = checkpoint.last_state(run)
+    if world.rank == 0:
+        checkpoint.cut_log(run / "metrics.jsonl", found[1]["log_bytes"] if found else 0)
+    if not found:
+        ddp.say(world, f"{run} has no save yet: it starts at step 0")
+        return None
+    folder, saved = found
+    if saved["digest"] != digest:
+        raise UserError(f"--resume {run}: the training rows or their tokens changed since this run began")
+    if saved["threads"] != torch.get_num_threads():
+        ddp.say(
+            world,
+            f"warning: {torch.get_num_threads()} threads, the run began with {saved['threads']}: "
+            "equal to rounding, not to the bit (set OMP_NUM_THREADS)",
+        )
+    read(folder)
+    checkpoint.load_optimizer_tensors(optimizer, checkpoint.load_tensors(folder / "state.safetensors"))
+    if saved["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(saved["scaler"])
+    elif bool(saved["scaler"]) != scaler.is_enabled():
+        ddp.say(world, "warning: the precision is not the one this run began with: equal to rounding, not to the bit")
+    at = State(**saved["at"])
+    at.resumed = at.step
+    return at
+
+
+def device_name(world: ddp.World) -> str:
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+
+
+def peak_memory_gb(world: ddp.World) -> float:
+    """Of this process: memory allocated on its GPU, or resident on a CPU (0 where that is not known)."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
