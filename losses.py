@@ -28,7 +28,7 @@ def squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.T
     return F.mse_loss(outputs[:, 0].float(), targets.float(), reduction="sum"), float(len(targets))
 
 
-def lm_cross_entropy(hidden: torch.Tensor, head, targets: torch.Tensor, chunk: int = 1024):
+def lm_cross_entropy(hidden: torch.Tensor, head, targets: torch.Tensor, chunk: int = 512):
     """Next-token cross-entropy without ever holding all logits: chunks of rows, recomputed in the backward pass.
 
     hidden (N, D) states, head: states -> logits over the vocabulary (the LM head, adapted or not), targets (N,) int64

@@ -51,8 +51,8 @@ def competition_problems(folder: Path) -> set[str]:
     return found
 
 
-def documents(shared: Path) -> tuple[list[str], int]:
-    """All training texts, and how many problems were left out for they also occur in the competition."""
+def math_texts(shared: Path) -> tuple[list[str], int]:
+    """Problems with solutions of MATH and GSM8K, and how many were left out for they also occur in the competition."""
     known, texts, left_out = competition_problems(shared / "data/math_problems"), [], 0
     for name, problem, answer in (
         ("MATH_train.jsonl", "problem", "solution"),
@@ -65,6 +65,12 @@ def documents(shared: Path) -> tuple[list[str], int]:
                 continue
             solution = re.sub(r"<<[^<>]*>>", "", row[answer])
             texts.append(row[problem] + "\n" + solution)
+    return texts, left_out
+
+
+def documents(shared: Path) -> tuple[list[str], int]:
+    """All training texts, and how many problems were left out of them."""
+    texts, left_out = math_texts(shared)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "generated.jsonl"
         command = [sys.executable, str(HERE / "make_problems.py"), "--text", str(GENERATED), "--out", str(out)]
