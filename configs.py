@@ -458,7 +458,7 @@ def llama8b_sft() -> CptConfig:
         base="meta-llama/Llama-3.1-8B",
         train_data="dataset/train.jsonl",
         max_length=2048,
-        val_size=5000,
+        val_size=5000.0,
         eval_rows=500,
         rank=16,
         alpha=16.0,

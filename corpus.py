@@ -6,6 +6,7 @@ A corpus is read and encoded once, by rank 0, into memory-mapped files named by 
 
 import hashlib
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,15 +43,29 @@ def find_files(paths: str, flag: str) -> list[tuple[Path, list[Path]]]:
     for path in (Path(p.strip()) for p in paths.split(",") if p.strip()):
         if not path.exists():
             raise UserError(f"--{flag} {path}: no such file or folder")
-        if path.is_file() and not path.name.endswith(ENDS):
+        if not path.is_dir() and not (path.is_file() and _readable(path)):
             raise UserError(f"--{flag} {path}: expected {', '.join(ENDS)}, or a folder of them")
-        inside = [p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}"]
+        inside = [p for p in path.rglob("*") if not p.is_dir() and "/." not in f"/{p.relative_to(path).as_posix()}"]
         found.append((path, sorted(inside)) if path.is_dir() else (path.parent, [path]))
     return found
 
 
-def read_documents(sources: list[tuple[Path, list[Path]]], flag: str) -> tuple[list[dict[str, str]], list[dict]]:
-    """The documents of files as rows of columns, and for each file a record of what became of it.
+def _readable(file: Path) -> bool:
+    return file.name.lower().endswith(ENDS)
+
+
+def _bytes(file: Path, flag: str) -> bytes:
+    """Raises UserError for what cannot be read; what is no file (a pipe, a link to nothing) would be waited for."""
+    try:
+        if not file.is_file():
+            raise UserError(f"--{flag} {file}: no regular file")
+        return file.read_bytes()
+    except OSError as e:
+        raise UserError(f"--{flag} {file}: cannot be read ({e.strerror})") from None
+
+
+def read_documents(sources: list[tuple[Path, list[Path]]], flag: str) -> tuple[list[dict], list[str], list[dict]]:
+    """The documents of files as rows of columns, where each stands, and for each file a record of what became of it.
 
     LaTeX projects are made into documents by latex.py; .txt and .md files are one document each, lines of JSONL one
     each. Rows that are equal but for white space are kept once. A text that cannot be read is passed over and recorded
@@ -58,40 +73,46 @@ def read_documents(sources: list[tuple[Path, list[Path]]], flag: str) -> tuple[l
     """
     rows, owners, records = [], [], []
     for root, files in sources:
-        tex = {p.relative_to(root).as_posix(): p.read_bytes() for p in files if p.suffix == ".tex"}
-        documents, reports = latex.corpus(tex)
-        rows += [{"text": text} for _, text in documents]
-        owners += [name for name, _ in documents]
-        records += [{"file": report.name, **vars(report)} for report in reports]
-        for file in (p for p in files if p.suffix != ".tex"):
-            found, fate = [], f"dropped: {file.suffix or 'no suffix'} is not read"
+        tex = {}
+        for file in files:
+            name, found = file.relative_to(root).as_posix(), []
+            fate = f"dropped: {file.suffix or 'no suffix'} is not read"
             try:
-                if file.name.endswith(ENDS):
+                if file.suffix.lower() == ".tex":
+                    tex[name] = _bytes(file, flag)
+                    continue
+                if _readable(file):
                     found = _rows_of(file, flag)
-                    fate = "read"
+                    fate = "read" if found else "dropped: empty"
             except UserError as e:
-                if len(files) == 1 or ".jsonl" in file.name:
+                if len(files) == 1 or ".jsonl" in file.name.lower():
                     raise
                 fate = f"dropped: {str(e).split(': ', 1)[-1]}"
-            rows, owners = rows + found, owners + [file.relative_to(root).as_posix()] * len(found)
-            records.append({"file": file.relative_to(root).as_posix(), "fate": fate, "documents": len(found)})
-    kept, repeated = _distinct(rows, owners)
+            rows.extend(found)
+            owners.extend([name] * len(found))
+            records.append({"file": name, "fate": fate, "documents": len(found)})
+        documents, reports = latex.corpus(tex)
+        rows.extend({"text": text} for _, text in documents)
+        owners.extend(name for name, _ in documents)
+        records.extend({"file": report.name, **vars(report)} for report in reports)
+    kept, names, repeated = _distinct(rows, owners)
     if not kept:
         why = f": {records[0]['fate'].removeprefix('dropped: ')}" if len(records) == 1 else ""
         raise UserError(f"--{flag}: no documents in {len(records)} files ({', '.join(ENDS)} are read){why}")
-    return kept, records + repeated
+    return kept, names, records + repeated
 
 
 def _rows_of(file: Path, flag: str) -> list[dict[str, str]]:
-    if file.suffix in (".txt", ".md"):
-        return [{"text": data.decode_text(file.read_bytes(), f"--{flag} {file}")}]
-    return data.read_rows(str(file), flag)
+    if file.suffix.lower() in (".txt", ".md"):
+        return [{"text": data.decode_text(_bytes(file, flag), f"--{flag} {file}")}]
+    return [] if file.is_file() and not file.stat().st_size else data.read_rows(str(file), flag)
 
 
-def _distinct(rows: list[dict[str, str]], owners: list[str]) -> tuple[list[dict[str, str]], list[dict]]:
-    """Rows with text that differ by more than white space, and records of the others."""
-    seen, kept, records = {}, [], []
+def _distinct(rows: list[dict[str, str]], owners: list[str]) -> tuple[list[dict[str, str]], list[str], list[dict]]:
+    """Rows with text that differ by more than white space, where each stands, and records of the others."""
+    seen, kept, names, records, count = {}, [], [], [], Counter()
     for row, owner in zip(rows, owners, strict=True):
+        count[owner] += 1
         words = tuple(tuple(part.split()) for pair in sorted(row.items()) for part in pair)
         key = hashlib.sha256(repr(words).encode("utf-8", "surrogatepass")).digest()
         if key in seen or not any(value.strip() for value in row.values()):
@@ -100,7 +121,8 @@ def _distinct(rows: list[dict[str, str]], owners: list[str]) -> tuple[list[dict[
             continue
         seen[key] = owner
         kept.append(row)
-    return kept, records
+        names.append(f"{owner} row {count[owner]}")
+    return kept, names, records
 
 
 # ---- encoding -------------------------------------------------------------------------------------------------------
@@ -126,13 +148,20 @@ def kinds(pairs: bool) -> dict[str, type]:
     )
 
 
+def _digest(file: Path) -> str:
+    try:
+        return checkpoint.sha256(file) if file.is_file() else "no regular file"
+    except OSError as e:
+        return f"cannot be read: {e.strerror}"
+
+
 def _cached(sources: list[tuple[Path, list[Path]]], flag: str, tokenizer, cache: Path, how: dict) -> Path:
     """The folder of an encoded corpus, made where it is not there: named by all that it follows from, code included."""
     key = hashlib.sha256(json.dumps([flag, how, tokenizer.chat_template, str(tokenizer.special_tokens_map)]).encode())
     code = [Path(__file__).with_name(f"{name}.py") for name in ("corpus", "latex", "prompts", "data")]
     for root, files in [(Path(__file__).parent, code), *sources]:
         for file in files:
-            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            content = _digest(file) if _readable(file) or file in code else "not read"
             key.update(f"{file.relative_to(root).as_posix()} {content}\n".encode("utf-8", "surrogatepass"))
     key.update(tokenizer.backend_tokenizer.to_str().encode())
     target = cache / key.hexdigest()[:32]
@@ -151,7 +180,13 @@ def _cached(sources: list[tuple[Path, list[Path]]], flag: str, tokenizer, cache:
         checkpoint.save_json(folder / "corpus.json", {"pairs": corpus.pairs, "files": corpus.files, "said": said})
 
     cache.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(target, write, {"documents": len(corpus.sizes)}, keep=0)
+    mine = cache / f"{target.name}.{os.getpid()}"  # another run may be making the same one
+    checkpoint.save(mine, write, {"documents": len(corpus.sizes)}, keep=0)
+    try:
+        checkpoint.fs_rename(mine, target)
+    except OSError:
+        checkpoint.fs_remove(mine)
+        checkpoint.verify(target)
     return target
 
 
@@ -163,7 +198,7 @@ def encoded(
     template: of a document's text, or of a pair's prompt. max_length: most tokens of a pair; documents are not cut.
     chat: yes, no or auto, for pairs: whether the tokenizer's chat template renders them, with the system turn.
     """
-    rows, files = read_documents(sources, flag)
+    rows, names, files = read_documents(sources, flag)
     dropped = Counter(f["fate"].removeprefix("dropped: ").split(" of ")[0] for f in files if "dropped" in f["fate"])
     said = "; ".join(f"{count:,} {why}" for why, count in dropped.most_common(5)) or "nothing dropped"
     if not are_pairs(rows, template):
@@ -175,7 +210,7 @@ def encoded(
         return Corpus(tokens, sizes, False, files), f"{len(rows):,} documents, {said}; {report}"
     chatty = chat == "yes" or (chat == "auto" and bool(tokenizer.chat_template))
     template = "{prompt}" if template == "{text}" else template
-    pieces, spans = pair_pieces(rows, f"--{flag}", tokenizer, template, chatty, system)
+    pieces, spans = pair_pieces(rows, names, f"--{flag}", tokenizer, template, chatty, system)
     tokens, report = data.encode(tokenizer, pieces, max_length, spans)
     learned = [tokens.row(i)[tokens.learned[tokens.starts[i] : tokens.stops[i]]] for i in range(len(rows))]
     sizes = np.array([len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in learned])
@@ -199,15 +234,15 @@ def are_pairs(rows: list[dict[str, str]], template: str) -> bool:
     return any(marks & row.keys() for row in rows)
 
 
-def pair_pieces(rows: list[dict[str, str]], where: str, tokenizer, template: str, chat: bool, system: str):
-    """Pieces, and the spans to learn, of rows that hold a response, or messages as JSON.
+def pair_pieces(rows: list[dict], names: list[str], where: str, tokenizer, template: str, chat: bool, system: str):
+    """Pieces, and the spans to learn, of rows that hold a response, or messages as JSON. names: for errors.
 
     Raises UserError that names the rows that are no pairs.
     """
     system = system if chat and prompts.takes_system(tokenizer) else ""
     end = tokenizer.convert_ids_to_tokens(data.end_of_text(tokenizer))
     pieces, spans, wrong = [], [], []
-    for i, row in enumerate(rows):
+    for row, name in zip(rows, names, strict=True):
         try:
             if chat:
                 turns, tools = _messages(row, template)
@@ -217,8 +252,8 @@ def pair_pieces(rows: list[dict[str, str]], where: str, tokenizer, template: str
                 raise ValueError("messages need a chat template, and this tokenizer has none or --chat no was given")
             else:
                 found = prompts.completion(template, row, _response(row), end)
-        except (KeyError, ValueError) as e:
-            wrong.append(f"row {i + 1}: {f'no {e}' if isinstance(e, KeyError) else e}")
+        except (KeyError, ValueError, RecursionError) as e:
+            wrong.append(f"{name}: {f'no {e}' if isinstance(e, KeyError) else e}")
             continue
         pieces.append(prompts.spell(tokenizer, *found))
         spans.append(found[1])
@@ -244,7 +279,8 @@ def _messages(row: dict[str, str], template: str) -> tuple[list[dict], list | No
         raise ValueError("messages is no list of objects with role and content")
     for turn in turns:
         content = turn.get("content")
-        if turn.get("role") not in ROLES or not isinstance(content if turn.get("tool_calls") is None else "", str):
+        silent = content is None and turn.get("tool_calls")
+        if turn.get("role") not in ROLES or not (silent or isinstance(content, str)):
             raise ValueError(f"a turn has the role {turn.get('role')!r} and {type(content).__name__} as content")
     if not any(t["role"] == "assistant" and ((t.get("content") or "").strip() or t.get("tool_calls")) for t in turns):
         raise ValueError("no response")
@@ -282,5 +318,6 @@ def segments(corpus: Corpus, rows: np.ndarray, tokenizer, max_length: int, cross
     starts = tokens.starts[which] + offset
     stops = np.minimum(starts + max_length + 1, tokens.stops[which])
     first, times = np.unique(tokens.ids[tokens.starts], return_counts=True)  # not predicted, so not counted
-    unseen = sum(len(tokenizer.decode([i]).encode()) * int(n) for i, n in zip(first, times, strict=True))
+    plain = [tokenizer.decode([i], skip_special_tokens=True) for i in first]  # BOS is no text
+    unseen = sum(len(text.encode()) * int(n) for text, n in zip(plain, times, strict=True))
     return data.Tokens(tokens.ids, starts, stops, bytes=max(1, int(corpus.sizes[rows].sum()) - unseen))

@@ -228,13 +228,18 @@ def load_texts(cfg: CptConfig, tokenizer, world) -> Texts:
         guard = corpus.segments(general, np.arange(len(general.sizes)), tokenizer, cfg.max_length, cfg.cross_document)
     found = corpus.load(cfg.train_data, "train_data", tokenizer, cache, world, say, template=cfg.text, **how)
     sides = corpus.split(len(found.sizes), cfg.val_size, cfg.seed)
-    few = sides[1] if not cfg.eval_rows else sides[1][: cfg.eval_rows]
+    few = spread(sides[1], cfg.eval_rows or len(sides[1]))
     train, val, periodic = (
         corpus.segments(found, rows, tokenizer, cfg.max_length, cfg.cross_document) for rows in (*sides, few)
     )
     periodic = val if len(few) == len(sides[1]) else periodic
     say(f"train {len(train.lengths):,} rows, {train.targets.sum():,} tokens to learn; held out {val.targets.sum():,}")
-    return Texts(train, val, periodic, guard, beginnings(found, sides[1][: cfg.samples]), found.files)
+    return Texts(train, val, periodic, guard, beginnings(found, spread(sides[1], cfg.samples)), found.files)
+
+
+def spread(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the rows, evenly over all: the first ones would be those of the first file or class."""
+    return rows[np.arange(min(most, len(rows))) * len(rows) // max(1, min(most, len(rows)))]
 
 
 def beginnings(found: corpus.Corpus, rows: np.ndarray, most: int = 32) -> list[list[int]]:

@@ -426,11 +426,15 @@ def encode(
 
 
 def _learned(offsets: list, dropped: set[int], spans: list[tuple[int, int]]) -> np.ndarray:
-    """(T,) bool: which tokens begin in an answer's span, before anything of it is dropped."""
-    at, found = np.array([-1 if span is None else span[0] for span in offsets]), np.zeros(len(offsets), bool)
+    """(T,) bool: which tokens hold something of an answer, up to where anything of it is dropped.
+
+    A token that reaches from the prompt into the answer is the answer's: nothing else would write its first letters.
+    """
+    start, stop = np.array([(-1, 0) if span is None else span for span in offsets]).T
+    found = np.zeros(len(offsets), bool)
     for first, end in spans:
-        cut = min((at[t] for t in dropped if first <= at[t] < end), default=end)
-        found |= (at >= first) & (at < cut)
+        cut = min((start[t] for t in dropped if first <= start[t] < end), default=end)
+        found |= (stop > first) & (start < cut)
     return found
 
 

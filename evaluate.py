@@ -393,8 +393,8 @@ def given_model(cfg: configs.InferConfig) -> Given:
         folder = models.find_adapter(cfg.adapter)
         adapter, shapes = adapter_header(folder)
     base = cfg.base or (adapter.base if adapter else "")
-    models.need_base(base)
-    tokenizer = data.load_tokenizer(str(folder) if folder and (folder / "tokenizer.json").is_file() else base)
+    where = models.need_base(base)
+    tokenizer = data.load_tokenizer(str(folder) if folder and (folder / "tokenizer.json").is_file() else where)
     ends = (".score.weight", "classifier.weight", ".out_proj.weight")
     rows = [s[0] for k, s in shapes.items() if k.endswith(ends) and len(s) == 2]
     names = cfg.label_names or models.stored_labels(base, rows[0] if rows else 0)
@@ -472,8 +472,8 @@ def given_language_model(cfg: configs.InferConfig, run: Path | None) -> Given:
     if folder and checkpoint.load_json(folder / "adapter_config.json").get("task_type") not in (None, "CAUSAL_LM"):
         raise UserError(f"{folder}: an adapter of task {adapter.task}, which writes no text; leave --generate out")
     base = known.base or adapter.base
-    models.need_base(base)
-    tokenizer = data.load_tokenizer(str(folder) if folder and (folder / "tokenizer.json").is_file() else base)
+    where = models.need_base(base)
+    tokenizer = data.load_tokenizer(str(folder) if folder and (folder / "tokenizer.json").is_file() else where)
     models.need_vocabulary(base, len(tokenizer))
     turns = folder / "chat_template.jinja" if folder else None  # of an adapter without a tokenizer of its own
     if turns and models.own_file(turns):
@@ -501,11 +501,16 @@ def _run_of_cpt(run: Path) -> tuple[configs.CptConfig, Path | None]:
 
 
 def load_language_model(given: Given, world: ddp.World, precision: str):
-    """(the language model, ready to write; a report of what matched). Raises Untrusted for an adapter of no values."""
+    """(the language model, ready to write; a report of what matched).
+
+    Raises Untrusted for an adapter of no values, and for a run's on another base than it was trained on.
+    """
     dtype, cfg = models.weight_dtype(world.device, precision), given.config
     lm = models.load_language_model(cfg.base, world.device, dtype, None, cfg.quant, models.DTYPES[precision])
     report = "no adapter: the base alone"
     if given.adapter:
+        if cfg.rank:  # of a run, whose save was verified
+            check_base(lm, checkpoint.load_json(given.folder / checkpoint.MANIFEST)["base"], cfg.base)
         lora.inject(lm, given.adapter)
         lora.train_only(lm)
         report = load_adapter(given.folder, given.adapter, lm, cfg.base)

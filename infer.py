@@ -6,20 +6,25 @@
     python infer.py --export merged/                            # a plain transformers model, the adapter merged
     python infer.py --base FacebookAI/roberta-base --adapter folder/of/peft --input new.csv --text "{body}"
     python infer.py --base Qwen/Qwen2.5-0.5B --head label_words --label_names yes,no --text "{q}" --input new.csv
+    python infer.py --generate --runs outputs/tiny__base/papers/run_0        # a run of cpt.py completes what you type
+    python infer.py --generate --base Qwen/Qwen2.5-0.5B-Instruct --input prompts.jsonl --output completions.jsonl
 
 The output keeps the order of the input. `python infer.py --help` lists every field.
 """
 
 import csv
+import hashlib
 import io
 import itertools
 import json
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 import checkpoint
 import configs
@@ -29,13 +34,18 @@ import decide
 import evaluate
 import lora
 import metrics
+import model as models
+import prompts
 from configs import InferConfig, UserError
 
 
 def main(argv: list[str]) -> dict:
     # ---- config and run ---------------------------------------------------------------------------------------------
     cfg, hand = configs.parse(InferConfig, {}, argv, __doc__)
+    cfg = configs.of_generation(cfg, hand)
     configs.check(cfg, hand)
+    if cfg.generate:
+        return generate(cfg, hand)
     given = evaluate.given_model(cfg) if cfg.base or cfg.adapter else None
     path = Path(cfg.adapter or cfg.base) if given else find_run(cfg)
     train_cfg, labels = (given.config, given.labels) if given else evaluate.run_facts(path)
@@ -130,9 +140,11 @@ def find_run(cfg: InferConfig) -> Path:
     """The run named by --runs, or the newest finished one. Raises UserError when there is none."""
     if cfg.runs:
         return Path(cfg.runs)
-    newest = checkpoint.newest_finished(cfg.outputs, "labels.json")
+    one, facts = ("cpt", ("config.json", "labels.json")) if cfg.generate else ("train", ("labels.json",))
+    newest = checkpoint.newest_finished(cfg.outputs, *facts)
     if newest is None:
-        raise UserError(f"no finished run under {cfg.outputs}/: train one (python train.py), or name one with --runs")
+        found = f"no finished run of {one}.py under {cfg.outputs}/"
+        raise UserError(f"{found}: train one (python {one}.py), or name one with --runs")
     return newest
 
 
@@ -173,13 +185,208 @@ def write_output(cfg: InferConfig, ids: list[str], logits: np.ndarray, labels: d
         writer.writeheader()
         writer.writerows(records)
         text = buffer.getvalue()
-    if out.exists() and not cfg.overwrite:
-        names = (out.with_name(f"{out.name}.previous{i or ''}") for i in itertools.count())
-        kept = next(name for name in names if not name.exists())
-        shutil.copyfile(out, kept)  # the old file stays in place until the new one is whole
-        print(f"{out} existed: it is kept as {kept}")
+    keep_previous(out, cfg.overwrite)
     checkpoint.write_atomic(out, text)
     print(f"wrote {len(records):,} predictions to {out}")
+
+
+def keep_previous(out: Path, overwrite: bool) -> None:
+    """Copy an existing output beside it; the old file stays in place until the new one is there."""
+    if out.exists() and not overwrite:
+        names = (out.with_name(f"{out.name}.previous{i or ''}") for i in itertools.count())
+        kept = next(name for name in names if not name.exists())
+        shutil.copyfile(out, kept)
+        print(f"{out} existed: it is kept as {kept}")
+
+
+# ---- completions ----------------------------------------------------------------------------------------------------
+
+
+def generate(cfg: InferConfig, hand: set[str]) -> dict:
+    """The story of --generate: prompts of a file, a pipe or a terminal, completed in batches, written as they come."""
+    world, name = ddp.setup(), cfg.adapter or cfg.base
+    run = None if name else find_run(cfg)
+    given = evaluate.given_language_model(cfg, run)
+    cfg, tokenizer = as_trained(cfg, hand, given.config), given.tokenizer
+    precision, _ = models.choose_precision(cfg.precision, world.device)
+
+    # ---- prompts, before any weight is loaded -----------------------------------------------------------------------
+    live = not cfg.input and sys.stdin.isatty()
+    if live and (world.size > 1 or "output" in hand):
+        raise UserError("a terminal has one process and no --output: give prompts with --input FILE or through a pipe")
+    columns = data.template_columns(cfg.text)
+    if not cfg.input and len(columns) > 1:
+        raise UserError(f"--text names the columns {', '.join(columns)}, a line has one: give them with --input FILE")
+    rows = data.read_rows(cfg.input, "input") if cfg.input else [] if live else piped_rows(columns[0], world)
+    rows = rows[: cfg.limit or None]
+    pieces_of, why = prompt_maker(cfg, hand, tokenizer, rows)
+    pieces = [pieces_of(row, f"row {i + 1}") for i, row in enumerate(rows)] or [pieces_of({columns[0]: "?"}, "a line")]
+    ids, report = evaluate.encode_prompts(tokenizer, pieces, cfg.max_length)
+    check_room(given.config.base, max(map(len, ids)), cfg.max_new_tokens)
+    how = f"temperature {cfg.temperature:g}, top_p {cfg.top_p:g}" if cfg.temperature else "greedy"
+    size = "lines of the terminal" if live else f"{len(rows):,} in batches of {cfg.batch_size}; {report}"
+    plan = f"{run or name}: prompts {why}: {size}; {how}, at most {cfg.max_new_tokens} new tokens each, {precision}"
+    ddp.say(world, plan)
+
+    # ---- complete and write -----------------------------------------------------------------------------------------
+    lm, matched = evaluate.load_language_model(given, world, precision)
+    ddp.say(world, matched)
+    stops, pad = evaluate.stop_ids(lm, tokenizer), data.end_of_text(tokenizer, padding=True)
+
+    def completed(batch: list[list[int]], number: int) -> list[list[int]]:
+        draw = cfg.max_new_tokens, cfg.temperature, cfg.top_p, ddp.micro_seed(cfg.seed, number, 0)
+        return models.complete(lm, batch, pad, stops, precision, *draw)
+
+    source = in_batches(world, ids, cfg.batch_size, completed)
+    if live:
+        source = typed(cfg, given, lambda line: pieces_of({columns[0]: line}, "this line"), completed)
+    started, lengths, finished, out = time.perf_counter(), [], 0, Path(cfg.output)
+    bar = tqdm(total=len(rows), unit="row", disable=live or world.rank != 0, file=sys.stderr)
+    for first, found in source:
+        lengths += map(len, found)
+        finished += sum(answer[-1] in stops for answer in found)
+        bar.update(len(found))
+        if live or world.rank != 0:
+            continue
+        lines = []
+        for i, answer in enumerate(found, first):
+            record = {"id": rows[i].get(cfg.id_column, str(i)), "prompt": "".join(text for _, text in pieces[i])}
+            record["completion"] = evaluate.completion_text(tokenizer, ids[i], answer)
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        if first == 0:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            keep_previous(out, cfg.overwrite)
+            checkpoint.write_atomic(out, "")
+        checkpoint.append_whole(out, "".join(lines))
+    bar.close()
+    seconds = time.perf_counter() - started
+    words = "".join(text for user, text in pieces[0] if not user)
+    result = {"run": str(run or name), "rows": len(lengths), "output": "" if live else cfg.output}
+    result |= {"finished": finished, "cut": report.cut_rows, "prompt_hash": hashlib.sha256(words.encode()).hexdigest()}
+    return {**result, "tokens_per_second": round(sum(lengths) / seconds, 1), "seconds": round(seconds, 2)}
+
+
+def as_trained(cfg: InferConfig, hand: set[str], trained: configs.CptConfig) -> InferConfig:
+    """The config with the prompts that the run was trained on, where nothing else was given by hand."""
+    own = {"chat": trained.chat, "system": trained.system, "text": trained.text}
+    if "prompt" not in data.template_columns(trained.text):
+        del own["text"]  # of documents, which are no prompts
+    return replace(cfg, **{name: value for name, value in own.items() if name not in hand})
+
+
+def in_batches(world: ddp.World, ids: list[list[int]], size: int, completed):
+    """Yield (first row, completions) of whole rounds, one batch a rank, in the order of the rows, on every rank.
+
+    Batches are neighbours in the input: what is drawn depends on the file and the batch size, never on the ranks.
+    """
+    for first in range(0, len(ids), size * world.size):
+        mine = first + size * world.rank
+        batch = ids[mine : mine + size]
+        parts = ddp.gather_objects(world, completed(batch, mine // size) if batch else [])
+        yield first, [answer for part in parts for answer in part]
+
+
+def typed(cfg: InferConfig, given: evaluate.Given, pieces_of, completed):
+    """Print the completion of each line typed at the terminal and yield it, until Ctrl-D."""
+    for number in itertools.count():
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        try:
+            (ids,), _ = evaluate.encode_prompts(given.tokenizer, [pieces_of(line)], cfg.max_length)
+            check_room(given.config.base, len(ids), cfg.max_new_tokens)
+        except UserError as e:
+            print(f"error: {e}", file=sys.stderr)
+            continue
+        found = completed([ids], number)
+        print(evaluate.completion_text(given.tokenizer, ids, found[0]), flush=True)
+        yield number, found
+
+
+def piped_rows(column: str, world: ddp.World) -> list[dict[str, str]]:
+    """One row a line of stdin, blank ones left out; rank 0 reads. Raises UserError when there is none."""
+    text = ddp.from_rank0(world, lambda: sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape"))
+    rows = [{column: line.rstrip("\r")} for line in text.split("\n") if line.strip()]
+    if not rows:
+        raise UserError("no prompts: give them with --input FILE, or one a line through a pipe")
+    return rows
+
+
+def check_room(base: str, prompt: int, most: int) -> None:
+    """Raise UserError where a prompt's tokens and a completion's exceed the positions that the base was made for."""
+    room = getattr(models.load_config(base), "max_position_embeddings", None)
+    if room and prompt + most > room:
+        found = f"a prompt of {prompt} tokens and --max_new_tokens {most} exceed the {room} positions of {base}"
+        raise UserError(f"{found}: lower --max_new_tokens, or --max_length to {max(1, room - most)}")
+
+
+def prompt_maker(cfg: InferConfig, hand: set[str], tokenizer, rows: list[dict[str, str]]):
+    """A function from (row, its name in errors) to its prompt's pieces; and whether that is a chat, and why.
+
+    A row is a whole chat where it has messages and no --text was given. Raises UserError for columns that are missing
+    and for flags that the tokenizer's chat template cannot honour.
+    """
+    columns, shots = data.template_columns(cfg.text), []
+    whole = bool(rows) and "messages" in rows[0] and "text" not in hand
+    data.need_columns(rows, ["messages"] if whole else columns, cfg.input, "input")
+    if cfg.examples:
+        shots = data.read_rows(cfg.examples, "examples")
+        data.need_columns(shots, [*columns, "response"], cfg.examples, "examples")
+    tools, takes_system = read_tools(cfg.tools), prompts.takes_system(tokenizer)
+    if cfg.chat == "no" or not tokenizer.chat_template:
+        reason = "no chat was asked for" if cfg.chat == "no" else "the tokenizer has no chat template"
+        asked = {"--chat yes": cfg.chat == "yes", "--tools": tools, "--system": "system" in hand, "messages": whole}
+        if any(asked.values()):
+            raise UserError(f"{next(flag for flag in asked if asked[flag])}: needs a chat, but {reason}")
+        before = [p for s in shots for p in [*prompts.render(cfg.text, s), (True, s["response"]), (False, "\n\n")]]
+        return lambda row, name: before + prompts.render(cfg.text, row), f"raw ({reason})"
+    if tools and prompts.chat(tokenizer, [prompts.QUESTION], tools) == prompts.chat(tokenizer, [prompts.QUESTION]):
+        raise UserError(f"--tools {cfg.tools}: the tokenizer's chat template takes no tools")
+
+    def turn(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    def question(row: dict[str, str]) -> dict[str, str]:
+        return turn("user", "".join(text for _, text in prompts.render(cfg.text, row)))
+
+    system = [turn("system", cfg.system)] if cfg.system and takes_system else []
+    shown = [t for s in shots for t in (question(s), turn("assistant", s["response"]))]
+
+    def pieces_of(row: dict[str, str], name: str) -> list[tuple[bool, str]]:
+        try:
+            turns = read_messages(row["messages"]) if whole else [question(row)]
+            own = turns[:1] if turns[0].get("role") == "system" else []
+            offered = tools or (json.loads(row["tools"]) if row.get("tools") else None)
+            return prompts.chat(tokenizer, [*(own or system), *shown, *turns[len(own) :]], offered, answer=True)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{name}: {e}") from None
+
+    note = "" if takes_system or not cfg.system else ", which takes no system turn"
+    return pieces_of, f"as chats (the tokenizer has a template{note})"
+
+
+def read_messages(text: str) -> list[dict]:
+    """The turns of a chat that is to be answered. Raises ValueError for what is none."""
+
+    def good(turn) -> bool:
+        return isinstance(turn, dict) and all(isinstance(turn.get(k) or "", str) for k in ("role", "content"))
+
+    turns = json.loads(text)
+    if not (isinstance(turns, list) and turns and all(map(good, turns))) or turns[-1].get("role") == "assistant":
+        raise ValueError('messages: expected turns such as {"role": "user", "content": "Hi"}, the last one no answer')
+    return turns
+
+
+def read_tools(path: str) -> list[dict] | None:
+    """The tool descriptions of a JSON file, or None. Raises UserError for anything but a list of objects."""
+    try:
+        tools = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"--tools {path}: cannot be read as JSON ({models.one_line(e)})") from None
+    if path and not (isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools)):
+        raise UserError(f"--tools {path}: expected a JSON list of tool descriptions (objects)")
+    return tools
 
 
 if __name__ == "__main__":

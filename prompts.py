@@ -4,12 +4,15 @@ A template is a Python format string over column names, such as "Rule: {rule}\\n
 messages {"role", "content"} that the tokenizer's own chat template renders.
 """
 
+import datetime
 import os
 import re
 import string
 
 QUESTION = {"role": "user", "content": "?"}
 DATE = "26 Jul 2024"  # what templates that print today's date are told: scores must not change by the day
+DAY = datetime.date(2024, 7, 26)
+THINK = re.compile(r"(\s*</?think>\s*)")  # where templates take an answer apart
 
 
 def fields(template: str) -> list[str]:
@@ -53,17 +56,21 @@ def chat(tokenizer, messages: list[dict], tools: list | None = None, answer: boo
 
     def rendered(contents: list[str]) -> str:
         turns = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
-        options = {"tools": tools, "add_generation_prompt": answer, "date_string": DATE}
+        options = {"tools": tools, "add_generation_prompt": answer, "date_string": DATE, "strftime_now": DAY.strftime}
         try:
             return tokenizer.apply_chat_template(turns, tokenize=False, **options)
         except Exception as e:  # whatever a foreign template can make of it
             raise ValueError(f"the chat template refuses it ({str(e).strip()[:100]})") from None
 
     contents = [m.get("content") or "" for m in messages]
-    text = rendered(contents)
-    parts = re.split("\ue000([0-9]+)\ue001", rendered([f"\ue000{i}\ue001" for i in range(len(messages))]))
+    text, fields, marked = rendered(contents), [], []
+    for message, content in zip(messages, contents, strict=True):
+        own = THINK.split(content) if message["role"] == "assistant" else [content]
+        marked.append("".join(p if i % 2 or not p else f"\ue000{len(fields) + i}\ue001" for i, p in enumerate(own)))
+        fields += own
+    parts = re.split("\ue000([0-9]+)\ue001", rendered(marked))
     for strip in (False, True):  # some templates strip what they are given
-        fill = [c.strip() if strip else c for c in contents]
+        fill = [f.strip() if strip else f for f in fields]
         pieces = [(i % 2 == 1, fill[int(part)] if i % 2 else part) for i, part in enumerate(parts)]
         if "".join(part for _, part in pieces) == text:
             return [piece for piece in pieces if piece[1]]
@@ -88,16 +95,23 @@ def conversation(tokenizer, messages: list[dict], tools: list | None = None):
     learned. Raises ValueError for messages that the template refuses, and where the last turn is no answer to learn.
     """
 
-    def rendered(count: int, answer: bool) -> str:
-        return "".join(text for _, text in chat(tokenizer, messages[:count], tools, answer))
+    def joined(found: list[tuple[bool, str]]) -> str:
+        return "".join(text for _, text in found)
 
     pieces, spans = chat(tokenizer, messages, tools), []
-    text = "".join(part for _, part in pieces)
+    text = joined(pieces)
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and i > 0:
-            opened, closed = rendered(i, True), rendered(i + 1, False)
+            opened = joined(chat(tokenizer, messages[:i], tools, True))
+            turns = chat(tokenizer, messages[: i + 1], tools)
+            closed = joined(turns)
+            said = len(closed) - (len(turns[-1][1]) if len(turns) > 1 and not turns[-1][0] else 0)
             end = len(os.path.commonprefix([text, closed]))
-            if text.startswith(opened) and end >= len(opened) + len((message.get("content") or "").strip()):
+            if text.startswith(opened) and end >= max(said, len(opened)):
+                if end < len(closed):  # the template ends a text with more, whose first letters may be the next turn's
+                    words = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+                    found = re.finditer("|".join(map(re.escape, words)), text) if words else ()
+                    end = next((m.start() for m in found if m.start() < end < m.end()), end)
                 spans.append((len(opened), end))
     if messages[-1]["role"] != "assistant" or not spans or spans[-1][1] != len(text):
         raise ValueError("expected an assistant's turn at the end, which the chat template renders after its prompt")
