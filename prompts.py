@@ -12,6 +12,7 @@ import string
 QUESTION = {"role": "user", "content": "?"}
 DATE = "26 Jul 2024"  # what templates that print today's date are told: scores must not change by the day
 DAY = datetime.date(2024, 7, 26)
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 THINK = re.compile(r"(\s*</?think>\s*)")  # where templates take an answer apart
 
 
@@ -56,9 +57,10 @@ def chat(tokenizer, messages: list[dict], tools: list | None = None, answer: boo
 
     def rendered(contents: list[str]) -> str:
         turns = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
-        options = {"tools": tools, "add_generation_prompt": answer, "date_string": DATE, "strftime_now": DAY.strftime}
+        options = {"tools": tools, "add_generation_prompt": answer, "date_string": DATE}
         try:
-            return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+            jinja = CLOCK.sub(lambda m: repr(DAY.strftime(m[2])), tokenizer.get_chat_template(tools=tools))
+            return tokenizer.apply_chat_template(turns, chat_template=jinja, tokenize=False, **options)
         except Exception as e:  # whatever a foreign template can make of it
             raise ValueError(f"the chat template refuses it ({str(e).strip()[:100]})") from None
 
@@ -74,10 +76,16 @@ def chat(tokenizer, messages: list[dict], tools: list | None = None, answer: boo
         pieces = [(i % 2 == 1, fill[int(part)] if i % 2 else part) for i, part in enumerate(parts)]
         if "".join(part for _, part in pieces) == text:
             return [piece for piece in pieces if piece[1]]
-    spelled = [t for t in tokenizer.all_special_tokens if any(t in c for c in contents)]
+    spelled = [t for t in sorted(special_tokens(tokenizer)) if any(t in c for c in contents)]
     if spelled:
         raise ValueError(f"a message spells the special token {spelled[0]}, and the chat template rewrites it")
     return [(False, text)]
+
+
+def special_tokens(tokenizer) -> set[str]:
+    """Its special tokens, also those that it does not name: Llama's <|eot_id|>."""
+    own = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    return {*tokenizer.all_special_tokens, *own}
 
 
 def takes_system(tokenizer) -> bool:
@@ -133,7 +141,7 @@ def spell(tokenizer, pieces: list[tuple[bool, str]], spans: list[tuple[int, int]
 
     A model learns to write them. Special tokens in an answer stay plain text, as do all in a prompt.
     """
-    words = sorted(set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens), key=len, reverse=True)
+    words = sorted(set(tokenizer.get_added_vocab()) - special_tokens(tokenizer), key=len, reverse=True)
     found, at = [], 0
     for user, text in pieces:
         if user and words and any(first <= at < end for first, end in spans):
