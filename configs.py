@@ -45,7 +45,9 @@ class TrainConfig:
     test_data: str = ""  # rows that infer.py predicts when it is given none; labels are optional there
     dataset: str = ""  # name of the run folder under outputs/<base>/; empty: taken from train_data
     text: str = "{Question}"  # format template over a row's columns
-    label_column: str = "label"  # column of the label
+    label_column: str = "label"  # column of the label; multi_label: a list in JSON, or labels between delimiters
+    label_columns: tuple[str, ...] = ()  # multi_label: columns of 0 and 1, one a label, instead of label_column
+    label_delimiter: str = "|"  # multi_label: what stands between the labels of label_column
     label_names: tuple[str, ...] = ()  # class names in order, comma separated; empty: found in the training rows
     label_words: tuple[str, ...] = ()  # with head label_words: each class's word, aliases apart by |; empty: the names
     id_column: str = "id"  # column of the row id; where a file has none, the row index counts
@@ -54,7 +56,7 @@ class TrainConfig:
     max_length: int = 512  # most tokens of a row; of longer ones the end of the longest field is cut, and reported
 
     # model
-    task: str = "single_label"  # single_label; regression: one output, squared error (multi_label is not built yet)
+    task: str = "single_label"  # single_label, multi_label (any number of labels a row), or regression (one output)
     head: str = "linear"  # linear: the family's classification head; label_words: the LM head's rows of their words
     pooling: str = "last"  # state that the head reads: last token, mean over tokens, or cls for the first token
     rank: int = 16  # LoRA rank; 0: no adapter, the base itself is trained as train_layers says
@@ -72,7 +74,8 @@ class TrainConfig:
     head_lr: float = 0.0  # peak learning rate of the head; 0: the same as lr
     weight_decay: float = 0.01  # AdamW's, on matrices only (never on biases and norms)
     label_smoothing: float = 0.0  # share of the target mass that is spread over all classes
-    class_weights: str = "none"  # none, balanced (inverse frequency), or one number per class, comma separated
+    class_weights: str = "none"  # none, balanced (inverse frequency), effective (number), or a number for each class
+    pos_weight: str = "none"  # multi_label, weight of a label's rows: none, balanced (others / its rows), or numbers
     epochs: int = 3  # passes over the training rows
     max_steps: int = 0  # stop after this many optimizer steps, 0 for no limit
     batch_size: int = 16  # examples per optimizer step, over all ranks
@@ -90,7 +93,8 @@ class TrainConfig:
     eval_every: int = 0  # steps between evaluations, 0: at the end of each epoch
     save_every: int = 0  # steps between saves of last/, 0: after each evaluation
     keep: int = 1  # earlier saves of last/ and best/ that stay as a fallback
-    metric: str = "micro_f1"  # chooses best/: micro_f1 macro_f1 weighted_f1 accuracy roc_auc log_loss; regression: mse
+    metric: str = "micro_f1"  # chooses best/; the task's first one by default (micro_f1, or mse for regression)
+    thresholds: str = "per_class"  # fitted on validation logits: per_class, global, none (two classes: global or none)
     patience: int = 0  # stop after this many evaluations without a better metric, 0 for never
     seed: int = 0  # of the split, the plan, the initial weights and every dropout mask
     outputs: str = "outputs"  # folder that holds all runs
@@ -212,13 +216,40 @@ def roberta_large() -> TrainConfig:
     return replace(deberta_base(), base="roberta-large")
 
 
-_DECODERS = (tiny, qwen05b, qwen15b, qwen3b, qwen32b, llama1b)
+def llama1b_multilabel() -> TrainConfig:
+    """Llama-3.2-1B with several labels a text: published micro-F1 0.824, macro-F1 0.741 (means of seeds 1, 3, 4, 5)."""
+    return TrainConfig(
+        base="meta-llama/Llama-3.2-1B",
+        train_data="dataset/train.jsonl",
+        text="{text}",
+        label_column="labels",
+        task="multi_label",
+        rank=2,
+        alpha=2.0,
+        lora_dropout=0.05,
+        targets=ALL_PROJECTIONS,
+        quant="nf4",
+        precision="bf16",
+        max_length=1024,
+        lr=2e-4,
+        weight_decay=0.01,
+        batch_size=32,
+        epochs=20,
+        patience=2,
+        optimizer="adamw8bit",
+        keep=0,
+        seed=1,
+    )
+
+
+_DECODERS = (tiny, llama1b_multilabel, qwen05b, qwen15b, qwen3b, qwen32b, llama1b)
 _ENCODERS = (mathbert, modernbert_base, modernbert_large, deberta_base, deberta_large, roberta_large)
 TRAIN_PRESETS = {f.__name__: f for f in _DECODERS + _ENCODERS}
 CHOICES = {
     "head": ("linear", "label_words"),
     "quant": ("none", "nf4"),
     "chat": ("auto", "yes", "no"),
+    "thresholds": ("per_class", "global", "none"),
     "export_dtype": ("bf16", "fp16", "fp32"),
     "optimizer": ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"),
     "pooling": ("last", "mean", "cls"),
@@ -228,26 +259,38 @@ CHOICES = {
 }
 METRICS = {
     "single_label": ("micro_f1", "macro_f1", "weighted_f1", "accuracy", "roc_auc", "log_loss"),
+    "multi_label": (
+        "micro_f1", "macro_f1", "weighted_f1", "subset_accuracy", "hamming_loss", "roc_auc", "average_precision",
+        "log_loss",
+    ),
     "regression": ("mse", "rmse", "mae", "r2", "pearson", "roc_auc"),
 }
-OF_CLASSES = {"label_smoothing": 0.0, "class_weights": "none", "head": "linear", "label_names": ()}
+OF_CLASSES = {"label_smoothing": 0.0, "class_weights": "none", "head": "linear", "label_names": ()}  # no regression's
+OF_SETS = {"label_columns": (), "label_delimiter": "|", "pos_weight": "none"}  # of multi_label alone
 
 
 def train_problems(cfg: TrainConfig) -> list[str]:
     """Everything wrong with a TrainConfig that can be seen without reading data or weights, one line each."""
     found = _range_problems(cfg) + _training_problems(cfg)
     if cfg.task not in METRICS:
-        why = "multi_label is not built yet: " if cfg.task == "multi_label" else ""
-        found.append(f"--task {cfg.task}: {why}expected one of {', '.join(METRICS)}{_nearest(cfg.task, METRICS)}")
+        found.append(f"--task {cfg.task}: expected one of {', '.join(METRICS)}{_nearest(cfg.task, METRICS)}")
     elif cfg.metric not in METRICS[cfg.task]:
         known = METRICS[cfg.task]
         found.append(f"--metric {cfg.metric}: expected one of {', '.join(known)}{_nearest(cfg.metric, known)}")
-    if cfg.task == "regression":
-        found += [
-            f"--{name} {getattr(cfg, name)} with --task regression, which has no classes: leave it out"
-            for name, plain in OF_CLASSES.items()
-            if getattr(cfg, name) != plain
-        ]
+    others = {"regression": {**OF_CLASSES, **OF_SETS}, "single_label": OF_SETS, "multi_label": {"class_weights": "none"}}
+    found += [
+        f"--{name} {getattr(cfg, name)} has no meaning with --task {cfg.task}: leave it out"
+        for name, plain in others.get(cfg.task, {}).items()
+        if getattr(cfg, name) != plain
+    ]
+    if cfg.task == "multi_label" and cfg.head != "linear":
+        found.append(f"--head {cfg.head} with --task multi_label: words exclude one another; take the linear head")
+    if cfg.label_columns and cfg.label_names:
+        found.append("--label_names with --label_columns: the columns name the labels; give one of the two")
+    if not cfg.label_delimiter:
+        found.append("--label_delimiter is empty: give what stands between labels, or a JSON list in the column")
+    if cfg.pos_weight not in ("none", "balanced") and not _weights(cfg.pos_weight):
+        found.append(f"--pos_weight {cfg.pos_weight}: expected none, balanced or positive numbers like 1,2.5")
     if cfg.head == "label_words" and cfg.rank == 0 and cfg.train_layers == 0:
         found.append("--head label_words with --rank 0 --train_layers 0: nothing would be trained; give a --rank")
     if cfg.head == "label_words" and cfg.pooling != "last":
@@ -268,10 +311,9 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         found.append(f"--label_names {','.join(cfg.label_names)}: a name stands twice")
     if len(cfg.label_names) == 1:
         found.append(f"--label_names {cfg.label_names[0]}: expected at least 2 names")
-    if cfg.class_weights not in ("none", "balanced"):
-        weights = _floats(cfg.class_weights)
-        if weights is None or any(not 0 < w < float("inf") for w in weights):
-            found.append(f"--class_weights {cfg.class_weights}: expected none, balanced or positive numbers like 1,2.5")
+    if cfg.class_weights not in ("none", "balanced", "effective") and not _weights(cfg.class_weights):
+        kinds = "none, balanced, effective or positive numbers like 1,2.5"
+        found.append(f"--class_weights {cfg.class_weights}: expected {kinds}")
     return found
 
 
@@ -301,6 +343,7 @@ class InferConfig:
     merge: bool = False  # fold the adapter into the base before scoring: faster, equal to rounding
     export: str = ""  # write a plain transformers model, the adapter merged, into this folder, and predict nothing
     precision: str = "auto"  # as in train.py
+    threshold: float = 0.0  # a probability that decides in the place of the thresholds fitted with the run; 0: those
     force: bool = False  # write the output even when the scores are degenerate
     generate: bool = False  # complete prompts: of input, or lines of the terminal or a pipe
     chat: str = "auto"  # generate: prompts as a chat, yes, no, or auto: where the tokenizer has a chat template
@@ -333,6 +376,8 @@ def infer_problems(cfg: InferConfig) -> list[str]:
         found.append(f"--export {cfg.export} already holds {held[0]}: name a new folder")
     if cfg.temperature != 0 and not cfg.temperature >= 0.01:
         found.append(f"--temperature {cfg.temperature:g}: expected 0 for greedy, or 0.01 and more")
+    if not 0 <= cfg.threshold < 1:
+        found.append(f"--threshold {cfg.threshold:g}: expected a probability above 0 and below 1, or 0 for the run's own")
     if not 0 < cfg.top_p <= 1:
         found.append(f"--top_p {cfg.top_p:g}: expected a share above 0 up to 1")
     ends = ("jsonl",) if cfg.generate else ("csv", "jsonl")
@@ -341,7 +386,7 @@ def infer_problems(cfg: InferConfig) -> list[str]:
     return found
 
 
-OF_SCORES = "label_column label_names label_words head submission max_tokens merge export force".split()
+OF_SCORES = "threshold label_column label_names label_words head submission max_tokens merge export force".split()
 OF_TEXTS = "chat system examples tools max_new_tokens temperature top_p batch_size seed".split()
 
 
@@ -738,11 +783,12 @@ def _nearest(name: str, known, prefix: str = "") -> str:
     return f" (did you mean {prefix}{close[0]}?)" if close else ""
 
 
-def _floats(text: str) -> list[float] | None:
+def _weights(text: str) -> bool:
+    """Whether a text is positive numbers between commas."""
     try:
-        return [float(part) for part in text.split(",")]
+        return all(0 < float(part) < float("inf") for part in text.split(","))
     except ValueError:
-        return None
+        return False
 
 
 def preset_note(given: set[str], argv: list[str]) -> str:
@@ -761,8 +807,9 @@ def own_data(cfg, given: set[str]):
         return replace(cfg, random_init=False) if "rank" in given and "random_init" not in given else cfg
     if "task" in given and "metric" not in given and cfg.metric not in METRICS.get(cfg.task, (cfg.metric,)):
         cfg = replace(cfg, metric=METRICS[cfg.task][0])
-    if "task" in given and cfg.task == "regression":
-        cfg = replace(cfg, **{name: plain for name, plain in OF_CLASSES.items() if name not in given})
+    drop = {"regression": OF_CLASSES, "multi_label": {"class_weights": "none"}}.get(cfg.task, {})
+    if "task" in given:
+        cfg = replace(cfg, **{name: plain for name, plain in drop.items() if name not in given})
     if "train_data" not in given:
         return cfg
     return replace(cfg, **{name: "" for name in ("val_data", "test_data") if name not in given})

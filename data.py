@@ -248,6 +248,72 @@ def encode_labels(column: list[str], labels: Labels, path: str) -> np.ndarray:
     return np.array([index[v] for v in column], dtype=np.int64)
 
 
+def label_sets(rows: list[dict], column: str, columns: tuple[str, ...], delimiter: str, where: str) -> list[list[str]]:
+    """The labels of each row: names of `columns` that hold 1, or the parts of one column, delimited or a JSON list.
+
+    Raises UserError naming rows whose columns hold neither 0 nor 1, or whose list is no list of strings or numbers.
+    """
+    found, wrong = [], []
+    for i, row in enumerate(rows):
+        text = row.get(column, "").strip()
+        try:
+            if columns:
+                cells = {name: float(row[name]) for name in columns}
+                if set(cells.values()) - {0.0, 1.0}:
+                    raise ValueError
+                labels = [name for name, value in cells.items() if value]
+            elif text.startswith("["):
+                labels = [str(part) if isinstance(part, (str, int)) else [][0] for part in json.loads(text)]
+            else:
+                labels = [part.strip() for part in text.split(delimiter) if part.strip()]
+        except (ValueError, IndexError, RecursionError):
+            wrong.append(f"row {i + 1}: {[row[c] for c in columns] if columns else text!r:.60}")
+            continue
+        found.append(list(dict.fromkeys(labels)))
+    if wrong:
+        expected = "0 or 1 in every label column" if columns else "a JSON list of strings"
+        raise UserError(f"{where}: {len(wrong)} rows have malformed labels ({_few(wrong, 3)}): expected {expected}")
+    return found
+
+
+def encode_label_sets(sets: list[list[str]], labels: Labels, path: str) -> np.ndarray:
+    """Targets (N, C) float32 of 0 and 1. Raises UserError naming unknown labels and their rows."""
+    rows = np.repeat(np.arange(len(sets)), [len(s) for s in sets])
+    flat = [label for one in sets for label in one]
+    index = {v: i for i, v in enumerate(labels.values)}
+    unknown = sorted({f"{v!r} (row {rows[i] + 1})" for i, v in enumerate(flat) if v not in index})
+    if unknown:
+        raise UserError(f"{path}: unknown labels {_few(unknown, 3)}: expected some of {_few(list(labels.values), 20)}")
+    targets = np.zeros((len(sets), len(index)), np.float32)
+    targets[rows, [index[v] for v in flat]] = 1
+    return targets
+
+
+def stratify(targets: np.ndarray, shares: list[float], seed: int) -> np.ndarray:
+    """(N,) which part each row of multi-label targets (N, C) goes to, so that each part gets its share of every label.
+
+    Iterative stratification (Sechidis, Tsoumakas, Vlahavas 2011): the rarest label that is left is dealt out first, each
+    row to the part that wants it most. Rows without labels fill the parts up.
+    """
+    rng = np.random.default_rng([seed, 0x5B11])
+    order, part = rng.permutation(len(targets)), np.full(len(targets), -1)
+    left, size = targets[order] > 0, np.array(shares) * len(targets)  # rows not dealt yet, and room of each part
+    want = np.outer(shares, left.sum(axis=0))  # (parts, C) of each label
+    while left.any():
+        counts = left.sum(axis=0)
+        rare = int(np.where(counts > 0, counts, len(targets) + 1).argmin())
+        for i in np.flatnonzero(left[:, rare]):
+            best = max(range(len(shares)), key=lambda p: (want[p, rare], size[p], rng.random()))
+            part[order[i]] = best
+            want[best, left[i]] -= 1
+            size[best] -= 1
+            left[i] = False
+    for i in np.flatnonzero(part < 0):
+        part[i] = int(size.argmax())
+        size[part[i]] -= 1
+    return part
+
+
 def encode_numbers(column: list[str], path: str) -> np.ndarray:
     """The numbers (N,) float32 of a regression's label column. Raises UserError naming rows that hold none."""
     wrong, values = [], np.zeros(len(column), np.float32)

@@ -126,6 +126,37 @@ def generate(
     return [completion_text(tokenizer, row, ids) for row, ids in zip(rows, found, strict=True)]
 
 
+# ---- labels and predictions -----------------------------------------------------------------------------------------
+
+
+def encode_targets(cfg: TrainConfig, rows: list[dict[str, str]], labels: data.Labels, where: str) -> np.ndarray:
+    """The task's targets of rows: classes (N,) int64, 0 and 1 (N, C) float32, or numbers (N,) float32.
+
+    Raises UserError naming what is malformed or unknown. where: the file, for errors.
+    """
+    if cfg.task == "multi_label":
+        sets = data.label_sets(rows, cfg.label_column, cfg.label_columns, cfg.label_delimiter, where)
+        return data.encode_label_sets(sets, labels, where)
+    column = [row.get(cfg.label_column, "") for row in rows]
+    return data.encode_numbers(column, where) if cfg.task == "regression" else data.encode_labels(column, labels, where)
+
+
+def decided(task: str, decision: decide.Decision | None, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(predictions, probabilities (N, C)) of logits (N, C), by a decision or, without one, argmax or probability 0.5."""
+    if task == "regression":
+        return logits[:, 0], np.zeros((len(logits), 0))
+    return decide.apply(decision or decide.plain(task, logits.shape[1]), logits)
+
+
+def answers(task: str, predicted: np.ndarray, labels: data.Labels) -> list:
+    """Predictions as values of the data: of classes (N,), of a 0/1 matrix (N, C) lists of labels, of numbers floats."""
+    if task == "regression":
+        return [float(z) for z in predicted]
+    if task == "multi_label":
+        return [[labels.values[c] for c in np.flatnonzero(row)] for row in predicted]
+    return [labels.values[c] for c in predicted]
+
+
 # ---- classifiers on disk --------------------------------------------------------------------------------------------
 
 
@@ -266,6 +297,11 @@ class Run:
     tokenizer: object
     world: ddp.World
     precision: str
+    decision: decide.Decision | None = None  # thresholds and calibration; None: argmax, or probability 0.5
+
+    def decided(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(predictions, probabilities (N, C)) of logits (N, C); of a regression its numbers (N,), and no columns."""
+        return decided(self.config.task, self.decision, logits)
 
     def logits(self, rows: list[dict[str, str]], max_tokens: int = 8192) -> tuple[np.ndarray, data.TokenReport]:
         """fp32 logits (N, C) of rows that have the template's columns, and what tokenization did to them."""
@@ -273,8 +309,8 @@ class Run:
         return score(self.model, tokens, self.world, self.precision, max_tokens), report
 
     def predict(self, texts: list, max_tokens: int = 8192) -> list[dict]:
-        """Label, display name, probabilities and logits (both in the order of `labels`) of each text; a regression's
-        score.
+        """Label and display name (multi_label: lists of them), probabilities and logits (both in the order of `labels`)
+        of each text; a regression's score.
 
         texts: strings, where the template has one column, or rows as dicts of its columns.
         """
@@ -289,15 +325,13 @@ class Run:
         logits, _ = self.logits(rows, max_tokens)
         if self.config.task == "regression":
             return [{"score": float(z)} for z in logits[:, 0]]
-        probabilities = decide.softmax(logits)
+        predicted, probabilities = self.decided(logits)
+        shown = data.Labels(self.labels.names, self.labels.names)
+        values, names = (answers(self.config.task, predicted, known) for known in (self.labels, shown))
+        words = ("labels", "names") if self.config.task == "multi_label" else ("label", "name")
         return [
-            {
-                "label": self.labels.values[c],
-                "name": self.labels.names[c],
-                "probabilities": p.tolist(),
-                "logits": z.tolist(),
-            }
-            for c, p, z in zip(logits.argmax(axis=1), probabilities, logits, strict=True)
+            {words[0]: value, words[1]: name, "probabilities": p.tolist(), "logits": z.tolist()}
+            for value, name, p, z in zip(values, names, probabilities, logits, strict=True)
         ]
 
 
@@ -325,10 +359,24 @@ def load_run(
     cfg, tokenizer = replace(cfg, quant=quant or cfg.quant), data.load_tokenizer(str(folder))
     precision, _ = models.choose_precision(precision, world.device)
     adapter = lora.read_adapter_config(checkpoint.load_json(folder / "adapter_config.json")) if cfg.rank else None
+    decision = read_decision(path, cfg.task, len(labels.names))
     model = new_classifier(cfg, labels, tokenizer, world.device, precision, adapter)
     check_base(model, checkpoint.verify(folder)["base"], cfg.base)
     read_classifier(folder, model)
-    return _ready(Run(path, cfg, labels, model, tokenizer, world, precision), merge)
+    return _ready(Run(path, cfg, labels, model, tokenizer, world, precision, decision), merge)
+
+
+def read_decision(path: Path, task: str, classes: int) -> decide.Decision | None:
+    """The decision of a run, None where it has none. Raises Untrusted for a file that is not one of this run's."""
+    try:
+        found = decide.Decision.from_json((path / "decision.json").read_text(encoding="utf-8"))
+        if (found.task, found.classes) != (task, classes):
+            raise ValueError(f"it is of {found.classes} classes of {found.task}, expected {classes} of {task}")
+        return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as e:
+        raise checkpoint.Untrusted(f"{path / 'decision.json'}: {e}") from None
 
 
 def _ready(run: Run, merge: bool) -> Run:

@@ -83,6 +83,8 @@ def main(argv: list[str]) -> dict:
 
     # ---- score ------------------------------------------------------------------------------------------------------
     run = load(cfg, path, given, world, "")
+    if cfg.threshold:
+        run.decision = decision_at(run, cfg.threshold)
     if lora.adapters(run.model) and not cfg.force:
         ddp.say(
             world, f"the adapter moves the logits of {len(rows[:4])} rows by up to {evaluate.probe(run, rows[:4]):.3g}"
@@ -91,7 +93,7 @@ def main(argv: list[str]) -> dict:
     logits, report = run.logits(rows, cfg.max_tokens)
     seconds = time.perf_counter() - started
     ddp.say(world, f"tokens: {report}")
-    ddp.say(world, decide.distribution(logits, list(labels.names)))
+    ddp.say(world, decide.distribution(logits, list(labels.names), train_cfg.task))
     reason = decide.degenerate(logits)
     if reason and not cfg.force:
         raise evaluate.Degenerate(f"{reason}; nothing was written (--force writes it all the same)")
@@ -99,11 +101,11 @@ def main(argv: list[str]) -> dict:
     # ---- metrics and output -----------------------------------------------------------------------------------------
     result = {"run": str(path), "rows": len(rows), "output": cfg.output}
     if known is not None and np.isfinite(logits).all():
-        scores = metrics.of_task(train_cfg.task, logits, known)
         ddp.say(world, metrics.summary(train_cfg.task, logits, known, labels.names))
-        result["metrics"] = {k: round(v, 6) for k, v in scores.items()}
+        for key, scores in decided_metrics(run, logits, known).items():
+            result[key] = {k: round(v, 6) for k, v in scores.items()}
     if world.rank == 0:
-        write_output(cfg, ids, logits, labels, train_cfg.id_column)
+        write_output(cfg, ids, run, logits)
     return {**result, "examples_per_second": round(len(rows) / seconds, 2), "seconds": round(seconds, 2)}
 
 
@@ -136,6 +138,16 @@ def load(cfg: InferConfig, path: Path, given, world: ddp.World, quant: str) -> e
     return run
 
 
+def decision_at(run: evaluate.Run, probability: float) -> decide.Decision:
+    """The run's decision with one probability for a threshold. Raises UserError where argmax or a number decides."""
+    if run.config.task == "regression":
+        raise UserError(f"--threshold {probability:g}: a regression's output is no probability; leave it out")
+    try:
+        return (run.decision or decide.plain(run.config.task, run.model.outputs)).with_threshold(probability)
+    except ValueError as e:
+        raise UserError(f"--threshold {probability:g}: {e}") from None
+
+
 def find_run(cfg: InferConfig) -> Path:
     """The run named by --runs, or the newest finished one. Raises UserError when there is none."""
     if cfg.runs:
@@ -150,28 +162,40 @@ def find_run(cfg: InferConfig) -> Path:
 
 def known_labels(rows: list[dict[str, str]], train_cfg, labels: data.Labels) -> np.ndarray | None:
     """Labels of the rows where every row has one that this run knows, else None."""
-    column = [row.get(train_cfg.label_column, "") for row in rows]
+    columns = train_cfg.label_columns or (train_cfg.label_column,)
     try:
-        if train_cfg.task == "regression":
-            return data.encode_numbers(column, "input")
-        return data.encode_labels(column, labels, "input")
-    except UserError:
+        return evaluate.encode_targets(train_cfg, rows, labels, "input") if all(c in rows[0] for c in columns) else None
+    except (UserError, KeyError):
         return None
 
 
-def write_output(cfg: InferConfig, ids: list[str], logits: np.ndarray, labels: data.Labels, id_column: str) -> None:
+def decided_metrics(run: evaluate.Run, logits: np.ndarray, known: np.ndarray) -> dict[str, dict[str, float]]:
+    """`metrics` of what is written; where a threshold of the run or the user decides, `undecided` without it."""
+    plain, task, decision = metrics.of_task(run.config.task, logits, known), run.config.task, run.decision
+    if not decision or not decision.thresholds:
+        return {"metrics": plain}
+    if task == "multi_label":
+        return {"metrics": metrics.multilabel(logits, known, decision.thresholds), "undecided": plain}
+    shifted = logits - np.array([0.0, decision.thresholds[0]])  # then class 1 wins where z1 - z0 is above it
+    return {"metrics": metrics.classification(shifted, known), "undecided": plain}
+
+
+def write_output(cfg: InferConfig, ids: list[str], run: evaluate.Run, logits: np.ndarray) -> None:
     """Write predictions in one piece: two named columns, or id, prediction and a probability for each class.
 
-    A regression's prediction is its output as it is, neither cut to a range nor rounded: ranks would be lost.
+    A regression's prediction is its output as it is, neither cut to a range nor rounded: ranks would be lost. Several
+    labels are a list in JSONL, and stand between the run's delimiters in CSV.
     """
-    one = not labels.values
-    chosen = [float(z) for z in logits[:, 0]] if one else [labels.values[c] for c in logits.argmax(axis=1)]
+    labels, id_column = run.labels, run.config.id_column
+    predicted, shares = run.decided(logits)
+    chosen = evaluate.answers(run.config.task, predicted, labels)
+    if run.config.task == "multi_label" and not cfg.output.endswith(".jsonl"):
+        chosen = [run.config.label_delimiter.join(row) for row in chosen]
     if cfg.submission:
         header = [c.strip() for c in cfg.submission.split(",")]
         records = [dict(zip(header, pair, strict=True)) for pair in zip(ids, chosen, strict=True)]
     else:
         names = [f"probability_{v}" for v in labels.values]
-        shares = np.zeros((len(ids), 0)) if one else decide.softmax(logits)
         records = [
             {id_column: i, "prediction": c, **dict(zip(names, map(float, p), strict=True))}
             for i, c, p in zip(ids, chosen, shares, strict=True)

@@ -23,6 +23,19 @@ def cross_entropy(
     return loss, weight
 
 
+def binary_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0, pos_weight: torch.Tensor | None = None
+) -> tuple[torch.Tensor, float]:
+    """Cross-entropy of each cell on its own, in fp32: logits (B, C), targets (B, C) of 0 and 1 -> (sum, cells).
+
+    Smoothing moves a target by half its share towards the other: 1 becomes 1 - s / 2, 0 becomes s / 2, as two-class
+    smoothing does. pos_weight (C,): of each label's positive part, as torch defines it.
+    """
+    smooth = targets.float() * (1 - label_smoothing) + label_smoothing / 2
+    loss = F.binary_cross_entropy_with_logits(logits.float(), smooth, pos_weight=pos_weight, reduction="sum")
+    return loss, float(targets.numel())
+
+
 def squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, float]:
     """outputs (B, 1), targets (B,) -> (sum of squared errors in fp32, number of rows)."""
     return F.mse_loss(outputs[:, 0].float(), targets.float(), reduction="sum"), float(len(targets))

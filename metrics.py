@@ -243,20 +243,44 @@ def regression(outputs: ArrayLike, targets: ArrayLike) -> dict[str, float]:
 
 
 def of_task(task: str, logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """The metrics of a task: `regression` of its one column of logits, or `classification`."""
-    return regression(np.asarray(logits)[:, 0], labels) if task == "regression" else classification(logits, labels)
+    """The metrics of a task: `regression` of its one column of logits, `multilabel`, or `classification`."""
+    if task == "regression":
+        return regression(np.asarray(logits)[:, 0], labels)
+    return multilabel(logits, labels) if task == "multi_label" else classification(logits, labels)
 
 
 def majority(task: str, labels: np.ndarray) -> float:
-    """What knowing nothing reaches: the share of the largest class, or the mse of the mean."""
-    return float(np.var(labels)) if task == "regression" else float(np.bincount(labels).max() / len(labels))
+    """What knowing nothing reaches: the share of the largest class, the micro-F1 of the commonest label on every row,
+    or the mse of the mean.
+    """
+    if task == "regression":
+        return float(np.var(labels))
+    if task == "multi_label":
+        return float(2 * labels.sum(axis=0).max() / (len(labels) + labels.sum()))
+    return float(np.bincount(labels).max() / len(labels))
 
 
 def summary(task: str, logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> str:
     """The scores as a person reads them: a table over classes, or a line."""
     if task == "regression":
         return ", ".join(f"{k} {v:.4f}" for k, v in of_task(task, logits, labels).items() if k != "rows")
+    if task == "multi_label":
+        return label_table(logits, labels, list(names))
     return table(confusion_matrix(labels, logits.argmax(axis=1), len(names)), list(names))
+
+
+def label_table(logits: np.ndarray, targets: np.ndarray, names: Sequence[str], most: int = 100) -> str:
+    """Precision, recall, F1, average precision and support of each label at probability 0.5; the commonest if many."""
+    true, predicted = np.asarray(targets).astype(bool), np.asarray(logits) > 0
+    scores = _from_counts((true & predicted).sum(axis=0), predicted.sum(axis=0), true.sum(axis=0))
+    left = max(8, *(len(_clip(name, 60)) for name in names))
+    lines = [f"{'':<{left}} {'precision':>9} {'recall':>7} {'f1':>7} {'ap':>7} {'support':>9}"]
+    order = np.argsort(-scores["support"], kind="stable")
+    for k in sorted(order[:most]):
+        ap = f"{average_precision(logits[:, k], true[:, k]):7.4f}" if true[:, k].any() else f"{'-':>7}"
+        p, r, f1 = (scores[name][k] for name in ("precision", "recall", "f1"))
+        lines.append(f"{_clip(names[k], 60):<{left}} {p:9.4f} {r:7.4f} {f1:7.4f} {ap} {scores['support'][k]:9d}")
+    return "\n".join(lines + ([f"({len(names) - most} rarer labels are not shown)"] if len(names) > most else []))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def main(argv: list[str]) -> dict:
     ddp.say(world, f"run {run}" + (f", resumed at step {at.step} of {total}" if at.step else ""))
 
     # ---- loop: step, log, eval, save --------------------------------------------------------------------------------
-    row_weights = None if weights is None else torch.from_numpy(weights).float().to(world.device)
+    of_classes = None if weights is None else torch.from_numpy(weights).float().to(world.device)
     stop, log, clock = ddp.StopRequest(), run / "metrics.jsonl", resume.Clock(at)
     bar = tqdm(total=total, initial=at.step, disable=world.rank != 0, unit="step", file=sys.stderr, mininterval=1.0)
     while at.step < total and not at.done:
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> dict:
                 train.tokens.lengths, cfg.batch_size, cfg.max_tokens, at.micro_batches, cfg.seed, epoch
             )
         rows_of_step = np.concatenate(plan[index])
-        denominator = float(len(rows_of_step) if weights is None else weights[train.labels[rows_of_step]].sum())
+        denominator = loss_weight(cfg.task, train.labels[rows_of_step], weights)
         factor = optim.lr_factor(at.updates, total, warmup, cfg.schedule)
         for j, rows in enumerate(plan[index]):
             if j % world.size != world.rank:
@@ -139,11 +139,7 @@ def main(argv: list[str]) -> dict:
             target = torch.from_numpy(train.labels[rows]).to(world.device)
             with models.autocast(world.device, precision):
                 logits = model(data.pack(train.tokens, rows, world.device))
-            if cfg.task == "regression":
-                loss, _ = losses.squared_error(logits, target)
-            else:
-                loss, _ = losses.cross_entropy(logits, target, cfg.label_smoothing, row_weights)
-            loss = loss / denominator
+            loss = loss_sum(cfg.task, logits, target, cfg.label_smoothing, of_classes) / denominator
             scaler.scale(loss).backward()
             gradients.add(loss, stop=bool(stop.signal))
         norm, taken, (loss, stopping) = optim.step(optimizer, scaler, factor, cfg.grad_clip, gradients.reduce())
@@ -212,6 +208,7 @@ def main(argv: list[str]) -> dict:
         "run": str(run),
         "metrics": {k: round(v, 6) for k, v in scores.items()},
         "majority": round(metrics.majority(cfg.task, val.labels), 6),
+        **fit_decision(cfg, run, logits, val.labels, world),
         "best_step": at.best_step,
         "steps": at.step,
         "examples_per_second": round(at.rows / at.seconds, 2),
@@ -222,7 +219,7 @@ def main(argv: list[str]) -> dict:
         "eval_seconds": round(at.eval_seconds, 2),
     }
     if world.rank == 0:
-        write_predictions(run / "val_predictions.csv", val, logits, labels)
+        write_predictions(run / "val_predictions.csv", val, cfg.task, logits, labels)
         checkpoint.write_atomic(run / "result.json", json.dumps(result) + "\n")
     reason = decide.degenerate(logits)
     if reason:
@@ -239,7 +236,7 @@ class Split:
 
     rows: list[dict[str, str]]
     ids: list[str]
-    labels: np.ndarray  # (N,) int64 classes, or float32 numbers of a regression
+    labels: np.ndarray  # (N,) int64 classes, (N, C) float32 of 0 and 1 for multi_label, or (N,) float32 numbers
     tokens: data.Tokens | None = None
 
     def take(self, chosen: np.ndarray) -> "Split":
@@ -260,6 +257,9 @@ def load_rows(cfg: TrainConfig, say) -> tuple[Split, Split, data.Labels]:
     where = f"--train_data {cfg.train_data}"
     if cfg.task == "regression":
         labels = data.Labels((), (cfg.label_column,))
+    elif cfg.task == "multi_label":
+        sets = data.label_sets(rows, cfg.label_column, cfg.label_columns, cfg.label_delimiter, where)
+        labels = data.find_labels([v for one in sets for v in one], cfg.label_columns or cfg.label_names, where)
     else:
         labels = data.find_labels([r[cfg.label_column] for r in rows], cfg.label_names, where)
     train = labelled(cfg, rows, labels, where)
@@ -267,14 +267,15 @@ def load_rows(cfg: TrainConfig, say) -> tuple[Split, Split, data.Labels]:
         val_rows = read_labelled(cfg, cfg.val_data, "val_data", columns, say)
         val = labelled(cfg, val_rows, labels, f"--val_data {cfg.val_data}")
     else:
-        strata = data.number_strata(train.labels) if cfg.task == "regression" else train.labels
-        kept, held_out = data.stratified_split(strata, cfg.val_size, cfg.seed)
+        kept, held_out = split(cfg.task, train.labels, cfg.val_size, cfg.seed)
         train, val = train.take(kept), train.take(held_out)
     if cfg.task == "regression":
         low, mean, high = train.labels.min(), train.labels.mean(), train.labels.max()
         say(f"{cfg.label_column}: {low:.4g} to {high:.4g}, mean {mean:.4g}")
         return train, val, labels
-    counts = np.bincount(train.labels, minlength=len(labels.values))
+    counts = class_counts(cfg.task, train.labels, len(labels.values))
+    if cfg.task == "multi_label":
+        say(f"labels of a row: {train.labels.sum() / len(train.labels):.2f} on average, {sum(train.labels.sum(1) == 0)} none")
     say("classes: " + ", ".join(f"{n} {c:,}" for n, c in zip(labels.names, counts, strict=True)))
     absent = [labels.names[i] for i in np.flatnonzero(counts == 0)]
     if absent:
@@ -285,17 +286,29 @@ def load_rows(cfg: TrainConfig, say) -> tuple[Split, Split, data.Labels]:
 def labelled(cfg: TrainConfig, rows: list[dict[str, str]], labels: data.Labels, where: str) -> Split:
     """Rows with their ids (the id column, or the index in the file) and class indices."""
     ids = [row.get(cfg.id_column, str(i)) for i, row in enumerate(rows)]
-    column = [r[cfg.label_column] for r in rows]
-    numbers = cfg.task == "regression"
-    return Split(
-        rows, ids, data.encode_numbers(column, where) if numbers else data.encode_labels(column, labels, where)
-    )
+    return Split(rows, ids, evaluate.encode_targets(cfg, rows, labels, where))
+
+
+def split(task: str, labels: np.ndarray, val_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted row indices (train, validation), stratified by class, by every label, or by quantiles of numbers."""
+    if task != "multi_label":
+        return data.stratified_split(data.number_strata(labels) if task == "regression" else labels, val_size, seed)
+    share = val_size / len(labels) if val_size >= 1 else val_size
+    if not 0 < share < 1:
+        raise UserError(f"--val_size {val_size:g} of {len(labels)} rows leaves none to train on or to validate with")
+    part = data.stratify(labels, [1 - share, share], seed)
+    return np.flatnonzero(part == 0), np.flatnonzero(part == 1)
+
+
+def class_counts(task: str, labels: np.ndarray, classes: int) -> np.ndarray:
+    """(C,) rows of each class or label."""
+    return labels.sum(axis=0).astype(int) if task == "multi_label" else np.bincount(labels, minlength=classes)
 
 
 def read_labelled(cfg: TrainConfig, path: str, flag: str, columns: list[str], say) -> list[dict[str, str]]:
     """Rows with text and label. Raises UserError for missing columns and, with their numbers, empty texts."""
     rows = data.read_rows(path, flag)
-    data.need_columns(rows, [*columns, cfg.label_column], path, flag)
+    data.need_columns(rows, [*columns, *(cfg.label_columns or (cfg.label_column,))], path, flag)
     decoded = data.decode_bytes_literals(rows, columns)
     if decoded:
         say(f"--{flag} {path}: {decoded} rows were Python bytes literals (b'...') and are decoded")
@@ -306,15 +319,32 @@ def read_labelled(cfg: TrainConfig, path: str, flag: str, columns: list[str], sa
 
 
 def class_weights(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndarray | None:
+    """(C,) weights of classes, or of the positive part of labels; None for equal ones."""
     if cfg.task == "regression":
         return None
+    counts = class_counts(cfg.task, labels, classes)
     try:
-        return decide.class_weights(cfg.class_weights, np.bincount(labels, minlength=classes))
+        if cfg.task == "multi_label":
+            return decide.pos_weight(cfg.pos_weight, counts, len(labels))
+        return decide.class_weights(cfg.class_weights, counts)
     except ValueError as e:
         raise UserError(str(e)) from None
 
 
 # ---- the loop's small parts -----------------------------------------------------------------------------------------
+
+
+def loss_sum(task: str, logits: torch.Tensor, target: torch.Tensor, label_smoothing: float, weights) -> torch.Tensor:
+    """The task's loss as a sum over rows, or over cells for multi_label."""
+    if task == "regression":
+        return losses.squared_error(logits, target)[0]
+    loss = losses.binary_cross_entropy if task == "multi_label" else losses.cross_entropy
+    return loss(logits, target, label_smoothing, weights)[0]
+
+
+def loss_weight(task: str, labels: np.ndarray, weights: np.ndarray | None) -> float:
+    """What a step's sum is divided by: its rows, their class weights, or its cells for multi_label."""
+    return float(labels.size if weights is None or task == "multi_label" else weights[labels].sum())
 
 
 def periodic_rows(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndarray:
@@ -326,6 +356,11 @@ def periodic_rows(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndar
     if 0 < cfg.eval_rows < len(labels):
         rows = np.sort(np.random.default_rng([cfg.seed, 0xE7A1]).permutation(len(labels))[: cfg.eval_rows])
     present = set(np.unique(labels[rows]).tolist())
+    if cfg.task == "multi_label":
+        some, every = (labels[rows] > 0).any(axis=0).all(), (labels[rows] > 0).all(axis=0).any()
+        if cfg.metric in ("roc_auc", "average_precision") and (not some or (cfg.metric == "roc_auc" and every)):
+            raise UserError(f"--metric {cfg.metric} needs rows with and without every label: choose another")
+        return rows
     if cfg.metric == "roc_auc" and (present != {0, 1} if cfg.task == "regression" else len(present) < classes):
         wanted = "labels 0 and 1" if cfg.task == "regression" else "every class"
         raise UserError(f"--metric roc_auc needs {wanted} among the validation rows: choose another, or other rows")
@@ -337,7 +372,7 @@ def periodic_rows(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndar
 def better(scores: dict[str, float], best: float | None, metric: str) -> bool:
     """Whether an evaluation beats the best so far; losses and errors are the smaller the better."""
     now = scores.get(metric, -1.0)  # pearson is absent while every output is the same
-    return best is None or (now < best if metric in ("log_loss", "mse", "rmse", "mae") else now > best)
+    return best is None or (now < best if metric in ("log_loss", "hamming_loss", "mse", "rmse", "mae") else now > best)
 
 
 def refuse_not_finite(cfg, world, model, scaler, train: Split, micro_batches, precision: str, step: int, loss) -> None:
@@ -356,16 +391,34 @@ def not_finite(world, model, train: Split, micro_batches, precision: str, found:
     return FloatingPointError(f"{found}; {where}; lower --lr, or try --precision bf16 or fp32")
 
 
-def write_predictions(path: Path, val: Split, logits: np.ndarray, labels: data.Labels) -> None:
-    """val_predictions.csv: id, label, prediction and one column of logits a class, or none for a regression."""
+def fit_decision(cfg: TrainConfig, run: Path, logits: np.ndarray, labels: np.ndarray, world) -> dict:
+    """Fit thresholds and calibration on the validation logits and keep them in the run; scores that no row's own label
+    had a part in (5 folds), without and with them. Nothing for a regression, or where there are too few rows.
+    """
+    if cfg.task == "regression" or len(labels) < 10:
+        return {}
+    targets = labels.astype(np.int64)
+    decision = decide.fit_decision(cfg.task, logits, targets, cfg.thresholds)
+    scores, _, _ = decide.cross_fitted(cfg.task, logits, targets, seed=cfg.seed, kind=cfg.thresholds)
+    if world.rank == 0:
+        checkpoint.write_atomic(run / "decision.json", decision.to_json())
+    for name, values in scores.items():
+        when = "argmax or probability 0.5" if name == "before" else "thresholds and calibration of the other folds"
+        ddp.say(world, f"{when}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+    return {"undecided": scores["before"], "decided": scores["after"]}
+
+
+def write_predictions(path: Path, val: Split, task: str, logits: np.ndarray, labels: data.Labels) -> None:
+    """val_predictions.csv: id, label, prediction (no threshold: those are fitted here) and one column of logits a class."""
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["id", "label", "prediction", *(f"logit_{v}" for v in labels.values)])
-    for i, y, z in zip(val.ids, val.labels, logits, strict=True):
-        if labels.values:
-            writer.writerow([i, labels.values[y], labels.values[int(z.argmax())], *(repr(float(x)) for x in z)])
-        else:
-            writer.writerow([i, repr(float(y)), repr(float(z[0]))])
+    known, predicted = (
+        evaluate.answers(task, rows, labels) for rows in (val.labels, evaluate.decided(task, None, logits)[0])
+    )
+    for i, label, prediction, z in zip(val.ids, known, predicted, logits, strict=True):
+        cells = [json.dumps(c, ensure_ascii=False) if isinstance(c, list) else c for c in (label, prediction)]
+        writer.writerow([i, *cells, *(repr(float(x)) for x in z if labels.values)])
     checkpoint.write_atomic(path, out.getvalue())
 
 

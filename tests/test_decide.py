@@ -1,10 +1,19 @@
-"""From logits to decisions: probabilities, class weights, the alarm for scores that cannot be right."""
+"""From logits to decisions: weights, thresholds, calibration, ensembles, the alarm for scores that cannot be right."""
+
+import json
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import decide
+
+QUICK = settings(max_examples=60, deadline=None, derandomize=True)
+SEEDS = st.integers(0, 10**6)
 
 
 def logits(rows=40, classes=5, scale=3.0, seed=0) -> np.ndarray:
@@ -54,6 +63,36 @@ def test_none_and_given_weights():
     assert decide.class_weights("1, 2.5,0.5", np.array([9, 9, 9])).tolist() == [1.0, 2.5, 0.5]
     with pytest.raises(ValueError, match="has 2 numbers, expected one for each of 3 classes"):
         decide.class_weights("1,2", np.array([9, 9, 9]))
+
+
+@pytest.mark.parametrize("setting, beta", [("effective", 0.999), ("effective:0.99", 0.99), ("effective:0", 0.0)])
+def test_effective_number_weights_are_those_of_the_paper(setting, beta):
+    counts = np.array([5, 40, 3000, 0])
+    got = decide.class_weights(setting, counts)
+    paper = np.array([1 / sum(beta**i for i in range(max(n, 1))) for n in counts])  # E_n = 1 + beta + ... + beta^(n-1)
+    np.testing.assert_allclose(got / got[0], paper / paper[0], rtol=1e-10)
+    assert (got * counts).sum() / counts.sum() == pytest.approx(1.0), "mean 1 over rows"
+
+
+def test_inverse_is_balanced_and_effective_lies_between_it_and_none():
+    counts = np.array([10, 100, 1000])
+    balanced = decide.class_weights("balanced", counts)
+    assert decide.class_weights("inverse", counts).tolist() == balanced.tolist()
+    nearly = decide.class_weights("effective:0.9999999", counts)
+    np.testing.assert_allclose(nearly, balanced, rtol=1e-3)
+    for bad in ("effective:1", "effective:-0.1", "effective:2", "effective:nan"):
+        with pytest.raises(ValueError, match="BETA from 0 to below 1"):
+            decide.class_weights(bad, counts)
+
+
+def test_pos_weight_is_negatives_by_positives_within_its_cap():
+    got = decide.pos_weight("balanced", np.array([25, 1, 0, 100, 50]), 100)
+    assert got.tolist() == [3.0, 20.0, 1.0, 0.05, 1.0]
+    assert decide.pos_weight("none", np.array([1]), 2) is None
+    assert decide.pos_weight("2.5", np.array([1, 1, 0]), 9).tolist() == [2.5, 2.5, 2.5]
+    assert decide.pos_weight("1,2,3", np.array([1, 1, 0]), 9).tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="--pos_weight has 2 numbers, expected 1 or 3"):
+        decide.pos_weight("1,2", np.array([1, 1, 0]), 9)
 
 
 # ---- degenerate -----------------------------------------------------------------------------------------------------
@@ -119,3 +158,554 @@ def test_distribution_counts_every_row_once():
 
 def test_distribution_of_a_single_row():
     assert "100.0%" in decide.distribution(np.array([[0.0, 1.0]]), ["a", "b"])
+
+
+# ---- scores of probabilities ----------------------------------------------------------------------------------------
+
+
+def rows_of(task, rows=300, classes=4, seed=0, scale=2.0):
+    """Logits (N, C) that know the labels but are over-confident and shifted, and the labels."""
+    rng = np.random.default_rng(seed)
+    if task == "single_label":
+        y = rng.integers(classes, size=rows)
+        return (rng.normal(size=(rows, classes)) + np.eye(classes)[y]) * scale, y
+    y = (rng.random((rows, classes)) < np.linspace(0.5, 0.04, classes)).astype(int)
+    return (rng.normal(size=y.shape) + 2 * y - 2.2) * scale, y
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_brier_is_scikit_learns(classes):
+    metric = pytest.importorskip("sklearn.metrics").brier_score_loss
+    z, y = rows_of("single_label", classes=classes)
+    p = decide.softmax(z)
+    want = metric(y, p, labels=np.arange(classes), scale_by_half=False)
+    assert decide.brier(p, y) == pytest.approx(want, rel=1e-12)
+    z, y = rows_of("multi_label", classes=classes)
+    p = 1 / (1 + np.exp(-z))
+    want = np.mean([metric(y[:, c], p[:, c]) for c in range(classes)])
+    assert decide.brier(p, y) == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("bins", [1, 10, 15])
+def test_calibration_error_is_a_loop_over_bins(bins):
+    rng = np.random.default_rng(bins)
+    p = np.concatenate([rng.random(500), [0, 0, 1, 1], np.full(50, 0.2), np.full(50, 0.25)])
+    hit = rng.random(604) < p**2
+    hit[504:] = p[504:] > 0.2  # 0.2 is the upper end of its bin, not the lower end of the next
+    want = 0.0
+    for k in range(bins):
+        inside = (p > k / bins) & (p <= (k + 1) / bins) | ((p == 0) & (k == 0))
+        if inside.any():
+            want += inside.mean() * abs(hit[inside].mean() - p[inside].mean())
+    assert decide.ece(p, hit, bins) == pytest.approx(want, rel=1e-10)
+    assert decide.ece(p.reshape(2, -1), hit.reshape(2, -1), bins) == pytest.approx(want, rel=1e-10)
+
+
+@pytest.mark.parametrize("task, classes", [("single_label", 2), ("single_label", 5), ("multi_label", 5)])
+def test_scores_of_a_decision_are_scikit_learns(task, classes):
+    sk = pytest.importorskip("sklearn.metrics")
+    z, y = rows_of(task, classes=classes)
+    decision = decide.fit_decision(task, z, y, "global")
+    predicted, p = decide.apply(decision, z)
+    cells = y.ravel() if task == "multi_label" else y
+    want = {"log_loss": sk.log_loss(cells, p.ravel() if task == "multi_label" else p)}
+    if task == "multi_label":
+        want |= {f"{a}_f1": sk.f1_score(y, predicted, average=a, zero_division=0) for a in ("micro", "macro")}
+    else:
+        want |= {"accuracy": sk.accuracy_score(y, predicted)} | (
+            {"f1": sk.f1_score(y, predicted)} if classes == 2 else {}
+        )
+    got = decision.scores["after"]
+    assert {name: got[name] for name in want} == pytest.approx(want, rel=1e-12)
+    assert set(got) == {*want, "brier", "ece"} == set(decision.scores["before"])
+
+
+# ---- thresholds -----------------------------------------------------------------------------------------------------
+
+
+def best_f1_of_scikit_learn(scores, targets):
+    precision, recall, _ = pytest.importorskip("sklearn.metrics").precision_recall_curve(targets, scores)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return np.nan_to_num(2 * precision * recall / (precision + recall)).max()
+
+
+def f1_at(cut, scores, targets):
+    predicted = scores > cut
+    return 2 * (predicted & (targets == 1)).sum() / max(1, predicted.sum() + targets.sum())
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 12])
+@pytest.mark.parametrize("rows", [1, 2, 11, 400])
+@pytest.mark.parametrize("share", [0.02, 0.3, 1.0])
+def test_best_f1_is_scikit_learns_and_the_cut_gives_it(rows, decimals, share):
+    rng = np.random.default_rng(rows)
+    targets = (rng.random(rows) < share).astype(int)
+    targets[0] = 1  # scikit-learn warns without a positive
+    scores = np.round(rng.normal(size=rows) + targets, decimals)
+    cut, f1 = decide.f1_threshold(scores, targets)
+    assert f1 == pytest.approx(best_f1_of_scikit_learn(scores, targets), rel=1e-12)
+    assert f1_at(cut, scores, targets) == f1, "the threshold gives the F1 it promises"
+
+
+@QUICK
+@given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.booleans()), min_size=1, max_size=30))
+def test_no_cut_beats_the_threshold(rows):
+    scores, targets = np.array([r[0] for r in rows]), np.array([r[1] for r in rows]).astype(int)
+    cut, f1 = decide.f1_threshold(scores, targets)
+    grid = np.concatenate([scores, np.nextafter(scores, -np.inf), np.linspace(-1e6, 1e6, 101)])
+    assert f1 == f1_at(cut, scores, targets) >= max(f1_at(g, scores, targets) for g in grid)
+
+
+def test_thresholds_at_the_edges():
+    ones, none = np.ones(4, int), np.zeros(4, int)
+    z = np.array([3.0, 1.0, 2.0, 0.0])
+    assert decide.f1_threshold(z, none) == (decide.NEVER, 0.0)
+    assert decide.f1_threshold(z, ones) == (-1.0, 1.0), "one below the lowest"
+    assert decide.f1_threshold(z, np.array([1, 0, 1, 0])) == (1.5, 1.0), "midway"
+    assert decide.f1_threshold(np.full(4, 0.7), np.array([1, 0, 0, 0]))[1] == 0.4, "constant scores go together"
+    assert decide.f1_threshold(z, np.array([1, 0, 0, 1])) == (2.5, 2 / 3), "of (2.5, -1) equally good, the highest"
+    assert decide.f1_threshold([5.0], [1]) == (4.0, 1.0)
+    for low in (1.0, np.nextafter(1.0, 2)):  # nothing lies between: the middle rounds down, then up
+        near = np.array([low, np.nextafter(low, 2)])
+        assert (near > decide.f1_threshold(near, np.array([0, 1]))[0]).tolist() == [False, True]
+
+
+def test_global_threshold_is_the_best_micro_f1_and_rare_labels_take_it():
+    sk = pytest.importorskip("sklearn.metrics")
+    z, y = rows_of("multi_label", rows=120, classes=6)
+    y[:, 5] = 0
+    y[:3, 5] = 1  # fewer than LEAST
+    shared = decide.fit_thresholds(z, y, "global")
+    assert len(set(shared)) == 1
+    micro = [sk.f1_score(y, z > cut, average="micro") for cut in [*z.ravel(), z.min() - 1]]
+    assert sk.f1_score(y, z > shared, average="micro") == pytest.approx(max(micro), rel=1e-12)
+    own = decide.fit_thresholds(z, y, "per_class")
+    positives = y.sum(axis=0)
+    for c in range(6):
+        expected = shared[0] if positives[c] < decide.LEAST else decide.f1_threshold(z[:, c], y[:, c])[0]
+        assert own[c] == expected
+    assert positives[5] == 3 and (positives[:4] >= decide.LEAST).all()
+    assert decide.fit_thresholds(z, y, "per_class", least=3)[5] == decide.f1_threshold(z[:, 5], y[:, 5])[0]
+    assert decide.fit_thresholds(z, y, "none").tolist() == [0] * 6
+    assert (decide.fit_thresholds(z, 0 * y, "per_class") == decide.NEVER).all()
+    with pytest.raises(ValueError, match="got 'best', expected one of none, global, per_class"):
+        decide.fit_thresholds(z, y, "best")
+
+
+# ---- calibration ----------------------------------------------------------------------------------------------------
+
+
+def single_loss(z, y):
+    return float(np.logaddexp.reduce(z, axis=1).mean() - z[np.arange(len(y)), y].mean())
+
+
+@pytest.mark.parametrize("classes", [2, 3, 8])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 6.0])
+def test_temperature_is_scikit_learns(classes, scale):
+    calibration = pytest.importorskip("sklearn.calibration")
+    z, y = rows_of("single_label", classes=classes, scale=scale, seed=classes)
+    t = decide.fit_temperature(z, y)
+    assert t == pytest.approx(1 / calibration._TemperatureScaling().fit(z, y).beta_, rel=1e-6)
+    losses = [single_loss(z / other, y) for other in np.geomspace(0.05, 20, 400)]
+    assert single_loss(z / t, y) <= min(losses)
+
+
+def test_temperature_at_its_bounds():
+    z, y = rows_of("single_label")
+    right = np.eye(4)[y]
+    assert decide.fit_temperature(right, y) == pytest.approx(0.05), "all right: as sure as allowed"
+    assert decide.fit_temperature(-right, y) == pytest.approx(20), "all wrong: as unsure as allowed"
+    assert decide.fit_temperature(np.zeros((5, 3)), [0, 1, 2, 0, 0]) == 1, "constant scores say nothing"
+    assert decide.fit_temperature(np.arange(5.0)[:, None] + np.zeros(3), [0, 1, 2, 0, 0]) == 1, (
+        "a row's shift is nothing"
+    )
+    assert 0.05 <= decide.fit_temperature(z[:1], y[:1]) <= 20, "one row"
+    assert decide.fit_temperature(z * 1e4, y) == pytest.approx(20), "huge logits do not overflow"
+
+
+@pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (5.0, -3.0), (100.0, 40.0), (1e-3, 0.0)])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_platt_is_scikit_learns(scale, shift, share):
+    calibration = pytest.importorskip("sklearn.calibration")
+    rng = np.random.default_rng(3)
+    y = (rng.random(400) < share).astype(int)
+    z = (rng.normal(size=400) + 1.5 * y) * scale + shift
+    a, b = decide.fit_platt(z, y)
+    theirs = calibration._SigmoidCalibration().fit(z, y)
+    np.testing.assert_allclose(1 / (1 + np.exp(-(a * z + b))), theirs.predict(z), atol=2e-5)
+    soft = np.where(y == 1, (y.sum() + 1) / (y.sum() + 2), 1 / ((1 - y).sum() + 2))
+
+    def loss(a, b):
+        return float((np.logaddexp(0, a * z + b) - soft * (a * z + b)).mean())
+
+    assert loss(a, b) <= loss(-theirs.a_, -theirs.b_) + 1e-14, "at least as deep as L-BFGS"
+    assert abs((1 / (1 + np.exp(-(a * z + b))) - soft).mean()) < 1e-9, "the gradient in b"
+
+
+@pytest.mark.parametrize("y", [[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 1]])
+def test_platt_at_the_edges(y):
+    """Absent classes, constant scores, separable and reversed ones: finite, and the smoothed share of positives."""
+    y = np.array(y)
+    soft = np.where(y == 1, (y.sum() + 1) / (y.sum() + 2), 1 / ((1 - y).sum() + 2))
+    for z in (np.arange(4.0), np.full(4, 0.1), np.arange(4.0) * 1e6):
+        a, b = decide.fit_platt(z, y)
+        p = 1 / (1 + np.exp(-(a * z + b)))
+        assert p.mean() == pytest.approx(soft.mean(), abs=1e-6)
+        assert a == 0 or np.ptp(z) > 0
+    a, b = decide.fit_platt([2.0], [1])
+    assert (a, 1 / (1 + np.exp(-b))) == (0, pytest.approx(2 / 3))
+
+
+# ---- the decision ---------------------------------------------------------------------------------------------------
+
+DECISIONS = [
+    ("multi_label", 5, "per_class"),
+    ("multi_label", 5, "global"),
+    ("multi_label", 1, "none"),
+    ("single_label", 5, "per_class"),
+    ("single_label", 2, "per_class"),
+    ("single_label", 2, "global"),
+]
+
+
+@pytest.mark.parametrize("task, classes, kind", DECISIONS)
+def test_decision_round_trips_through_json_and_decides_as_documented(task, classes, kind):
+    z, y = rows_of(task, classes=classes)
+    decision = decide.fit_decision(task, z, y, kind, fitted_on="out-of-fold")
+    again = decide.Decision.from_json(decision.to_json())
+    assert again == decision
+    assert (again.rows, again.fitted_on, again.classes) == (300, "out-of-fold", classes)
+    new, _ = rows_of(task, classes=classes, seed=9)
+    predicted, p = decide.apply(again, new)
+    np.testing.assert_array_equal(p, decide.calibrated(new, again))
+    assert p.shape == new.shape and predicted.dtype == np.int64
+    assert ((p >= 0) & (p <= 1)).all()
+    if task == "multi_label":
+        np.testing.assert_array_equal(predicted, new > decide.fit_thresholds(z, y, kind))
+        lines = [decide.fit_platt(z[:, c], y[:, c]) for c in range(classes)]
+        np.testing.assert_allclose(p, 1 / (1 + np.exp(-(new * [a for a, _ in lines] + [b for _, b in lines]))))
+    else:
+        np.testing.assert_allclose(p.sum(axis=1), 1)
+        if kind == "global":
+            cut = decide.f1_threshold(z[:, 1] - z[:, 0], y)[0]
+            np.testing.assert_array_equal(predicted, new[:, 1] - new[:, 0] > cut)
+        else:
+            np.testing.assert_array_equal(predicted, new.argmax(axis=1))
+        if classes > 2:
+            np.testing.assert_allclose(p, decide.softmax(new / decide.fit_temperature(z, y)))
+    before, after = decision.scores["before"], decision.scores["after"]
+    assert after["log_loss"] < before["log_loss"] and after["ece"] < before["ece"]  # the logits are over-confident
+    if kind == "global":
+        name = "micro_f1" if task == "multi_label" else "f1"
+        assert after[name] > before[name]
+
+
+@QUICK
+@given(SEEDS, st.integers(3, 6), st.floats(0.05, 20))
+def test_temperature_never_changes_the_argmax(seed, classes, scale):
+    z, y = rows_of("single_label", rows=30, classes=classes, seed=seed, scale=scale)
+    predicted, p = decide.apply(decide.fit_decision("single_label", z, y), z)
+    np.testing.assert_array_equal(predicted, z.argmax(axis=1))
+    assert (p[np.arange(30), predicted] == p.max(axis=1)).all()
+
+
+@QUICK
+@given(SEEDS, st.sampled_from(DECISIONS))
+def test_rows_not_given_cannot_influence_the_fit(seed, case):
+    """The fit of the first 40 rows is the same whatever stands in the other 40, which share their memory."""
+    task, classes, kind = case
+    z, y = rows_of(task, rows=80, classes=classes, seed=seed)
+    first = decide.fit_decision(task, z[:40], y[:40], kind)
+    z[40:], y[40:] = np.nan, -7
+    assert decide.fit_decision(task, z[:40], y[:40], kind) == first
+
+
+@pytest.mark.parametrize("task, classes, kind", DECISIONS)
+def test_cross_fitted_rows_never_see_their_own_labels(task, classes, kind):
+    z, y = rows_of(task, rows=60, classes=classes)
+    scores, predicted, p = decide.cross_fitted(task, z, y, folds=5, seed=2, kind=kind)
+    held = np.array_split(np.random.default_rng(2).permutation(60), 5)[3]
+    other = y.copy()
+    other[held] = 1 - y[held] if task == "multi_label" else (y[held] + 1) % classes
+    _, predicted_again, p_again = decide.cross_fitted(task, z, other, folds=5, seed=2, kind=kind)
+    np.testing.assert_array_equal(predicted_again[held], predicted[held])
+    np.testing.assert_array_equal(p_again[held], p[held])
+    assert (p_again != p).any(), "the rows fitted on them do change"
+    rest = np.setdiff1d(np.arange(60), held)
+    expected, _ = decide.apply(decide.fit_decision(task, z[rest], y[rest], kind), z[held])
+    np.testing.assert_array_equal(predicted[held], expected)
+    assert scores["after"]["brier"] == pytest.approx(decide.brier(p, y), rel=1e-12)
+    assert decide.cross_fitted(task, z[:3], y[:3])[1].shape == y[:3].shape, "fewer rows than folds"
+
+
+def test_cross_fitting_takes_the_optimism_out():
+    """Scores that know nothing: tuned on the same rows they seem to gain, cross-fitted they do not."""
+    rng = np.random.default_rng(0)
+    z, y = rng.normal(size=(60, 30)), (rng.random((60, 30)) < 0.2).astype(int)
+    tuned = decide.fit_decision("multi_label", z, y).scores["after"]["macro_f1"]
+    honest = decide.cross_fitted("multi_label", z, y)[0]["after"]["macro_f1"]
+    chance = decide.f1_threshold(np.zeros(1800), y.ravel())[1]
+    assert tuned - 0.03 > chance > honest
+
+
+@QUICK
+@given(SEEDS, st.floats(0.01, 0.99))
+def test_with_threshold_cuts_the_calibrated_probability(seed, cut):
+    for task, classes in (("multi_label", 3), ("single_label", 2)):
+        z, y = rows_of(task, rows=50, classes=classes, seed=seed)
+        decision = decide.fit_decision(task, z, y).with_threshold(cut)
+        predicted, p = decide.apply(decision, z)
+        p = p if task == "multi_label" else p[:, 1]
+        sure = abs(p - cut) > 1e-9  # at the cut itself rounding decides
+        np.testing.assert_array_equal(predicted[sure], (p > cut)[sure])
+        assert decide.Decision.from_json(decision.to_json()) == decision
+        assert decision.kind == "given"
+
+
+def test_with_threshold_refuses_what_means_nothing():
+    z, y = rows_of("single_label")
+    with pytest.raises(ValueError, match="got 0.5, expected none: argmax decides 4 classes"):
+        decide.fit_decision("single_label", z, y).with_threshold(0.5)
+    z, y = rows_of("multi_label")
+    for bad in (0, 1, -0.5, float("nan")):
+        with pytest.raises(ValueError, match=r"expected a probability in \(0, 1\)"):
+            decide.fit_decision("multi_label", z, y).with_threshold(bad)
+
+
+def test_calibration_never_reverses_a_ranking():
+    """A label ranked the wrong way round and one with two positives take the line of all cells."""
+    z, y = rows_of("multi_label", rows=400)
+    z[:, 1] *= -1
+    y[:, 3] = 0
+    y[[5, 9], 3] = 1
+    decision = decide.fit_decision("multi_label", z, y)
+    shared = list(decide.fit_platt(z.ravel(), y.ravel()))
+    assert decision.platt[1] == decision.platt[3] == shared
+    assert decision.platt[0] == list(decide.fit_platt(z[:, 0], y[:, 0]))
+    backwards = decide.fit_decision("multi_label", np.where(y, -1.0, 1.0) + z * 1e-3, y)
+    p = decide.calibrated(z, backwards)
+    np.testing.assert_allclose(p, y.mean(), atol=2e-3, err_msg="no line at all rises: the share of positives")
+    np.testing.assert_array_equal(p.argsort(axis=0), z.argsort(axis=0))
+
+
+@pytest.mark.parametrize("task, classes, kind", DECISIONS)
+def test_decisions_from_constant_scores_one_row_and_absent_classes(task, classes, kind):
+    z, y = rows_of(task, classes=classes)
+    cases = [(np.zeros_like(z), y), (z[:1], y[:1]), (z, np.zeros_like(y))]
+    cases += [(z, np.ones_like(y))] if task == "multi_label" else []
+    for logits, labels in cases:
+        decision = decide.fit_decision(task, logits, labels, kind)
+        predicted, p = decide.apply(decide.Decision.from_json(decision.to_json()), z)
+        assert np.isfinite(p).all() and predicted.shape == y.shape
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: d.pop("rows"), r"missing or unknown \['rows'\]"),
+        (lambda d: d.update(extra=1), r"missing or unknown \['extra'\]"),
+        (lambda d: d.update(task="regression"), "task: got 'regression', expected one of single_label, multi_label"),
+        (lambda d: d.update(kind="best"), "kind: got 'best'"),
+        (lambda d: d["thresholds"].pop(), "thresholds: got .* expected 4 numbers"),
+        (lambda d: d.update(thresholds=[]), r"thresholds: got \[\], expected 4 numbers"),
+        (lambda d: d["platt"].pop(), "platt: got .* expected 4 pairs"),
+        (lambda d: d["platt"][0].pop(), "platt: got .* expected 4 pairs"),
+        (lambda d: d["platt"].__setitem__(0, [-1.0, 0.0]), "a > 0"),
+        (lambda d: d["thresholds"].__setitem__(0, float("inf")), "values: got .*inf.* expected finite numbers"),
+        (lambda d: d["platt"].__setitem__(2, [1.0, float("nan")]), "expected finite numbers"),
+        (lambda d: d["scores"]["after"].update(ece=float("nan")), "expected finite numbers"),
+        (lambda d: d["scores"].pop("before"), "expected before and after"),
+        (lambda d: d.update(thresholds=["0", 0, 0, 0]), "expected finite numbers"),
+        (lambda d: d.update(thresholds=[True, 0, 0, 0]), "expected finite numbers"),
+        (lambda d: d.update(temperature=0), "temperature: got 0, expected a number above 0"),
+        (lambda d: d.update(temperature=None), "wrong type|finite numbers"),
+        (lambda d: d.update(classes=5), "expected 5 numbers"),
+        (lambda d: d.update(classes="4"), "wrong type|expected"),
+        (lambda d: d.update(rows=0), "rows: got 0, expected a count"),
+        (lambda d: d.update(fitted_on=3), "fitted_on: got 3, expected text"),
+        (lambda d: d.update(platt=7), "wrong type"),
+        (lambda d: d.update(scores=[]), "wrong type"),
+    ],
+)
+def test_a_damaged_decision_is_refused_in_one_line(change, message):
+    values = json.loads(decide.fit_decision("multi_label", *rows_of("multi_label")).to_json())
+    decide.Decision.from_json(json.dumps(values))
+    change(values)
+    with pytest.raises(ValueError, match=message) as error:
+        decide.Decision.from_json(json.dumps(values))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_json_that_is_no_decision_is_refused():
+    for text in ("", "[]", "3", "null", "{}", '{"task": 1e999}'):
+        with pytest.raises(ValueError):
+            decide.Decision.from_json(text)
+    single = decide.fit_decision("single_label", *rows_of("single_label"))
+    for field in ({"thresholds": [0.0]}, {"platt": [[1.0, 0.0]]}):
+        with pytest.raises(ValueError, match="expected 0"):
+            replace(single, **field)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: decide.fit_decision("regression", [[0.0, 1.0]], [0]), "task: got 'regression'"),
+        (
+            lambda: decide.fit_decision("single_label", [[0.0, 1.0]], [2]),
+            "labels: got 2, expected integers from 0 to 1",
+        ),
+        (lambda: decide.fit_decision("single_label", [[0.0, 1.0]], [0.5]), "labels: got 0.5"),
+        (lambda: decide.fit_decision("single_label", [[0.0]], [0]), "C >= 2"),
+        (lambda: decide.fit_decision("single_label", np.zeros((0, 2)), []), "not empty"),
+        (lambda: decide.fit_decision("multi_label", [[0.0, 1.0]], [1]), r"expected \(1, 2\) for multi_label"),
+        (
+            lambda: decide.fit_decision("multi_label", [[0.0, 1.0]], [[0, -1]]),
+            "labels: got -1, expected integers from 0 to 1",
+        ),
+        (lambda: decide.fit_decision("multi_label", [[0.0, np.nan]], [[0, 1]]), "1 of 1 rows that are not finite"),
+        (lambda: decide.f1_threshold([0.0, np.inf], [0, 1]), "1 of 2 rows that are not finite"),
+        (lambda: decide.fit_platt([0.0, 1.0], [0]), "labels: got shape"),
+        (lambda: decide.cross_fitted("single_label", [[0.0, 1.0]], [0]), "got 1 rows and 5 folds"),
+        (lambda: decide.ensemble([], "mean_prob"), "got members of shapes"),
+        (lambda: decide.ensemble([np.zeros((2, 2)), np.zeros((3, 2))], "mean_prob"), r"\(2, 2\), \(3, 2\)"),
+        (lambda: decide.ensemble([[[0.0, np.nan]]], "mean_prob"), "finite logits"),
+        (lambda: decide.ensemble([[[0.0, 1.0]]], "median"), "got 'median'"),
+        (lambda: decide.ensemble([[[0.0, 1.0]]], "weighted"), "takes weights"),
+        (lambda: decide.ensemble([[[0.0, 1.0]]], "rank", [1.0]), "takes weights"),
+        (lambda: decide.ensemble([[[0.0, 1.0]]] * 2, "weighted", [0.5, 0.6]), "sum to 1"),
+        (lambda: decide.ensemble([[[0.0, 1.0]]] * 2, "weighted", [-0.5, 1.5]), "0 or more"),
+        (lambda: decide.ensemble([[[0.0, 1.0]]] * 2, "weighted", [1.0]), "expected 2 numbers"),
+        (lambda: decide.fit_weights([[[0.0, 1.0]]], [0, 1], "single_label"), "labels: got shape"),
+    ],
+)
+def test_errors_say_what_was_got_and_expected(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_decision_refuses_logits_of_another_width():
+    decision = decide.fit_decision("multi_label", *rows_of("multi_label"))
+    with pytest.raises(ValueError, match=r"got shape \(3, 5\), expected \(N, 4\)"):
+        decide.apply(decision, np.zeros((3, 5)))
+
+
+# ---- ensembles ------------------------------------------------------------------------------------------------------
+
+
+def probabilities(task, z):
+    return decide.softmax(z) if task == "single_label" else 1 / (1 + np.exp(-z))
+
+
+def loss_of(task, z, y):
+    return single_loss(z, y) if task == "single_label" else float(np.logaddexp(0, np.where(y, -z, z)).mean())
+
+
+def members_of(task, classes, seed, rows=80, count=3):
+    """Members that saw the labels through noise of different strengths."""
+    z, y = rows_of(task, rows=rows, classes=classes, seed=seed)
+    rng = np.random.default_rng(seed + 1)
+    return [z * rng.uniform(0.2, 2) + rng.normal(size=z.shape) * rng.uniform(0, 4) for _ in range(count)], y
+
+
+@pytest.mark.parametrize("task, classes", [("single_label", 2), ("single_label", 4), ("multi_label", 3)])
+def test_ensembles_are_the_means_their_names_say(task, classes):
+    members, _ = members_of(task, classes, 0)
+    np.testing.assert_allclose(decide.ensemble(members, "mean_logit", task=task), np.mean(members, axis=0))
+    each = np.array([probabilities(task, z) for z in members])
+    got = probabilities(task, decide.ensemble(members, "mean_prob", task=task))
+    np.testing.assert_allclose(got, each.mean(axis=0), rtol=1e-9)
+    weights = np.array([0.7, 0.0, 0.3])
+    got = probabilities(task, decide.ensemble(members, "weighted", weights, task))
+    np.testing.assert_allclose(got, np.tensordot(weights, each, 1), rtol=1e-9)
+    for how in ("mean_logit", "mean_prob"):  # one member is itself, up to a row's shift, however large
+        alone, big = decide.ensemble([members[0] * 1e3], how, task=task), members[0] * 1e3
+        shift = (alone - big)[:, :1] if task == "single_label" else 0
+        np.testing.assert_allclose(alone - shift, big, atol=1e-8)
+
+
+def test_rank_ensemble_is_the_mean_of_midranks():
+    rank = pytest.importorskip("scipy.stats").rankdata
+    members, _ = members_of("multi_label", 3, 1)
+    members[1] = np.round(members[1])  # ties
+    want = np.mean([(rank(z, axis=0) - 0.5) / 80 for z in members], axis=0)
+    got = probabilities("multi_label", decide.ensemble(members, "rank", task="multi_label"))
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+    two, _ = members_of("single_label", 2, 1)
+    want = np.mean([(rank(z[:, 1] - z[:, 0]) - 0.5) / 80 for z in two], axis=0)
+    np.testing.assert_allclose(decide.softmax(decide.ensemble(two, "rank"))[:, 1], want, rtol=1e-9)
+    assert (decide.ensemble([z[:1] for z in members], "rank", task="multi_label") == 0).all(), "one row has no rank"
+
+
+MAPS = [lambda x: x**3 + 2 * x, lambda x: np.arctan(x), lambda x: 5 * x - 3, lambda x: np.exp(x / 9)]
+
+
+@QUICK
+@given(SEEDS, st.lists(st.sampled_from(MAPS), min_size=9, max_size=9))
+def test_rank_ensemble_is_blind_to_increasing_maps(seed, maps):
+    members, _ = members_of("multi_label", 3, seed, rows=25)
+    members = [np.round(z, 2) for z in members]  # far enough apart to stay distinct, some tied
+    before = decide.ensemble(members, "rank", task="multi_label")
+    mapped = [np.stack([maps[3 * m + c](z[:, c]) for c in range(3)], axis=1) for m, z in enumerate(members)]
+    np.testing.assert_array_equal(decide.ensemble(mapped, "rank", task="multi_label"), before)
+    two = [z[:, :2] for z in members]
+    margins = [np.round(z[:, 1] - z[:, 0], 2) for z in two]
+    plain = decide.ensemble([np.stack([0 * d, d], axis=1) for d in margins], "rank")
+    shifted = [np.stack([0 * d, maps[m](d)], axis=1) for m, d in enumerate(margins)]
+    np.testing.assert_array_equal(decide.ensemble(shifted, "rank"), plain)
+
+
+@QUICK
+@given(SEEDS, st.sampled_from([("single_label", 2), ("single_label", 4), ("multi_label", 3)]), st.integers(1, 5))
+def test_fitted_weights_are_never_worse_than_the_best_member(seed, case, count):
+    task, classes = case
+    members, y = members_of(task, classes, seed, count=count)
+    weights = decide.fit_weights(members, y, task)
+    assert weights.shape == (count,) and (weights >= 0).all() and weights.sum() == pytest.approx(1)
+    fitted = loss_of(task, decide.ensemble(members, "weighted", weights, task), y)
+    assert fitted <= min(loss_of(task, z, y) for z in members) + 1e-14
+    rng = np.random.default_rng(seed)
+    for other in [np.full(count, 1 / count), *rng.dirichlet(np.ones(count), 20)]:
+        assert fitted <= loss_of(task, decide.ensemble(members, "weighted", other, task), y) + 1e-8
+
+
+def test_fitted_weights_find_the_optimum_of_scipy():
+    minimize = pytest.importorskip("scipy.optimize").minimize
+    for task, classes in (("single_label", 4), ("multi_label", 3)):
+        z, y = rows_of(task, rows=600, classes=classes, scale=1.0)
+        rng = np.random.default_rng(5)
+        members = [z + rng.normal(size=z.shape) * 1.5 for _ in range(4)]
+        got = decide.fit_weights(members, y, task)
+
+        def loss(free, members=members, task=task, y=y):
+            weights = np.append(free, 0)
+            weights = np.exp(weights - weights.max())
+            return loss_of(task, decide.ensemble(members, "weighted", weights / weights.sum(), task), y)
+
+        best = minimize(loss, np.zeros(3), tol=1e-12)
+        want = np.append(best.x, 0)
+        want = np.exp(want - want.max()) / np.exp(want - want.max()).sum()
+        np.testing.assert_allclose(got, want, atol=2e-3)
+        fitted = loss_of(task, decide.ensemble(members, "weighted", got, task), y)
+        assert fitted <= best.fun + 1e-8
+        assert fitted < min(loss_of(task, m, y) for m in members) - 0.01, "a mixture is better than each here"
+
+
+def test_fitted_weights_at_the_edges():
+    members, y = members_of("single_label", 4, 2)
+    assert decide.fit_weights(members[:1], y, "single_label").tolist() == [1]
+    assert decide.fit_weights([members[0]] * 3, y, "single_label").tolist() == [1, 0, 0], "equal members: one is enough"
+    perfect = np.eye(4)[y] * 50
+    assert decide.fit_weights([members[0], perfect], y, "single_label").tolist() == [0, 1]
+    sure_and_wrong = np.eye(4)[(y + 1) % 4] * 1e5  # its probabilities underflow to 0
+    assert decide.fit_weights([sure_and_wrong, members[0]], y, "single_label").tolist() == [0, 1]
+    half = np.arange(len(y)) < 40
+    a, b = np.where(half[:, None], perfect, sure_and_wrong), np.where(half[:, None], sure_and_wrong, perfect)
+    np.testing.assert_allclose(decide.fit_weights([a, b], y, "single_label"), 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weights = decide.fit_weights([*members, sure_and_wrong], y, "single_label")
+    np.testing.assert_allclose(weights[:3], decide.fit_weights(members, y, "single_label"), atol=1e-3)
+    assert weights[3] == 0, "a hopeless member is dropped, without a warning"
+    constant = [np.zeros((5, 2)), np.zeros((5, 2))]
+    assert decide.fit_weights(constant, np.zeros((5, 2)), "multi_label").sum() == 1
