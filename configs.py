@@ -383,7 +383,7 @@ class CptConfig:
     max_length: int = 512  # tokens of a segment: longer documents are cut into several, longer pairs are shortened
     cross_document: bool = False  # cut segments from the stream of all documents: a token then sees the one before
     val_size: float = 0.02  # held-out documents: a fraction below 1, or a count
-    eval_rows: int = 0  # most held-out segments of a periodic evaluation, 0 for all; first and last take all
+    eval_rows: int = 0  # most held-out documents or pairs of a periodic evaluation, 0 for all; first and last take all
     samples: int = 2  # held-out texts, or prompts, that are completed at each evaluation, 0 for none
     rank: int = 0  # LoRA rank; 0: no adapter, the whole base is trained
     alpha: float = 16.0  # LoRA alpha: the update is scaled by alpha / rank

@@ -180,7 +180,7 @@ def _cached(sources: list[tuple[Path, list[Path]]], flag: str, tokenizer, cache:
         checkpoint.save_json(folder / "corpus.json", {"pairs": corpus.pairs, "files": corpus.files, "said": said})
 
     cache.mkdir(parents=True, exist_ok=True)
-    mine = cache / f"{target.name}.{os.getpid()}"  # another run may be making the same one
+    mine = cache / f"{os.getpid()}-{target.name}"  # another run may be making the same one
     checkpoint.save(mine, write, {"documents": len(corpus.sizes)}, keep=0)
     try:
         checkpoint.fs_rename(mine, target)
@@ -211,7 +211,7 @@ def encoded(
     chatty = chat == "yes" or (chat == "auto" and bool(tokenizer.chat_template))
     template = "{prompt}" if template == "{text}" else template
     pieces, spans = pair_pieces(rows, names, f"--{flag}", tokenizer, template, chatty, system)
-    tokens, report = data.encode(tokenizer, pieces, max_length, spans)
+    tokens, report = data.encode(tokenizer, pieces, max_length, spans, names)
     learned = [tokens.row(i)[tokens.learned[tokens.starts[i] : tokens.stops[i]]] for i in range(len(rows))]
     sizes = np.array([len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in learned])
     way = "the chat template" if chatty else f"{template!r}, the response and {tokenizer.eos_token}"
@@ -241,7 +241,7 @@ def pair_pieces(rows: list[dict], names: list[str], where: str, tokenizer, templ
     """
     system = system if chat and prompts.takes_system(tokenizer) else ""
     end = tokenizer.convert_ids_to_tokens(data.end_of_text(tokenizer))
-    pieces, spans, wrong = [], [], []
+    words, pieces, spans, wrong = prompts.ordinary_words(tokenizer), [], [], []
     for row, name in zip(rows, names, strict=True):
         try:
             if chat:
@@ -255,7 +255,7 @@ def pair_pieces(rows: list[dict], names: list[str], where: str, tokenizer, templ
         except (KeyError, ValueError, RecursionError) as e:
             wrong.append(f"{name}: {f'no {e}' if isinstance(e, KeyError) else e}")
             continue
-        pieces.append(prompts.spell(tokenizer, *found))
+        pieces.append(prompts.spell(words, *found))
         spans.append(found[1])
     if wrong:
         raise UserError(f"{where}: {len(wrong)} of {len(rows)} are no pairs to learn from ({data._few(wrong, 3)})")
