@@ -129,8 +129,9 @@ def test_tokens_loss_and_training_are_those_of_trl(base, rows, tmp_path, chat):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     tokenizer = data.load_tokenizer(base)
     flags = pair_flags(
-        base, write_jsonl(tmp_path / "pairs.jsonl", rows), tmp_path, chat=chat, system="Be brief.", batch_size=99,
+        base, write_jsonl(tmp_path / "pairs.jsonl", rows), tmp_path, chat=chat, batch_size=99,
         max_tokens=9999, epochs=5, schedule="constant", warmup_ratio=0, weight_decay=0, grad_clip=0,
+        **({"system": "Be brief."} if chat == "yes" else {}),
     )  # fmt: skip
     result = cpt.main(flags)
     side, _ = corpus.split(len(rows), 4, 0)
@@ -450,7 +451,7 @@ def test_the_command_says_it_in_one_line_with_status_2(base, tmp_path, command):
     path = write_jsonl(tmp_path / "pairs.jsonl", [GOOD, {"prompt": "a"}])
     status, out, err = command("cpt.py", *pair_flags(base, path, tmp_path))
     assert status == 2 and "Traceback" not in err and not (tmp_path / "outputs").exists()
-    assert err.strip().splitlines()[-1].startswith("error: --train_data: 1 of 2 are no pairs"), err
+    assert err.strip().splitlines()[-1].startswith(f"error: --train_data {path}: 1 of 2 are no pairs"), err
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
