@@ -428,7 +428,7 @@ class CptConfig:
     max_length: int = 512  # tokens of a segment: longer documents are cut into several, longer pairs are shortened
     cross_document: bool = False  # cut segments from the stream of all documents: a token then sees the one before
     val_size: float = 0.02  # held-out documents: a fraction below 1, or a count
-    eval_rows: int = 0  # most held-out segments of a periodic evaluation, 0 for all; first and last take all
+    eval_rows: int = 0  # most held-out documents or pairs of a periodic evaluation, 0 for all; first and last take all
     samples: int = 2  # held-out texts, or prompts, that are completed at each evaluation, 0 for none
     rank: int = 0  # LoRA rank; 0: no adapter, the whole base is trained
     alpha: float = 16.0  # LoRA alpha: the update is scaled by alpha / rank
@@ -462,12 +462,10 @@ class CptConfig:
 
 
 def cpt_tiny() -> CptConfig:
-    """The recipe of tiny/base: see runs/tiny_base.sh, which makes its corpus first."""
+    """For tiny/base on a CPU; runs/tiny_base.sh makes that base with it, from random weights."""
     return CptConfig(
-        random_init=True,
         train_data="outputs/tiny_corpus.jsonl",
         dataset="tiny_corpus",
-        lr=3e-3,
         epochs=3,
         eval_every=300,
         save_every=100,
@@ -539,8 +537,16 @@ def cpt_problems(cfg: CptConfig) -> list[str]:
         found.append("--modules_to_save with --rank 0: the whole base is trained already")
     if cfg.val_size <= 0 or (cfg.val_size >= 1 and cfg.val_size != int(cfg.val_size)):
         found.append(f"--val_size {cfg.val_size}: expected a share below 1 or a whole number of documents above 0")
-    if cfg.export and os.path.exists(os.path.join(cfg.export, "model.safetensors")):
-        found.append(f"--export {cfg.export} already holds model.safetensors: name another folder or remove it")
+    if cfg.export:
+        ours = os.path.realpath(cfg.export) == os.path.realpath(cfg.base)
+        old = ("adapter_config.json", *(() if ours else ("chat_template.jinja",)))
+        held = os.listdir(cfg.export) if os.path.isdir(cfg.export) else []
+        held = [n for n in sorted(held, reverse=True) if n.endswith((".safetensors", ".index.json")) or n in old]
+        parent = next(p for p in [Path(cfg.export).absolute(), *Path(cfg.export).absolute().parents] if p.exists())
+        if held:
+            found.append(f"--export {cfg.export} already holds {held[0]}: name another folder or remove it")
+        elif not parent.is_dir() or not os.access(parent, os.W_OK):
+            found.append(f"--export {cfg.export}: {parent} is no folder that can be written to")
     return found
 
 
@@ -549,7 +555,7 @@ def cpt_problems(cfg: CptConfig) -> list[str]:
 POSITIVE = ("lr", "epochs", "batch_size", "max_new_tokens", "max_tokens", "micro_batches", "max_length", "alpha")
 NOT_NEGATIVE = (
     "rank head_lr embed_lr weight_decay max_steps warmup_steps grad_clip "
-    "eval_every save_every keep patience seed eval_rows limit"
+    "eval_every save_every keep patience seed eval_rows limit samples"
 ).split()
 SHARES = ("lora_dropout", "head_dropout", "label_smoothing", "warmup_ratio")
 
@@ -584,6 +590,8 @@ def _training_problems(cfg) -> list[str]:
         found.append(f"--optimizer {cfg.optimizer} needs bitsandbytes: pip install bitsandbytes")
     if cfg.quant != "none" and cfg.rank == 0:
         found.append(f"--quant {cfg.quant} with --rank 0: quantized weights cannot be trained; give a --rank")
+    if "all-linear" in cfg.targets and len(cfg.targets) > 1:
+        found.append(f"--targets {','.join(cfg.targets)}: all-linear stands alone; name the modules instead")
     if cfg.rank > 0 and not cfg.targets:
         found.append(f"--rank {cfg.rank} with empty --targets: name the linears to adapt, or all-linear")
     if cfg.warmup_steps and cfg.warmup_ratio:
@@ -597,6 +605,13 @@ def check(cfg, given: set[str] = frozenset()) -> None:
     if not isinstance(cfg, InferConfig) and cfg.rank == 0:
         adapter = sorted(given & {"alpha", "lora_dropout", "targets", "rslora"})
         idle += [f"--{n} has no effect with --rank 0, which trains no adapter" for n in adapter]
+    if isinstance(cfg, CptConfig):
+        idle += ["--export_dtype has no effect without --export"] if {"export_dtype"} & given and not cfg.export else []
+        idle += ["--system has no effect with --chat no"] if {"system"} & given and cfg.chat == "no" else []
+        ends = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
+        vocabulary = cfg.rank == 0 or any(n.endswith(ends) for n in cfg.targets + cfg.modules_to_save)
+        if "embed_lr" in given and not vocabulary:
+            idle.append("--embed_lr has no effect: neither --targets nor --modules_to_save names embedding or LM head")
     if isinstance(cfg, TrainConfig) and cfg.val_data and "val_size" in given:
         idle.append("--val_size has no effect with --val_data, whose rows are all used")
     if isinstance(cfg, (TrainConfig, InferConfig)) and cfg.head != "label_words" and "label_words" in given:
@@ -791,20 +806,27 @@ def _weights(text: str) -> bool:
         return False
 
 
+def check_texts(given: set[str], pairs: bool) -> None:
+    """Raise UserError for flags given by hand that have no effect on pairs, or on documents, now that it is known."""
+    idle = sorted(given & ({"cross_document"} if pairs else {"chat", "system"}))
+    if idle:
+        kind = "pairs of prompt and response" if pairs else "documents"
+        raise UserError(" | ".join(f"--{n} has no effect: the training data are {kind}" for n in idle))
+
+
 def preset_note(given: set[str], argv: list[str]) -> str:
     """A warning where another base meets the tiny preset's settings, or an empty string."""
     if "base" not in given or any(a.split("=")[0] == "--cfg" for a in argv):
         return ""
-    return "note: without --cfg the settings are the tiny preset's, made for tiny/base; for others see --cfg qwen05b"
+    return "note: without --cfg the settings are the tiny preset's, made for tiny/base; for others see --help's presets"
 
 
 def own_data(cfg, given: set[str]):
     """What follows from flags given by hand: with a train_data of the user's own, the preset's validation and test
     files are not theirs and dropped; a task takes its first metric, and a regression drops settings of classes.
     """
-    if isinstance(cfg, CptConfig):  # an adapter is for a trained base, the tiny preset begins with a random one
-        cfg = replace(cfg, dataset="") if "train_data" in given and "dataset" not in given else cfg
-        return replace(cfg, random_init=False) if "rank" in given and "random_init" not in given else cfg
+    if isinstance(cfg, CptConfig):
+        return replace(cfg, dataset="") if "train_data" in given and "dataset" not in given else cfg
     if "task" in given and "metric" not in given and cfg.metric not in METRICS.get(cfg.task, (cfg.metric,)):
         cfg = replace(cfg, metric=METRICS[cfg.task][0])
     drop = {"regression": OF_CLASSES, "multi_label": {"class_weights": "none"}}.get(cfg.task, {})
@@ -825,7 +847,7 @@ def dataset_name(cfg) -> str:
 def resumed(cfg, given: set[str], run: Path):
     """The config that a run to be resumed began with. Raises UserError for flags given by hand that contradict it."""
     saved = read_config(type(cfg), run)
-    free = {"resume", "dry_run", "outputs", "keep"} & set(dataclasses.asdict(cfg))
+    free = {"resume", "dry_run", "outputs", "keep", "export", "export_dtype"} & set(dataclasses.asdict(cfg))
     differ = [n for n in sorted(given - free) if getattr(cfg, n) != getattr(saved, n)]
     if differ:
         facts = ", ".join(f"--{n} {getattr(cfg, n)} (the run has {getattr(saved, n)})" for n in differ)

@@ -50,6 +50,10 @@ def find_files(paths: str, flag: str) -> list[tuple[Path, list[Path]]]:
     return found
 
 
+def _named(sources: list[tuple[Path, list[Path]]]) -> str:
+    return ", ".join(str(files[0] if len(files) == 1 else root) for root, files in sources)
+
+
 def _readable(file: Path) -> bool:
     return file.name.lower().endswith(ENDS)
 
@@ -64,12 +68,15 @@ def _bytes(file: Path, flag: str) -> bytes:
         raise UserError(f"--{flag} {file}: cannot be read ({e.strerror})") from None
 
 
-def read_documents(sources: list[tuple[Path, list[Path]]], flag: str) -> tuple[list[dict], list[str], list[dict]]:
+def read_documents(
+    sources: list[tuple[Path, list[Path]]], flag: str, columns: tuple[str, ...] = ("text",)
+) -> tuple[list[dict], list[str], list[dict]]:
     """The documents of files as rows of columns, where each stands, and for each file a record of what became of it.
 
     LaTeX projects are made into documents by latex.py; .txt and .md files are one document each, lines of JSONL one
-    each. Rows that are equal but for white space are kept once. A text that cannot be read is passed over and recorded
-    in a folder, and raises UserError where the file was named; so do damaged JSONL, and no documents.
+    each. A project is one document, unless it is all there is: then its chapters are. Rows whose columns (those given,
+    or of pairs) are equal but for white space are kept once. A text that cannot be read is passed over and recorded in
+    a folder, and raises UserError where the file was named; so do damaged JSONL, and no documents.
     """
     rows, owners, records = [], [], []
     for root, files in sources:
@@ -91,14 +98,17 @@ def read_documents(sources: list[tuple[Path, list[Path]]], flag: str) -> tuple[l
             rows.extend(found)
             owners.extend([name] * len(found))
             records.append({"file": name, "fate": fate, "documents": len(found)})
-        documents, reports = latex.corpus(tex)
+        documents, reports = latex.corpus(tex, most=10**9)
+        if len(documents) + len(rows) == 1 and len(sources) == 1:
+            documents, reports = latex.corpus(tex)
         rows.extend({"text": text} for _, text in documents)
         owners.extend(name for name, _ in documents)
-        records.extend({"file": report.name, **vars(report)} for report in reports)
-    kept, names, repeated = _distinct(rows, owners)
+        records.extend({"file": r.name, **{k: v for k, v in vars(r).items() if k != "name"}} for r in reports)
+    kept, names, repeated = _distinct(rows, owners, {*columns, "prompt", "response", "messages", "tools"})
     if not kept:
         why = f": {records[0]['fate'].removeprefix('dropped: ')}" if len(records) == 1 else ""
-        raise UserError(f"--{flag}: no documents in {len(records)} files ({', '.join(ENDS)} are read){why}")
+        found = f"no documents in {len(records)} files ({', '.join(ENDS)} are read){why}"
+        raise UserError(f"--{flag} {_named(sources)}: {found}")
     return kept, names, records + repeated
 
 
@@ -108,14 +118,14 @@ def _rows_of(file: Path, flag: str) -> list[dict[str, str]]:
     return [] if file.is_file() and not file.stat().st_size else data.read_rows(str(file), flag)
 
 
-def _distinct(rows: list[dict[str, str]], owners: list[str]) -> tuple[list[dict[str, str]], list[str], list[dict]]:
-    """Rows with text that differ by more than white space, where each stands, and records of the others."""
+def _distinct(rows: list[dict], owners: list[str], columns: set[str]) -> tuple[list[dict], list[str], list[dict]]:
+    """Rows whose columns differ by more than white space, where each stands, and records of the others."""
     seen, kept, names, records, count = {}, [], [], [], Counter()
     for row, owner in zip(rows, owners, strict=True):
         count[owner] += 1
-        words = tuple(tuple(part.split()) for pair in sorted(row.items()) for part in pair)
-        key = hashlib.sha256(repr(words).encode("utf-8", "surrogatepass")).digest()
-        if key in seen or not any(value.strip() for value in row.values()):
+        said = {name: row[name].split() for name in sorted(columns & row.keys() or row.keys())}
+        key = hashlib.sha256(repr(said).encode("utf-8", "surrogatepass")).digest()
+        if key in seen or not any(said.values()):
             why = f"equal to one of {seen[key]}" if key in seen else "empty"
             records.append({"file": owner, "fate": f"dropped: a document {why}", "documents": 1})
             continue
@@ -160,6 +170,7 @@ def _cached(sources: list[tuple[Path, list[Path]]], flag: str, tokenizer, cache:
     key = hashlib.sha256(json.dumps([flag, how, tokenizer.chat_template, str(tokenizer.special_tokens_map)]).encode())
     code = [Path(__file__).with_name(f"{name}.py") for name in ("corpus", "latex", "prompts", "data")]
     for root, files in [(Path(__file__).parent, code), *sources]:
+        key.update(b"a folder\n")
         for file in files:
             content = _digest(file) if _readable(file) or file in code else "not read"
             key.update(f"{file.relative_to(root).as_posix()} {content}\n".encode("utf-8", "surrogatepass"))
@@ -180,7 +191,7 @@ def _cached(sources: list[tuple[Path, list[Path]]], flag: str, tokenizer, cache:
         checkpoint.save_json(folder / "corpus.json", {"pairs": corpus.pairs, "files": corpus.files, "said": said})
 
     cache.mkdir(parents=True, exist_ok=True)
-    mine = cache / f"{target.name}.{os.getpid()}"  # another run may be making the same one
+    mine = cache / f"{os.getpid()}-{target.name}"  # another run may be making the same one
     checkpoint.save(mine, write, {"documents": len(corpus.sizes)}, keep=0)
     try:
         checkpoint.fs_rename(mine, target)
@@ -198,11 +209,14 @@ def encoded(
     template: of a document's text, or of a pair's prompt. max_length: most tokens of a pair; documents are not cut.
     chat: yes, no or auto, for pairs: whether the tokenizer's chat template renders them, with the system turn.
     """
-    rows, names, files = read_documents(sources, flag)
+    columns = data.template_columns(template)
+    rows, names, files = read_documents(sources, flag, columns)
     dropped = Counter(f["fate"].removeprefix("dropped: ").split(" of ")[0] for f in files if "dropped" in f["fate"])
+    noted = sum(bool(f.get("notes")) for f in files)
     said = "; ".join(f"{count:,} {why}" for why, count in dropped.most_common(5)) or "nothing dropped"
+    said += f"; {noted} files have notes, see corpus.jsonl" if noted else ""
     if not are_pairs(rows, template):
-        data.need_columns(rows, data.template_columns(template), sources[0][0], flag)
+        data.need_columns(rows, columns, _named(sources), flag)
         texts = [prompts.render(template, row) for row in rows]
         tokens, report = data.encode(tokenizer, texts, max_length=10**9)
         sizes = np.array([sum(len(text.encode()) for _, text in row) for row in texts])
@@ -210,8 +224,8 @@ def encoded(
         return Corpus(tokens, sizes, False, files), f"{len(rows):,} documents, {said}; {report}"
     chatty = chat == "yes" or (chat == "auto" and bool(tokenizer.chat_template))
     template = "{prompt}" if template == "{text}" else template
-    pieces, spans = pair_pieces(rows, names, f"--{flag}", tokenizer, template, chatty, system)
-    tokens, report = data.encode(tokenizer, pieces, max_length, spans)
+    pieces, spans = pair_pieces(rows, names, f"--{flag} {_named(sources)}", tokenizer, template, chatty, system)
+    tokens, report = data.encode(tokenizer, pieces, max_length, spans, names)
     learned = [tokens.row(i)[tokens.learned[tokens.starts[i] : tokens.stops[i]]] for i in range(len(rows))]
     sizes = np.array([len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in learned])
     way = "the chat template" if chatty else f"{template!r}, the response and {tokenizer.eos_token}"
@@ -241,7 +255,7 @@ def pair_pieces(rows: list[dict], names: list[str], where: str, tokenizer, templ
     """
     system = system if chat and prompts.takes_system(tokenizer) else ""
     end = tokenizer.convert_ids_to_tokens(data.end_of_text(tokenizer))
-    pieces, spans, wrong = [], [], []
+    words, pieces, spans, wrong = prompts.ordinary_words(tokenizer), [], [], []
     for row, name in zip(rows, names, strict=True):
         try:
             if chat:
@@ -255,7 +269,7 @@ def pair_pieces(rows: list[dict], names: list[str], where: str, tokenizer, templ
         except (KeyError, ValueError, RecursionError) as e:
             wrong.append(f"{name}: {f'no {e}' if isinstance(e, KeyError) else e}")
             continue
-        pieces.append(prompts.spell(tokenizer, *found))
+        pieces.append(prompts.spell(words, *found))
         spans.append(found[1])
     if wrong:
         raise UserError(f"{where}: {len(wrong)} of {len(rows)} are no pairs to learn from ({data._few(wrong, 3)})")

@@ -42,6 +42,7 @@ def main(argv: list[str]) -> dict:
     # ---- distributed ------------------------------------------------------------------------------------------------
     world = ddp.setup()
     cfg, run = resume.run_to_resume(cfg, given, world)
+    ddp.say(world, configs.preset_note(given, argv))
     precision, why = models.choose_precision(cfg.precision, world.device)
     ddp.say(world, f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}; precision {precision} ({why})")
 
@@ -49,9 +50,10 @@ def main(argv: list[str]) -> dict:
     tokenizer = data.load_tokenizer(models.find_base(cfg.base) if cfg.random_init else models.need_base(cfg.base))
     check_model(cfg, tokenizer)
     texts = load_texts(cfg, tokenizer, world)
-    train, total = texts.train, cfg.epochs * math.ceil(len(texts.train.lengths) / cfg.batch_size)
-    total = min(total, cfg.max_steps) if cfg.max_steps else total
+    configs.check_texts(given, texts.pairs)
+    train = texts.train
     steps_per_epoch = math.ceil(len(train.lengths) / cfg.batch_size)
+    total = min(cfg.epochs * steps_per_epoch, cfg.max_steps or math.inf)
     eval_every = cfg.eval_every or steps_per_epoch
     save_every = cfg.save_every or eval_every
     digest = train.digest()
@@ -62,7 +64,8 @@ def main(argv: list[str]) -> dict:
         models.checkpoint_activations(lm)
     params = [p for p in lm.parameters() if p.requires_grad]
     ddp.say(world, models.attention_note(world.device, lm.config, precision))
-    ddp.say(world, "" if cfg.random_init else evaluate.weak_tokens(lm, tokenizer, train))
+    fresh = f"the weights of {cfg.base} are drawn from seed {cfg.seed}, not loaded" if cfg.random_init else ""
+    ddp.say(world, fresh or evaluate.weak_tokens(lm, tokenizer, train))
     ddp.say(world, lora.trainable_table(lm) if cfg.rank else f"{sum(p.numel() for p in params):,} parameters trained")
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
@@ -84,7 +87,7 @@ def main(argv: list[str]) -> dict:
     at = at or resume.State(micro_batches=max(cfg.micro_batches, world.size))
     if run is None:
         report = "".join(json.dumps(record) + "\n" for record in texts.files)
-        run = resume.new_run(cfg, world, {"corpus.jsonl": report})
+        run = resume.new_run(cfg, world, {"corpus.jsonl": report, "texts.json": json.dumps({"pairs": texts.pairs})})
     ddp.say(
         world,
         f"plan: {total:,} steps of {cfg.batch_size} rows, micro-batches of at most {cfg.max_tokens:,} tokens, warm-up "
@@ -105,14 +108,13 @@ def main(argv: list[str]) -> dict:
             scores |= {f"guard_{key}": value for key, value in other.items()}
         if not all(map(math.isfinite, scores.values())):
             raise FloatingPointError(f"step {step}: the held-out loss is not finite; lower --lr")
-        at.evals.append({"step": step, "eval": scores})
+        at.evals.append({"step": step, "tokens": int(val.targets.sum()), "eval": scores})
         ddp.say(world, f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
         if world.rank == 0:
             samples = complete_samples(lm, tokenizer, texts.samples, precision)
             checkpoint.append_line(log, {"step": step, "eval": scores, "samples": samples})
-            print(
-                *(f"sample: {prompt[-60:]!r} -> {completion!r}" for prompt, completion in samples), sep="\n", flush=True
-            )
+            for prompt, completion in samples:
+                print(f"sample: {prompt[-60:]!r} -> {completion!r}", flush=True)
         clock.lap("eval_seconds")
         return scores["loss"]
 
@@ -147,10 +149,8 @@ def main(argv: list[str]) -> dict:
         # log
         clock.lap("seconds")
         if world.rank == 0:
-            facts = {"step": at.step, "epoch": round(at.step / steps_per_epoch, 4), "lr": cfg.lr * factor}
-            facts |= {"loss": loss, "grad_norm": norm} if taken else {"loss": None, "grad_norm": None}  # strict JSON
-            facts |= {"tokens": at.tokens, "skipped": at.skipped, "seconds": round(at.seconds, 3)}
-            checkpoint.append_line(log, facts)
+            epochs, seen = round(at.step / steps_per_epoch, 4), (loss, norm) if taken else (None, None)  # strict JSON
+            checkpoint.append_line(log, resume.step_line(at, epochs, cfg.lr * factor, *seen))
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{at.tokens / at.seconds:,.0f}", refresh=False)
         bar.update()
 
@@ -210,6 +210,7 @@ class Texts:
     train: data.Tokens
     val: data.Tokens
     periodic: data.Tokens  # of val, for evaluations on the way
+    pairs: bool
     guard: data.Tokens | None  # general text, on which forgetting is measured
     samples: list[list[int]]  # beginnings of held-out documents, or prompts of pairs, to complete
     files: list[dict]  # what became of each file
@@ -224,17 +225,19 @@ def load_texts(cfg: CptConfig, tokenizer, world) -> Texts:
     cache, how = Path(cfg.outputs) / "token_cache", {n: getattr(cfg, n) for n in ("max_length", "chat", "system")}
     guard = None
     if cfg.guard_data:
-        general = corpus.load(cfg.guard_data, "guard_data", tokenizer, cache, world, say, template=cfg.text, **how)
+        general = corpus.load(cfg.guard_data, "guard_data", tokenizer, cache, world, say, template="{text}", **how)
         guard = corpus.segments(general, np.arange(len(general.sizes)), tokenizer, cfg.max_length, cfg.cross_document)
     found = corpus.load(cfg.train_data, "train_data", tokenizer, cache, world, say, template=cfg.text, **how)
     sides = corpus.split(len(found.sizes), cfg.val_size, cfg.seed)
-    few = spread(sides[1], cfg.eval_rows or len(sides[1]))
-    train, val, periodic = (
-        corpus.segments(found, rows, tokenizer, cfg.max_length, cfg.cross_document) for rows in (*sides, few)
-    )
-    periodic = val if len(few) == len(sides[1]) else periodic
+    train, val = (corpus.segments(found, rows, tokenizer, cfg.max_length, cfg.cross_document) for rows in sides)
+    periodic = val
+    if 0 < cfg.eval_rows < len(sides[1]):
+        few = spread(sides[1], cfg.eval_rows)
+        periodic = corpus.segments(found, few, tokenizer, cfg.max_length, cfg.cross_document)
     say(f"train {len(train.lengths):,} rows, {train.targets.sum():,} tokens to learn; held out {val.targets.sum():,}")
-    return Texts(train, val, periodic, guard, beginnings(found, spread(sides[1], cfg.samples)), found.files)
+    return Texts(
+        train, val, periodic, found.pairs, guard, beginnings(found, spread(sides[1], cfg.samples)), found.files
+    )
 
 
 def spread(rows: np.ndarray, most: int) -> np.ndarray:
@@ -250,7 +253,8 @@ def beginnings(found: corpus.Corpus, rows: np.ndarray, most: int = 32) -> list[l
         ends = [
             start + int(found.tokens.learned[start:stop].argmax()) for start, stop in zip(starts, stops, strict=True)
         ]
-    return [found.tokens.ids[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
+    begun = [found.tokens.ids[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
+    return [ids for ids in begun if ids]  # a pair may have an empty prompt
 
 
 def complete_samples(lm, tokenizer, prompts: list[list[int]], precision: str, most: int = 48) -> list[list[str]]:
@@ -264,9 +268,11 @@ def complete_samples(lm, tokenizer, prompts: list[list[int]], precision: str, mo
 def eval_table(evals: list[dict]) -> str:
     """Evaluations as a table: held-out and guard text, before, during and after."""
     names = [n for n in evals[0]["eval"] if not n.endswith("loss")]
-    lines = ["  ".join(["    step", *(f"{n.replace('_', ' '):>20}" for n in names)])]
+    lines = ["  ".join(["    step", "    tokens", *(f"{n.replace('_', ' '):>20}" for n in names)])]
     for line in evals:
-        lines.append("  ".join([f"{line['step']:>8}", *(f"{line['eval'][n]:>20.4f}" for n in names)]))
+        lines.append(
+            "  ".join([f"{line['step']:>8}", f"{line['tokens']:>10,}", *(f"{line['eval'][n]:>20.4f}" for n in names)])
+        )
     return "\n".join(lines)
 
 
@@ -282,11 +288,15 @@ def check_model(cfg: CptConfig, tokenizer) -> None:
     """Check base and adapter on a skeleton, before any weight is loaded. Raises UserError for what does not fit."""
     models.need_vocabulary(cfg.base, len(tokenizer))
     bare = models.language_skeleton(cfg.base)
+    room = getattr(bare.config, "max_position_embeddings", None)
+    if room and cfg.max_length > room:
+        raise UserError(f"--max_length {cfg.max_length}: {cfg.base} was made for {room} positions; lower it")
     try:
         if cfg.rank:
             lora.inject(bare, adapter_of(cfg))
     except ValueError as e:
-        raise UserError(f"--targets {','.join(cfg.targets)}: {e}") from None
+        saved = f" --modules_to_save {','.join(cfg.modules_to_save)}" if cfg.modules_to_save else ""
+        raise UserError(f"--targets {','.join(cfg.targets)}{saved}: {e}") from None
 
 
 def new_language_model(cfg: CptConfig, world: ddp.World, precision: str):

@@ -444,7 +444,11 @@ def tokenize(tokenizer, template: str, rows: list[dict[str, str]], max_length: i
 
 
 def encode(
-    tokenizer, rows: list[list[tuple[bool, str]]], max_length: int, answers: list | None = None
+    tokenizer,
+    rows: list[list[tuple[bool, str]]],
+    max_length: int,
+    answers: list | None = None,
+    names: list[str] | None = None,
 ) -> tuple[Tokens, TokenReport]:
     """Encode rows of pieces (is it the user's?, text) exactly as the tokenizer itself does their text, in bulk.
 
@@ -452,8 +456,8 @@ def encode(
     more than max_length tokens loses the end of its longest field, never the template around it. BOS comes at most
     once. A row without text becomes the single end-of-text token. answers: the character spans (first, end) of each
     row that a language model learns. Of a field that was cut, what follows in its span is not learned: an answer cut
-    short has no end. Raises UserError when a template alone is too long, when a row holds a lone surrogate, and when
-    none of a row's answers is left.
+    short has no end. names: of rows, for errors. Raises UserError when a template alone is too long, when a row holds a
+    lone surrogate, and when none of a row's answers is left.
     """
     texts = ["".join(text for _, text in row) for row in rows]
     lone = [str(i + 1) for i, t in enumerate(texts) if LONE.search(t)]
@@ -481,7 +485,7 @@ def encode(
         encoded.append([ids[t] for t in kept] if kept else [end_of_text(tokenizer)])
         if answers:
             learned.append(_learned(offsets, dropped, answers[i])[kept] if kept else [False])
-    without = [str(i + 1) for i, row in enumerate(learned or []) if not any(row[1:])]
+    without = [names[i] if names else str(i + 1) for i, row in enumerate(learned or []) if not any(row[1:])]
     if without:
         raise UserError(
             f"{len(without)} rows have no token of an answer left (rows {_few(without)}): raise --max_length"

@@ -11,12 +11,14 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+WAIT = timedelta(hours=12)  # others wait while rank 0 encodes a corpus; torchrun ends them when one is gone
 FP64_LIMIT = 200_000_000  # trained parameters up to which gradients are summed in fp64
 
 
@@ -52,10 +54,8 @@ def setup() -> World:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
+        backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+        dist.init_process_group(**backend, timeout=WAIT)
     return World(rank, size, device)
 
 

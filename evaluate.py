@@ -93,15 +93,21 @@ def stop_ids(lm, tokenizer) -> set[int]:
     return {token for token in found if isinstance(token, int)}
 
 
-def encode_prompts(tokenizer, rows: list, max_length: int) -> tuple[list[list[int]], data.TokenReport]:
+def encode_prompts(tokenizer, rows: list, max_length: int, chat: bool = True):
     """Ids of prompts given as pieces, as data.encode makes them; an end that the tokenizer adds by itself is left out,
-    for nothing could follow it.
+    for nothing could follow it. Of a plain prompt over max_length the last tokens are kept: those are to be continued.
     """
-    tokens, report = data.encode(tokenizer, rows, max_length)
+    tokens, report = data.encode(tokenizer, rows, max_length if chat else 10**9)
     mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
     ends = mask[::-1].index(0)
     ids = [tokens.row(i).tolist() for i in range(len(rows))]
-    return [row[: len(row) - ends] or row for row in ids], report
+    ids = [row[: len(row) - ends] or row for row in ids]
+    for i, row in enumerate(ids):
+        if len(row) > max_length:
+            bos = row[:1] if row[0] == tokenizer.bos_token_id else []
+            ids[i] = bos + row[len(row) - max_length + len(bos) :]
+            report.cut_rows, report.cut_tokens = report.cut_rows + 1, report.cut_tokens + len(row) - max_length
+    return ids, report
 
 
 def completion_text(tokenizer, prompt: list[int], ids: list[int]) -> str:
@@ -338,7 +344,8 @@ class Run:
 def run_facts(path: Path) -> tuple[TrainConfig, data.Labels]:
     """The config and labels of a run, before any weight is loaded. Raises UserError when it is no classifier."""
     if not (path / "config.json").is_file() or not (path / "labels.json").is_file():
-        raise UserError(f"run {path}: no classification run (expected config.json and labels.json in it)")
+        hint = "; a run of cpt.py writes text: --generate" if (path / "texts.json").is_file() else ""
+        raise UserError(f"run {path}: no classification run (expected config.json and labels.json in it){hint}")
     facts = checkpoint.load_json(path / "labels.json")
     return configs.read_config(TrainConfig, path), data.Labels(tuple(facts["values"]), tuple(facts["names"]))
 
@@ -555,7 +562,7 @@ def load_language_model(given: Given, world: ddp.World, precision: str):
     """
     dtype, cfg = models.weight_dtype(world.device, precision), given.config
     lm = models.load_language_model(cfg.base, world.device, dtype, None, cfg.quant, models.DTYPES[precision])
-    report = "no adapter: the base alone"
+    report = f"{cfg.base}, no adapter"
     if given.adapter:
         if cfg.rank:  # of a run, whose save was verified
             check_base(lm, checkpoint.load_json(given.folder / checkpoint.MANIFEST)["base"], cfg.base)

@@ -231,7 +231,7 @@ def generate(cfg: InferConfig, hand: set[str]) -> dict:
     world, name = ddp.setup(), cfg.adapter or cfg.base
     run = None if name else find_run(cfg)
     given = evaluate.given_language_model(cfg, run)
-    cfg, tokenizer = as_trained(cfg, hand, given.config), given.tokenizer
+    cfg, tokenizer = as_trained(cfg, hand, given.config, run) if run else cfg, given.tokenizer
     precision, _ = models.choose_precision(cfg.precision, world.device)
 
     # ---- prompts, before any weight is loaded -----------------------------------------------------------------------
@@ -243,9 +243,9 @@ def generate(cfg: InferConfig, hand: set[str]) -> dict:
         raise UserError(f"--text names the columns {', '.join(columns)}, a line has one: give them with --input FILE")
     rows = data.read_rows(cfg.input, "input") if cfg.input else [] if live else piped_rows(columns[0], world)
     rows = rows[: cfg.limit or None]
-    pieces_of, why = prompt_maker(cfg, hand, tokenizer, rows)
+    pieces_of, chat, why = prompt_maker(cfg, hand, tokenizer, rows)
     pieces = [pieces_of(row, f"row {i + 1}") for i, row in enumerate(rows)] or [pieces_of({columns[0]: "?"}, "a line")]
-    ids, report = evaluate.encode_prompts(tokenizer, pieces, cfg.max_length)
+    ids, report = evaluate.encode_prompts(tokenizer, pieces, cfg.max_length, chat)
     check_room(given.config.base, max(map(len, ids)), cfg.max_new_tokens)
     how = f"temperature {cfg.temperature:g}, top_p {cfg.top_p:g}" if cfg.temperature else "greedy"
     size = "lines of the terminal" if live else f"{len(rows):,} in batches of {cfg.batch_size}; {report}"
@@ -263,7 +263,7 @@ def generate(cfg: InferConfig, hand: set[str]) -> dict:
 
     source = in_batches(world, ids, cfg.batch_size, completed)
     if live:
-        source = typed(cfg, given, lambda line: pieces_of({columns[0]: line}, "this line"), completed)
+        source = typed(cfg, given, lambda line: pieces_of({columns[0]: line}, "this line"), chat, completed)
     started, lengths, finished, out = time.perf_counter(), [], 0, Path(cfg.output)
     bar = tqdm(total=len(rows), unit="row", disable=live or world.rank != 0, file=sys.stderr)
     for first, found in source:
@@ -274,7 +274,8 @@ def generate(cfg: InferConfig, hand: set[str]) -> dict:
             continue
         lines = []
         for i, answer in enumerate(found, first):
-            record = {"id": rows[i].get(cfg.id_column, str(i)), "prompt": "".join(text for _, text in pieces[i])}
+            read = tokenizer.decode(ids[i]) if report.cut_rows else "".join(text for _, text in pieces[i])
+            record = {"id": rows[i].get(cfg.id_column, str(i)), "prompt": read}
             record["completion"] = evaluate.completion_text(tokenizer, ids[i], answer)
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         if first == 0:
@@ -290,11 +291,14 @@ def generate(cfg: InferConfig, hand: set[str]) -> dict:
     return {**result, "tokens_per_second": round(sum(lengths) / seconds, 1), "seconds": round(seconds, 2)}
 
 
-def as_trained(cfg: InferConfig, hand: set[str], trained: configs.CptConfig) -> InferConfig:
-    """The config with the prompts that the run was trained on, where nothing else was given by hand."""
-    own = {"chat": trained.chat, "system": trained.system, "text": trained.text}
-    if "prompt" not in data.template_columns(trained.text):
-        del own["text"]  # of documents, which are no prompts
+def as_trained(cfg: InferConfig, hand: set[str], trained: configs.CptConfig, run: Path) -> InferConfig:
+    """The config with the prompts that the run was trained on, where nothing else was given by hand: those of pairs,
+    or the plain beginnings of documents.
+    """
+    own = {"chat": "no", "max_length": trained.max_length}
+    if (run / "texts.json").is_file() and checkpoint.load_json(run / "texts.json").get("pairs"):
+        own |= {"chat": trained.chat, "system": trained.system}
+        own |= {"text": trained.text} if trained.text != "{text}" else {}
     return replace(cfg, **{name: value for name, value in own.items() if name not in hand})
 
 
@@ -310,7 +314,7 @@ def in_batches(world: ddp.World, ids: list[list[int]], size: int, completed):
         yield first, [answer for part in parts for answer in part]
 
 
-def typed(cfg: InferConfig, given: evaluate.Given, pieces_of, completed):
+def typed(cfg: InferConfig, given: evaluate.Given, pieces_of, chat: bool, completed):
     """Print the completion of each line typed at the terminal and yield it, until Ctrl-D."""
     for number in itertools.count():
         try:
@@ -318,7 +322,7 @@ def typed(cfg: InferConfig, given: evaluate.Given, pieces_of, completed):
         except (EOFError, KeyboardInterrupt):
             return print()
         try:
-            (ids,), _ = evaluate.encode_prompts(given.tokenizer, [pieces_of(line)], cfg.max_length)
+            (ids,), _ = evaluate.encode_prompts(given.tokenizer, [pieces_of(line)], cfg.max_length, chat)
             check_room(given.config.base, len(ids), cfg.max_new_tokens)
         except UserError as e:
             print(f"error: {e}", file=sys.stderr)
@@ -346,7 +350,7 @@ def check_room(base: str, prompt: int, most: int) -> None:
 
 
 def prompt_maker(cfg: InferConfig, hand: set[str], tokenizer, rows: list[dict[str, str]]):
-    """A function from (row, its name in errors) to its prompt's pieces; and whether that is a chat, and why.
+    """A function from (row, its name in errors) to its prompt's pieces, whether that is a chat, and why.
 
     A row is a whole chat where it has messages and no --text was given. Raises UserError for columns that are missing
     and for flags that the tokenizer's chat template cannot honour.
@@ -364,7 +368,7 @@ def prompt_maker(cfg: InferConfig, hand: set[str], tokenizer, rows: list[dict[st
         if any(asked.values()):
             raise UserError(f"{next(flag for flag in asked if asked[flag])}: needs a chat, but {reason}")
         before = [p for s in shots for p in [*prompts.render(cfg.text, s), (True, s["response"]), (False, "\n\n")]]
-        return lambda row, name: before + prompts.render(cfg.text, row), f"raw ({reason})"
+        return lambda row, name: before + prompts.render(cfg.text, row), False, f"raw ({reason})"
     if tools and prompts.chat(tokenizer, [prompts.QUESTION], tools) == prompts.chat(tokenizer, [prompts.QUESTION]):
         raise UserError(f"--tools {cfg.tools}: the tokenizer's chat template takes no tools")
 
@@ -387,7 +391,7 @@ def prompt_maker(cfg: InferConfig, hand: set[str], tokenizer, rows: list[dict[st
             raise UserError(f"{name}: {e}") from None
 
     note = "" if takes_system or not cfg.system else ", which takes no system turn"
-    return pieces_of, f"as chats (the tokenizer has a template{note})"
+    return pieces_of, True, f"as chats (the tokenizer has a template{note})"
 
 
 def read_messages(text: str) -> list[dict]:

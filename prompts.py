@@ -55,22 +55,14 @@ def chat(tokenizer, messages: list[dict], tools: list | None = None, answer: boo
     or that it does not put in as they are.
     """
 
-    def rendered(contents: list[str]) -> str:
-        turns = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
-        options = {"tools": tools, "add_generation_prompt": answer, "date_string": DATE}
-        try:
-            jinja = CLOCK.sub(lambda m: repr(DAY.strftime(m[2])), tokenizer.get_chat_template(tools=tools))
-            return tokenizer.apply_chat_template(turns, chat_template=jinja, tokenize=False, **options)
-        except Exception as e:  # whatever a foreign template can make of it
-            raise ValueError(f"the chat template refuses it ({str(e).strip()[:100]})") from None
-
+    text, fields, marked = rendered(tokenizer, messages, tools, answer), [], []
     contents = [m.get("content") or "" for m in messages]
-    text, fields, marked = rendered(contents), [], []
     for message, content in zip(messages, contents, strict=True):
         own = THINK.split(content) if message["role"] == "assistant" else [content]
-        marked.append("".join(p if i % 2 or not p else f"\ue000{len(fields) + i}\ue001" for i, p in enumerate(own)))
+        mark = "".join(p if i % 2 or not p else f"\ue000{len(fields) + i}\ue001" for i, p in enumerate(own))
+        marked.append({**message, "content": mark})
         fields += own
-    parts = re.split("\ue000([0-9]+)\ue001", rendered(marked))
+    parts = re.split("\ue000([0-9]+)\ue001", rendered(tokenizer, marked, tools, answer))
     for strip in (False, True):  # some templates strip what they are given
         fill = [f.strip() if strip else f for f in fields]
         pieces = [(i % 2 == 1, fill[int(part)] if i % 2 else part) for i, part in enumerate(parts)]
@@ -80,6 +72,17 @@ def chat(tokenizer, messages: list[dict], tools: list | None = None, answer: boo
     if spelled:
         raise ValueError(f"a message spells the special token {spelled[0]}, and the chat template rewrites it")
     return [(False, text)]
+
+
+def rendered(tokenizer, messages: list[dict], tools: list | None, answer: bool) -> str:
+    """A chat's text by the tokenizer's template, on a pinned date. Raises ValueError where the template refuses it."""
+    turns = [{**m, "content": m.get("content") or ""} for m in messages]
+    options = {"tools": tools, "add_generation_prompt": answer, "date_string": DATE}
+    try:
+        jinja = CLOCK.sub(lambda m: repr(DAY.strftime(m[2])), tokenizer.get_chat_template(tools=tools))
+        return tokenizer.apply_chat_template(turns, chat_template=jinja, tokenize=False, **options)
+    except Exception as e:  # whatever a foreign template can make of it
+        raise ValueError(f"the chat template refuses it ({str(e).strip()[:100]})") from None
 
 
 def special_tokens(tokenizer) -> set[str]:
@@ -102,20 +105,15 @@ def conversation(tokenizer, messages: list[dict], tools: list | None = None):
     A turn that the template renders otherwise once others follow it (some drop the reasoning of earlier ones) is not
     learned. Raises ValueError for messages that the template refuses, and where the last turn is no answer to learn.
     """
-
-    def joined(found: list[tuple[bool, str]]) -> str:
-        return "".join(text for _, text in found)
-
     pieces, spans = chat(tokenizer, messages, tools), []
-    text = joined(pieces)
+    text = "".join(part for _, part in pieces)
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and i > 0:
-            opened = joined(chat(tokenizer, messages[:i], tools, True))
-            turns = chat(tokenizer, messages[: i + 1], tools)
-            closed = joined(turns)
-            said = len(closed) - (len(turns[-1][1]) if len(turns) > 1 and not turns[-1][0] else 0)
+            opened = rendered(tokenizer, messages[:i], tools, True)
+            closed = rendered(tokenizer, messages[: i + 1], tools, False) if i + 1 < len(messages) else text
             end = len(os.path.commonprefix([text, closed]))
-            if text.startswith(opened) and end >= max(said, len(opened)):
+            said = (message.get("content") or "").rpartition("</think>")[2].strip()
+            if text.startswith(opened) and end >= len(opened) and said in text[len(opened) : end]:
                 if end < len(closed):  # the template ends a text with more, whose first letters may be the next turn's
                     words = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
                     found = re.finditer("|".join(map(re.escape, words)), text) if words else ()
@@ -136,16 +134,21 @@ def completion(template: str, row: dict[str, str], response: str, end: str):
     return [*prompt, (True, response), (False, end)], [(start, start + len(response) + len(end))]
 
 
-def spell(tokenizer, pieces: list[tuple[bool, str]], spans: list[tuple[int, int]]) -> list[tuple[bool, str]]:
-    """The pieces with the ordinary added tokens of answers (<think>, <tool_call>) as the template's own words.
-
-    A model learns to write them. Special tokens in an answer stay plain text, as do all in a prompt.
-    """
+def ordinary_words(tokenizer) -> re.Pattern | None:
+    """The added tokens that are not special (<think>, <tool_call>), for `spell`; None where there are none."""
     words = sorted(set(tokenizer.get_added_vocab()) - special_tokens(tokenizer), key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, words)) + ")") if words else None
+
+
+def spell(words: re.Pattern | None, pieces: list[tuple[bool, str]], spans: list) -> list[tuple[bool, str]]:
+    """The pieces with the ordinary added tokens of answers as the template's own words: a model learns to write them.
+
+    Special tokens in an answer stay plain text, as do all in a prompt.
+    """
     found, at = [], 0
     for user, text in pieces:
         if user and words and any(first <= at < end for first, end in spans):
-            parts = re.split("(" + "|".join(map(re.escape, words)) + ")", text)
+            parts = words.split(text)
             found += [(i % 2 == 0, part) for i, part in enumerate(parts) if part]
         else:
             found.append((user, text))

@@ -34,6 +34,12 @@ class State:
     resumed: int = 0  # the step that this process began with
 
 
+def step_line(at: State, epoch: float, lr: float, loss: float | None, grad_norm: float | None) -> dict:
+    """A step's line of metrics.jsonl."""
+    line = {"step": at.step, "epoch": epoch, "lr": lr, "loss": loss, "grad_norm": grad_norm}
+    return {**line, "tokens": at.tokens, "skipped": at.skipped, "seconds": round(at.seconds, 3)}
+
+
 class Clock:
     """Adds the time since the last lap to one of the state's counters of seconds."""
 

@@ -155,10 +155,8 @@ def main(argv: list[str]) -> dict:
         # log
         clock.lap("seconds")
         if world.rank == 0:
-            facts = {"step": at.step, "epoch": round(at.step / steps_per_epoch, 4), "lr": cfg.lr * factor}
-            facts |= {"loss": loss, "grad_norm": norm} if taken else {"loss": None, "grad_norm": None}  # strict JSON
-            facts |= {"tokens": at.tokens, "skipped": at.skipped, "seconds": round(at.seconds, 3)}
-            checkpoint.append_line(log, facts)
+            epochs, seen = round(at.step / steps_per_epoch, 4), (loss, norm) if taken else (None, None)  # strict JSON
+            checkpoint.append_line(log, resume.step_line(at, epochs, cfg.lr * factor, *seen))
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{at.tokens / at.seconds:,.0f}", refresh=False)
         bar.update()
 

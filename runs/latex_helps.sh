@@ -11,7 +11,7 @@ mkdir -p "$OUT"
 python bench/latex_helps.py texts --shared "$SHARED" --out "$OUT"
 for seed in 0 1 2; do
   if [ ! -f "$OUT/base_$seed/model.safetensors" ]; then
-    python cpt.py --cfg tiny --random_init false --train_data "$SHARED/data/latex/OpenLogic,$SHARED/data/latex/stacks-project,$OUT/math_text.jsonl" \
+    python cpt.py --cfg tiny --train_data "$SHARED/data/latex/OpenLogic,$SHARED/data/latex/stacks-project,$OUT/math_text.jsonl" \
       --guard_data "$OUT/problems.jsonl" --dataset latex_and_math --lr 1e-3 --warmup_ratio 0.05 --batch_size 32 --max_steps "$STEPS" \
       --eval_every 45 --val_size 60 --seed "$seed" --outputs "$OUT/runs" --export "$OUT/base_$seed"
   fi

@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 base=${1:-outputs/tiny_base}
 python tiny/make_problems.py
 python tiny/make_base.py --shared ../shared --out "$base" --corpus outputs/tiny_corpus.jsonl
-python cpt.py --cfg tiny --base "$base" --export "$base" --resume auto
+python cpt.py --cfg tiny --random_init true --lr 3e-3 --base "$base" --export "$base" --resume auto

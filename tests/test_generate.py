@@ -298,7 +298,7 @@ def prompt_of(tokenizer, row, **fields):
     """The pieces and the reason that infer.py makes of one row."""
     hand = {"text"} & fields.keys() | {"system"} & fields.keys()
     cfg = configs.of_generation(configs.InferConfig(generate=True, **fields), hand)
-    make, why = infer.prompt_maker(cfg, hand, tokenizer, [row])
+    make, _, why = infer.prompt_maker(cfg, hand, tokenizer, [row])
     return make(row, "row 1"), why
 
 
@@ -538,6 +538,7 @@ def run_of_cpt(folder: Path, base: str, save="best", whole=False, **fields) -> P
     checkpoint.save(target, write, {"step": 3, "base": lm.base_fingerprint})
     known = configs.CptConfig(base=base, train_data="x", rank=0 if whole else 4, **fields)
     (run / "config.json").write_text(configs.to_json(known))
+    (run / "texts.json").write_text('{"pairs": true}')
     (run / "result.json").write_text("{}")
     return run
 

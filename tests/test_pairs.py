@@ -129,8 +129,9 @@ def test_tokens_loss_and_training_are_those_of_trl(base, rows, tmp_path, chat):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     tokenizer = data.load_tokenizer(base)
     flags = pair_flags(
-        base, write_jsonl(tmp_path / "pairs.jsonl", rows), tmp_path, chat=chat, system="Be brief.", batch_size=99,
+        base, write_jsonl(tmp_path / "pairs.jsonl", rows), tmp_path, chat=chat, batch_size=99,
         max_tokens=9999, epochs=5, schedule="constant", warmup_ratio=0, weight_decay=0, grad_clip=0,
+        **({"system": "Be brief."} if chat == "yes" else {}),
     )  # fmt: skip
     result = cpt.main(flags)
     side, _ = corpus.split(len(rows), 4, 0)
@@ -162,7 +163,7 @@ def test_tokens_loss_and_training_are_those_of_trl(base, rows, tmp_path, chat):
     trained = checkpoint.load_tensors(Path(result["run"]) / "last/model.safetensors")
     for name, tensor in trainer.model.state_dict().items():
         if name in trained:
-            torch.testing.assert_close(trained[name], tensor, rtol=0, atol=2e-3, msg=name)  # Adam doubts tiny gradients
+            torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("name", ENDS)
@@ -238,6 +239,14 @@ def test_system_turn_is_given_added_or_left_out_and_the_date_is_pinned():
     assert f"Today Date: {prompts.DATE}\n" in tokenizer.decode(encoded(tokenizer, [pair]).ids)
 
 
+def test_a_template_that_leaves_answers_out_is_refused():
+    """Some take lists of parts alone: a text vanishes, and nothing but the end of the turn would be learned."""
+    parts = "{% for p in m.content if p.text %}{{ p.text }}{% endfor %}"
+    tokenizer = chatty("{% for m in messages %}<|user|>" + parts + "<|end|>{% endfor %}")
+    with pytest.raises(UserError, match="expected an assistant's turn at the end, which the chat template renders"):
+        encoded(tokenizer, [{"prompt": "Hi", "response": "Hello"}])
+
+
 def test_ids_and_answers_with_the_real_tokenizer(shared):
     """Qwen2.5's own, with its published template: ids are its own, answers end with <|im_end|>."""
     if not (shared / "tokenizers/qwen2.5").is_dir():
@@ -261,30 +270,33 @@ def test_ids_and_answers_with_the_real_tokenizer(shared):
 @pytest.mark.parametrize("chat", [False, True])
 def test_what_is_too_long_loses_its_longest_field_and_a_cut_answer_has_no_end(chat):
     tokenizer = chatty(template("qwen2_5"))
-    rng, cut = random.Random(1), Counter()
-    words, special = [" cat", " x", "+1", "\n", ".", " é"], set(tokenizer.all_special_ids)
+    rng, cut, words = random.Random(1), Counter(), [" cat", " x", "+1", "\n", ".", " é"]
+    text = tokenizer.apply_chat_template(turns("?", "!"), tokenize=False)
+    parts = [text[: text.index("?")], text[text.index("?") + 1 : text.index("!")], text[text.index("!") + 1 :]]
+    parts = parts if chat else ["", "", "<|endoftext|>"]
+    before, between, end = ([] if not part else tokenizer(part)["input_ids"] for part in parts)
+    around = len(before + between + end)
     for _ in range(300):
-        text = {k: f" {k[0]}" + "".join(rng.choices(words, k=rng.randint(0, 40))) for k in ("prompt", "response")}
-        (full, limit), end = (encoded(tokenizer, [text], chat), rng.randint(around + 2, around + 50)), 2 if chat else 1
-        tokens = encoded(tokenizer, [text], chat, max_length=limit)
-        ids, mask = tokens.ids.tolist(), tokens.learned
-        assert len(ids) == min(limit, len(full.ids)) and mask[1:].any()
-        assert [t for t in ids if t in special] == [t for t in full.ids.tolist() if t in special]  # the template's
-        first = int(full.learned.argmax())
-        lengths = np.array([len(full.ids) - full.learned.sum() - (around - end), full.learned.sum() - end])  # fields
-        whole = int(mask[-1])
-        assert mask[-end:].tolist() == [bool(whole)] * end
-        kept_answer = int(mask.sum()) - end * whole
-        kept = np.array([len(ids) - around - kept_answer, kept_answer])
-        assert whole == (kept[1] == lengths[1]) and (kept <= lengths).all()
-        if (kept < lengths).any():  # a field that is cut is the longest of what is left, but for one token
-            assert kept[kept < lengths].min() >= kept.max() - 1
-        assert ids[: first - (lengths[0] - kept[0])][: around - end] == full.ids.tolist()[: around - end][: len(ids)]
-        cut["answer"] += not whole
-        cut["prompt"] += bool(kept[0] < lengths[0])
+        row = {k: f" {k[0]}" + "".join(rng.choices(words, k=rng.randint(0, 40))) for k in ("prompt", "response")}
+        prompt, answer = (tokenizer(row[k])["input_ids"] for k in ("prompt", "response"))
+        limit = rng.randint(around + 2, around + 50)
+        tokens = encoded(tokenizer, [row], chat, "", limit)
+        room, answered = min(limit - around, len(prompt + answer)), int(tokens.learned.sum())
+        kept = answered if not tokens.learned[-1] else answered - len(end)
+        asked = room - kept
+        assert tokens.ids.tolist() == before + prompt[:asked] + between + answer[:kept] + end
+        whole = kept == len(answer)
+        want = [False] * (len(before + between) + asked) + [True] * kept + [whole] * len(end)
+        assert kept and tokens.learned.tolist() == want
+        if asked < len(prompt):  # a field that is cut is as long as the other one, or longer
+            assert asked >= kept - 1
+            cut["prompt"] += 1
+        if not whole:
+            assert kept >= asked - 1
+            cut["answer"] += 1
     assert min(cut["answer"], cut["prompt"]) > 30
     with pytest.raises(UserError, match="max_length"):
-        encoded(tokenizer, [text], chat, max_length=around)
+        encoded(tokenizer, [row], chat, "", around)
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
@@ -409,7 +421,7 @@ BAD = {
     "messages too deep": ([{"messages": "[" * 99999}], r"row 1: .*recursion"),
     "bad role": ([{"messages": [{"role": "robot", "content": "a"}, *turns("a", "b")]}], r"row 1: .*'robot'"),
     "content no text": ([{"messages": turns("a", 5)}], r"row 1: .*int as content"),
-    "calls, content no text": ([{"messages": [*turns("a"), {**turns("a", 5)[1], "tool_calls": []}]}], r"int as content"),
+    "calls, no text": ([{"messages": [*turns("a"), {**turns("a", 5)[1], "tool_calls": []}]}], r"int as content"),
     "no assistant": ([{"messages": turns("a")}], r"row 1: no response"),
     "last turn not assistant": ([{"messages": turns("a", "b", "c")}], r"expected an assistant's turn at the end"),
     "tools no JSON": ([GOOD | {"tools": "add()"}], r"row 1: .*Expecting value"),
@@ -439,7 +451,7 @@ def test_the_command_says_it_in_one_line_with_status_2(base, tmp_path, command):
     path = write_jsonl(tmp_path / "pairs.jsonl", [GOOD, {"prompt": "a"}])
     status, out, err = command("cpt.py", *pair_flags(base, path, tmp_path))
     assert status == 2 and "Traceback" not in err and not (tmp_path / "outputs").exists()
-    assert err.strip().splitlines()[-1].startswith("error: --train_data: 1 of 2 are no pairs"), err
+    assert err.strip().splitlines()[-1].startswith(f"error: --train_data {path}: 1 of 2 are no pairs"), err
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,476 @@
+"""From folders of files to cached tokens: nothing read twice, nothing lost without a record, nothing half-written."""
+
+import csv
+import gzip
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import last_json
+from test_ddp import forked, forks, log_of
+from transformers import AutoModelForCausalLM
+
+import checkpoint
+import configs
+import corpus
+import cpt
+import data
+import ddp
+from configs import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+ALONE = ddp.World(0, 1, torch.device("cpu"))
+HOW = dict(template="{text}", max_length=32, chat="auto", system="Be brief.")
+PROSE = "Let us recall that every finite group of prime order is cyclic, and so it is abelian. "
+PAPER = "\\documentclass{article}\\begin{document}" + PROSE + "\\input{sec/one}\\end{document}"
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    with open(ROOT / "tiny/data/train.csv", encoding="utf-8", newline="") as f:
+        return [row["Question"] for row, _ in zip(csv.DictReader(f), range(60), strict=False)]
+
+
+@pytest.fixture
+def tokenizer(small_base):
+    return data.load_tokenizer(small_base)
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def papers(tmp_path, texts) -> Path:
+    return write_jsonl(tmp_path / "papers.jsonl", [t * (1 + i % 3) for i, t in enumerate(texts[:30])])
+
+
+def load(path: Path, tokenizer, cache: Path, said=None, **how) -> corpus.Corpus:
+    words = said.append if said is not None else lambda _: None
+    return corpus.load(str(path), "train_data", tokenizer, cache, ALONE, words, **{**HOW, **how})
+
+
+def cpt_flags(base: str, train: Path, out: Path, **changes) -> list[str]:
+    settings = {
+        "base": base, "random_init": "false", "train_data": train, "max_length": 32, "max_tokens": 256, "batch_size": 9,
+        "micro_batches": 2, "epochs": 2, "lr": 1e-2, "val_size": 6, "precision": "fp32", "samples": 0,
+        "outputs": out / "outputs", **changes,
+    }  # fmt: skip
+    return [str(part) for name, value in settings.items() if value is not None for part in (f"--{name}", value)]
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Everything that may lie around."""
+    root = tmp_path / "mixed"
+    for inside in ("sec", ".git", "x.txt"):
+        (root / inside).mkdir(parents=True)
+    made = {
+        "paper.tex": PAPER, "sec/one.tex": "In section one, " + PROSE, "B.TEX": PAPER.replace("finite", "small"),
+        "notes.txt": "Plain notes.", "NOTES2.TXT": "Other notes.", "same.md": "Plain \n\n notes.\n",
+        "x.txt/in.md": "In.", "latin.txt": "é".encode("latin-1"),
+        "empty.txt": "", "blank.md": " \n", "empty.jsonl": "", ".git/config.txt": "hidden", ".hidden.txt": "hidden",
+        "paper.pdf": b"%PDF-1.4", "figure.png": b"\x89PNG\r\n", "binary.txt": b"a\0b",
+        "wide.txt": "wide".encode("utf-16"), "zero.tex": b"\0\1\2",
+    }  # fmt: skip
+    for name, content in made.items():
+        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    write_jsonl(root / "rows.jsonl", ["Row one.", "Row two.", "Row  one."])
+    (root / "more.jsonl.gz").write_bytes(gzip.compress(b'{"text": "Row three."}\n'))
+    (root / "gone.md").symlink_to(root / "nowhere.md")
+    (root / "mem.md").symlink_to("/proc/self/mem")  # is a file, and cannot be read, by root neither
+    os.mkfifo(root / "pipe.txt")
+    return root
+
+
+posix = pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux: a pipe and an unreadable file")
+
+
+@posix
+def test_every_file_of_a_folder_has_its_fate_on_record(folder):
+    rows, names, records = corpus.read_documents(corpus.find_files(str(folder), "train_data"), "train_data")
+    found = [" ".join(row["text"].split()) for row in rows]
+    want = ["In.", "Plain notes.", "Other notes.", "Row one.", "Row two.", "Row three."]
+    assert sorted(t for t in found if "group" not in t) == sorted(want)
+    papers = [t for t in found if "group" in t]
+    assert len(papers) == 2 and sum("In section one" in t for t in papers) == 2  # \input files are no documents
+    first = {}
+    for record in records:
+        first.setdefault(record["file"], record["fate"])
+    inside = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    assert first.keys() == inside - {".git/config.txt", ".hidden.txt"}
+    fates = {
+        "paper.tex": "root", "B.TEX": "root", "sec/one.tex": "inlined into", "zero.tex": "dropped: binary",
+        "notes.txt": "read", "NOTES2.TXT": "read", "same.md": "read", "x.txt/in.md": "read", "rows.jsonl": "read",
+        "more.jsonl.gz": "read", "empty.jsonl": "dropped: empty", "paper.pdf": "dropped: .pdf is not read",
+        "figure.png": "dropped: .png is not read", "binary.txt": "dropped: line 1 holds a NUL",
+        "wide.txt": "dropped: this is UTF-16", "latin.txt": "dropped: not UTF-8", "gone.md": "dropped: no regular file",
+        "mem.md": "dropped: cannot be read", "pipe.txt": "dropped: no regular file", "empty.txt": "read",
+        "blank.md": "read",
+    }  # fmt: skip
+    assert first.keys() == fates.keys()
+    assert {n: f for n, f in first.items() if not f.startswith(fates[n])} == {}
+    again = {(r["file"], r["fate"]) for r in records if r["fate"].startswith("dropped: a document")}
+    assert again == {
+        ("same.md", "dropped: a document equal to one of notes.txt"), ("empty.txt", "dropped: a document empty"),
+        ("rows.jsonl", "dropped: a document equal to one of rows.jsonl"), ("blank.md", "dropped: a document empty"),
+    }  # fmt: skip
+    assert len(rows) == len(names) and names[found.index("Row two.")] == "rows.jsonl row 2"
+
+
+@posix
+def test_the_order_is_that_of_names_and_the_run_keeps_the_record(folder, tmp_path, small_base, tokenizer):
+    one = corpus.read_documents(corpus.find_files(str(folder), "train_data"), "train_data")
+    for name in sorted(p.name for p in folder.iterdir() if p.is_file()):  # another order of the folder's own entries
+        (folder / name).rename(folder / f"{name}~")
+        (folder / f"{name}~").rename(folder / name)
+    assert corpus.read_documents(corpus.find_files(str(folder), "train_data"), "train_data") == one
+    flags = cpt_flags(small_base, folder, tmp_path, val_size=2, max_steps=1, samples=2)
+    record = Path(cpt.main(flags)["run"]) / "corpus.jsonl"
+    assert [json.loads(line) for line in open(record, encoding="utf-8")] == one[2]
+
+
+@posix
+@pytest.mark.parametrize("name", ["pipe.txt", "mem.md", "binary.txt", "zero.tex", "empty.txt", "paper.pdf", "gone.md"])
+def test_a_named_file_that_cannot_be_read_is_an_error(folder, name):
+    words = {
+        "paper.pdf": "expected .tex",
+        "pipe.txt": "expected .tex",
+        "mem.md": "cannot be read",
+        "zero.tex": "binary",
+    }
+    words |= {"empty.txt": "no documents in 1 files", "binary.txt": "line 1 holds a NUL", "gone.md": "no such file"}
+    with pytest.raises(UserError, match=words[name]) as error:
+        corpus.read_documents(corpus.find_files(str(folder / name), "train_data"), "train_data")
+    assert "\n" not in str(error.value)
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+
+def same(a: corpus.Corpus, b: corpus.Corpus) -> bool:
+    one, two = ({**vars(c.tokens), "sizes": c.sizes} for c in (a, b))
+    return all(np.array_equal(one[n], two[n]) for n in ("ids", "starts", "stops", "sizes")) and a.files == b.files
+
+
+def stamps(cache: Path) -> dict[str, tuple[int, int]]:
+    return {p.relative_to(cache).as_posix(): (p.stat().st_ino, p.stat().st_mtime_ns) for p in cache.rglob("*")}
+
+
+def test_a_corpus_is_encoded_once_and_mapped(papers, tokenizer, tmp_path):
+    cache, said = tmp_path / "cache", []
+    first = load(papers, tokenizer, cache, said)
+    before = stamps(cache)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    second = load(shutil.copy(papers, moved), tokenizer, cache, said)
+    assert stamps(cache) == before and same(first, second)
+    assert isinstance(second.tokens.ids, np.memmap) and second.tokens.ids.dtype == np.int32
+    assert said[0].split(": ", 1)[1] == said[1].split(": ", 1)[1] and "30 documents" in said[0]
+    assert [p.name for p in cache.iterdir()] == [next(iter(before)).split("/")[0]]  # nothing hidden is left
+
+
+def test_whatever_the_tokens_follow_from_names_another_cache(papers, tokenizer, tmp_path, texts):
+    cache = tmp_path / "cache"
+
+    def made(path=papers, **how) -> int:
+        load(path, tokenizer, cache, **how)
+        return len(list(cache.iterdir()))
+
+    assert made() == made() == 1
+    changes = [{"template": "Paper: {text}"}, {"max_length": 33}, {"chat": "no"}, {"system": "Hi."}]
+    assert [made(**change) for change in changes] == [2, 3, 4, 5]
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert made() == 6
+    tokenizer.add_tokens(["<think>"])
+    assert made() == 7
+    text = papers.read_text()
+    papers.write_text(text.replace("a", "e", 1))
+    assert made() == 8
+    papers.write_text(text)
+    assert made() == 8
+    os.rename(papers, papers.with_name("other.jsonl"))
+    assert made(papers.with_name("other.jsonl")) == 9
+
+
+@pytest.mark.parametrize("file", ["ids", "starts", "stops", "sizes", "corpus.json", "manifest.json"])
+def test_a_damaged_cache_is_made_again_and_never_used(papers, tokenizer, tmp_path, capsys, file):
+    cache = tmp_path / "cache"
+    want = load(papers, tokenizer, cache)
+    (path,) = cache.glob(f"*/{file}")
+    whole = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+    sizes = len(whole[file])
+    damages = {
+        "flipped": lambda raw: raw[: sizes // 2] + bytes([raw[sizes // 2] ^ 1]) + raw[sizes // 2 + 1 :],
+        "cut": lambda raw: raw[: sizes // 3], "longer": lambda raw: raw + b"\0", "empty": lambda raw: b"", "gone": None,
+    }  # fmt: skip
+    want = corpus.Corpus(
+        data.Tokens(*(np.array(a) for a in list(vars(want.tokens).values())[:3])), want.sizes, False, want.files
+    )
+    for damage in damages.values():
+        path.unlink()
+        if damage:
+            path.write_bytes(damage(whole[file]))
+        assert same(load(papers, tokenizer, cache), want)
+        assert "made again" in capsys.readouterr().out
+        assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == whole
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_write_that_is_cut_short_leaves_nothing(papers, tokenizer, tmp_path, monkeypatch):
+    cache, count, write = tmp_path / "cache", 0, checkpoint.fs_write
+    for at in range(1, 7):
+        count = 0
+
+        def full(path, content, at=at):
+            nonlocal count
+            count += 1
+            write(path, content[: len(content) // 2] if count == at else content)
+            if count == at:
+                raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "fs_write", full)
+            with pytest.raises(OSError, match="No space"):
+                load(papers, tokenizer, cache)
+        assert count == at and not list(cache.iterdir())
+    assert len(load(papers, tokenizer, cache).sizes) == 30
+
+
+@forks
+def test_two_runs_may_make_the_same_cache_at_once(papers, tokenizer, tmp_path, monkeypatch):
+    """Another process makes it while this one writes: both have it, and one is kept."""
+    cache, write, children = tmp_path / "cache", checkpoint.fs_write, []
+
+    def meanwhile(path, content):
+        if not children:
+            children.append(os.fork())
+            if not children[0]:
+                try:
+                    os._exit(len(load(papers, tokenizer, cache).sizes))
+                finally:
+                    os._exit(99)
+            assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 30
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint, "fs_write", meanwhile)
+    assert len(load(papers, tokenizer, cache).sizes) == 30 and children
+    assert len(list(cache.iterdir())) == 1 and checkpoint.verify(next(cache.iterdir()))
+
+
+@forks
+def test_two_ranks_share_one_cache(papers, small_base, tmp_path):
+    status, out, err = forked(cpt.main, cpt_flags(small_base, papers, tmp_path, max_steps=1), tmp_path, ranks=2)
+    assert status == 0, err
+    assert len(list((tmp_path / "outputs/token_cache").iterdir())) == 1
+
+
+# ---- documents into segments ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "count, val_size, held_out",
+    [(10, 1, 1), (10, 9, 9), (10, 0.02, 1), (10, 0.5, 5), (2, 0.5, 1), (1000, 0.02, 20)],
+)
+def test_the_split_is_by_document_and_of_the_asked_size(count, val_size, held_out):
+    train, val = corpus.split(count, val_size, seed=3)
+    assert len(val) == held_out and sorted([*train, *val]) == list(range(count))
+    assert [a.tolist() for a in corpus.split(count, val_size, 3)] == [train.tolist(), val.tolist()]
+    if count == 1000:
+        assert corpus.split(count, val_size, 4)[1].tolist() != val.tolist()
+
+
+@pytest.mark.parametrize("count, val_size", [(10, 10), (10, 11), (1, 0.5), (1, 1), (10, 0.99)])
+def test_a_split_without_a_side_is_refused(count, val_size):
+    with pytest.raises(UserError, match=f"--val_size .* of {count} documents"):
+        corpus.split(count, val_size, 0)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_segments_share_one_token_and_documents_end_with_eos(papers, tokenizer, tmp_path, cross):
+    found = load(papers, tokenizer, tmp_path / "cache")
+    rows = np.array([7, 0, 2, 29])
+    got = corpus.segments(found, rows, tokenizer, 16, cross)
+    documents = [found.tokens.row(i).tolist() for i in rows]
+    texts = [json.loads(line)["text"] for line in open(papers, encoding="utf-8")]
+    assert documents == [[*tokenizer(texts[i])["input_ids"], tokenizer.eos_token_id] for i in rows]
+    want = []
+    for ids in [sum(documents, [])] if cross else documents:
+        want += [ids[i : i + 17] for i in range(0, len(ids) - 1, 16)]
+    assert [got.row(i).tolist() for i in range(len(got.lengths))] == want
+    assert int(got.targets.sum()) == sum(map(len, documents)) - (1 if cross else 4)
+    if not cross:  # a slice of the mapped file, not a copy
+        assert np.shares_memory(got.ids, found.tokens.ids)
+
+
+def test_no_text_is_on_both_sides(papers, small_base, tmp_path):
+    cfg, _ = configs.parse(configs.CptConfig, configs.CPT_PRESETS, cpt_flags(small_base, papers, tmp_path, eval_rows=3))
+    texts = cpt.load_texts(cfg, data.load_tokenizer(small_base), ALONE)
+
+    def documents(tokens: data.Tokens) -> set[int]:  # each segment's document, by where the text begins in the file
+        cache, how = tmp_path / "outputs/token_cache", dict(chat=cfg.chat, system=cfg.system)
+        found = load(papers, data.load_tokenizer(small_base), cache, **how)
+        return set(np.searchsorted(found.tokens.starts, tokens.starts, side="right").tolist())
+
+    train, val, few = documents(texts.train), documents(texts.val), documents(texts.periodic)
+    assert len(train) == 24 and len(val) == 6 and not train & val and few < val and len(few) == 3
+    assert few != set(sorted(val)[:3])  # not those of the first file or class alone
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line_and_nothing_is_written(small_base, tmp_path, papers):
+    for name in ("none", "junk", "macros"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "junk/a.png").write_bytes(b"\x89PNG")
+    (tmp_path / "junk/b.txt").write_bytes(b"\0\1")
+    (tmp_path / "macros/a.tex").write_text("\\newcommand{\\R}{\\mathbb{R}}\n")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "other.jsonl").write_text('{"body": "a"}\n{"body": "b"}\n')
+    bad = {
+        "none": "no documents in 0 files", "junk": "no documents in 2 files", "macros": "nothing but preamble",
+        "gone": "no such file or folder", "bad.jsonl": "line 2", "other.jsonl": r"no column text \(there is: body\)",
+    }  # fmt: skip
+    for name, words in bad.items():
+        for flags in ({"train": tmp_path / name}, {"train": papers, "guard_data": tmp_path / name}):
+            with pytest.raises(UserError, match=words) as error:
+                cpt.main(cpt_flags(small_base, out=tmp_path, **flags))
+            flag = "--guard_data" if len(flags) > 1 else "--train_data"
+            assert str(error.value).startswith(flag) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="--text"):
+        cpt.main(cpt_flags(small_base, papers, tmp_path, text="{text"))
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_the_command_ends_with_status_2(small_base, tmp_path, command):
+    (tmp_path / "none").mkdir()
+    status, out, err = command("cpt.py", *cpt_flags(small_base, tmp_path / "none", tmp_path))
+    assert status == 2 and "Traceback" not in err and not (tmp_path / "outputs").exists()
+    assert (
+        err.strip().splitlines()[-1].startswith(f"error: --train_data {tmp_path / 'none'}: no documents in 0 files")
+    ), err
+
+
+def test_fragments_without_a_root_are_documents(tmp_path):
+    for i in range(3):
+        (tmp_path / f"part{i}.tex").write_text(f"Part {i}. " + PROSE)
+    rows, _, records = corpus.read_documents(corpus.find_files(str(tmp_path), "train_data"), "train_data")
+    assert [row["text"][:6] for row in rows] == ["Part 0", "Part 1", "Part 2"]
+    assert {r["fate"] for r in records} == {"fragment"}
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def overfit(small_base, texts, tmp_path_factory) -> tuple[dict, Path, list[str]]:
+    """A few texts learned by heart: the last evaluation is worse than an earlier one."""
+    out = tmp_path_factory.mktemp("overfit")
+    train, guard = write_jsonl(out / "papers.jsonl", texts[:20]), write_jsonl(out / "guard.jsonl", texts[40:45])
+    flags = cpt_flags(
+        small_base, train, out, epochs=12, batch_size=5, lr=3e-2, weight_decay=0, eval_every=7, eval_rows=3,
+        guard_data=guard, samples=2, export=out / "exported", export_dtype="fp32",
+    )  # fmt: skip
+    return cpt.main(flags), out, flags
+
+
+def test_the_best_save_is_kept_and_exported(overfit):
+    result, out, _ = overfit
+    run = Path(result["run"])
+    evals = [line for line in log_of(run) if "eval" in line]
+    losses = {line["step"]: line["eval"]["loss"] for line in evals[1:-1]}  # before: all rows; last line: the best again
+    best = min(losses, key=losses.get)
+    assert result["best_step"] == best < result["steps"] and losses[result["steps"]] > losses[best] + 0.1
+    assert evals[-1]["step"] == best and evals[-1]["eval"] == result["metrics"]
+    assert (
+        checkpoint.verify(run / "best")["step"] == best and checkpoint.verify(run / "last")["step"] == result["steps"]
+    )
+    kept, last = (checkpoint.load_tensors(run / side / "model.safetensors") for side in ("best", "last"))
+    exported = checkpoint.load_tensors(out / "exported/model.safetensors")
+    assert all(torch.equal(t, exported[n]) for n, t in kept.items()) and kept.keys() == exported.keys()
+    assert not any(torch.equal(t, last[n]) for n, t in kept.items())
+
+
+def test_guard_text_and_samples_are_reported(overfit, small_base):
+    """The guard text is scored as held-out text is; samples begin held-out documents and are the base's own words."""
+    result, out, flags = overfit
+    run, lm = Path(result["run"]), AutoModelForCausalLM.from_pretrained(out / "exported", dtype=torch.float32).eval()
+    tokenizer = data.load_tokenizer(str(out / "exported"))
+    nats = count = 0
+    for line in open(out / "guard.jsonl", encoding="utf-8"):
+        ids = [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
+        for i in range(0, len(ids) - 1, 32):
+            part = torch.tensor([ids[i : i + 33]])
+            with torch.no_grad():
+                nats += float(lm(input_ids=part, labels=part).loss) * (part.shape[1] - 1)
+            count += part.shape[1] - 1
+    names = {"loss", "perplexity", "bits_per_byte"}
+    assert result["metrics"].keys() == result["before"].keys() == names | {f"guard_{n}" for n in names}
+    assert result["metrics"]["guard_loss"] == pytest.approx(nats / count, abs=1e-4)
+    evals = [line for line in log_of(run) if "eval" in line]
+    assert all(len(line["samples"]) == 2 for line in evals)
+    prompt, completion = evals[-1]["samples"][0]
+    held_out = corpus.split(20, 6, 0)[1]
+    texts = [json.loads(line)["text"] for line in open(out / "papers.jsonl", encoding="utf-8")]
+    assert texts[held_out[0]].startswith(prompt) and len(tokenizer(prompt)["input_ids"]) <= 32
+    ids = tokenizer(prompt, return_tensors="pt")
+    new = lm.generate(**ids, max_new_tokens=48, do_sample=False, pad_token_id=0)[0, ids["input_ids"].shape[1] :]
+    assert completion == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_the_table_samples_and_the_result_are_printed(small_base, papers, tmp_path, command):
+    guard = write_jsonl(tmp_path / "guard.jsonl", ["General text about nothing.", "Other text."])
+    flags = cpt_flags(small_base, papers, tmp_path, max_steps=2, guard_data=guard, samples=1)
+    status, out, err = command("cpt.py", *flags)
+    assert status == 0, err
+    result, lines = last_json(out), out.splitlines()
+    header = next(i for i, line in enumerate(lines) if line.split()[:2] == ["step", "tokens"])
+    assert lines[header].split() == "step tokens perplexity bits per byte guard perplexity guard bits per byte".split()
+    row = lines[header + 2].split()
+    names = ("perplexity", "bits_per_byte", "guard_perplexity", "guard_bits_per_byte")
+    assert [row[0], *row[2:]] == [str(result["best_step"]), *(f"{result['metrics'][n]:.4f}" for n in names)]
+    assert sum(line.startswith("sample: ") for line in lines) == 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_half_precision_runs_on_a_cpu_are_close_to_fp32(small_base, papers, tmp_path, precision, rank):
+    runs = {}
+    for name in ("fp32", precision):
+        changes = {"rank": rank, "alpha": 6, "lora_dropout": 0} if rank else {}
+        result = cpt.main(cpt_flags(small_base, papers, tmp_path / name, precision=name, max_steps=4, **changes))
+        lines = [line for line in log_of(Path(result["run"])) if "loss" in line]
+        assert all(line["loss"] is not None and np.isfinite(line["loss"]) for line in lines) and len(lines) == 4
+        runs[name] = [line["loss"] for line in lines] + [result["metrics"]["loss"]]
+    assert runs[precision] == pytest.approx(runs["fp32"], rel=1e-2) and runs[precision] != runs["fp32"]
+
+
+def test_checkpointing_changes_no_loss(small_base, papers, tmp_path):
+    losses = []
+    for name in ("false", "true"):
+        changes = dict(rank=4, alpha=6, targets="q_proj,down_proj,embed_tokens", lora_dropout=0.2, embed_lr=1e-3)
+        flags = cpt_flags(small_base, papers, tmp_path / name, grad_checkpoint=name, max_steps=5, **changes)
+        losses.append([line["loss"] for line in log_of(Path(cpt.main(flags)["run"])) if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0][-1] < losses[0][0]
+
+
+def test_modules_trained_whole_move_at_embed_lr(small_base, papers, tmp_path):
+    """AdamW's first update is its learning rate, whatever the gradient: the embedding's is embed_lr's."""
+    changes = dict(rank=2, alpha=3, targets="q_proj", modules_to_save="embed_tokens", max_steps=1, warmup_ratio=0)
+    flags = cpt_flags(small_base, papers, tmp_path, lr=1e-2, embed_lr=1e-4, weight_decay=0, grad_clip=0, **changes)
+    run = Path(cpt.main(flags)["run"])
+    tensors = checkpoint.load_tensors(run / "last/adapter_model.safetensors")
+    before = checkpoint.load_tensors(Path(small_base) / "model.safetensors")["model.embed_tokens.weight"]
+    moved = (tensors["base_model.model.model.embed_tokens.weight"] - before).abs()
+    assert float(moved.max()) == pytest.approx(1e-4, rel=2e-2) and (moved > 0).any(dim=1).sum() > 50
+    adapter = [t for n, t in tensors.items() if "lora_B" in n]
+    assert max(float(t.abs().max()) for t in adapter) == pytest.approx(1e-2, rel=2e-2)
