@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import re
@@ -250,6 +251,7 @@ CHOICES = {
     "quant": ("none", "nf4"),
     "chat": ("auto", "yes", "no"),
     "thresholds": ("per_class", "global", "none"),
+    "ensemble": ("mean_logit", "mean_prob", "rank", "weighted"),
     "export_dtype": ("bf16", "fp16", "fp32"),
     "optimizer": ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"),
     "pooling": ("last", "mean", "cls"),
@@ -260,7 +262,13 @@ CHOICES = {
 METRICS = {
     "single_label": ("micro_f1", "macro_f1", "weighted_f1", "accuracy", "roc_auc", "log_loss"),
     "multi_label": (
-        "micro_f1", "macro_f1", "weighted_f1", "subset_accuracy", "hamming_loss", "roc_auc", "average_precision",
+        "micro_f1",
+        "macro_f1",
+        "weighted_f1",
+        "subset_accuracy",
+        "hamming_loss",
+        "roc_auc",
+        "average_precision",
         "log_loss",
     ),
     "regression": ("mse", "rmse", "mae", "r2", "pearson", "roc_auc"),
@@ -277,7 +285,8 @@ def train_problems(cfg: TrainConfig) -> list[str]:
     elif cfg.metric not in METRICS[cfg.task]:
         known = METRICS[cfg.task]
         found.append(f"--metric {cfg.metric}: expected one of {', '.join(known)}{_nearest(cfg.metric, known)}")
-    others = {"regression": {**OF_CLASSES, **OF_SETS}, "single_label": OF_SETS, "multi_label": {"class_weights": "none"}}
+    others = {"regression": {**OF_CLASSES, **OF_SETS}, "single_label": OF_SETS}
+    others["multi_label"] = {"class_weights": "none"}
     found += [
         f"--{name} {getattr(cfg, name)} has no meaning with --task {cfg.task}: leave it out"
         for name, plain in others.get(cfg.task, {}).items()
@@ -311,8 +320,9 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         found.append(f"--label_names {','.join(cfg.label_names)}: a name stands twice")
     if len(cfg.label_names) == 1:
         found.append(f"--label_names {cfg.label_names[0]}: expected at least 2 names")
-    if cfg.class_weights not in ("none", "balanced", "effective") and not _weights(cfg.class_weights):
-        kinds = "none, balanced, effective or positive numbers like 1,2.5"
+    kinds = r"none|balanced|inverse|effective(:0?\.\d+)?"
+    if not re.fullmatch(kinds, cfg.class_weights) and not _weights(cfg.class_weights):
+        kinds = "none, balanced, effective, effective:0.99 or positive numbers like 1,2.5"
         found.append(f"--class_weights {cfg.class_weights}: expected {kinds}")
     return found
 
@@ -324,7 +334,8 @@ def train_problems(cfg: TrainConfig) -> list[str]:
 class InferConfig:
     """Prediction with a finished run; or, with generate, completions of prompts by a language model."""
 
-    runs: str = ""  # run folder to predict with; empty: the newest finished run under outputs
+    runs: tuple[str, ...] = ()  # run folder, several for an ensemble (after the first CSVs too); empty: the newest run
+    ensemble: str = "mean_logit"  # of several runs: mean_logit, mean_prob, rank, or weighted (fitted on validation)
     base: str = ""  # instead of a run: a base, hub name or folder; empty with adapter: the one that the adapter names
     adapter: str = ""  # a PEFT LoRA adapter for that base, folder or hub name
     text: str = "{Question}"  # for base, adapter and generate (there {prompt}): format template over a row's columns
@@ -364,8 +375,14 @@ def infer_problems(cfg: InferConfig) -> list[str]:
     found = _range_problems(cfg)
     if cfg.submission and len([c for c in cfg.submission.split(",") if c.strip()]) != 2:
         found.append(f'--submission "{cfg.submission}": expected two column names such as "id,label", or empty')
+    if len(set(cfg.runs)) < len(cfg.runs):
+        found.append(f"--runs {','.join(cfg.runs)}: a run stands twice; weigh runs with --ensemble weighted")
+    if len(cfg.runs) > 1 and (cfg.export or cfg.generate):
+        found.append(f"--runs {','.join(cfg.runs)}: --{'export' if cfg.export else 'generate'} takes one run")
     if cfg.runs and (cfg.base or cfg.adapter):
-        found.append(f"--runs {cfg.runs} with --base or --adapter: a run has its own base; give one or the other")
+        found.append(
+            f"--runs {','.join(cfg.runs)} with --base or --adapter: a run has its own base; give one or the other"
+        )
     if cfg.merge and cfg.quant != "none":
         found.append(f"--merge with --quant {cfg.quant}: quantized weights take no update; leave --quant out")
     if cfg.export and os.path.isfile(cfg.export):
@@ -377,7 +394,7 @@ def infer_problems(cfg: InferConfig) -> list[str]:
     if cfg.temperature != 0 and not cfg.temperature >= 0.01:
         found.append(f"--temperature {cfg.temperature:g}: expected 0 for greedy, or 0.01 and more")
     if not 0 <= cfg.threshold < 1:
-        found.append(f"--threshold {cfg.threshold:g}: expected a probability above 0 and below 1, or 0 for the run's own")
+        found.append(f"--threshold {cfg.threshold:g}: expected a probability below 1, or 0 for the run's own")
     if not 0 < cfg.top_p <= 1:
         found.append(f"--top_p {cfg.top_p:g}: expected a share above 0 up to 1")
     ends = ("jsonl",) if cfg.generate else ("csv", "jsonl")
@@ -404,6 +421,8 @@ def _idle_infer(cfg: InferConfig, given: set[str]) -> list[str]:
         ours = "text label_column label_names label_words id_column head quant max_length".split()
         ours = ["quant"] if cfg.generate else ours
         idle += [f"--{n} has no effect without --base or --adapter: a run has its own" for n in ours if n in given]
+    if "ensemble" in given and len(cfg.runs) < 2:
+        idle.append("--ensemble has no effect on one run: name several with --runs A B")
     drawn = {"top_p", "seed"} & given if cfg.generate and cfg.temperature == 0 else ()
     idle += [f"--{n} has no effect with --temperature 0, which draws nothing" for n in sorted(drawn)]
     chats = {"system", "tools"} & given if cfg.chat == "no" else ()
@@ -675,8 +694,11 @@ def _pairs(cls, argv: list[str]) -> dict[str, str]:
                 i += 1
             continue
         if not eq:
-            if i < len(argv) and not argv[i].startswith("--"):
-                value, i = argv[i], i + 1
+            several = isinstance(hints.get(name), types.GenericAlias)  # --runs A B C, as --runs A,B,C
+            words = [w for w in itertools.takewhile(lambda w: not w.startswith("--"), argv[i:])]
+            if words:
+                words = words if several else words[:1]
+                value, i = ",".join(words), i + len(words)
             elif name in hints and hints[name] is bool:
                 value = "true"
             else:

@@ -292,8 +292,8 @@ def encode_label_sets(sets: list[list[str]], labels: Labels, path: str) -> np.nd
 def stratify(targets: np.ndarray, shares: list[float], seed: int) -> np.ndarray:
     """(N,) which part each row of multi-label targets (N, C) goes to, so that each part gets its share of every label.
 
-    Iterative stratification (Sechidis, Tsoumakas, Vlahavas 2011): the rarest label that is left is dealt out first, each
-    row to the part that wants it most. Rows without labels fill the parts up.
+    Iterative stratification (Sechidis, Tsoumakas, Vlahavas 2011): the rarest label that is left is dealt out first,
+    each row to the part that wants it most. Rows without labels fill the parts up.
     """
     rng = np.random.default_rng([seed, 0x5B11])
     order, part = rng.permutation(len(targets)), np.full(len(targets), -1)

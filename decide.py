@@ -320,6 +320,13 @@ class Decision:
         return replace(self, kind="given", thresholds=[(log_odds - b) / a for a, b in self.platt])
 
 
+def plain(task: str, classes: int) -> Decision:
+    """Argmax, or probability 0.5 for each label, and probabilities as they are."""
+    lines = classes if task == "multi_label" else int(classes == 2)
+    cuts = [0.0] * classes if task == "multi_label" else []
+    return Decision(task, classes, "none", cuts, 1.0, [[1.0, 0.0]] * lines, "nothing", 1, {"before": {}, "after": {}})
+
+
 def _margin(task: str, z: np.ndarray) -> np.ndarray:
     """What thresholds and Platt's lines act on: z1 - z0 (N, 1) of two single-label classes, else the logits."""
     return z[:, 1:] - z[:, :1] if task == "single_label" and z.shape[1] == 2 else z
@@ -512,8 +519,16 @@ def degenerate(logits: np.ndarray) -> str:
     return ""
 
 
-def distribution(logits: np.ndarray, names: list[str]) -> str:
-    """A short summary of predictions: rows and share per class and how sure they are, or a regression's quantiles."""
+def distribution(logits: np.ndarray, names: list[str], task: str = "single_label") -> str:
+    """A short summary of predictions: rows and share per class and how sure they are, or a regression's quantiles; of
+    multi_label how many labels a row gets, and the commonest.
+    """
+    if task == "multi_label":
+        predicted = logits > 0
+        order = np.argsort(-predicted.sum(axis=0), kind="stable")[:10]
+        shares = ", ".join(f"{names[c]} {predicted[:, c].mean():.1%}" for c in order if predicted[:, c].any())
+        none = (~predicted.any(axis=1)).mean()
+        return f"at probability 0.5: {predicted.sum(axis=1).mean():.2f} labels a row, {none:.1%} of rows none; {shares}"
     if logits.shape[1] == 1:
         low, mid, high = np.quantile(logits, [0.05, 0.5, 0.95])
         return f"{names[0]}: 5% below {low:.4g}, median {mid:.4g}, 5% above {high:.4g}, mean {logits.mean():.4g}"

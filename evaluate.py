@@ -148,7 +148,7 @@ def encode_targets(cfg: TrainConfig, rows: list[dict[str, str]], labels: data.La
 
 
 def decided(task: str, decision: decide.Decision | None, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(predictions, probabilities (N, C)) of logits (N, C), by a decision or, without one, argmax or probability 0.5."""
+    """(predictions, probabilities (N, C)) of logits (N, C), by a decision, or else by argmax or probability 0.5."""
     if task == "regression":
         return logits[:, 0], np.zeros((len(logits), 0))
     return decide.apply(decision or decide.plain(task, logits.shape[1]), logits)
@@ -371,6 +371,15 @@ def load_run(
     check_base(model, checkpoint.verify(folder)["base"], cfg.base)
     read_classifier(folder, model)
     return _ready(Run(path, cfg, labels, model, tokenizer, world, precision, decision), merge)
+
+
+def validation_rows(path: Path, cfg: TrainConfig, labels: data.Labels) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(ids, targets, logits (N, C)) of a run's val_predictions.csv. Raises UserError when it has none."""
+    rows = data.read_rows(str(path / "val_predictions.csv"), "runs")
+    flat = replace(cfg, label_column="label", label_columns=())
+    logits = [data.encode_numbers([row[f"logit_{v}"] for row in rows], str(path)) for v in labels.values]
+    targets = encode_targets(flat, rows, labels, str(path / "val_predictions.csv"))
+    return [row["id"] for row in rows], targets.astype(np.int64), np.stack(logits, axis=1)
 
 
 def read_decision(path: Path, task: str, classes: int) -> decide.Decision | None:

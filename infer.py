@@ -20,7 +20,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +82,9 @@ def main(argv: list[str]) -> dict:
     Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
 
     # ---- score ------------------------------------------------------------------------------------------------------
+    blend = blending(cfg, train_cfg, labels) if len(cfg.runs) > 1 else None
     run = load(cfg, path, given, world, "")
+    run.decision = blend.decision if blend else run.decision
     if cfg.threshold:
         run.decision = decision_at(run, cfg.threshold)
     if lora.adapters(run.model) and not cfg.force:
@@ -91,6 +93,10 @@ def main(argv: list[str]) -> dict:
         )
     started = time.perf_counter()
     logits, report = run.logits(rows, cfg.max_tokens)
+    if blend:
+        others = [member(cfg, Path(p), run, world, rows, ids) for p in cfg.runs[1:]]
+        logits = decide.ensemble([logits, *others], cfg.ensemble, blend.weights, blend.task).astype(np.float32)
+        ddp.say(world, blend.said)
     seconds = time.perf_counter() - started
     ddp.say(world, f"tokens: {report}")
     ddp.say(world, decide.distribution(logits, list(labels.names), train_cfg.task))
@@ -148,10 +154,82 @@ def decision_at(run: evaluate.Run, probability: float) -> decide.Decision:
         raise UserError(f"--threshold {probability:g}: {e}") from None
 
 
+# ---- ensembles ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Blend:
+    """How several runs become one, fitted on their validation rows before any weight is loaded."""
+
+    task: str  # as decide.ensemble knows it
+    weights: np.ndarray | None
+    decision: decide.Decision | None
+    said: str
+
+
+def blending(cfg: InferConfig, train_cfg, labels: data.Labels) -> Blend:
+    """What the ensemble's validation rows say: weights, thresholds and calibration, where all runs share those rows.
+
+    Raises UserError for runs of other tasks or labels, and for weights without rows to fit them on.
+    """
+    runs = [Path(p) for p in cfg.runs if not p.endswith(".csv")]
+    for run in runs[1:]:
+        other, theirs = evaluate.run_facts(run)
+        if (other.task, theirs.values) != (train_cfg.task, labels.values):
+            raise UserError(
+                f"--runs {run}: its task or labels are not those of {runs[0]}: {other.task} {theirs.values}"
+            )
+    if train_cfg.task == "regression":
+        if cfg.ensemble in ("mean_prob", "weighted"):
+            raise UserError(f"--ensemble {cfg.ensemble}: a regression has no probabilities; take mean_logit or rank")
+        return Blend("multi_label", None, None, f"{cfg.ensemble} of {len(cfg.runs)} members")
+    known = [evaluate.validation_rows(run, train_cfg, labels) for run in runs]
+    shared = len(runs) == len(cfg.runs) and all(k[0] == known[0][0] for k in known)
+    if cfg.ensemble == "weighted" and not shared:
+        raise UserError("--ensemble weighted: the members were not validated on the same rows; take mean_logit or rank")
+    logits, truth = [k[2] for k in known], known[0][1]
+    weights = decide.fit_weights(logits, truth, train_cfg.task) if cfg.ensemble == "weighted" else None
+    said = f"{cfg.ensemble} of {len(cfg.runs)} members" + (
+        f", weights {np.round(weights, 3)}" if weights is not None else ""
+    )
+    if not shared or cfg.ensemble == "rank" or len(truth) < 10:  # ranks depend on the rows they are among
+        return Blend(train_cfg.task, weights, None, f"{said}; argmax or probability 0.5 decides")
+    both = decide.ensemble(logits, cfg.ensemble, weights, train_cfg.task)
+    decision = decide.fit_decision(train_cfg.task, both, truth, train_cfg.thresholds)
+    return Blend(train_cfg.task, weights, decision, f"{said}; thresholds and calibration of their validation rows")
+
+
+def member(cfg: InferConfig, path: Path, first: evaluate.Run, world, rows: list[dict], ids: list[str]) -> np.ndarray:
+    """fp32 logits (N, C) of another run, or of a CSV by its ids: log-odds or log of its probabilities.
+
+    Raises UserError for ids or columns that the file lacks.
+    """
+    if path.suffix != ".csv":
+        return evaluate.load_run(path, world, cfg.precision).logits(rows, cfg.max_tokens)[0]
+    found, key, names = (
+        data.read_rows(str(path), "runs"),
+        first.config.id_column,
+        first.labels.values or ("prediction",),
+    )
+    kind = next((k for k in ("logit_", "probability_", "") if k + names[0] in found[0]), "probability_")
+    data.need_columns(found, [key, *(kind + n for n in names)], str(path), "runs")
+    by_id = {row[key]: row for row in found}
+    lost = [i for i in ids if i not in by_id]
+    if lost or len(by_id) != len(found):
+        raise UserError(f"--runs {path}: {len(lost)} of {len(ids)} ids are not in it, or one stands twice")
+    values = np.stack([data.encode_numbers([by_id[i][kind + n] for i in ids], str(path)) for n in names], axis=1)
+    if kind != "probability_":
+        return values
+    p = np.clip(values.astype(np.float64), 1e-12, 1)
+    return (np.log(p) - (np.log1p(-np.minimum(p, 1 - 1e-12)) if first.config.task == "multi_label" else 0)).astype(
+        np.float32
+    )
+
+
 def find_run(cfg: InferConfig) -> Path:
-    """The run named by --runs, or the newest finished one. Raises UserError when there is none."""
+    """The run named first by --runs, or the newest finished one. Raises UserError when there is none."""
     if cfg.runs:
-        return Path(cfg.runs)
+        return Path(cfg.runs[0])
     one, facts = ("cpt", ("config.json", "labels.json")) if cfg.generate else ("train", ("labels.json",))
     newest = checkpoint.newest_finished(cfg.outputs, *facts)
     if newest is None:

@@ -273,7 +273,8 @@ def load_rows(cfg: TrainConfig, say) -> tuple[Split, Split, data.Labels]:
         return train, val, labels
     counts = class_counts(cfg.task, train.labels, len(labels.values))
     if cfg.task == "multi_label":
-        say(f"labels of a row: {train.labels.sum() / len(train.labels):.2f} on average, {sum(train.labels.sum(1) == 0)} none")
+        mean, none = train.labels.sum() / len(train.labels), int((train.labels.sum(axis=1) == 0).sum())
+        say(f"labels of a row: {mean:.2f} on average; {none} rows have none")
     say("classes: " + ", ".join(f"{n} {c:,}" for n, c in zip(labels.names, counts, strict=True)))
     absent = [labels.names[i] for i in np.flatnonzero(counts == 0)]
     if absent:
@@ -407,7 +408,7 @@ def fit_decision(cfg: TrainConfig, run: Path, logits: np.ndarray, labels: np.nda
 
 
 def write_predictions(path: Path, val: Split, task: str, logits: np.ndarray, labels: data.Labels) -> None:
-    """val_predictions.csv: id, label, prediction (no threshold: those are fitted here) and one column of logits a class."""
+    """val_predictions.csv: id, label, prediction (without thresholds: those are fitted here), and a logit a class."""
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["id", "label", "prediction", *(f"logit_{v}" for v in labels.values)])

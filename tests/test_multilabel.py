@@ -1,0 +1,327 @@
+"""Several labels a row, from the files to the predictions: forms of labels, the loss, the split, whole commands."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, last_json
+from test_ddp import forked, forks, log_of, run_of, toy_flags
+
+import checkpoint
+import configs
+import data
+import decide
+import evaluate
+import infer
+import losses
+import metrics
+import train
+from configs import UserError
+
+pytestmark = forks
+NAMES = ("algebra", "geometry", "rare")
+
+
+def write_rows(path: Path, rows: int = 60, form: str = "json") -> Path:
+    """Problems of the tiny data with two labels and a third on every twelfth row; some rows have none."""
+    with open(ROOT / "tiny/data/train.csv", encoding="utf-8", newline="") as f:
+        found = [r for r, _ in zip(csv.DictReader(f), range(rows), strict=False)]
+    out = []
+    for i, row in enumerate(found):
+        labels = [n for n, on in zip(NAMES, (i % 2, i % 3 == 0, i % 12 == 0), strict=True) if on]
+        row = {"id": i, "Question": row["Question"]}
+        cells = {"json": {"tags": labels}, "delimited": {"tags": "|".join(labels)}}.get(form)
+        out.append({**row, **(cells or {n: int(n in labels) for n in NAMES})})
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(r) + "\n" for r in out), encoding="utf-8")
+    else:
+        with open(path, "w", encoding="utf-8", newline="") as f:
+            writer = csv.DictWriter(f, list(out[0]))
+            writer.writeheader()
+            writer.writerows(out)
+    return path
+
+
+def flags_of(out: Path, base: str, path: Path, **changes) -> list[str]:
+    of = {"label_columns": ",".join(NAMES)} if "columns" in path.name else {"label_column": "tags"}
+    same = {"train_data": path, "task": "multi_label", "val_size": 0.25, "label_smoothing": 0, "class_weights": None}
+    return toy_flags(
+        out, base, **{**same, "label_names": None, "val_data": None, "metric": "micro_f1", **of, **changes}
+    )
+
+
+# ---- labels ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, form", [("a.jsonl", "json"), ("b.csv", "delimited"), ("columns.csv", "columns")])
+def test_the_three_forms_of_labels_give_the_same_targets(tmp_path, name, form):
+    rows = data.read_rows(str(write_rows(tmp_path / name, form=form)), "train_data")
+    columns = NAMES if form == "columns" else ()
+    sets = data.label_sets(rows, "tags", columns, "|", "x")
+    labels = data.find_labels([v for one in sets for v in one], columns, "x")
+    i = np.arange(60)
+    want = np.stack([i % 2, i % 3 == 0, i % 12 == 0], axis=1).astype(np.float32)
+    assert labels.values == NAMES and np.array_equal(data.encode_label_sets(sets, labels, "x"), want)
+
+
+@pytest.mark.parametrize(
+    "row, columns, words",
+    [
+        ({"a": "1", "b": "2"}, ("a", "b"), r"row 1: \['1', '2'\]"), ({"a": "yes", "b": "0"}, ("a", "b"), "0 or 1"),
+        ({"tags": '["a", 1.5]'}, (), "JSON list"), ({"tags": '["a"'}, (), "row 1"), ({"tags": '[["a"]]'}, (), "row 1"),
+    ],
+)  # fmt: skip
+def test_malformed_labels_are_named(row, columns, words):
+    with pytest.raises(UserError, match=words):
+        data.label_sets([row], "tags", columns, "|", "--train_data x")
+    known = data.Labels(("a", "b"), ("a", "b"))
+    with pytest.raises(UserError, match=r"unknown labels 'c' \(row 2\): expected some of a, b"):
+        data.encode_label_sets([["a"], ["c"]], known, "--val_data x")
+
+
+def test_every_part_gets_its_share_of_every_label():
+    rng = np.random.default_rng(0)
+    targets = (rng.random((3000, 12)) < np.linspace(0.002, 0.4, 12)).astype(np.float32)
+    for shares in ([0.85, 0.15], [0.2] * 5):
+        part = data.stratify(targets, shares, seed=1)
+        assert set(part) == set(range(len(shares))) and len(part) == 3000
+        for p, share in enumerate(shares):
+            want = share * targets.sum(axis=0)
+            assert (abs(targets[part == p].sum(axis=0) - want) <= np.maximum(1.5, 0.1 * want)).all()
+            assert abs((part == p).mean() - share) < 0.02
+    assert np.array_equal(data.stratify(targets, shares, 1), part)
+    assert not np.array_equal(data.stratify(targets, shares, 2), part)
+
+
+def test_reuters_is_split_by_every_label(shared):
+    rows = data.read_rows(str(shared / "data/reuters/train.jsonl"), "train_data")
+    sets = data.label_sets(rows, "labels", (), "|", "x")
+    targets = data.encode_label_sets(sets, data.find_labels([v for one in sets for v in one]), "x")
+    kept, held_out = train.split("multi_label", targets, 0.15, seed=0)
+    assert targets.shape == (7770, 90) and np.array_equal(np.sort(np.concatenate([kept, held_out])), np.arange(7770))
+    counts = targets.sum(axis=0)
+    assert (abs(targets[held_out].sum(axis=0) - 0.15 * counts) <= np.maximum(1.0, 0.02 * counts)).all()
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bce_is_torchs_and_parts_add_up(smoothing, weighted):
+    """transformers#40296: label smoothing with several labels fails there."""
+    torch.manual_seed(0)
+    z, y = torch.randn(9, 4, dtype=torch.float16), (torch.rand(9, 4) < 0.4).float()
+    weight = torch.tensor([1.0, 3.0, 0.5, 2.0]) if weighted else None
+    want = F.binary_cross_entropy_with_logits(
+        z.float(), torch.where(y > 0, 1 - smoothing / 2, smoothing / 2), pos_weight=weight, reduction="sum"
+    )
+    got, cells = losses.binary_cross_entropy(z, y, smoothing, weight)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    assert cells == 36 == train.loss_weight("multi_label", y.numpy(), None)
+    parts = [losses.binary_cross_entropy(z[i : i + 4], y[i : i + 4], smoothing, weight)[0] for i in (0, 4, 8)]
+    torch.testing.assert_close(sum(parts), want, rtol=1e-6, atol=0)
+
+
+def test_pos_weight_changes_no_denominator():
+    y = np.array([[1, 0], [0, 1], [0, 0]], np.float32)
+    assert train.loss_weight("multi_label", y, np.array([5.0, 2.0])) == 6.0
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def done(small_base, tmp_path_factory) -> tuple[dict, Path]:
+    out = tmp_path_factory.mktemp("multi")
+    path = write_rows(out / "rows.jsonl")
+    return train.main(flags_of(out, small_base, path, epochs=4, pos_weight="balanced")), path
+
+
+def test_a_run_is_measured_saved_and_decides(done, small_base):
+    result, path = done
+    run = Path(result["run"])
+    labels = json.loads((run / "labels.json").read_text())
+    assert labels == {"values": list(NAMES), "names": list(NAMES)}
+    assert {"micro_f1", "macro_f1", "weighted_f1", "subset_accuracy", "hamming_loss", "log_loss"} < result[
+        "metrics"
+    ].keys()
+    decision = decide.Decision.from_json((run / "decision.json").read_text())
+    assert (decision.task, decision.classes) == ("multi_label", 3) and {"decided", "undecided"} <= result.keys()
+    with open(run / "val_predictions.csv", encoding="utf-8", newline="") as f:
+        rows = list(csv.DictReader(f))
+    logits = np.array([[float(r[f"logit_{n}"]) for n in NAMES] for r in rows], np.float32)
+    targets = np.array([[n in json.loads(r["label"]) for n in NAMES] for r in rows])
+    predicted = np.array([[n in json.loads(r["prediction"]) for n in NAMES] for r in rows])
+    assert np.array_equal(predicted, logits > 0) and len(rows) == result["metrics"]["rows"]
+    scores = metrics.multilabel(logits, targets)
+    assert scores == pytest.approx({k: result["metrics"][k] for k in scores}, abs=2e-6)
+    want = decide.fit_decision("multi_label", logits, targets.astype(int), "per_class")
+    assert want.thresholds == pytest.approx(decision.thresholds, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv"])
+def test_predictions_round_trip(done, tmp_path, name):
+    """Written by the run's thresholds, read back as labels, and equal to predict() and to plain arithmetic."""
+    result, path = done
+    flags = ["--runs", result["run"], "--input", str(path), "--output", str(tmp_path / name), "--submission", ""]
+    told = infer.main(flags)
+    rows = data.read_rows(str(tmp_path / name), "input")
+    sets = data.label_sets(rows, "prediction", (), "|", "x")
+    run = evaluate.load_run(result["run"])
+    source = data.read_rows(str(path), "input")
+    found = run.predict([{"Question": r["Question"]} for r in source])
+    assert [f["labels"] for f in found] == sets and len(found) == told["rows"] == 60
+    logits = np.array([f["logits"] for f in found])
+    assert [[n for n, z, t in zip(NAMES, row, run.decision.thresholds, strict=True) if z > t] for row in logits] == sets
+    shares = np.array([[float(r[f"probability_{n}"]) for n in NAMES] for r in rows])
+    lines = np.array(run.decision.platt)
+    np.testing.assert_allclose(shares, 1 / (1 + np.exp(-(logits * lines[:, 0] + lines[:, 1]))), atol=1e-9)
+    known = data.encode_label_sets(data.label_sets(source, "tags", (), "|", "x"), run.labels, "x")
+    want = metrics.multilabel(logits.astype(np.float32), known, run.decision.thresholds)
+    assert told["metrics"] == pytest.approx(want, abs=1e-4) and told["undecided"] != told["metrics"]
+
+
+def test_a_threshold_given_by_hand_decides(done, tmp_path):
+    result, path = done
+    flags = ["--runs", result["run"], "--input", str(path), "--output", str(tmp_path / "o.jsonl"), "--submission", ""]
+    infer.main([*flags, "--threshold", "0.3"])
+    for row in map(json.loads, open(tmp_path / "o.jsonl", encoding="utf-8")):
+        assert row["prediction"] == [n for n in NAMES if row[f"probability_{n}"] > 0.3]
+    for value, words in (("1.5", "--threshold 1.5: expected a probability"), ("-0.1", "--threshold -0.1")):
+        with pytest.raises(UserError, match=words):
+            infer.main([*flags, "--threshold", value])
+
+
+def test_a_damaged_decision_is_not_trusted(done, tmp_path):
+    import shutil
+
+    run = Path(shutil.copytree(done[0]["run"], tmp_path / "run"))
+    for text in ('{"task": 1}', "", (run / "decision.json").read_text().replace('"classes": 3', '"classes": 2')):
+        (run / "decision.json").write_text(text)
+        with pytest.raises(checkpoint.Untrusted, match="decision.json"):
+            evaluate.load_run(run)
+    (run / "decision.json").unlink()
+    assert evaluate.load_run(run).decision is None
+
+
+def test_ranks_and_micro_batches_do_not_matter(small_base, tmp_path):
+    path, runs = write_rows(tmp_path / "columns.csv", form="columns"), []
+    for ranks, tokens in ((1, 512), (2, 512)):
+        out = tmp_path / str(ranks)
+        out.mkdir()
+        status, said, err = forked(train.main, flags_of(out, small_base, path, max_tokens=tokens), out, ranks=ranks)
+        assert status == 0, err
+        runs.append(run_of(said))
+    assert log_of(runs[0]) == log_of(runs[1])
+    first, second = (checkpoint.sha256(r / "best/adapter_model.safetensors") for r in runs)
+    assert first == second and (runs[0] / "decision.json").read_text() == (runs[1] / "decision.json").read_text()
+
+
+def test_the_users_command(command, small_base, tmp_path):
+    path = write_rows(tmp_path / "rows.csv", form="delimited")
+    status, out, err = command("train.py", *flags_of(tmp_path, small_base, path, max_steps=2))
+    assert status == 0, err
+    run = last_json(out)["run"]
+    status, out, err = command("infer.py", "--runs", run, "--input", path, "--output", tmp_path / "s.csv")
+    assert status == 0 and (tmp_path / "s.csv").read_text().splitlines()[0] == "id,label", err
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"class_weights": "balanced"}, "--class_weights balanced has no meaning with --task multi_label"),
+        ({"head": "label_words"}, "words exclude one another"), ({"pos_weight": "-1"}, "--pos_weight -1: expected"),
+        ({"pos_weight": "1,2"}, "2 numbers, expected"), ({"metric": "accuracy"}, "--metric accuracy: expected one of"),
+        ({"task": "single_label", "pos_weight": "balanced"}, "--pos_weight balanced has no meaning"),
+        ({"label_column": "nope"}, "no column nope"), ({"val_size": 100}, "--val_size 100 of 60 rows"),
+    ],
+)  # fmt: skip
+def test_settings_that_mean_nothing_are_refused(small_base, tmp_path, changes, words):
+    path = write_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match=words):
+        train.main(flags_of(tmp_path, small_base, path, **changes))
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_the_preset_has_the_published_values():
+    cfg = configs.TRAIN_PRESETS["llama1b_multilabel"]()
+    want = {
+        "base": "meta-llama/Llama-3.2-1B", "task": "multi_label", "rank": 2, "alpha": 2.0, "lora_dropout": 0.05,
+        "targets": configs.ALL_PROJECTIONS, "quant": "nf4", "precision": "bf16", "max_length": 1024, "lr": 2e-4,
+        "weight_decay": 0.01, "batch_size": 32, "epochs": 20, "patience": 2, "metric": "micro_f1",
+        "optimizer": "adamw8bit", "keep": 0, "seed": 1,
+    }  # fmt: skip
+    assert {name: getattr(cfg, name) for name in want} == want
+    configs.check(cfg)
+
+
+# ---- ensembles ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def three(small_base, tmp_path_factory) -> tuple[list[str], Path]:
+    """Runs of three seeds of the weights on the same validation rows."""
+    out = tmp_path_factory.mktemp("three")
+    path, rest = write_rows(out / "rows.jsonl", rows=80), write_rows(out / "val.jsonl", rows=40)
+    flags = [flags_of(out, small_base, path, val_data=rest, val_size=None, max_steps=9, seed=s) for s in (1, 2, 3)]
+    return [train.main(f)["run"] for f in flags], path
+
+
+def predicted(flags: list[str], target: Path) -> tuple[dict, np.ndarray]:
+    told = infer.main([*flags, "--output", str(target), "--submission", ""])
+    rows = data.read_rows(str(target), "input")
+    return told, np.array([[float(r[f"probability_{n}"]) for n in NAMES] for r in rows])
+
+
+@pytest.mark.parametrize("how", ["mean_logit", "mean_prob", "rank", "weighted"])
+def test_an_ensemble_is_that_of_its_members_logits(three, tmp_path, how):
+    runs, path = three
+    told, shares = predicted(["--runs", *runs, "--input", str(path), "--ensemble", how], tmp_path / "o.jsonl")
+    rows = data.read_rows(str(path), "input")
+    logits = [evaluate.load_run(r).logits(rows)[0] for r in runs]
+    cfg, labels = evaluate.run_facts(Path(runs[0]))
+    known = [evaluate.validation_rows(Path(r), cfg, labels) for r in runs]
+    weights = decide.fit_weights([k[2] for k in known], known[0][1], "multi_label") if how == "weighted" else None
+    z = decide.ensemble(logits, how, weights, "multi_label").astype(np.float32)
+    both = decide.ensemble([k[2] for k in known], how, weights, "multi_label")
+    plain, fitted = decide.plain("multi_label", 3), decide.fit_decision("multi_label", both, known[0][1])
+    np.testing.assert_allclose(shares, decide.calibrated(z, plain if how == "rank" else fitted), atol=1e-6)
+    assert told["rows"] == 80
+
+
+def test_a_csv_of_another_system_is_a_member(three, tmp_path):
+    runs, path = three
+    alone, shares = predicted(["--runs", runs[1], "--input", str(path)], tmp_path / "one.jsonl")
+    z = evaluate.load_run(runs[1]).logits(data.read_rows(str(path), "input"))[0].astype(np.float64)
+    for name, values in (("logit", z), ("probability", 1 / (1 + np.exp(-z)))):
+        with open(tmp_path / "other.csv", "w", encoding="utf-8", newline="") as f:
+            writer = csv.writer(f)
+            writer.writerow(["id", *(f"{name}_{n}" for n in NAMES)])
+            writer.writerows([i, *map(repr, map(float, row))] for i, row in reversed(list(enumerate(values))))
+        members = ["--runs", runs[0], str(tmp_path / "other.csv"), "--input", str(path)]
+        _, got = predicted(members, tmp_path / "o.jsonl")
+        first = evaluate.load_run(runs[0]).logits(data.read_rows(str(path), "input"))[0]
+        np.testing.assert_allclose(got, 1 / (1 + np.exp(-(first + z) / 2)), atol=1e-5)
+        with pytest.raises(UserError, match="not validated on the same rows"):
+            infer.main([*members, "--ensemble", "weighted"])
+    (tmp_path / "other.csv").write_text("id,logit_algebra,logit_geometry,logit_rare\n0,1,2,3\n")
+    with pytest.raises(UserError, match="79 of 80 ids are not in it"):
+        infer.main(["--runs", runs[0], str(tmp_path / "other.csv"), "--input", str(path)])
+
+
+def test_members_must_fit_together(three, done, small_base, tmp_path):
+    runs, path = three
+    other = train.main(toy_flags(tmp_path, small_base, max_steps=2, eval_every=2))["run"]
+    for flags, words in (
+        (["--runs", runs[0], other], "its task or labels are not those"),
+        (["--runs", runs[0], runs[0]], "stands twice"),
+        (["--runs", runs[0], "--ensemble", "rank"], "--ensemble has no effect on one run"),
+        (["--runs", *runs, "--export", str(tmp_path / "e")], "--export takes one run"),
+    ):
+        with pytest.raises(UserError, match=words):
+            infer.main([*flags, "--input", str(path)])
