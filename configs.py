@@ -288,7 +288,7 @@ def train_problems(cfg: TrainConfig) -> list[str]:
     others = {"regression": {**OF_CLASSES, **OF_SETS}, "single_label": OF_SETS}
     others["multi_label"] = {"class_weights": "none"}
     found += [
-        f"--{name} {getattr(cfg, name)} has no meaning with --task {cfg.task}: leave it out"
+        f"--{name} {getattr(cfg, name)} with --task {cfg.task}: it has no meaning there, leave it out"
         for name, plain in others.get(cfg.task, {}).items()
         if getattr(cfg, name) != plain
     ]

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> dict:
         )
     ids = [row.get(train_cfg.id_column, str(i)) for i, row in enumerate(rows)]
 
-    known = known_labels(rows, train_cfg, labels)
+    known = known_labels(rows, train_cfg, labels, lambda words: ddp.say(world, words))
     if known is None and any(row.get(train_cfg.label_column, "").strip() for row in rows):
         ddp.say(world, f"column {train_cfg.label_column} does not hold this run's labels in every row: no metrics")
     Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
@@ -238,11 +238,23 @@ def find_run(cfg: InferConfig) -> Path:
     return newest
 
 
-def known_labels(rows: list[dict[str, str]], train_cfg, labels: data.Labels) -> np.ndarray | None:
-    """Labels of the rows where every row has one that this run knows, else None."""
+def known_labels(rows: list[dict[str, str]], train_cfg, labels: data.Labels, say) -> np.ndarray | None:
+    """Labels of the rows where every row has one that this run knows, else None. Of several labels a row the unknown
+    ones are left out, and named.
+    """
     columns = train_cfg.label_columns or (train_cfg.label_column,)
+    if not all(c in rows[0] for c in columns):
+        return None
     try:
-        return evaluate.encode_targets(train_cfg, rows, labels, "input") if all(c in rows[0] for c in columns) else None
+        if train_cfg.task != "multi_label":
+            return evaluate.encode_targets(train_cfg, rows, labels, "input")
+        sets = data.label_sets(
+            rows, train_cfg.label_column, train_cfg.label_columns, train_cfg.label_delimiter, "input"
+        )
+        unknown = sorted({v for one in sets for v in one} - set(labels.values))
+        if unknown:
+            say(f"warning: this run does not know the labels {data._few(unknown, 10)}: metrics are over those it knows")
+        return data.encode_label_sets([[v for v in one if v not in unknown] for one in sets], labels, "input")
     except (UserError, KeyError):
         return None
 

@@ -123,8 +123,15 @@ def test_cpt_and_infer_defaults_are_valid():
     configs.check(InferConfig())
 
 
-def test_a_task_that_is_not_built_yet_says_so():
-    assert "multi_label is not built yet" in refusal("--task", "multi_label")
+def test_an_unknown_task_names_the_nearest():
+    assert "did you mean multi_label?" in refusal("--task", "multilabel")
+
+
+def test_a_flag_of_several_values_takes_them_apart_too():
+    both = [
+        configs.parse(configs.InferConfig, {}, ["--runs", *way, "--limit", "3"])[0] for way in (["a", "b"], ["a,b"])
+    ]
+    assert both[0] == both[1] and both[0].runs == ("a", "b") and both[0].limit == 3
 
 
 def test_the_default_is_tiny():

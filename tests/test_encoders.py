@@ -500,6 +500,7 @@ def test_modernbert_trains_whole_from_the_command_line(base, shared, tmp_path):
     assert moved_tensors(f"{folder}/model.safetensors", saved) == saved.keys() == theirs(folder).state_dict().keys()
     reference, tokenizer = theirs(run / "best"), transformers.AutoTokenizer.from_pretrained(run / "best")
     assert reference.config.classifier_pooling == "mean"
+    decision = evaluate.read_decision(run, "single_label", 8)
     given = data.read_rows(str(problems / "test.csv"), "input")[:20]
     data.decode_bytes_literals(given, ["Question"])
     texts = [r["Question"] for r in given]
@@ -509,7 +510,7 @@ def test_modernbert_trains_whole_from_the_command_line(base, shared, tmp_path):
         with torch.no_grad():
             logits = reference(**tokenizer(texts[i], return_tensors="pt")).logits[0]
         shares = torch.tensor([float(rows[i][f"probability_{c}"]) for c in range(8)])
-        near(shares, logits.softmax(0))
+        near(shares, (logits / decision.temperature).softmax(0))
 
 
 def test_bert_trains_with_lora_on_every_linear_from_the_command_line(base, shared, tmp_path):

@@ -186,6 +186,18 @@ def test_predictions_round_trip(done, tmp_path, name):
     assert told["metrics"] == pytest.approx(want, abs=1e-4) and told["undecided"] != told["metrics"]
 
 
+def test_labels_that_the_run_does_not_know_are_named_and_left_out(done, tmp_path, capsys):
+    result, path = done
+    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
+    rows[3]["tags"].append("novel")
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    told = [
+        infer.main(["--runs", result["run"], "--input", str(p), "--output", str(tmp_path / f"{i}.jsonl")])["metrics"]
+        for i, p in enumerate((path, tmp_path / "more.jsonl"))
+    ]
+    assert told[0] == told[1] and "does not know the labels novel" in capsys.readouterr().out
+
+
 def test_a_threshold_given_by_hand_decides(done, tmp_path):
     result, path = done
     flags = ["--runs", result["run"], "--input", str(path), "--output", str(tmp_path / "o.jsonl"), "--submission", ""]
@@ -234,10 +246,10 @@ def test_the_users_command(command, small_base, tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"class_weights": "balanced"}, "--class_weights balanced has no meaning with --task multi_label"),
+        ({"class_weights": "balanced"}, "--class_weights balanced with --task multi_label"),
         ({"head": "label_words"}, "words exclude one another"), ({"pos_weight": "-1"}, "--pos_weight -1: expected"),
         ({"pos_weight": "1,2"}, "2 numbers, expected"), ({"metric": "accuracy"}, "--metric accuracy: expected one of"),
-        ({"task": "single_label", "pos_weight": "balanced"}, "--pos_weight balanced has no meaning"),
+        ({"task": "single_label", "pos_weight": "balanced"}, "--pos_weight balanced with --task single_label"),
         ({"label_column": "nope"}, "no column nope"), ({"val_size": 100}, "--val_size 100 of 60 rows"),
     ],
 )  # fmt: skip

@@ -20,7 +20,15 @@ from configs import UserError
 pytestmark = forks
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "manifest.json"} | TOKENIZER
-RUN = {"config.json", "labels.json", "environment.json", "metrics.jsonl", "val_predictions.csv", "result.json"}
+RUN = {
+    "config.json",
+    "labels.json",
+    "environment.json",
+    "metrics.jsonl",
+    "val_predictions.csv",
+    "result.json",
+    "decision.json",
+}
 
 
 def names(folder: Path) -> set[str]:
