@@ -95,7 +95,7 @@ class TrainConfig:
     save_every: int = 0  # steps between saves of last/, 0: after each evaluation
     keep: int = 1  # earlier saves of last/ and best/ that stay as a fallback
     metric: str = "micro_f1"  # chooses best/; the task's first one by default (micro_f1, or mse for regression)
-    thresholds: str = "per_class"  # fitted on validation logits: per_class, global, none (two classes: global or none)
+    thresholds: str = "auto"  # fitted on validation: global, per_class, none; auto: multi_label's, by its metric
     patience: int = 0  # stop after this many evaluations without a better metric, 0 for never
     seed: int = 0  # of the split, the plan, the initial weights and every dropout mask
     outputs: str = "outputs"  # folder that holds all runs
@@ -250,7 +250,7 @@ CHOICES = {
     "head": ("linear", "label_words"),
     "quant": ("none", "nf4"),
     "chat": ("auto", "yes", "no"),
-    "thresholds": ("per_class", "global", "none"),
+    "thresholds": ("auto", "per_class", "global", "none"),
     "ensemble": ("mean_logit", "mean_prob", "rank", "weighted"),
     "export_dtype": ("bf16", "fp16", "fp32"),
     "optimizer": ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"),

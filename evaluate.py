@@ -147,6 +147,13 @@ def encode_targets(cfg: TrainConfig, rows: list[dict[str, str]], labels: data.La
     return data.encode_numbers(column, where) if cfg.task == "regression" else data.encode_labels(column, labels, where)
 
 
+def threshold_kind(cfg: TrainConfig) -> str:
+    """The thresholds that are fitted: a label's own raise macro-F1 but lower micro-F1; a shared one raises both."""
+    if cfg.thresholds != "auto":
+        return cfg.thresholds
+    return "none" if cfg.task != "multi_label" else "per_class" if cfg.metric == "macro_f1" else "global"
+
+
 def decided(task: str, decision: decide.Decision | None, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(predictions, probabilities (N, C)) of logits (N, C), by a decision, or else by argmax or probability 0.5."""
     if task == "regression":

@@ -195,7 +195,7 @@ def blending(cfg: InferConfig, train_cfg, labels: data.Labels) -> Blend:
     if not shared or cfg.ensemble == "rank" or len(truth) < 10:  # ranks depend on the rows they are among
         return Blend(train_cfg.task, weights, None, f"{said}; argmax or probability 0.5 decides")
     both = decide.ensemble(logits, cfg.ensemble, weights, train_cfg.task)
-    decision = decide.fit_decision(train_cfg.task, both, truth, train_cfg.thresholds)
+    decision = decide.fit_decision(train_cfg.task, both, truth, evaluate.threshold_kind(train_cfg))
     return Blend(train_cfg.task, weights, decision, f"{said}; thresholds and calibration of their validation rows")
 
 

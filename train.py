@@ -396,9 +396,9 @@ def fit_decision(cfg: TrainConfig, run: Path, logits: np.ndarray, labels: np.nda
     """
     if cfg.task == "regression" or len(labels) < 10:
         return {}
-    targets = labels.astype(np.int64)
-    decision = decide.fit_decision(cfg.task, logits, targets, cfg.thresholds)
-    scores, _, _ = decide.cross_fitted(cfg.task, logits, targets, seed=cfg.seed, kind=cfg.thresholds)
+    targets, kind = labels.astype(np.int64), evaluate.threshold_kind(cfg)
+    decision = decide.fit_decision(cfg.task, logits, targets, kind)
+    scores, _, _ = decide.cross_fitted(cfg.task, logits, targets, seed=cfg.seed, kind=kind)
     if world.rank == 0:
         checkpoint.write_atomic(run / "decision.json", decision.to_json())
     for name, values in scores.items():

@@ -160,7 +160,7 @@ def test_a_run_is_measured_saved_and_decides(done, small_base):
     assert np.array_equal(predicted, logits > 0) and len(rows) == result["metrics"]["rows"]
     scores = metrics.multilabel(logits, targets)
     assert scores == pytest.approx({k: result["metrics"][k] for k in scores}, abs=2e-6)
-    want = decide.fit_decision("multi_label", logits, targets.astype(int), "per_class")
+    want = decide.fit_decision("multi_label", logits, targets.astype(int), "global")
     assert want.thresholds == pytest.approx(decision.thresholds, abs=1e-6)
 
 
@@ -301,7 +301,7 @@ def test_an_ensemble_is_that_of_its_members_logits(three, tmp_path, how):
     weights = decide.fit_weights([k[2] for k in known], known[0][1], "multi_label") if how == "weighted" else None
     z = decide.ensemble(logits, how, weights, "multi_label").astype(np.float32)
     both = decide.ensemble([k[2] for k in known], how, weights, "multi_label")
-    plain, fitted = decide.plain("multi_label", 3), decide.fit_decision("multi_label", both, known[0][1])
+    plain, fitted = decide.plain("multi_label", 3), decide.fit_decision("multi_label", both, known[0][1], "global")
     np.testing.assert_allclose(shares, decide.calibrated(z, plain if how == "rank" else fitted), atol=1e-6)
     assert told["rows"] == 80
 
