@@ -153,9 +153,8 @@ def load(paths: str, flag: str, tokenizer, cache: Path, world, say, **how) -> Co
 
 def kinds(pairs: bool) -> dict[str, type]:
     """The files of an encoded corpus, each one array without a header, and what they hold."""
-    return {"ids": np.int32, "starts": np.int64, "stops": np.int64, "sizes": np.int64} | (
-        {"learned": bool} if pairs else {}
-    )
+    found = {"ids": np.int32, "starts": np.int64, "stops": np.int64, "sizes": np.int64}
+    return {**found, "learned": bool} if pairs else found
 
 
 def _digest(file: Path) -> str:

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> dict:
     total = min(cfg.epochs * steps_per_epoch, cfg.max_steps or math.inf)
     eval_every = cfg.eval_every or steps_per_epoch
     save_every = cfg.save_every or eval_every
-    digest = train.digest()
+    digest, learned = train.digest(), train.targets  # (N,) tokens to learn of each row, counted once
 
     # ---- model ------------------------------------------------------------------------------------------------------
     lm = new_language_model(cfg, world, precision)
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> dict:
         if index == 0 or at.step == at.resumed:
             plan = data.plan_epoch(train.lengths, cfg.batch_size, cfg.max_tokens, at.micro_batches, cfg.seed, epoch)
         rows_of_step = np.concatenate(plan[index])
-        targets = float(train.targets[rows_of_step].sum())
+        targets = float(learned[rows_of_step].sum())
         factor = optim.lr_factor(at.updates, total, warmup, cfg.schedule)
         for j, rows in enumerate(plan[index]):
             if j % world.size != world.rank:

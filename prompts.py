@@ -54,7 +54,6 @@ def chat(tokenizer, messages: list[dict], tools: list | None = None, answer: boo
     answer: end with the opening of the assistant's next turn. Raises ValueError for messages that the template refuses,
     or that it does not put in as they are.
     """
-
     text, fields, marked = rendered(tokenizer, messages, tools, answer), [], []
     contents = [m.get("content") or "" for m in messages]
     for message, content in zip(messages, contents, strict=True):
