@@ -436,7 +436,9 @@ def check_room(base: str, prompt: int, most: int) -> None:
     room = getattr(models.load_config(base), "max_position_embeddings", None)
     if room and prompt + most > room:
         found = f"a prompt of {prompt} tokens and --max_new_tokens {most} exceed the {room} positions of {base}"
-        raise UserError(f"{found}: lower --max_new_tokens, or --max_length to {max(1, room - most)}")
+        raise UserError(
+            f"{found}: lower --max_new_tokens" + (f", or --max_length to {room - most}" if room > most else "")
+        )
 
 
 def prompt_maker(cfg: InferConfig, hand: set[str], tokenizer, rows: list[dict[str, str]]):
