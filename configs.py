@@ -52,7 +52,13 @@ class TrainConfig:
     label_names: tuple[str, ...] = ()  # class names in order, comma separated; empty: found in the training rows
     label_words: tuple[str, ...] = ()  # with head label_words: each class's word, aliases apart by |; empty: the names
     id_column: str = "id"  # column of the row id; where a file has none, the row index counts
+    group_column: str = ""  # rows with the same value here are never parted by the hold-out or the folds
     val_size: float = 0.1  # hold-out: a fraction below 1, or a number of rows
+    folds: int = 0  # cut the training rows into this many parts, each judged by a model of the others; 0: a hold-out
+    fold: str = "all"  # with folds: the one to hold out, 0 to folds - 1, or all, a run each under one folder
+    seeds: tuple[str, ...] = ()  # a run each under one folder, all with the split of seed; empty: one run with seed
+    audit: str = "near"  # before training: equal and nearly equal rows, conflicts and leaks (near), equal only, or none
+    drop_conflicts: bool = False  # leave out training rows whose text also stands there with another label
     eval_rows: int = 0  # most validation rows of a periodic evaluation, 0 for all; the final one always takes all
     max_length: int = 512  # most tokens of a row; of longer ones the end of the longest field is cut, and reported
 
@@ -98,6 +104,8 @@ class TrainConfig:
     thresholds: str = "auto"  # fitted on validation: global, per_class, none; auto: multi_label's, by its metric
     patience: int = 0  # stop after this many evaluations without a better metric, 0 for never
     seed: int = 0  # of the split, the plan, the initial weights and every dropout mask
+    split_seed: int = -1  # of the hold-out and the folds; -1: seed
+    report: tuple[str, ...] = ()  # send the log to tensorboard, wandb or both (pip install them), beside metrics.jsonl
     outputs: str = "outputs"  # folder that holds all runs
     resume: str = ""  # auto (the newest unfinished run of this base and dataset) or a run folder
     dry_run: bool = False  # print the plan (rows, steps, tokens, memory and time estimates) and stop
@@ -240,6 +248,7 @@ def llama1b_multilabel() -> TrainConfig:
         optimizer="adamw8bit",
         keep=0,
         seed=1,
+        seeds=("1", "3", "4", "5"),
     )
 
 
@@ -250,6 +259,7 @@ CHOICES = {
     "head": ("linear", "label_words"),
     "quant": ("none", "nf4"),
     "chat": ("auto", "yes", "no"),
+    "audit": ("near", "equal", "none"),
     "thresholds": ("auto", "per_class", "global", "none"),
     "ensemble": ("mean_logit", "mean_prob", "rank", "weighted"),
     "export_dtype": ("bf16", "fp16", "fp32"),
@@ -320,6 +330,15 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         found.append(f"--label_names {','.join(cfg.label_names)}: a name stands twice")
     if len(cfg.label_names) == 1:
         found.append(f"--label_names {cfg.label_names[0]}: expected at least 2 names")
+    wanted = [str(i) for i in range(cfg.folds)]
+    if cfg.folds == 1 or (cfg.folds and cfg.fold not in ["all", *wanted]):
+        found.append(f"--folds {cfg.folds} --fold {cfg.fold}: expected 2 or more folds, and one of them or all")
+    if cfg.folds and cfg.val_data:
+        found.append(
+            f"--folds {cfg.folds} with --val_data {cfg.val_data}: folds judge the training rows; leave one out"
+        )
+    if not all(s.isdigit() for s in cfg.seeds) or len(set(cfg.seeds)) < len(cfg.seeds):
+        found.append(f"--seeds {','.join(cfg.seeds)}: expected whole numbers of 0 or more, each once")
     kinds = r"none|balanced|inverse|effective(:0?\.\d+)?"
     if not re.fullmatch(kinds, cfg.class_weights) and not _weights(cfg.class_weights):
         kinds = "none, balanced, effective, effective:0.99 or positive numbers like 1,2.5"
@@ -474,6 +493,7 @@ class CptConfig:
     save_every: int = 0  # steps between saves of last/, 0: after each evaluation
     keep: int = 1  # earlier saves that stay as a fallback
     seed: int = 0  # of the split, the plan and the initial weights
+    report: tuple[str, ...] = ()  # as in train.py
     outputs: str = "outputs"  # folder that holds all runs
     export: str = ""  # folder that gets the trained base at the end, an adapter merged: config, weights, tokenizer
     export_dtype: str = "bf16"  # of the exported weights: bf16, fp16 or fp32
@@ -569,12 +589,39 @@ def cpt_problems(cfg: CptConfig) -> list[str]:
     return found
 
 
-# ---- checks shared by the three ------------------------------------------------------------------------------------
+# ---- report.py ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """A page about a finished run, or a comparison of two: python report.py RUN, python report.py A B."""
+
+    runs: tuple[str, ...] = ()  # run folder, two to compare them, A against B; empty: the newest run
+    output: str = ""  # folder of the page and its pictures; empty: report/ in the run (of two: in A)
+    samples: int = 1000  # bootstrap resamples of rows
+    worst: int = 30  # most confident errors whose texts are shown
+    seed: int = 0  # of the resamples
+    outputs: str = "outputs"  # folder that holds all runs
+
+
+def report_problems(cfg: ReportConfig) -> list[str]:
+    """Everything wrong with a ReportConfig that can be seen without reading a run, one line each."""
+    found = _range_problems(cfg)
+    if len(cfg.runs) > 2 or len(set(cfg.runs)) < len(cfg.runs):
+        found.append(f"--runs {','.join(cfg.runs)}: expected one run, or two different ones")
+    if 0 < cfg.samples < 100:
+        found.append(f"--samples {cfg.samples}: expected 100 or more for 95% intervals")
+    if os.path.isfile(cfg.output):
+        found.append(f"--output {cfg.output} is a file: name a folder")
+    return found
+
+
+# ---- checks shared by all ------------------------------------------------------------------------------------
 
 POSITIVE = ("lr", "epochs", "batch_size", "max_new_tokens", "max_tokens", "micro_batches", "max_length", "alpha")
 NOT_NEGATIVE = (
     "rank head_lr embed_lr weight_decay max_steps warmup_steps grad_clip "
-    "eval_every save_every keep patience seed eval_rows limit samples"
+    "eval_every save_every keep patience seed eval_rows limit samples worst folds"
 ).split()
 SHARES = ("lora_dropout", "head_dropout", "label_smoothing", "warmup_ratio")
 
@@ -613,6 +660,13 @@ def _training_problems(cfg) -> list[str]:
         found.append(f"--targets {','.join(cfg.targets)}: all-linear stands alone; name the modules instead")
     if cfg.rank > 0 and not cfg.targets:
         found.append(f"--rank {cfg.rank} with empty --targets: name the linears to adapt, or all-linear")
+    for name in cfg.report:
+        if name not in ("tensorboard", "wandb"):
+            found.append(
+                f"--report {name}: expected tensorboard, wandb or both{_nearest(name, ('tensorboard', 'wandb'))}"
+            )
+        elif importlib.util.find_spec(name) is None:
+            found.append(f"--report {name}: it is not installed: pip install {name}")
     if cfg.warmup_steps and cfg.warmup_ratio:
         found.append(f"--warmup_steps {cfg.warmup_steps} and --warmup_ratio {cfg.warmup_ratio}: give one of the two")
     return found
@@ -621,7 +675,7 @@ def _training_problems(cfg) -> list[str]:
 def check(cfg, given: set[str] = frozenset()) -> None:
     """Raise one UserError with every problem of the config; given: fields set by hand, which must have an effect."""
     idle = []
-    if not isinstance(cfg, InferConfig) and cfg.rank == 0:
+    if isinstance(cfg, (TrainConfig, CptConfig)) and cfg.rank == 0:
         adapter = sorted(given & {"alpha", "lora_dropout", "targets", "rslora"})
         idle += [f"--{n} has no effect with --rank 0, which trains no adapter" for n in adapter]
     if isinstance(cfg, CptConfig):
@@ -633,15 +687,17 @@ def check(cfg, given: set[str] = frozenset()) -> None:
             idle.append("--embed_lr has no effect: neither --targets nor --modules_to_save names embedding or LM head")
     if isinstance(cfg, TrainConfig) and cfg.val_data and "val_size" in given:
         idle.append("--val_size has no effect with --val_data, whose rows are all used")
+    if isinstance(cfg, TrainConfig):
+        idle += ["--val_size has no effect with --folds"] if cfg.folds and "val_size" in given else []
+        idle += ["--fold has no effect without --folds"] if "fold" in given and not cfg.folds else []
     if isinstance(cfg, (TrainConfig, InferConfig)) and cfg.head != "label_words" and "label_words" in given:
         idle.append("--label_words has no effect without --head label_words")
     if isinstance(cfg, TrainConfig) and cfg.head == "label_words":
         idle += [f"--{n} has no effect with --head label_words" for n in sorted(given & {"head_lr", "head_dropout"})]
     if isinstance(cfg, InferConfig):
         idle += _idle_infer(cfg, given)
-    problems = idle + {TrainConfig: train_problems, InferConfig: infer_problems, CptConfig: cpt_problems}[type(cfg)](
-        cfg
-    )
+    of = {TrainConfig: train_problems, InferConfig: infer_problems, CptConfig: cpt_problems}
+    problems = idle + of.get(type(cfg), report_problems)(cfg)
     if problems:
         head = "" if len(problems) == 1 else f"{len(problems)} problems in the settings: "
         raise UserError(head + " | ".join(problems))
@@ -854,6 +910,8 @@ def own_data(cfg, given: set[str]):
     drop = {"regression": OF_CLASSES, "multi_label": {"class_weights": "none"}}.get(cfg.task, {})
     if "task" in given:
         cfg = replace(cfg, **{name: plain for name, plain in drop.items() if name not in given})
+    if "folds" in given and "val_data" not in given:
+        cfg = replace(cfg, val_data="")
     if "train_data" not in given:
         return cfg
     return replace(cfg, **{name: "" for name in ("val_data", "test_data") if name not in given})
@@ -864,6 +922,19 @@ def dataset_name(cfg) -> str:
     path = Path(cfg.train_data.split(",")[0])
     names = [path.name.split(".")[0], path.parent.name, path.parent.parent.name]
     return cfg.dataset or next((n for n in names if n and n not in ("train", "training", "data", "dataset")), "data")
+
+
+def members(cfg: TrainConfig) -> dict[str, TrainConfig]:
+    """The runs that a config asks for: one for each seed and fold, by the name of its folder; "" for a single run."""
+    folds = [str(i) for i in range(cfg.folds)] if cfg.fold == "all" else []
+    if not folds and not cfg.seeds:
+        return {"": cfg}
+    found, split = {}, cfg.seed if cfg.split_seed < 0 else cfg.split_seed
+    for seed in cfg.seeds or (str(cfg.seed),):
+        for fold in folds or [cfg.fold]:
+            name = "_".join([f"seed_{seed}"] * bool(cfg.seeds) + [f"fold_{fold}"] * bool(folds))
+            found[name] = replace(cfg, seed=int(seed), seeds=(), fold=fold, split_seed=split)
+    return found
 
 
 def resumed(cfg, given: set[str], run: Path):
@@ -887,5 +958,6 @@ if __name__ == "__main__":
         ("train.py", TrainConfig, TRAIN_PRESETS),
         ("infer.py", InferConfig, {}),
         ("cpt.py", CptConfig, CPT_PRESETS),
+        ("report.py", ReportConfig, {}),
     ):
         print(f"== {title}: {inspect.getdoc(cls)}\n{describe(cls, presets)}\n")

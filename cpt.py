@@ -96,7 +96,7 @@ def main(argv: list[str]) -> dict:
     )
 
     # ---- loop: step, log, eval, save --------------------------------------------------------------------------------
-    stop, log, clock = ddp.StopRequest(), run / "metrics.jsonl", resume.Clock(at)
+    stop, log, clock = ddp.StopRequest(), resume.Log(run, cfg, world, at.step), resume.Clock(at)
 
     def write(folder: Path) -> None:
         write_save(folder, lm, tokenizer)
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> dict:
         ddp.say(world, f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
         if world.rank == 0:
             samples = complete_samples(lm, tokenizer, texts.samples, precision)
-            checkpoint.append_line(log, {"step": step, "eval": scores, "samples": samples})
+            log.write({"step": step, "eval": scores, "samples": samples})
             for prompt, completion in samples:
                 print(f"sample: {prompt[-60:]!r} -> {completion!r}", flush=True)
         clock.lap("eval_seconds")
@@ -148,9 +148,8 @@ def main(argv: list[str]) -> dict:
 
         # log
         clock.lap("seconds")
-        if world.rank == 0:
-            epochs, seen = round(at.step / steps_per_epoch, 4), (loss, norm) if taken else (None, None)  # strict JSON
-            checkpoint.append_line(log, resume.step_line(at, epochs, cfg.lr * factor, *seen))
+        epochs, seen = round(at.step / steps_per_epoch, 4), (loss, norm) if taken else (None, None)  # strict JSON
+        log.write(resume.step_line(at, epochs, cfg.lr * factor, *seen))
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{at.tokens / at.seconds:,.0f}", refresh=False)
         bar.update()
 
@@ -178,6 +177,7 @@ def main(argv: list[str]) -> dict:
         ddp.say(world, f"best held-out loss: step {at.best_step}, which is what is kept and exported")
     if at.best_step != at.step or texts.periodic is not texts.val:
         held_out(at.best_step, texts.val)
+    log.close()
     ddp.say(world, eval_table(at.evals))
     before, after = at.evals[0]["eval"], at.evals[-1]["eval"]
     if after["loss"] >= before["loss"]:

@@ -15,7 +15,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -200,7 +200,7 @@ def empty_rows(rows: list[dict[str, str]], columns: list[str]) -> list[int]:
     return [i for i, row in enumerate(rows) if not any(row[c].strip() for c in columns)]
 
 
-# ---- labels and splits ----------------------------------------------------------------------------------------------
+# ---- labels ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -289,31 +289,6 @@ def encode_label_sets(sets: list[list[str]], labels: Labels, path: str) -> np.nd
     return targets
 
 
-def stratify(targets: np.ndarray, shares: list[float], seed: int) -> np.ndarray:
-    """(N,) which part each row of multi-label targets (N, C) goes to, so that each part gets its share of every label.
-
-    Iterative stratification (Sechidis, Tsoumakas, Vlahavas 2011): the rarest label that is left is dealt out first,
-    each row to the part that wants it most. Rows without labels fill the parts up.
-    """
-    rng = np.random.default_rng([seed, 0x5B11])
-    order, part = rng.permutation(len(targets)), np.full(len(targets), -1)
-    left, size = targets[order] > 0, np.array(shares) * len(targets)  # rows not dealt yet, and room of each part
-    want = np.outer(shares, left.sum(axis=0))  # (parts, C) of each label
-    while left.any():
-        counts = left.sum(axis=0)
-        rare = int(np.where(counts > 0, counts, len(targets) + 1).argmin())
-        for i in np.flatnonzero(left[:, rare]):
-            best = max(range(len(shares)), key=lambda p: (want[p, rare], size[p], rng.random()))
-            part[order[i]] = best
-            want[best, left[i]] -= 1
-            size[best] -= 1
-            left[i] = False
-    for i in np.flatnonzero(part < 0):
-        part[i] = int(size.argmax())
-        size[part[i]] -= 1
-    return part
-
-
 def encode_numbers(column: list[str], path: str) -> np.ndarray:
     """The numbers (N,) float32 of a regression's label column. Raises UserError naming rows that hold none."""
     wrong, values = [], np.zeros(len(column), np.float32)
@@ -329,43 +304,25 @@ def encode_numbers(column: list[str], path: str) -> np.ndarray:
     return values
 
 
-def number_strata(values: np.ndarray, most: int = 10) -> np.ndarray:
-    """Strata (N,) int64 of numbers for a stratified split: the values where they are few, or else quantiles."""
-    distinct, stratum, counts = np.unique(values, return_inverse=True, return_counts=True)
-    if len(distinct) <= most and counts.min() > 1:
-        return stratum
-    ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
-    return ranks * min(most, max(1, len(values) // 2)) // len(values)
+def encode_targets(cfg, rows: list[dict[str, str]], labels: Labels, where: str) -> np.ndarray:
+    """The targets of a TrainConfig's rows: classes (N,) int64, 0 and 1 (N, C) float32, or numbers (N,) float32.
 
-
-def stratified_split(labels: np.ndarray, val_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted row indices (train, validation); each class gives its share, at least one row, and keeps at least one.
-
-    val_size: a fraction below 1 or a count. Raises UserError for a class with one row or a count that cannot be met.
+    Raises UserError naming what is malformed or unknown. where: the file, for errors.
     """
-    classes, counts = np.unique(labels, return_counts=True)
-    if (counts < 2).any():
-        lone = ", ".join(f"class {c} (row {int(np.flatnonzero(labels == c)[0]) + 1})" for c in classes[counts < 2][:5])
-        raise UserError(
-            f"a stratified split needs 2 rows of every class, but {lone} has one: give --val_data, or drop it"
-        )
-    total = int(val_size) if val_size >= 1 else int(round(len(labels) * val_size))
-    if not len(classes) <= total <= len(labels) - len(classes):
-        raise UserError(
-            f"--val_size {val_size:g} asks for {total} of {len(labels)} rows, expected {len(classes)} to "
-            f"{len(labels) - len(classes)}: one row a class on each side"
-        )
-    exact = counts * (total / len(labels))
-    take = np.clip(np.floor(exact).astype(int), 1, counts - 1)
-    while take.sum() != total:  # largest remainders first, or smallest taken back
-        step = 1 if take.sum() < total else -1
-        room = (take < counts - 1) if step > 0 else (take > 1)
-        gain = np.where(room, step * (exact - take), -np.inf)
-        take[int(gain.argmax())] += step
-    rng = np.random.default_rng([seed, 0x5B11])
-    val = [rng.permutation(np.flatnonzero(labels == c))[:n] for c, n in zip(classes, take, strict=True)]
-    val = np.sort(np.concatenate(val))
-    return np.setdiff1d(np.arange(len(labels)), val), val
+    if cfg.task == "multi_label":
+        sets = label_sets(rows, cfg.label_column, cfg.label_columns, cfg.label_delimiter, where)
+        return encode_label_sets(sets, labels, where)
+    column = [row.get(cfg.label_column, "") for row in rows]
+    return encode_numbers(column, where) if cfg.task == "regression" else encode_labels(column, labels, where)
+
+
+def answers(task: str, predicted: np.ndarray, labels: Labels) -> list:
+    """Predictions as values of the data: of classes (N,), of a 0/1 matrix (N, C) lists of labels, of numbers floats."""
+    if task == "regression":
+        return [float(z) for z in predicted]
+    if task == "multi_label":
+        return [[labels.values[c] for c in np.flatnonzero(row)] for row in predicted]
+    return [labels.values[c] for c in predicted]
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -428,6 +385,7 @@ class TokenReport:
     cut_tokens: int = 0
     guarded: int = 0  # rows whose fields hold the string of an added token
     empty: int = 0
+    lengths: list[int] = field(default_factory=list)  # tokens of each row before it was cut
 
     def __str__(self):
         text = f"{self.rows:,} rows, {self.tokens:,} tokens, longest {self.longest}"
@@ -476,6 +434,7 @@ def encode(
             ids, offsets = guard.encode(row)
         elif offsets is None and len(ids) > max_length:
             ids, offsets = _located(tokenizer, [texts[i]])[0]
+        report.lengths.append(len(ids))
         dropped = _too_long(ids, offsets, row, max_length, report)
         kept = [t for t in range(len(ids)) if t not in dropped]
         if len(kept) > 1 and ids[kept[0]] == ids[kept[1]] == tokenizer.bos_token_id:

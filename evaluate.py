@@ -135,18 +135,6 @@ def generate(
 # ---- labels and predictions -----------------------------------------------------------------------------------------
 
 
-def encode_targets(cfg: TrainConfig, rows: list[dict[str, str]], labels: data.Labels, where: str) -> np.ndarray:
-    """The task's targets of rows: classes (N,) int64, 0 and 1 (N, C) float32, or numbers (N,) float32.
-
-    Raises UserError naming what is malformed or unknown. where: the file, for errors.
-    """
-    if cfg.task == "multi_label":
-        sets = data.label_sets(rows, cfg.label_column, cfg.label_columns, cfg.label_delimiter, where)
-        return data.encode_label_sets(sets, labels, where)
-    column = [row.get(cfg.label_column, "") for row in rows]
-    return data.encode_numbers(column, where) if cfg.task == "regression" else data.encode_labels(column, labels, where)
-
-
 def threshold_kind(cfg: TrainConfig) -> str:
     """The thresholds that are fitted: a label's own raise macro-F1 but lower micro-F1; a shared one raises both."""
     if cfg.thresholds != "auto":
@@ -159,15 +147,6 @@ def decided(task: str, decision: decide.Decision | None, logits: np.ndarray) -> 
     if task == "regression":
         return logits[:, 0], np.zeros((len(logits), 0))
     return decide.apply(decision or decide.plain(task, logits.shape[1]), logits)
-
-
-def answers(task: str, predicted: np.ndarray, labels: data.Labels) -> list:
-    """Predictions as values of the data: of classes (N,), of a 0/1 matrix (N, C) lists of labels, of numbers floats."""
-    if task == "regression":
-        return [float(z) for z in predicted]
-    if task == "multi_label":
-        return [[labels.values[c] for c in np.flatnonzero(row)] for row in predicted]
-    return [labels.values[c] for c in predicted]
 
 
 # ---- classifiers on disk --------------------------------------------------------------------------------------------
@@ -310,6 +289,7 @@ class Run:
     tokenizer: object
     world: ddp.World
     precision: str
+    saves: tuple[Path, ...] = ()  # of a family of runs: the best save of each, whose logits are averaged
     decision: decide.Decision | None = None  # thresholds and calibration; None: argmax, or probability 0.5
 
     def decided(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -319,7 +299,12 @@ class Run:
     def logits(self, rows: list[dict[str, str]], max_tokens: int = 8192) -> tuple[np.ndarray, data.TokenReport]:
         """fp32 logits (N, C) of rows that have the template's columns, and what tokenization did to them."""
         tokens, report = data.tokenize(self.tokenizer, self.config.text, rows, self.config.max_length)
-        return score(self.model, tokens, self.world, self.precision, max_tokens), report
+        found = []
+        for save in self.saves if len(self.saves) > 1 else (None,):
+            if save:
+                read_classifier(save, self.model)
+            found.append(score(self.model, tokens, self.world, self.precision, max_tokens))
+        return np.mean(found, axis=0, dtype=np.float32), report
 
     def predict(self, texts: list, max_tokens: int = 8192) -> list[dict]:
         """Label and display name (multi_label: lists of them), probabilities and logits (both in the order of `labels`)
@@ -340,7 +325,7 @@ class Run:
             return [{"score": float(z)} for z in logits[:, 0]]
         predicted, probabilities = self.decided(logits)
         shown = data.Labels(self.labels.names, self.labels.names)
-        values, names = (answers(self.config.task, predicted, known) for known in (self.labels, shown))
+        values, names = (data.answers(self.config.task, predicted, known) for known in (self.labels, shown))
         words = ("labels", "names") if self.config.task == "multi_label" else ("label", "name")
         return [
             {words[0]: value, words[1]: name, "probabilities": p.tolist(), "logits": z.tolist()}
@@ -360,33 +345,42 @@ def run_facts(path: Path) -> tuple[TrainConfig, data.Labels]:
 def load_run(
     path: str | Path, world: ddp.World | None = None, precision: str = "auto", merge: bool = False, quant: str = ""
 ) -> Run:
-    """The best save of a run, on this process's device, verified file by file and against its base.
+    """The best save of a run, on this process's device, verified file by file and against its base; of a family over
+    folds or seeds the saves of all its runs, whose mean logits it gives.
 
     quant: another way to store the base than the run's. Raises UserError when there is no such run, Untrusted when
     nothing in it can be trusted or its base has changed.
     """
     path, world = Path(path), world or ddp.setup()
     cfg, labels = run_facts(path)
-    folder = checkpoint.trusted(path / "best")
-    if folder is None:
-        raise UserError(f"run {path}: it holds no best/ save yet; go on with python train.py --resume {path}")
+    names = configs.members(cfg)
+    saves = tuple(checkpoint.trusted(path / name / "best") for name in names)
+    if None in saves:
+        lacks = path / list(names)[saves.index(None)]
+        raise UserError(f"run {lacks}: it holds no best/ save yet; go on with python train.py --resume {path}")
+    if len(saves) > 1 and merge:
+        raise UserError(f"--merge: {path} is {len(saves)} runs; name one of them, such as {path / list(names)[0]}")
+    folder = saves[0]
     cfg, tokenizer = replace(cfg, quant=quant or cfg.quant), data.load_tokenizer(str(folder))
     precision, _ = models.choose_precision(precision, world.device)
     adapter = lora.read_adapter_config(checkpoint.load_json(folder / "adapter_config.json")) if cfg.rank else None
     decision = read_decision(path, cfg.task, len(labels.names))
     model = new_classifier(cfg, labels, tokenizer, world.device, precision, adapter)
-    check_base(model, checkpoint.verify(folder)["base"], cfg.base)
+    for save in saves:
+        check_base(model, checkpoint.verify(save)["base"], cfg.base)
     read_classifier(folder, model)
-    return _ready(Run(path, cfg, labels, model, tokenizer, world, precision, decision), merge)
+    return _ready(Run(path, cfg, labels, model, tokenizer, world, precision, saves, decision), merge)
 
 
 def validation_rows(path: Path, cfg: TrainConfig, labels: data.Labels) -> tuple[list[str], np.ndarray, np.ndarray]:
     """(ids, targets, logits (N, C)) of a run's val_predictions.csv. Raises UserError when it has none."""
     rows = data.read_rows(str(path / "val_predictions.csv"), "runs")
-    flat = replace(cfg, label_column="label", label_columns=())
-    logits = [data.encode_numbers([row[f"logit_{v}"] for row in rows], str(path)) for v in labels.values]
-    targets = encode_targets(flat, rows, labels, str(path / "val_predictions.csv"))
-    return [row["id"] for row in rows], targets.astype(np.int64), np.stack(logits, axis=1)
+    flat, where = replace(cfg, label_column="label", label_columns=()), str(path / "val_predictions.csv")
+    columns = [f"logit_{v}" for v in labels.values] or ["prediction"]
+    logits = [data.encode_numbers([row[c] for row in rows], where) for c in columns]
+    targets = data.encode_targets(flat, rows, labels, where)
+    targets = targets if cfg.task == "regression" else targets.astype(np.int64)
+    return [row["id"] for row in rows], targets, np.stack(logits, axis=1)
 
 
 def read_decision(path: Path, task: str, classes: int) -> decide.Decision | None:

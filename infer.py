@@ -51,6 +51,9 @@ def main(argv: list[str]) -> dict:
     train_cfg, labels = (given.config, given.labels) if given else evaluate.run_facts(path)
     if cfg.merge and train_cfg.quant != "none":
         raise UserError(f"--merge: run {path} is quantized, which takes no update; --export DIR merges its 16-bit base")
+    members = [] if given else list(configs.members(train_cfg))
+    if cfg.export and len(members) > 1:
+        raise UserError(f"--export: {path} is {len(members)} runs; name one of them, such as {path / members[0]}")
     source = cfg.input or train_cfg.test_data
     world = ddp.setup()
     if cfg.export and not source:
@@ -247,7 +250,7 @@ def known_labels(rows: list[dict[str, str]], train_cfg, labels: data.Labels, say
         return None
     try:
         if train_cfg.task != "multi_label":
-            return evaluate.encode_targets(train_cfg, rows, labels, "input")
+            return data.encode_targets(train_cfg, rows, labels, "input")
         sets = data.label_sets(
             rows, train_cfg.label_column, train_cfg.label_columns, train_cfg.label_delimiter, "input"
         )
@@ -278,7 +281,7 @@ def write_output(cfg: InferConfig, ids: list[str], run: evaluate.Run, logits: np
     """
     labels, id_column = run.labels, run.config.id_column
     predicted, shares = run.decided(logits)
-    chosen = evaluate.answers(run.config.task, predicted, labels)
+    chosen = data.answers(run.config.task, predicted, labels)
     if run.config.task == "multi_label" and not cfg.output.endswith(".jsonl"):
         chosen = [run.config.label_delimiter.join(row) for row in chosen]
     if cfg.submission:

@@ -159,13 +159,17 @@ def _log_odds(logits: np.ndarray, k: int) -> np.ndarray:
     return logits[:, k] - top[:, 0] - np.log(np.exp(others - top).sum(axis=1))
 
 
-def classification(logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+RANKING = ("roc_auc", "average_precision")  # those that sort all rows
+
+
+def classification(logits: ArrayLike, labels: ArrayLike, ranking: bool = True) -> dict[str, float]:
     """Metrics of logits (N, C) float32 or float64, C >= 2, against labels (N,) int; the prediction is the first argmax.
 
     accuracy, weighted_f1, rows: as named. micro_f1: from the summed counts; equal to accuracy when each row has one
     label. macro_f1: mean over the classes that occur in labels or predictions (scikit-learn's default). log_loss:
     nats per row. roc_auc: for two classes on z_1 - z_0; for more, one-vs-rest macro mean, absent unless every class
     occurs. ece: expected calibration error of the top probability, 15 bins (i/15, (i+1)/15] (Guo et al. 2017).
+    ranking: whether roc_auc is wanted.
     ValueError on empty, float16 or non-finite logits, unequal lengths, labels outside 0..C-1.
     """
     z = _finite("logits", logits, 2, half=False)
@@ -189,19 +193,22 @@ def classification(logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     scores = {"accuracy": float(correct.mean())}
     scores |= _f1_averages(hits[occurs], columns[occurs], support[occurs])
     scores["log_loss"] = float(-log_p[np.arange(rows), true].mean())
-    if (support > 0).all():
+    if ranking and (support > 0).all():
         one_vs_rest = [1] if classes == 2 else range(classes)
         scores["roc_auc"] = float(np.mean([roc_auc(_log_odds(z, k), true == k) for k in one_vs_rest]))
     return scores | {"ece": float(np.abs(gaps).sum() / rows), "rows": rows}
 
 
-def multilabel(logits: ArrayLike, targets: ArrayLike, threshold: ArrayLike = 0.0) -> dict[str, float]:
+def multilabel(
+    logits: ArrayLike, targets: ArrayLike, threshold: ArrayLike = 0.0, ranking: bool = True
+) -> dict[str, float]:
     """Metrics of logits (N, C) against targets (N, C) of 0 and 1; a label is predicted where its logit > threshold.
 
     threshold: a logit (0 is probability 0.5), or (C,) one per label. micro_f1, macro_f1 (over all C labels),
     weighted_f1, subset_accuracy (all labels of a row right), hamming_loss (share of wrong cells), log_loss (nats per
     cell), rows; roc_auc and average_precision are macro means, absent unless every label has a positive (and, for
-    roc_auc, a negative) row. ValueError on empty, float16 or non-finite logits, other shapes, other targets.
+    roc_auc, a negative) row, or where ranking is False. ValueError on empty, float16 or non-finite logits, other
+    shapes, other targets.
     """
     z = _finite("logits", logits, 2, half=False)
     true = _zero_one("targets", targets, z.shape)
@@ -213,7 +220,7 @@ def multilabel(logits: ArrayLike, targets: ArrayLike, threshold: ArrayLike = 0.0
     scores["subset_accuracy"] = float((predicted == true).all(axis=1).mean())
     scores["hamming_loss"] = float((predicted != true).mean())
     scores["log_loss"] = float(np.logaddexp(0, np.where(true, -z, z)).mean())
-    if true.any(axis=0).all():
+    if ranking and true.any(axis=0).all():
         columns = list(zip(z.T, true.T, strict=True))
         scores["average_precision"] = float(np.mean([average_precision(*column) for column in columns]))
         if not true.all(axis=0).any():
@@ -242,11 +249,12 @@ def regression(outputs: ArrayLike, targets: ArrayLike) -> dict[str, float]:
     return scores | {"rows": len(out)}
 
 
-def of_task(task: str, logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+def of_task(task: str, logits: ArrayLike, labels: ArrayLike, ranking: bool = True) -> dict[str, float]:
     """The metrics of a task: `regression` of its one column of logits, `multilabel`, or `classification`."""
     if task == "regression":
         return regression(np.asarray(logits)[:, 0], labels)
-    return multilabel(logits, labels) if task == "multi_label" else classification(logits, labels)
+    scores = multilabel if task == "multi_label" else classification
+    return scores(logits, labels, ranking=ranking)
 
 
 def majority(task: str, labels: np.ndarray) -> float:
@@ -311,6 +319,23 @@ def bootstrap_interval(
         raise ValueError(f"got {len(values)} of {samples} resamples with a defined statistic, expected half or more")
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def intervals(
+    task: str, logits: np.ndarray, labels: np.ndarray, names: Sequence[str], samples: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """95% percentile bootstrap intervals over rows of the named metrics of a task, all from the same resamples.
+
+    A metric that less than half of the resamples define is left out.
+    """
+    generator, found = np.random.default_rng(seed), {name: [] for name in names}
+    for _ in range(samples):
+        rows = generator.integers(len(labels), size=len(labels))
+        scores = of_task(task, logits[rows], labels[rows], ranking=bool(set(RANKING) & set(names)))
+        for name in found.keys() & scores.keys():
+            found[name].append(scores[name])
+    kept = {name: values for name, values in found.items() if 2 * len(values) >= samples}
+    return {name: tuple(np.quantile(values, [0.025, 0.975]).tolist()) for name, values in kept.items()}
 
 
 def _clip(text: str, width: int) -> str:

@@ -11,6 +11,7 @@ import torch
 import checkpoint
 import configs
 import ddp
+import tracking
 from configs import UserError
 
 
@@ -40,6 +41,23 @@ def step_line(at: State, epoch: float, lr: float, loss: float | None, grad_norm:
     return {**line, "tokens": at.tokens, "skipped": at.skipped, "seconds": round(at.seconds, 3)}
 
 
+class Log:
+    """metrics.jsonl of a run, and the reports that the config names; rank 0 alone writes."""
+
+    def __init__(self, run: Path, cfg, world: ddp.World, step: int):
+        self.path = run / "metrics.jsonl"
+        self.tracker = tracking.Tracker(cfg.report, run, configs.to_json(cfg), step) if world.rank == 0 else None
+
+    def write(self, line: dict) -> None:
+        if self.tracker:
+            checkpoint.append_line(self.path, line)
+            self.tracker.log(line)
+
+    def close(self) -> None:
+        if self.tracker:
+            self.tracker.close()
+
+
 class Clock:
     """Adds the time since the last lap to one of the state's counters of seconds."""
 
@@ -67,11 +85,15 @@ def run_to_resume(cfg, given: set[str], world: ddp.World):
     return configs.resumed(cfg, given, Path(found)), Path(found)
 
 
-def new_run(cfg, world: ddp.World, facts: dict[str, str]) -> Path:
-    """Make the run folder, on rank 0, and write what is known at the start; facts: more files and their texts."""
+def new_run(cfg, world: ddp.World, facts: dict[str, str], folder: Path | None = None) -> Path:
+    """Make the run folder, on rank 0, and write what is known at the start; facts: more files and their texts.
+
+    folder: of one run among several, in the place of the next run_<i>.
+    """
 
     def make() -> Path:
-        run = checkpoint.new_run(cfg.outputs, cfg.base, configs.dataset_name(cfg))
+        run = folder or checkpoint.new_run(cfg.outputs, cfg.base, configs.dataset_name(cfg))
+        run.mkdir(exist_ok=True)
         environment = checkpoint.environment(torch.get_num_threads(), world.size, device_name(world))
         texts = {"environment.json": json.dumps(environment, indent=1) + "\n", **facts}
         for name, text in {**texts, "config.json": configs.to_json(replace(cfg, resume=""))}.items():
@@ -91,7 +113,12 @@ def save(target: Path, world, write, about: dict, keep: int, state: tuple | None
         if state:
             log, at, optimizer, scaler, digest = state
             checkpoint.save_tensors(folder / "state.safetensors", checkpoint.optimizer_tensors(optimizer))
-            facts = {"at": vars(at), "scaler": scaler.state_dict(), "log_bytes": log.stat().st_size, "digest": digest}
+            facts = {
+                "at": vars(at),
+                "scaler": scaler.state_dict(),
+                "log_bytes": log.path.stat().st_size,
+                "digest": digest,
+            }
             checkpoint.save_json(folder / "state.json", {**facts, "threads": torch.get_num_threads()})
 
     versions = {"torch": torch.__version__, "lasttoken": 1}

@@ -14,7 +14,6 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,9 @@ import metrics
 import model as models
 import optim
 import resume
+import splits
 from configs import TrainConfig, UserError
+from splits import Split
 
 
 def main(argv: list[str]) -> dict:
@@ -46,19 +47,118 @@ def main(argv: list[str]) -> dict:
     world = ddp.setup()
     cfg, run = resume.run_to_resume(cfg, given, world)
     ddp.say(world, configs.preset_note(given, argv))
-    precision, why = models.choose_precision(cfg.precision, world.device)
-    ddp.say(world, f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}; precision {precision} ({why})")
 
     # ---- data -------------------------------------------------------------------------------------------------------
-    train, val, labels = load_rows(cfg, lambda *words: ddp.say(world, *words))
-    classes = len(labels.names)
+    rows, val, labels = splits.read(cfg, lambda *words: ddp.say(world, *words))
     tokenizer = data.load_tokenizer(models.need_base(cfg.base))
     evaluate.check_model(cfg, labels, tokenizer)
-    for name, split in (("train", train), ("validation", val)):
-        split.tokens, report = data.tokenize(tokenizer, cfg.text, split.rows, cfg.max_length)
-        ddp.say(world, f"{name}: {report}")
+    for name, part in (("train_data", rows), ("val_data", val)):
+        if part:
+            part.tokens, report = data.tokenize(tokenizer, cfg.text, part.rows, cfg.max_length)
+            part.uncut = np.array(report.lengths)
+            ddp.say(world, f"{name}: {report}")
     tokenizer.model_max_length = cfg.max_length  # as others read it from a save
+
+    # ---- one run, or one for each fold and seed ---------------------------------------------------------------------
+    todo = [(name, one, *splits.cut(one, rows, val)) for name, one in configs.members(cfg).items()]
+    for _, one, train, judge in todo:  # what is wrong with the last of them is said before the first one starts
+        class_weights(one, train.labels, len(labels.names))
+        periodic_rows(one, judge.labels, len(labels.names))
+    facts = {"labels.json": json.dumps({"values": labels.values, "names": labels.names}, indent=1)}
+    if world.rank == 0:
+        parts = (rows, None) if cfg.folds and cfg.fold == "all" else todo[0][2:]
+        found = splits.audit_rows(cfg, labels, *parts, print)
+        facts |= {"audit.json": json.dumps(found, ensure_ascii=False, indent=1) + "\n"} if found else {}
+    if len(todo) == 1:
+        return fit(cfg, world, tokenizer, labels, *todo[0][2:], run, facts)
+    return family(cfg, world, tokenizer, labels, splits.judged(cfg, rows, val), todo, run, facts)
+
+
+def family(cfg: TrainConfig, world, tokenizer, labels, judged: Split, todo: list, run, facts: dict) -> dict:
+    """A run for each of todo (name, config, training rows, validation rows) under one folder, one after the other;
+    finished ones are not run again. Then what all of them say together: see `together`.
+    """
+    if run is None and not cfg.dry_run:
+        run = resume.new_run(cfg, world, facts)
+    problems = []
+    for number, (name, one, train, val) in enumerate(todo, 1):
+        ddp.say(world, f"\n== {name}: {number} of {len(todo)}")
+        folder = run / name if run else None
+        if folder and ddp.from_rank0(world, lambda f=folder: checkpoint.finished(f)):
+            ddp.say(world, f"{folder} is finished")
+            continue
+        begun = folder if folder and ddp.from_rank0(world, lambda f=folder: (f / "config.json").is_file()) else None
+        try:
+            own = {"labels.json": facts["labels.json"]}
+            result = fit(one, world, tokenizer, labels, train, val, begun, own, folder)
+        except evaluate.Degenerate as e:  # known when the run is whole: the others may be better
+            problems.append(str(e))
+        if cfg.dry_run:
+            ddp.say(world, f"{len(todo)} runs like this one")
+            return {**result, "runs": len(todo)}
+    result = together(cfg, run, labels, judged, todo, world) if world.rank == 0 else {}
+    if problems:
+        raise evaluate.Degenerate("; ".join(problems))
+    return result
+
+
+def together(cfg: TrainConfig, run: Path, labels: data.Labels, judged: Split, todo: list, world) -> dict:
+    """What the runs of a family say together: each judged row once in val_predictions.csv, with the mean logits of the
+    seeds; mean and standard deviation of the runs' metrics; metrics of the whole file with 95% bootstrap intervals;
+    thresholds and calibration fitted on it.
+    """
+    seeds, results = {}, {}
+    for name, one, _, val in todo:
+        ids, _, logits = evaluate.validation_rows(run / name, one, labels)
+        if ids != val.ids:
+            raise checkpoint.Untrusted(f"{run / name}: val_predictions.csv does not hold this run's validation rows")
+        whole = seeds.setdefault(one.seed, np.full((len(judged.ids), logits.shape[1]), np.nan, np.float32))
+        whole[splits.held_out(one, judged) if cfg.folds and cfg.fold == "all" else slice(None)] = logits
+        results[name] = checkpoint.load_json(run / name / "result.json")
+    logits = np.mean(list(seeds.values()), axis=0)
+    scores = {n: v for n, v in metrics.of_task(cfg.task, logits, judged.labels).items() if n != "rows"}
+    shown = [n for n in scores if n == cfg.metric or n not in metrics.RANKING]
+    intervals = metrics.intervals(cfg.task, logits, judged.labels, shown, seed=cfg.seed)
+    each = {n: [found["metrics"][n] for found in results.values() if n in found["metrics"]] for n in scores}
+    spread = {n: (float(np.mean(v)), float(np.std(v, ddof=1))) for n, v in each.items() if len(v) > 1}
+    lines = [f"{'':<16} {'mean':>8} {'std':>8} {'all rows':>9}   95% interval"]
+    for n in [n for n in shown if n in spread and n in intervals]:
+        (mean, std), (low, high) = spread[n], intervals[n]
+        lines.append(f"{n:<16} {mean:8.4f} {std:8.4f} {scores[n]:9.4f}   {low:.4f} to {high:.4f}")
+    ddp.say(world, f"\n== {len(todo)} runs together, {len(judged.ids):,} rows\n" + "\n".join(lines))
+    ddp.say(world, metrics.summary(cfg.task, logits, judged.labels, labels.names))
+    seconds = {n: sum(found[n] for found in results.values()) for n in ("train_seconds", "eval_seconds")}
+    rates = ("examples_per_second", "tokens_per_second")
+    busy = {n: sum(found[n] * found["train_seconds"] for found in results.values()) for n in rates}
+    result = {
+        "run": str(run),
+        "metrics": {n: round(v, 6) for n, v in {**scores, "rows": len(judged.ids)}.items()},
+        "mean": {n: round(v[0], 6) for n, v in spread.items()},
+        "std": {n: round(v[1], 6) for n, v in spread.items()},
+        "intervals": {n: [round(v, 6) for v in pair] for n, pair in intervals.items()},
+        "runs": {name: found["metrics"] for name, found in results.items()},
+        "majority": round(metrics.majority(cfg.task, judged.labels), 6),
+        **fit_decision(cfg, run, logits, judged.labels, world),
+        "steps": sum(found["steps"] for found in results.values()),
+        **{n: round(busy[n] / max(seconds["train_seconds"], 1e-9), 2) for n in rates},
+        "peak_memory_gb": max(found["peak_memory_gb"] for found in results.values()),
+        "flops": sum(found["flops"] for found in results.values()),
+        **{n: round(v, 2) for n, v in seconds.items()},
+    }
+    write_predictions(run / "val_predictions.csv", judged, cfg.task, logits, labels)
+    checkpoint.write_atomic(run / "result.json", json.dumps(result) + "\n")
+    return result
+
+
+def fit(cfg: TrainConfig, world, tokenizer, labels, train: Split, val: Split, run, facts: dict, folder=None) -> dict:
+    """One run, begun or new, from its rows to its result. facts: files of a new run; folder: where, or run_<i>."""
+    classes = len(labels.names)
+    precision, why = models.choose_precision(cfg.precision, world.device)
+    ddp.say(world, f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}; precision {precision} ({why})")
     weights, eval_rows = class_weights(cfg, train.labels, classes), periodic_rows(cfg, val.labels, classes)
+    if cfg.task != "regression":
+        absent = [labels.names[i] for i in np.flatnonzero(class_counts(cfg.task, train.labels, classes) == 0)]
+        ddp.say(world, f"warning: no training row has the label {', '.join(absent)}" if absent else "")
     steps_per_epoch = math.ceil(len(train.labels) / cfg.batch_size)
     total = cfg.epochs * steps_per_epoch
     total = min(total, cfg.max_steps) if cfg.max_steps else total
@@ -115,13 +215,12 @@ def main(argv: list[str]) -> dict:
     if cfg.dry_run:
         return dry_run(cfg, world, model, precision, train, plan, total)
     if run is None:
-        names = json.dumps({"values": labels.values, "names": labels.names}, indent=1)
-        run = resume.new_run(cfg, world, {"labels.json": names})
+        run = resume.new_run(cfg, world, facts, folder)
     ddp.say(world, f"run {run}" + (f", resumed at step {at.step} of {total}" if at.step else ""))
 
     # ---- loop: step, log, eval, save --------------------------------------------------------------------------------
     of_classes = None if weights is None else torch.from_numpy(weights).float().to(world.device)
-    stop, log, clock = ddp.StopRequest(), run / "metrics.jsonl", resume.Clock(at)
+    stop, log, clock = ddp.StopRequest(), resume.Log(run, cfg, world, at.step), resume.Clock(at)
     bar = tqdm(total=total, initial=at.step, disable=world.rank != 0, unit="step", file=sys.stderr, mininterval=1.0)
     while at.step < total and not at.done:
         epoch, index = divmod(at.step, steps_per_epoch)
@@ -154,9 +253,8 @@ def main(argv: list[str]) -> dict:
 
         # log
         clock.lap("seconds")
-        if world.rank == 0:
-            epochs, seen = round(at.step / steps_per_epoch, 4), (loss, norm) if taken else (None, None)  # strict JSON
-            checkpoint.append_line(log, resume.step_line(at, epochs, cfg.lr * factor, *seen))
+        epochs, seen = round(at.step / steps_per_epoch, 4), (loss, norm) if taken else (None, None)  # strict JSON
+        log.write(resume.step_line(at, epochs, cfg.lr * factor, *seen))
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{at.tokens / at.seconds:,.0f}", refresh=False)
         bar.update()
 
@@ -168,8 +266,7 @@ def main(argv: list[str]) -> dict:
                 raise not_finite(world, model, train, plan[index], precision, f"step {at.step}: scores not finite")
             scores = metrics.of_task(cfg.task, logits, val.labels[eval_rows])
             clock.lap("eval_seconds")
-            if world.rank == 0:
-                checkpoint.append_line(log, {"step": at.step, "eval": scores})
+            log.write({"step": at.step, "eval": scores})
             ddp.say(world, f"step {at.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "rows"))
             if better(scores, at.best, cfg.metric):
                 at.best, at.best_step, at.stale = scores.get(cfg.metric, -1.0), at.step, 0
@@ -186,6 +283,7 @@ def main(argv: list[str]) -> dict:
             raise KeyboardInterrupt(f"stopped after step {at.step}; go on with --resume {run}")
     bar.close()
     stop.close()
+    log.close()
 
     # ---- end: the best save, on all validation rows -----------------------------------------------------------------
     if at.done:
@@ -225,96 +323,12 @@ def main(argv: list[str]) -> dict:
     return result
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Split:
-    """Rows to train on or to validate with."""
-
-    rows: list[dict[str, str]]
-    ids: list[str]
-    labels: np.ndarray  # (N,) int64 classes, (N, C) float32 of 0 and 1 for multi_label, or (N,) float32 numbers
-    tokens: data.Tokens | None = None
-
-    def take(self, chosen: np.ndarray) -> "Split":
-        return Split([self.rows[i] for i in chosen], [self.ids[i] for i in chosen], self.labels[chosen])
-
-    def digest(self) -> str:
-        """sha256 over tokens and labels: a resumed run must see the same."""
-        return self.tokens.digest(self.labels)
-
-
-def load_rows(cfg: TrainConfig, say) -> tuple[Split, Split, data.Labels]:
-    """Training and validation rows with their class indices, and the classes. Prints what was found.
-
-    Raises UserError for everything that is wrong with the files, before the base is touched.
-    """
-    columns = data.template_columns(cfg.text)
-    rows = read_labelled(cfg, cfg.train_data, "train_data", columns, say)
-    where = f"--train_data {cfg.train_data}"
-    if cfg.task == "regression":
-        labels = data.Labels((), (cfg.label_column,))
-    elif cfg.task == "multi_label":
-        sets = data.label_sets(rows, cfg.label_column, cfg.label_columns, cfg.label_delimiter, where)
-        labels = data.find_labels([v for one in sets for v in one], cfg.label_columns or cfg.label_names, where)
-    else:
-        labels = data.find_labels([r[cfg.label_column] for r in rows], cfg.label_names, where)
-    train = labelled(cfg, rows, labels, where)
-    if cfg.val_data:
-        val_rows = read_labelled(cfg, cfg.val_data, "val_data", columns, say)
-        val = labelled(cfg, val_rows, labels, f"--val_data {cfg.val_data}")
-    else:
-        kept, held_out = split(cfg.task, train.labels, cfg.val_size, cfg.seed)
-        train, val = train.take(kept), train.take(held_out)
-    if cfg.task == "regression":
-        low, mean, high = train.labels.min(), train.labels.mean(), train.labels.max()
-        say(f"{cfg.label_column}: {low:.4g} to {high:.4g}, mean {mean:.4g}")
-        return train, val, labels
-    counts = class_counts(cfg.task, train.labels, len(labels.values))
-    if cfg.task == "multi_label":
-        mean, none = train.labels.sum() / len(train.labels), int((train.labels.sum(axis=1) == 0).sum())
-        say(f"labels of a row: {mean:.2f} on average; {none} rows have none")
-    say("classes: " + ", ".join(f"{n} {c:,}" for n, c in zip(labels.names, counts, strict=True)))
-    absent = [labels.names[i] for i in np.flatnonzero(counts == 0)]
-    if absent:
-        say(f"warning: no training row has the label {', '.join(absent)}")
-    return train, val, labels
-
-
-def labelled(cfg: TrainConfig, rows: list[dict[str, str]], labels: data.Labels, where: str) -> Split:
-    """Rows with their ids (the id column, or the index in the file) and class indices."""
-    ids = [row.get(cfg.id_column, str(i)) for i, row in enumerate(rows)]
-    return Split(rows, ids, evaluate.encode_targets(cfg, rows, labels, where))
-
-
-def split(task: str, labels: np.ndarray, val_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted row indices (train, validation), stratified by class, by every label, or by quantiles of numbers."""
-    if task != "multi_label":
-        return data.stratified_split(data.number_strata(labels) if task == "regression" else labels, val_size, seed)
-    share = val_size / len(labels) if val_size >= 1 else val_size
-    if not 0 < share < 1:
-        raise UserError(f"--val_size {val_size:g} of {len(labels)} rows leaves none to train on or to validate with")
-    part = data.stratify(labels, [1 - share, share], seed)
-    return np.flatnonzero(part == 0), np.flatnonzero(part == 1)
+# ---- the loop's small parts -----------------------------------------------------------------------------------------
 
 
 def class_counts(task: str, labels: np.ndarray, classes: int) -> np.ndarray:
     """(C,) rows of each class or label."""
     return labels.sum(axis=0).astype(int) if task == "multi_label" else np.bincount(labels, minlength=classes)
-
-
-def read_labelled(cfg: TrainConfig, path: str, flag: str, columns: list[str], say) -> list[dict[str, str]]:
-    """Rows with text and label. Raises UserError for missing columns and, with their numbers, empty texts."""
-    rows = data.read_rows(path, flag)
-    data.need_columns(rows, [*columns, *(cfg.label_columns or (cfg.label_column,))], path, flag)
-    decoded = data.decode_bytes_literals(rows, columns)
-    if decoded:
-        say(f"--{flag} {path}: {decoded} rows were Python bytes literals (b'...') and are decoded")
-    empty = [str(i + 1) for i in data.empty_rows(rows, columns)]
-    if empty:
-        raise UserError(f"--{flag} {path}: {len(empty)} rows have an empty text (rows {data._few(empty, 20)})")
-    return rows
 
 
 def class_weights(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndarray | None:
@@ -328,9 +342,6 @@ def class_weights(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndar
         return decide.class_weights(cfg.class_weights, counts)
     except ValueError as e:
         raise UserError(str(e)) from None
-
-
-# ---- the loop's small parts -----------------------------------------------------------------------------------------
 
 
 def loss_sum(task: str, logits: torch.Tensor, target: torch.Tensor, label_smoothing: float, weights) -> torch.Tensor:
@@ -397,7 +408,8 @@ def fit_decision(cfg: TrainConfig, run: Path, logits: np.ndarray, labels: np.nda
     if cfg.task == "regression" or len(labels) < 10:
         return {}
     targets, kind = labels.astype(np.int64), evaluate.threshold_kind(cfg)
-    decision = decide.fit_decision(cfg.task, logits, targets, kind)
+    fitted_on = "out-of-fold" if cfg.folds and cfg.fold == "all" else "validation"
+    decision = decide.fit_decision(cfg.task, logits, targets, kind, fitted_on)
     scores, _, _ = decide.cross_fitted(cfg.task, logits, targets, seed=cfg.seed, kind=kind)
     if world.rank == 0:
         checkpoint.write_atomic(run / "decision.json", decision.to_json())
@@ -413,7 +425,7 @@ def write_predictions(path: Path, val: Split, task: str, logits: np.ndarray, lab
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["id", "label", "prediction", *(f"logit_{v}" for v in labels.values)])
     known, predicted = (
-        evaluate.answers(task, rows, labels) for rows in (val.labels, evaluate.decided(task, None, logits)[0])
+        data.answers(task, rows, labels) for rows in (val.labels, evaluate.decided(task, None, logits)[0])
     )
     for i, label, prediction, z in zip(val.ids, known, predicted, logits, strict=True):
         cells = [json.dumps(c, ensure_ascii=False) if isinstance(c, list) else c for c in (label, prediction)]

@@ -21,13 +21,13 @@ import configs  # noqa: E402
 import data  # noqa: E402
 import metrics  # noqa: E402
 import prompts  # noqa: E402
-import train  # noqa: E402
+import splits  # noqa: E402
 from configs import TrainConfig, UserError  # noqa: E402
 
 
 def main() -> None:
     cfg, run = read_options()
-    known, held_out, labels = train.load_rows(cfg, print)  # the split of train.py
+    known, held_out, labels = splits.load_rows(cfg, print)  # the split of train.py
     classes = len(labels.values)
     majority = np.full(len(held_out.labels), np.bincount(known.labels, minlength=classes).argmax())
     predicted = {"majority": majority}
@@ -61,7 +61,7 @@ def read_options() -> tuple[TrainConfig, Path | None]:
     return cfg, run
 
 
-def tfidf_svm(template: str, known: train.Split, held_out: train.Split, seed: int) -> np.ndarray:
+def tfidf_svm(template: str, known: splits.Split, held_out: splits.Split, seed: int) -> np.ndarray:
     """Classes predicted from words and pairs of words, and runs of 2 to 5 characters."""
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -70,7 +70,7 @@ def tfidf_svm(template: str, known: train.Split, held_out: train.Split, seed: in
     except ImportError:
         raise UserError("this baseline needs scikit-learn: pip install scikit-learn") from None
 
-    def texts(split: train.Split) -> list[str]:
+    def texts(split: splits.Split) -> list[str]:
         return ["".join(piece for _, piece in prompts.render(template, row)) for row in split.rows]
 
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
@@ -79,7 +79,7 @@ def tfidf_svm(template: str, known: train.Split, held_out: train.Split, seed: in
     return classifier.fit(texts(known), known.labels).predict(texts(held_out))
 
 
-def run_predictions(run: Path, held_out: train.Split, labels: data.Labels) -> np.ndarray:
+def run_predictions(run: Path, held_out: splits.Split, labels: data.Labels) -> np.ndarray:
     """The run's predicted classes. Raises UserError unless it was validated on these very rows."""
     try:
         with open(run / "val_predictions.csv", encoding="utf-8", newline="") as f:

@@ -171,11 +171,11 @@ def peer(options: argparse.Namespace) -> dict:
     import numpy as np
 
     import data
-    import train
+    import splits
     from configs import TrainConfig
 
     cfg = TrainConfig(**recipe(options, options.base))
-    rows, _, labels = train.load_rows(cfg, lambda *words: None)
+    rows, _, labels = splits.load_rows(cfg, lambda *words: None)
     rows.tokens, _ = data.tokenize(data.load_tokenizer(cfg.base), cfg.text, rows.rows, cfg.max_length)
     lengths = rows.tokens.lengths
     plan = data.plan_epoch(lengths, cfg.batch_size, cfg.max_tokens, cfg.micro_batches, cfg.seed, 0)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import splits
 from configs import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -363,9 +364,9 @@ def test_stratified_split_properties(counts, share, as_count, seed):
     if total < 1 or not classes <= total <= n - classes:
         if not as_count or total >= 1:
             with pytest.raises(UserError, match="--val_size"):
-                data.stratified_split(labels, size, seed)
+                splits.stratified_split(labels, size, seed)
         return
-    train, val = data.stratified_split(labels, size, seed)
+    train, val = splits.stratified_split(labels, size, seed)
     assert len(val) == total  # the count form is exact
     assert (np.sort(np.concatenate([train, val])) == np.arange(n)).all()  # disjoint, and together complete
     assert (np.diff(train) > 0).all() and (np.diff(val) > 0).all()
@@ -374,7 +375,7 @@ def test_stratified_split_properties(counts, share, as_count, seed):
     exact = np.array(counts) * total / n
     if (exact >= 1).all() and (exact <= np.array(counts) - 1).all():  # no class is at its bound
         assert (np.abs(taken - exact) < 1).all()
-    again = data.stratified_split(labels, size, seed)
+    again = splits.stratified_split(labels, size, seed)
     assert (again[0] == train).all() and (again[1] == val).all()
 
 
@@ -384,13 +385,13 @@ def test_stratified_split_changes_with_the_seed_and_never_with_global_state():
     for seed in (0, 1, 0):
         np.random.seed(seed + 5)
         random.seed(seed + 7)
-        splits.append(data.stratified_split(labels, 0.2, seed)[1].tolist())
+        splits.append(splits.stratified_split(labels, 0.2, seed)[1].tolist())
     assert splits[0] == splits[2] != splits[1]
 
 
 def test_stratified_split_refuses_a_class_with_one_row():
     with pytest.raises(UserError) as e:
-        data.stratified_split(np.array([0, 0, 1, 2, 2, 0]), 0.5, 0)
+        splits.stratified_split(np.array([0, 0, 1, 2, 2, 0]), 0.5, 0)
     assert "class 1 (row 3)" in str(e.value) and "--val_data" in str(e.value)
 
 

@@ -164,7 +164,7 @@ def test_hostile_texts_train_and_are_predicted(which, name, tmp_path, request, c
     run = Path(train.main([*flags, "--targets", "all-linear"])["run"])
     out = capsys.readouterr().out
     spelled = sum(any(t in text for t in tokenizer.get_added_vocab()) for text in texts)
-    assert f"train: {len(texts):,} rows" in out and f"{spelled} rows name special tokens in their text" in out
+    assert f"train_data: {len(texts):,} rows" in out and f"{spelled} rows name special tokens in their text" in out
     result = json.loads((run / "result.json").read_text())
     assert result["metrics"]["rows"] == len(texts[::10]) and np.isfinite(list(result["metrics"].values())).all()
     wanted = [json.loads(line)["id"] for line in rows.read_text().splitlines()]

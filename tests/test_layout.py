@@ -12,13 +12,26 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     3: {"train", "infer", "cpt", "report"},
-    2: {"evaluate", "corpus"},
+    2: {"evaluate", "corpus", "splits"},
     1: {"model", "data", "resume"},
-    0: {"configs", "lora", "ddp", "optim", "checkpoint", "losses", "metrics", "decide", "prompts", "latex"},
+    0: {
+        "configs",
+        "lora",
+        "ddp",
+        "optim",
+        "checkpoint",
+        "losses",
+        "metrics",
+        "decide",
+        "prompts",
+        "latex",
+        "audit",
+        "tracking",
+    },
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 RUNTIME = {"torch", "transformers", "safetensors", "numpy", "tqdm", "bitsandbytes"}
-OPTIONAL = {"data": {"pyarrow"}, "report": {"matplotlib"}}  # allowed inside a function only
+OPTIONAL = {"data": {"pyarrow"}, "report": {"matplotlib"}, "tracking": {"wandb"}}  # allowed inside a function only
 FORBIDDEN = {"datasets", "tokenizers", "peft", "token", "profile", "utils"}
 FILES = {path.stem: path for path in ROOT.glob("*.py")}
 
@@ -107,7 +120,7 @@ def test_runtime_lines_stay_readable():
             todo += siblings(name)
     assert {"train", "infer", "cpt", "evaluate", "model", "data", "configs", "lora", "ddp"} <= needed
     lines = {name: code_lines(FILES[name].read_text(encoding="utf-8")) for name in needed}
-    assert sum(lines.values()) <= 5600, lines
+    assert sum(lines.values()) <= 6100, lines
 
 
 def code_lines(source: str) -> int:

@@ -19,6 +19,7 @@ import evaluate
 import infer
 import losses
 import metrics
+import splits
 import train
 from configs import UserError
 
@@ -87,21 +88,21 @@ def test_every_part_gets_its_share_of_every_label():
     rng = np.random.default_rng(0)
     targets = (rng.random((3000, 12)) < np.linspace(0.002, 0.4, 12)).astype(np.float32)
     for shares in ([0.85, 0.15], [0.2] * 5):
-        part = data.stratify(targets, shares, seed=1)
+        part = splits.stratify(targets, shares, seed=1)
         assert set(part) == set(range(len(shares))) and len(part) == 3000
         for p, share in enumerate(shares):
             want = share * targets.sum(axis=0)
             assert (abs(targets[part == p].sum(axis=0) - want) <= np.maximum(1.5, 0.1 * want)).all()
             assert abs((part == p).mean() - share) < 0.02
-    assert np.array_equal(data.stratify(targets, shares, 1), part)
-    assert not np.array_equal(data.stratify(targets, shares, 2), part)
+    assert np.array_equal(splits.stratify(targets, shares, 1), part)
+    assert not np.array_equal(splits.stratify(targets, shares, 2), part)
 
 
 def test_reuters_is_split_by_every_label(shared):
     rows = data.read_rows(str(shared / "data/reuters/train.jsonl"), "train_data")
     sets = data.label_sets(rows, "labels", (), "|", "x")
     targets = data.encode_label_sets(sets, data.find_labels([v for one in sets for v in one]), "x")
-    kept, held_out = train.split("multi_label", targets, 0.15, seed=0)
+    kept, held_out = splits.hold_out("multi_label", targets, 0.15, seed=0)
     assert targets.shape == (7770, 90) and np.array_equal(np.sort(np.concatenate([kept, held_out])), np.arange(7770))
     counts = targets.sum(axis=0)
     assert (abs(targets[held_out].sum(axis=0) - 0.15 * counts) <= np.maximum(1.0, 0.02 * counts)).all()
@@ -184,6 +185,22 @@ def test_predictions_round_trip(done, tmp_path, name):
     known = data.encode_label_sets(data.label_sets(source, "tags", (), "|", "x"), run.labels, "x")
     want = metrics.multilabel(logits.astype(np.float32), known, run.decision.thresholds)
     assert told["metrics"] == pytest.approx(want, abs=1e-4) and told["undecided"] != told["metrics"]
+
+
+def test_the_rows_that_are_judged_cannot_influence_thresholds_or_predictions(small_base, tmp_path):
+    """Two runs and predictions that differ only in the labels of the held-out file: every byte is the same."""
+    known, found = write_rows(tmp_path / "rows.jsonl"), []
+    rest = [json.loads(line) for line in open(write_rows(tmp_path / "all.jsonl", rows=100), encoding="utf-8")][60:]
+    for number, tags in enumerate((None, ["rare"], [])):
+        held_out = tmp_path / f"held_out_{number}.jsonl"
+        rows = [{**row, "tags": row["tags"] if tags is None else tags} for row in rest]
+        held_out.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        run = train.main(flags_of(tmp_path, small_base, known, test_data=held_out, max_steps=9, thresholds="per_class"))
+        target = tmp_path / f"{number}.jsonl"
+        told = infer.main(["--runs", run["run"], "--submission", "", "--output", str(target)])
+        decision = (Path(run["run"]) / "decision.json").read_bytes()
+        found.append((decision, target.read_bytes(), told["metrics"]["micro_f1"]))
+    assert found[0][:2] == found[1][:2] == found[2][:2] and len({score for _, _, score in found}) > 1
 
 
 def test_labels_that_the_run_does_not_know_are_named_and_left_out(done, tmp_path, capsys):

@@ -24,6 +24,7 @@ RUN = {
     "config.json",
     "labels.json",
     "environment.json",
+    "audit.json",
     "metrics.jsonl",
     "val_predictions.csv",
     "result.json",
