@@ -16,6 +16,7 @@ ENTRY = {
     "train.py": (configs.TrainConfig, configs.TRAIN_PRESETS),
     "infer.py": (configs.InferConfig, {}),
     "cpt.py": (configs.CptConfig, configs.CPT_PRESETS),
+    "report.py": (configs.ReportConfig, {}),
 }
 
 
@@ -23,7 +24,8 @@ ENTRY = {
 def test_commands_parse(command):
     words = shlex.split(command, comments=True)
     script = next(w for w in words if w.endswith(".py"))
-    cfg, given = configs.parse(*ENTRY[script], words[words.index(script) + 1 :])
+    words = words[words.index(script) + 1 :]
+    cfg, given = configs.parse(*ENTRY[script], ["--runs", *words] if script == "report.py" else words)
     configs.check(cfg, given)
 
 
