@@ -136,7 +136,7 @@ def main(argv: list[str]) -> dict:
             with models.autocast(world.device, precision):
                 loss = evaluate.next_token_loss(lm, batch) / targets
             scaler.scale(loss).backward()
-            gradients.add(loss, stop=bool(stop.signal))
+            gradients.add(loss, bool(stop.signal))
         norm, taken, (loss, stopping) = optim.step(optimizer, scaler, factor, cfg.grad_clip, gradients.reduce())
         if not taken and not (scaler.is_enabled() and scaler.get_scale() >= 1.0):
             batch = data.pack(train, plan[index][0], world.device, predict=True)

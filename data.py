@@ -396,9 +396,16 @@ class TokenReport:
         return text + (f"; {self.empty} rows are empty" if self.empty else "")
 
 
-def tokenize(tokenizer, template: str, rows: list[dict[str, str]], max_length: int) -> tuple[Tokens, TokenReport]:
-    """Encode every row's rendered template; see `encode`."""
-    return encode(tokenizer, [prompts.render(template, row) for row in rows], max_length)
+def tokenize(
+    tokenizer, template: str, rows: list[dict[str, str]], max_length: int, kept: tuple = (), budgets: tuple = ()
+) -> tuple[Tokens, TokenReport]:
+    """Encode every row's rendered template; see `encode`. kept: fields that are cut only when nothing is left of the
+    others; budgets: "field=tokens", the most tokens of a field.
+    """
+    most = {name: int(count) for name, _, count in (part.partition("=") for part in budgets)}
+    slots = prompts.render(template, {name: name for name in prompts.fields(template)})
+    rules = [(most.get(text), text in kept) if field else (None, False) for field, text in slots]
+    return encode(tokenizer, [prompts.render(template, row) for row in rows], max_length, rules=rules)
 
 
 def encode(
@@ -407,6 +414,7 @@ def encode(
     max_length: int,
     answers: list | None = None,
     names: list[str] | None = None,
+    rules: list[tuple] = (),
 ) -> tuple[Tokens, TokenReport]:
     """Encode rows of pieces (is it the user's?, text) exactly as the tokenizer itself does their text, in bulk.
 
@@ -414,7 +422,8 @@ def encode(
     more than max_length tokens loses the end of its longest field, never the template around it. BOS comes at most
     once. A row without text becomes the single end-of-text token. answers: the character spans (first, end) of each
     row that a language model learns. Of a field that was cut, what follows in its span is not learned: an answer cut
-    short has no end. names: of rows, for errors. Raises UserError when a template alone is too long, when a row holds a
+    short has no end. names: of rows, for errors. rules: of the pieces of each row, (most tokens or None, is it cut
+    last?). Raises UserError when a template alone is too long, when a row holds a
     lone surrogate, and when none of a row's answers is left.
     """
     texts = ["".join(text for _, text in row) for row in rows]
@@ -422,7 +431,7 @@ def encode(
     if lone:
         raise UserError(f"{len(lone)} rows hold a lone surrogate, which is no text (rows {_few(lone)})")
     report, guard = TokenReport(rows=len(rows)), Guard(tokenizer)
-    encoded, learned = [], [] if answers else None
+    encoded, learned, capped = [], [] if answers else None, any(most for most, _ in rules)
     for i, row in enumerate(rows):
         if i % 1000 == 0:  # in bulk, but never all at once
             bulk = (
@@ -432,10 +441,10 @@ def encode(
         if guard.needed(row, texts[i]):
             report.guarded += 1
             ids, offsets = guard.encode(row)
-        elif offsets is None and len(ids) > max_length:
+        elif offsets is None and (len(ids) > max_length or capped):
             ids, offsets = _located(tokenizer, [texts[i]])[0]
         report.lengths.append(len(ids))
-        dropped = _too_long(ids, offsets, row, max_length, report)
+        dropped = _too_long(ids, offsets, row, max_length, report, rules) if offsets else set()
         kept = [t for t in range(len(ids)) if t not in dropped]
         if len(kept) > 1 and ids[kept[0]] == ids[kept[1]] == tokenizer.bos_token_id:
             kept = kept[1:]
@@ -575,33 +584,48 @@ def _located(tokenizer, texts: list[str]) -> list[tuple[list[int], list]]:
     return [(ids, [None if m else s for s, m in zip(at, mask, strict=True)]) for ids, at, mask in columns]
 
 
-def _too_long(ids: list[int], offsets: list, pieces, max_length: int, report: TokenReport) -> set[int]:
-    """Which tokens to drop from the ends of the longest fields so that max_length are left.
+def _too_long(ids: list[int], offsets: list, pieces, max_length: int, report: TokenReport, rules=()) -> set[int]:
+    """Which tokens to drop: those over a field's budget, then from the ends of the longest fields so that max_length
+    are left, of fields that are cut last only when the others are gone.
 
     A token that reaches across a border of the template is the template's and stays.
     """
-    if len(ids) <= max_length:
+    if len(ids) <= max_length and not any(most for most, _ in rules):
         return set()
     ends = np.cumsum([len(text) for _, text in pieces])
     start, end = np.array([(-1, 0) if span is None else span for span in offsets]).T
     first, last = (np.searchsorted(ends, at, side="right") for at in (start, np.maximum(start, end - 1)))
     owner = np.where((start >= 0) & (first == last), first, -1).tolist()
     tokens_of = {i: [t for t, o in enumerate(owner) if o == i] for i, (user, _) in enumerate(pieces) if user}
-    fixed = len(ids) - sum(map(len, tokens_of.values()))
-    room = max_length - fixed
+    room, dropped = max_length - (len(ids) - sum(map(len, tokens_of.values()))), set()
     if room < 1:
+        fixed = max_length - room
         raise UserError(f"the template alone has {fixed} tokens: --max_length {max_length} leaves no room for the text")
-    low, high = 0, max_length  # the largest cap with which all fields fit
+    for i, (most, _) in enumerate(rules):
+        if most and i in tokens_of:
+            dropped |= set(tokens_of[i][most:])
+            tokens_of[i] = tokens_of[i][:most]
+    last = [tokens for i, tokens in tokens_of.items() if rules and rules[i][1]]
+    others = [tokens for i, tokens in tokens_of.items() if not (rules and rules[i][1])]
+    left = max(0, room - sum(map(len, last)))
+    dropped |= _over(others, left) | _over(last, room - min(left, sum(map(len, others))))
+    if dropped:
+        report.cut_rows += 1
+        report.cut_tokens += len(dropped)
+    return dropped
+
+
+def _over(fields: list[list[int]], room: int) -> set[int]:
+    """The tokens at the ends of the longest fields that do not fit into room."""
+    low, high = 0, max(map(len, fields), default=0)  # the largest cap with which all fields fit
     while low < high:
         cap = (low + high + 1) // 2
-        low, high = (cap, high) if sum(min(len(t), cap) for t in tokens_of.values()) <= room else (low, cap - 1)
-    spare, dropped = room - sum(min(len(t), low) for t in tokens_of.values()), set()
-    for tokens in tokens_of.values():
+        low, high = (cap, high) if sum(min(len(t), cap) for t in fields) <= room else (low, cap - 1)
+    spare, dropped = room - sum(min(len(t), low) for t in fields), set()
+    for tokens in fields:
         keep = low + (spare > 0 and len(tokens) > low)
         spare -= keep - low
         dropped |= set(tokens[keep:])
-    report.cut_rows += 1
-    report.cut_tokens += len(dropped)
     return dropped
 
 

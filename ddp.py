@@ -130,29 +130,31 @@ class GradientSum:
     stop requests ride along. Above FP64_LIMIT parameters everything is fp32, equal to rounding only.
     """
 
-    def __init__(self, params: list[torch.nn.Parameter], world: World):
+    def __init__(self, params: list[torch.nn.Parameter], world: World, flags: int = 1):
         if any(p.dtype != torch.float32 for p in params):
             raise AssertionError(f"trained parameters must be fp32 masters: {sorted({str(p.dtype) for p in params})}")
         self.params, self.world, self.count = params, world, sum(p.numel() for p in params)
         self.exact = self.count <= FP64_LIMIT
         device = params[0].device
         self.flat = torch.zeros(self.count, dtype=torch.float32, device=device)
-        self.total = torch.zeros(self.count + 2, dtype=torch.float64 if self.exact else torch.float32, device=device)
+        dtype = torch.float64 if self.exact else torch.float32
+        self.total = torch.zeros(self.count + 1 + flags, dtype=dtype, device=device)
         start = 0
         for p in params:
             p.grad = self.flat[start : start + p.numel()].view_as(p)
             start += p.numel()
 
-    def add(self, loss: torch.Tensor, stop: bool) -> None:
-        """Add the gradients of the micro-batch just run backward, its loss, and whether this rank was told to stop."""
+    def add(self, loss: torch.Tensor, *flags: bool) -> None:
+        """Add the gradients of the micro-batch just run backward, its loss, and this rank's reasons to stop."""
         self.total[: self.count].add_(self.flat)
         self.flat.zero_()
         self.total[self.count].add_(loss.detach())
-        if stop:
-            self.total[self.count + 1].add_(1.0)
+        for i, flag in enumerate(flags, 1):
+            if flag:
+                self.total[self.count + i].add_(1.0)
 
     def reduce(self) -> torch.Tensor:
-        """Sum over ranks into the .grad views and start at zero; returns (loss, stop requests) on the device."""
+        """Sum over ranks into the .grad views and start at zero; returns (loss, ranks' flags counted) on the device."""
         if self.world.size > 1:
             dist.all_reduce(self.total)
         self.flat.copy_(self.total[: self.count])
@@ -161,11 +163,12 @@ class GradientSum:
         return riders
 
 
-def gather_rows(world: World, rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+def gather_rows(world: World, rows: np.ndarray, values: np.ndarray, count: int, partial: bool = False) -> np.ndarray:
     """Rows scored by any rank, put in order on every rank.
 
     rows (n,) int64 indices that this rank scored, values (n, C) fp32 -> (count, C) fp32. Each rank fills its own rows
-    of a zero matrix and the sum puts them together exactly. Raises AssertionError unless every row came exactly once.
+    of a zero matrix and the sum puts them together exactly. partial: a row that did not come is NaN. Raises
+    AssertionError unless every row came exactly once.
     """
     width = values.shape[1]
     full = torch.zeros(count, width + 1, dtype=torch.float32)
@@ -175,7 +178,10 @@ def gather_rows(world: World, rows: np.ndarray, values: np.ndarray, count: int) 
         full = full.to(world.device)
         dist.all_reduce(full)
         full = full.cpu()
-    seen = full[:, width].numpy()
+    seen = full[:, width].numpy().copy()
+    if partial:
+        full[seen == 0] = float("nan")
+        seen = np.maximum(seen, 1)
     if not (seen == 1).all():
         raise AssertionError(f"{int((seen != 1).sum())} of {count} rows were not scored exactly once")
     return full[:, :width].numpy().copy()

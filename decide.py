@@ -183,18 +183,23 @@ def f1_threshold(scores: ArrayLike, targets: ArrayLike) -> tuple[float, float]:
     return float(middle if low <= middle < high else low), float(f1[best])  # adjacent floats have nothing between
 
 
-def fit_thresholds(logits: ArrayLike, targets: ArrayLike, kind: str, least: int = LEAST) -> np.ndarray:
-    """Thresholds (C,) on logits (N, C) against targets (N, C) of 0 and 1; a label is predicted where logit > threshold.
+def fit_thresholds(log_odds: ArrayLike, targets: ArrayLike, kind: str, least: int = LEAST) -> np.ndarray:
+    """Thresholds (C,) on calibrated log-odds (N, C) against targets (N, C) of 0 and 1; predicted where they are above.
 
-    none: 0, a probability of 0.5. global: one cut of all cells, the best micro-F1. per_class: each label's best F1;
-    labels with fewer than `least` positives take the global cut, their own optimum being noise.
+    none: 0, a probability of 0.5. Else half of the best F1 that any cut reaches, as a probability: optimal where
+    probabilities are calibrated, and less noisy than the place of that cut (Lipton et al. 2014, arXiv:1402.1892).
+    global: the micro-F1 of all cells with one cut; per_class: each label's own F1, for labels with fewer than `least`
+    positives the global one. NEVER where nothing is positive.
     """
-    z, y = _checked("multi_label", logits, targets)
+    z, y = _checked("multi_label", log_odds, targets)
     if kind not in KINDS[:3]:
         raise ValueError(f"thresholds: got {kind!r}, expected one of {', '.join(KINDS[:3])}")
+    if kind == "none":
+        return np.zeros(z.shape[1])
     own = (y.sum(axis=0) >= least) & (kind == "per_class")
-    shared = 0.0 if kind == "none" or own.all() else f1_threshold(z.ravel(), y.ravel())[0]
-    return np.array([f1_threshold(z[:, c], y[:, c])[0] if own[c] else shared for c in range(z.shape[1])])
+    shared = f1_threshold(z.ravel(), y.ravel())[1]
+    best = np.array([f1_threshold(z[:, c], y[:, c])[1] if own[c] else shared for c in range(z.shape[1])])
+    return np.where(best > 0, np.log(np.maximum(best, 1e-300) / (2 - best)), NEVER)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,16 +367,15 @@ def fit_decision(
 ) -> Decision:
     """Thresholds and calibration from logits (N, C) and labels, and from nothing else.
 
-    multi_label: `fit_thresholds` of that kind and Platt per label; labels with fewer than LEAST positives, or whose
-    own slope is not above 0, take the line of all cells together, so that calibration never reverses a ranking.
-    single_label: argmax and temperature; two classes: Platt on z1 - z0, and with kind "global" the cut of z1 - z0 with
-    the best F1 of class 1.
+    multi_label: Platt per label and, on its log-odds, `fit_thresholds` of that kind; labels with fewer than LEAST
+    positives, or whose slope is not above 0, take the line of all cells together: no ranking is ever reversed.
+    single_label: argmax and temperature; two classes: Platt on z1 - z0, and with kind "global" a cut of z1 - z0 for the
+    F1 of class 1.
     """
     z, y = _checked(task, logits, labels)
     multi, two = task == "multi_label", task == "single_label" and z.shape[1] == 2
     cells, targets = _margin(task, z), y if multi else y[:, None]
     kind = kind if multi or (two and kind == "global") else "none"
-    thresholds = fit_thresholds(cells, targets, kind).tolist() if multi or kind == "global" else []
     enough = targets.sum(axis=0) >= (LEAST if multi else 0)
     columns = zip(cells.T, targets.T, enough, strict=True) if multi or two else []
     platt = [fit_platt(cell, target) if own else (0.0, 0.0) for cell, target, own in columns]
@@ -381,7 +385,11 @@ def fit_decision(
             shared = 1e-6, math.log((positives + 1) / (targets.size - positives + 1))
         platt = [line if line[0] > 0 else shared for line in platt]
     temperature = 1.0 if multi or two else fit_temperature(z, y)
-    lines, empty = [[a, b] for a, b in platt], {"before": {}, "after": {}}
+    lines, empty, thresholds = [[a, b] for a, b in platt], {"before": {}, "after": {}}, []
+    if multi or kind == "global":
+        slope, shift = np.array(lines).T if kind != "none" else (1.0, 0.0)
+        cuts = fit_thresholds(cells * slope + shift, targets, kind)
+        thresholds = np.where(cuts == NEVER, NEVER, (cuts - shift) / slope).tolist()
     decision = Decision(task, z.shape[1], kind, thresholds, temperature, lines, fitted_on, len(z), empty)
     predicted, after = _decide(decision, z)
     return replace(decision, scores={"before": _plain(task, z, y), "after": _scores(task, after, predicted, y)})

@@ -5,6 +5,8 @@ run = load_run("outputs/tiny__base/tiny/run_0")
 run.predict(["What is 2 + 2?"])            # [{"label": "0", "name": "0", "probabilities": [...], "logits": [...]}]
 """
 
+import re
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import ddp
 import decide
 import lora
 import losses
+import metrics
 import model as models
 import prompts
 from configs import TrainConfig, UserError
@@ -33,23 +36,30 @@ class Degenerate(RuntimeError):
 
 
 @torch.no_grad()
-def score(model, tokens: data.Tokens, world: ddp.World, precision: str, max_tokens: int) -> np.ndarray:
+def score(
+    model, tokens: data.Tokens, world: ddp.World, precision: str, max_tokens: int, seconds: float = 0.0
+) -> np.ndarray:
     """fp32 logits (N, C) of all rows in their order, on every rank, each row scored once.
 
-    Micro-batches are cut by length, the same for any number of ranks, and shared out in turn.
+    Micro-batches are cut by length, the same for any number of ranks, and shared out in turn. seconds: a limit, 0 for
+    none; short rows then come first, and those that were not reached in time are NaN.
     """
-    was_training = model.training
+    was_training, started = model.training, time.perf_counter()
     model.eval()
     rows, logits = [], []
-    for j, chosen in enumerate(data.pack_by_length(tokens.lengths, max_tokens)):
+    batches = data.pack_by_length(tokens.lengths, max_tokens)
+    for j, chosen in enumerate(batches[::-1] if seconds else batches):
+        if seconds and time.perf_counter() - started > seconds:
+            break
         if j % world.size == world.rank:
             with models.autocast(world.device, precision):
-                logits.append(model(data.pack(tokens, chosen, world.device)))
+                found = model(data.pack(tokens, chosen, world.device))
+            logits.append(found.cpu() if seconds else found)  # a clock that does not wait for the GPU says nothing
             rows.append(chosen)
     model.train(was_training)
     mine = torch.cat(logits).cpu().numpy() if logits else np.zeros((0, model.outputs), np.float32)
     index = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-    return ddp.gather_rows(world, index, mine, len(tokens.lengths))
+    return ddp.gather_rows(world, index, mine, len(tokens.lengths), partial=seconds > 0)
 
 
 def next_token_loss(lm, batch: data.Batch) -> torch.Tensor:
@@ -149,7 +159,41 @@ def decided(task: str, decision: decide.Decision | None, logits: np.ndarray) -> 
     return decide.apply(decision or decide.plain(task, logits.shape[1]), logits)
 
 
+def by_value(cfg: TrainConfig, column: str, rows: list, logits: np.ndarray, targets: np.ndarray, say) -> dict:
+    """The metrics of the rows of each value of a column (AUC per rule, say), printed, and their mean over values."""
+    if not column:
+        return {}
+    data.need_columns(rows, [column], "rows", "by_column")
+    values = np.array([row[column] for row in rows])
+    found = {v: metrics.of_task(cfg.task, logits[values == v], targets[values == v]) for v in np.unique(values)}
+    every, width = set().union(*found.values()), max(len(v[:60]) for v in found)
+    names = [n for n in dict.fromkeys((cfg.metric, "roc_auc", "accuracy", "mse")) if n in every]
+    for value, scores in found.items():
+        words = ", ".join(f"{n} {scores[n]:.4f}" for n in names if n in scores)
+        say(f"{column} {value[:60]:<{width}} {scores['rows']:>7,} rows: {words}")
+    mean = {n: float(np.mean([s[n] for s in found.values() if n in s])) for n in names}
+    return {"by_column": {str(v): s for v, s in found.items()}, "mean_by_column": mean}
+
+
 # ---- classifiers on disk --------------------------------------------------------------------------------------------
+
+
+def prompted(cfg, tokenizer):
+    """A config with its named prompt as text, its words where a head of label words has none, its kept fields.
+
+    Raises UserError for a chat template that cannot say it.
+    """
+    prompt = prompts.PROMPTS.get(cfg.prompt)
+    if prompt is None:
+        near = configs._nearest(cfg.prompt, prompts.PROMPTS)
+        raise UserError(f"--prompt {cfg.prompt}: expected one of {', '.join(prompts.PROMPTS)}{near}")
+    try:
+        changes = {"text": prompts.as_text(prompt, tokenizer)}
+    except ValueError as e:
+        raise UserError(f"--prompt {cfg.prompt}: {e}") from None
+    changes |= {"kept": prompt.kept} if not getattr(cfg, "kept", True) else {}
+    changes |= {"label_words": prompt.words} if cfg.head == "label_words" and not cfg.label_words else {}
+    return replace(cfg, **changes)
 
 
 def words_of(cfg: TrainConfig, labels: data.Labels, tokenizer) -> tuple[tuple[int, ...], ...]:
@@ -296,15 +340,25 @@ class Run:
         """(predictions, probabilities (N, C)) of logits (N, C); of a regression its numbers (N,), and no columns."""
         return decided(self.config.task, self.decision, logits)
 
-    def logits(self, rows: list[dict[str, str]], max_tokens: int = 8192) -> tuple[np.ndarray, data.TokenReport]:
-        """fp32 logits (N, C) of rows that have the template's columns, and what tokenization did to them."""
-        tokens, report = data.tokenize(self.tokenizer, self.config.text, rows, self.config.max_length)
-        found = []
-        for save in self.saves if len(self.saves) > 1 else (None,):
+    def logits(self, rows: list[dict[str, str]], max_tokens: int = 8192, seconds: float = 0.0):
+        """fp32 logits (N, C) of rows that have the template's columns, and what tokenization did to them.
+
+        seconds: a limit, 0 for none; rows that no save reached in time are NaN.
+        """
+        end = time.perf_counter() + seconds
+        cfg = self.config
+        tokens, report = data.tokenize(self.tokenizer, cfg.text, rows, cfg.max_length, cfg.kept, cfg.budgets)
+        found, saves = [], self.saves if len(self.saves) > 1 else (None,)
+        for left, save in zip(range(len(saves), 0, -1), saves, strict=True):
             if save:
                 read_classifier(save, self.model)
-            found.append(score(self.model, tokens, self.world, self.precision, max_tokens))
-        return np.mean(found, axis=0, dtype=np.float32), report
+            share = max(1e-3, (end - time.perf_counter()) / left) if seconds else 0.0
+            found.append(score(self.model, tokens, self.world, self.precision, max_tokens, share))
+        if not seconds:
+            return np.mean(found, axis=0, dtype=np.float32), report
+        known = np.isfinite(found)
+        sums = np.where(known, found, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+        return np.where(known.any(axis=0), sums, np.nan).astype(np.float32), report
 
     def predict(self, texts: list, max_tokens: int = 8192) -> list[dict]:
         """Label and display name (multi_label: lists of them), probabilities and logits (both in the order of `labels`)
@@ -403,6 +457,51 @@ def _ready(run: Run, merge: bool) -> Run:
     return run
 
 
+def start_from(path: Path, cfg: TrainConfig, labels: data.Labels, model: models.Classifier) -> str:
+    """Give a new model the best adapter and head of another run (--init_from), strictly; returns a report.
+
+    Raises UserError where that run has other labels, another shape or another base.
+    """
+    other, theirs = run_facts(path)
+    folder = checkpoint.trusted(path / "best") if len(configs.members(other)) == 1 else None
+    if folder is None:
+        raise UserError(f"--init_from {path}: it holds no best/ save (of a family name one of its runs)")
+    if (other.task, theirs.values) != (cfg.task, labels.values):
+        raise UserError(f"--init_from {path}: its task or labels are others: {other.task} {theirs.values}")
+    try:
+        check_base(model, checkpoint.verify(folder)["base"], cfg.base)
+        return f"starts from {folder}: {read_classifier(folder, model)}"
+    except checkpoint.Untrusted as e:
+        raise UserError(f"--init_from {path}: it does not fit these settings: {e}") from None
+
+
+def chain(path: str) -> list[Path]:
+    """The runs that a run started from one after the other, oldest first, itself last; empty for an empty path."""
+    found = []
+    while path and Path(path) not in found:
+        found.append(Path(path))
+        path = run_facts(found[-1])[0].init_from
+    return found[::-1]
+
+
+def check_chain(cfg: TrainConfig, train: list[str], judges: list[str]) -> str:
+    """Raise UserError where rows that judge (by ids) were trained on by a run that this one starts from; returns a note
+    on those that it trains on again.
+    """
+    again = set()
+    for run in chain(cfg.init_from):
+        if run_facts(run)[0].train_data != cfg.train_data or not (run / "split.csv").is_file():
+            continue
+        seen = {row["id"] for row in data.read_rows(str(run / "split.csv"), "init_from") if row["part"] == "train"}
+        if seen & set(judges):
+            raise UserError(
+                f"--init_from {run}: {len(seen & set(judges)):,} validation rows of this run were trained on there: "
+                f"keep its split (--split {run / 'split.csv'}, or the same --balance, --val_size and --split_seed)"
+            )
+        again |= seen & set(train)
+    return f"note: {len(again):,} training rows were seen before by --init_from {cfg.init_from}" if again else ""
+
+
 def check_base(model: models.Classifier, saved: dict, base: str) -> None:
     """Raise Untrusted when the base is not the one that the save was trained on."""
     differs = models.compare_fingerprints(saved, model.base_fingerprint)
@@ -410,16 +509,50 @@ def check_base(model: models.Classifier, saved: dict, base: str) -> None:
         raise checkpoint.Untrusted(f"base {base} is not the one this run was trained on: {'; '.join(differs[:3])}")
 
 
-def probe(run: Run, rows: list[dict[str, str]]) -> float:
-    """How far the adapter moves the logits of a few rows. Raises Degenerate when it does not: another model's?"""
-    live, _ = run.logits(rows)
+def preflight(run: Run, rows: list[dict[str, str]], known: np.ndarray | None, max_tokens: int, most: int = 32) -> str:
+    """Score a few rows before all of them; returns how long those will take, and what the few say.
+
+    The rows are spread over the input, of both classes where labels are known. Raises Degenerate where scores are not
+    finite, do not depend on the row, or the adapter does not move them.
+    """
+    order = np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)
+    if known is not None and known.ndim == 1 and len(np.unique(known)) > 1:
+        values = np.unique(known)[:8]
+        order = np.unique(np.concatenate([np.flatnonzero(known == v)[: most // len(values)] for v in values]))
+    few = [rows[i] for i in order]
+    run.logits(few[:1], max_tokens)  # warms up
+    started = time.perf_counter()
+    logits, report = run.logits(few, max_tokens)
+    seconds = time.perf_counter() - started
+    reason, said = decide.degenerate(logits), ""
+    if lora.adapters(run.model) and np.isfinite(logits).all():
+        moved = probe(run, few, logits)
+        if not moved and not reason:
+            reason = "the adapter does not move the logits: another model's, or one never trained?"
+        said = f"the adapter moves the logits by up to {moved:.3g}; "
+    if reason:
+        raise Degenerate(f"preflight of {len(few)} rows: {reason}; nothing was written (--force goes on all the same)")
+    length = sum(len(row[c]) for row in rows for c in prompts.fields(run.config.text))
+    share = length / max(1, sum(len(row[c]) for row in few for c in prompts.fields(run.config.text)))
+    return f"preflight of {len(few)} rows: {said}{len(rows):,} rows take about {seconds * share / 60:.1f} min"
+
+
+def probe(run: Run, rows: list[dict[str, str]], live: np.ndarray) -> float:
+    """How far the adapter moves the logits of a few rows, live with it; 0 where that is rounding."""
     with lora.disable(run.model):
-        base, _ = run.logits(rows)
-    moved = float(np.abs(live - base).max())
-    if not moved > 1e-6 * max(1.0, float(np.abs(live).max())):  # NaN too
-        found = f"the adapter does not move the logits of {len(rows)} rows (by {moved:.1e} at most): another model's?"
-        raise Degenerate(f"{found} Nothing was written (--force writes it all the same)")
-    return moved
+        moved = float(np.abs(live - run.logits(rows)[0]).max())
+    return moved if moved > 1e-6 * max(1.0, float(np.abs(live).max())) else 0.0
+
+
+def foreign(adapter: lora.Adapter | None, base: str) -> str:
+    """Why an adapter seems to be another model's, by the base it names, or an empty string.
+
+    Every part of that name (qwen2.5, 0.5b, instruct) should occur somewhere in the given base's path.
+    """
+    path = re.sub(r"[^a-z0-9.]", "", base.lower())
+    wanted = re.findall(r"[a-z0-9.]+", Path(adapter.base).name.lower()) if adapter and adapter.base else []
+    lost = [part for part in wanted if part not in path]
+    return f"the adapter was trained on {adapter.base}, not on {base}" if lost else ""
 
 
 def weak_tokens(model, tokenizer, tokens: data.Tokens) -> str:
@@ -466,7 +599,9 @@ def given_model(cfg: configs.InferConfig) -> Given:
     if not names:
         raise UserError("the classes are not known: name them with --label_names (and --head label_words)")
     labels = data.Labels(names if len(names) > 1 else (), names)
-    same = {n: getattr(cfg, n) for n in ("text", "label_column", "id_column", "head", "label_words", "quant")}
+    cfg = prompted(cfg, tokenizer) if cfg.prompt else cfg
+    same = {n: getattr(cfg, n) for n in ("prompt", "text", "label_column", "id_column", "head", "label_words", "quant")}
+    same |= {"kept": prompts.PROMPTS[cfg.prompt].kept if cfg.prompt else ()}
     same |= {"task": "regression" if len(names) == 1 else "single_label", "max_length": cfg.max_length, "base": base}
     known = TrainConfig(pooling=models.stored_pooling(base), rank=int(bool(adapter)), train_layers=0, **same)
     check_model(known, labels, tokenizer, adapter, shapes if adapter else None)
@@ -514,8 +649,8 @@ def load_adapter(folder: Path, adapter: lora.Adapter, model, base: str) -> str:
     if len(idle) == len(lora.adapters(model)):
         raise checkpoint.Untrusted(f"{folder}: every update is zero; the adapter was never trained")
     report += f"; {len(idle)} updates are zero" if idle else ""
-    if adapter.base and Path(adapter.base).name.lower() != Path(base).name.lower():
-        report += f"\nwarning: it names the base {adapter.base!r}, not {base}: every tensor fits all the same"
+    if foreign(adapter, base):
+        report += f"\nwarning: {foreign(adapter, base)}: every tensor fits all the same"
     return report
 
 

@@ -20,6 +20,7 @@ import json
 import shutil
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,10 +33,10 @@ import data
 import ddp
 import decide
 import evaluate
-import lora
 import metrics
 import model as models
 import prompts
+import resume
 from configs import InferConfig, UserError
 
 
@@ -49,6 +50,10 @@ def main(argv: list[str]) -> dict:
     given = evaluate.given_model(cfg) if cfg.base or cfg.adapter else None
     path = Path(cfg.adapter or cfg.base) if given else find_run(cfg)
     train_cfg, labels = (given.config, given.labels) if given else evaluate.run_facts(path)
+    limit = configs.seconds(cfg.time_limit)
+    foreign = evaluate.foreign(given.adapter, given.config.base) if given else ""
+    if foreign and not (cfg.force or cfg.export):
+        raise evaluate.Degenerate(f"{foreign}: nothing was scored (--force where it is the same model by another name)")
     if cfg.merge and train_cfg.quant != "none":
         raise UserError(f"--merge: run {path} is quantized, which takes no update; --export DIR merges its 16-bit base")
     members = [] if given else list(configs.members(train_cfg))
@@ -85,17 +90,20 @@ def main(argv: list[str]) -> dict:
     Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
 
     # ---- score ------------------------------------------------------------------------------------------------------
+    if cfg.scoring == "generate":
+        return generate_answers(cfg, path, train_cfg, labels, world, rows, ids, known)
     blend = blending(cfg, train_cfg, labels) if len(cfg.runs) > 1 else None
     run = load(cfg, path, given, world, "")
     run.decision = blend.decision if blend else run.decision
     if cfg.threshold:
         run.decision = decision_at(run, cfg.threshold)
-    if lora.adapters(run.model) and not cfg.force:
-        ddp.say(
-            world, f"the adapter moves the logits of {len(rows[:4])} rows by up to {evaluate.probe(run, rows[:4]):.3g}"
-        )
+    if not cfg.force:
+        ddp.say(world, evaluate.preflight(run, rows, known, cfg.max_tokens))
     started = time.perf_counter()
-    logits, report = run.logits(rows, cfg.max_tokens)
+    left = max(1e-3, limit - resume.process_seconds() - 1.0) if limit else 0.0
+    logits, report = run.logits(rows, cfg.max_tokens, left)
+    missing = np.flatnonzero(np.isnan(logits).any(axis=1)) if limit else np.zeros(0, int)
+    logits[missing] = prior_logits(path, train_cfg, labels)
     if blend:
         others = [member(cfg, Path(p), run, world, rows, ids) for p in cfg.runs[1:]]
         logits = decide.ensemble([logits, *others], cfg.ensemble, blend.weights, blend.task).astype(np.float32)
@@ -104,7 +112,7 @@ def main(argv: list[str]) -> dict:
     ddp.say(world, f"tokens: {report}")
     ddp.say(world, decide.distribution(logits, list(labels.names), train_cfg.task))
     reason = decide.degenerate(logits)
-    if reason and not cfg.force:
+    if reason and not cfg.force and len(missing) < len(rows):
         raise evaluate.Degenerate(f"{reason}; nothing was written (--force writes it all the same)")
 
     # ---- metrics and output -----------------------------------------------------------------------------------------
@@ -113,9 +121,105 @@ def main(argv: list[str]) -> dict:
         ddp.say(world, metrics.summary(train_cfg.task, logits, known, labels.names))
         for key, scores in decided_metrics(run, logits, known).items():
             result[key] = {k: round(v, 6) for k, v in scores.items()}
+        by = evaluate.by_value(train_cfg, cfg.by_column, rows, logits, known, lambda words: ddp.say(world, words))
+        result |= by
+    if limit:
+        result["unscored"] = len(missing)
+        ddp.say(world, f"--time_limit {cfg.time_limit}: {len(missing):,} of {len(rows):,} rows were not scored in time")
     if world.rank == 0:
         write_output(cfg, ids, run, logits)
+        write_lines(cfg, "unscored", ["id"], [[ids[i]] for i in missing])
     return {**result, "examples_per_second": round(len(rows) / seconds, 2), "seconds": round(seconds, 2)}
+
+
+def prior_logits(path: Path, cfg, labels: data.Labels) -> np.ndarray:
+    """(C,) logits that say what share of the training rows has each label; of a model that is no run, nothing."""
+    facts = checkpoint.load_json(path / "labels.json") if (path / "labels.json").is_file() else {}
+    shares = np.array(facts.get("shares") or [1 / max(1, len(labels.values))] * max(1, len(labels.values)))
+    if cfg.task == "regression":
+        return shares.astype(np.float32)
+    p = np.clip(shares, 1e-6, 1 - 1e-6)
+    return (np.log(p) - (np.log1p(-p) if cfg.task == "multi_label" else 0)).astype(np.float32)
+
+
+def write_lines(cfg: InferConfig, what: str, header: list[str], lines: list[list]) -> None:
+    """A CSV beside the output, OUTPUT.what.csv, of rows that went wrong; without any an older one is removed."""
+    path = Path(f"{cfg.output}.{what}.csv")
+    path.unlink(missing_ok=True)
+    if lines:
+        out = io.StringIO(newline="")
+        csv.writer(out, lineterminator="\n").writerows([header, *lines])
+        checkpoint.write_atomic(path, out.getvalue())
+        print(f"{len(lines):,} rows {what}: {path}")
+
+
+def generate_answers(cfg: InferConfig, path: Path, train_cfg, labels, world, rows, ids, known) -> dict:
+    """--scoring generate: the model writes its answers, and they are read as scores; those that cannot be read are
+    counted, written beside the output and left empty in it, never filled in.
+    """
+    if len(labels.values) != 2 or train_cfg.head != "label_words":
+        raise UserError("--scoring generate: expected two classes and --head label_words, whose words an answer says")
+    if not (given_by_hand := cfg.base or cfg.adapter) and not train_cfg.rank:
+        raise UserError(f"--scoring generate: {path} trained its whole base as a classifier, which writes no text")
+    words = train_cfg.label_words or labels.names
+    source = cfg if given_by_hand else replace(cfg, base=train_cfg.base, adapter=str(path / "best"))
+    given = evaluate.given_language_model(replace(source, quant=train_cfg.quant), None)
+    precision, _ = models.choose_precision(cfg.precision, world.device)
+    lm, report = evaluate.load_language_model(given, world, precision)
+    ddp.say(world, report)
+    pieces = [prompts.render(train_cfg.text, row) for row in rows]
+    encoded, told = evaluate.encode_prompts(given.tokenizer, pieces, train_cfg.max_length)
+    ddp.say(world, f"tokens: {told}")
+    order = np.argsort([-len(row) for row in encoded], kind="stable")  # equal lengths together: little padding
+    batches = [order[i : i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
+    stops, written, started = evaluate.stop_ids(lm, given.tokenizer), {}, time.perf_counter()
+    for j, batch in enumerate(tqdm(batches, disable=world.rank != 0, unit="batch", file=sys.stderr)):
+        if j % world.size == world.rank:
+            how = precision, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed + j, stops
+            texts = evaluate.generate(lm, given.tokenizer, [encoded[i] for i in batch], *how)
+            written |= dict(zip(batch.tolist(), texts, strict=True))
+        if j == 0 and not cfg.force and world.rank == 0:
+            check_answers([prompts.parse_answer(t, words) for t in written.values()], len(batch))
+    written = {i: text for part in ddp.gather_objects(world, written) for i, text in part.items()}
+    found = [prompts.parse_answer(written[i], words) for i in range(len(rows))]
+    seconds, scores = time.perf_counter() - started, np.array([np.nan if s is None else s for s, _ in found])
+    good = np.flatnonzero(np.isfinite(scores))
+    result = {"run": str(path), "rows": len(rows), "output": cfg.output, "malformed": len(rows) - len(good)}
+    ddp.say(world, f"{len(good):,} of {len(rows):,} answers can be read: {dict(Counter(how for _, how in found))}")
+    p = np.clip(scores, 1e-6, 1 - 1e-6)
+    logits = np.stack([np.zeros(len(p)), np.log(p / (1 - p))], axis=1).astype(np.float32)
+    if known is not None and len(good):
+        told = metrics.classification(logits[good], known[good])
+        result["metrics"] = {k: round(v, 6) for k, v in told.items()}
+        result["metrics"]["accuracy_all"] = round(told["accuracy"] * len(good) / len(rows), 6)  # malformed: wrong
+        result |= evaluate.by_value(
+            train_cfg, cfg.by_column, [rows[i] for i in good], logits[good], known[good], lambda w: ddp.say(world, w)
+        )
+    if world.rank == 0:
+        chosen = ["" if np.isnan(s) else labels.values[int(s > 0.5)] for s in scores]
+        shares = [["", ""] if np.isnan(s) else [1 - s, s] for s in scores]
+        write_records(cfg, train_cfg.id_column, labels, ids, chosen, shares, as_probability(cfg, train_cfg, labels))
+        bad = [[ids[i], found[i][1], written[i]] for i in range(len(rows)) if found[i][0] is None]
+        write_lines(cfg, "malformed", ["id", "why", "answer"], bad)
+    return {**result, "examples_per_second": round(len(rows) / seconds, 2), "seconds": round(seconds, 2)}
+
+
+def check_answers(found: list[tuple], count: int) -> None:
+    """Raise Degenerate where none of the first answers can be read: the prompt, the words or the adapter is wrong."""
+    if count >= 4 and all(score is None for score, _ in found):
+        why = ", ".join(f"{how} {n}" for how, n in Counter(how for _, how in found).items())
+        raise evaluate.Degenerate(
+            f"preflight: none of the first {count} answers can be read ({why}); nothing was written (--force goes on)"
+        )
+
+
+def as_probability(cfg: InferConfig, train_cfg, labels: data.Labels) -> bool:
+    """Whether a submission holds the probability of the last of two classes, as rankings are judged by."""
+    auto = train_cfg.metric == "roc_auc" and train_cfg.task == "single_label"
+    wanted = auto if cfg.answer == "auto" else cfg.answer == "probability"
+    if wanted and (train_cfg.task != "single_label" or len(labels.values) != 2):
+        raise UserError(f"--answer probability: it is that of the last of two classes; this run has {labels.values}")
+    return wanted
 
 
 def export(cfg: InferConfig, path: Path, given, world: ddp.World, rows: list[dict[str, str]]) -> dict:
@@ -284,13 +388,21 @@ def write_output(cfg: InferConfig, ids: list[str], run: evaluate.Run, logits: np
     chosen = data.answers(run.config.task, predicted, labels)
     if run.config.task == "multi_label" and not cfg.output.endswith(".jsonl"):
         chosen = [run.config.label_delimiter.join(row) for row in chosen]
+    write_records(cfg, id_column, labels, ids, chosen, shares.tolist(), as_probability(cfg, run.config, labels))
+
+
+def write_records(
+    cfg: InferConfig, id_column: str, labels: data.Labels, ids, chosen, shares, probability: bool
+) -> None:
+    """Write the two columns of a submission, or id, prediction and a probability for each class, in one piece."""
     if cfg.submission:
         header = [c.strip() for c in cfg.submission.split(",")]
-        records = [dict(zip(header, pair, strict=True)) for pair in zip(ids, chosen, strict=True)]
+        answers = [share[-1] for share in shares] if probability else chosen
+        records = [dict(zip(header, pair, strict=True)) for pair in zip(ids, answers, strict=True)]
     else:
         names = [f"probability_{v}" for v in labels.values]
         records = [
-            {id_column: i, "prediction": c, **dict(zip(names, map(float, p), strict=True))}
+            {id_column: i, "prediction": c, **dict(zip(names, p, strict=True))}
             for i, c, p in zip(ids, chosen, shares, strict=True)
         ]
     out = Path(cfg.output)

@@ -13,10 +13,12 @@ def cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
     """Label-smoothed, class-weighted cross-entropy in fp32, as torch defines it (a row's weight is its class's).
 
-    logits (B, C), labels (B,) int64, class_weights (C,) -> (sum of the rows' losses, sum of the rows' weights).
-    Smoothing: Szegedy et al. 2015, https://arxiv.org/abs/1512.00567.
+    logits (B, C), labels (B,) int64 or (B, C) probabilities, class_weights (C,) -> (sum of the rows' losses, sum of the
+    rows' weights). Smoothing: Szegedy et al. 2015, https://arxiv.org/abs/1512.00567.
     """
-    weight = class_weights[labels].sum() if class_weights is not None else float(len(labels))
+    weight = float(len(labels))
+    if class_weights is not None:
+        weight = (class_weights[labels] if labels.ndim == 1 else labels @ class_weights).sum()
     loss = F.cross_entropy(
         logits.float(), labels, weight=class_weights, label_smoothing=label_smoothing, reduction="sum"
     )

@@ -1,6 +1,7 @@
 """Where a run is, for train and cpt: its folder and state, how they are saved, and how a run goes on."""
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -58,16 +59,63 @@ class Log:
             self.tracker.close()
 
 
+class Limit:
+    """A time limit (0 for none): when to stop so that evaluations and saves still fit, and what first steps foretell.
+
+    val_tokens: of the evaluation, whose time is guessed from training until one was measured. Only rank 0 looks at the
+    clock: the others hear of it with the step's sums.
+    """
+
+    def __init__(self, seconds: float, world: ddp.World, val_tokens: float):
+        self.seconds, self.rank, self.val_tokens = seconds, world.rank, val_tokens
+        self.evaluation, self.begun, self.said = 0.0, None, False
+
+    def left(self, at: State) -> float:
+        """Seconds for training: what is left without two evaluations, of the last step and of best/, and the saves."""
+        guess = 0.5 * self.val_tokens * at.seconds / max(at.tokens, 1)
+        return self.seconds - process_seconds() - 2.2 * (self.evaluation or guess) - 4.0
+
+    def over(self, at: State) -> bool:
+        """Whether this step should be the last one."""
+        return bool(self.seconds) and self.rank == 0 and self.left(at) < 0
+
+    def forecast(self, at: State, total: int) -> str:
+        """Once, after a few steps: how long all of them take and how many fit; an empty string otherwise."""
+        self.begun = self.begun or (at.step, at.seconds)
+        steps, seconds = at.step - self.begun[0], at.seconds - self.begun[1]
+        if not self.seconds or self.said or steps < 10:
+            return ""
+        self.said, a_step = True, seconds / steps
+        fit = min(total, at.step + int(max(0.0, self.left(at)) / a_step))
+        whole = f"{total - at.step:,} more steps take about {(total - at.step) * a_step / 60:.1f} min"
+        ends = "all of them fit" if fit == total else f"it will end at about step {fit:,} of {total:,}"
+        return f"forecast: {whole}; with the time limit of {self.seconds / 60:.1f} min {ends}"
+
+
+LOADED = time.monotonic()
+
+
+def process_seconds() -> float:
+    """Seconds since this process was started; since this file was loaded where the system does not tell."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        age = 0.0
+    return max(age, time.monotonic() - LOADED)
+
+
 class Clock:
-    """Adds the time since the last lap to one of the state's counters of seconds."""
+    """Adds the time since the last lap to one of the state's counters of seconds, and returns it."""
 
     def __init__(self, at: State):
         self.at, self.last = at, time.perf_counter()
 
-    def lap(self, counter: str) -> None:
-        now = time.perf_counter()
-        setattr(self.at, counter, getattr(self.at, counter) + now - self.last)
+    def lap(self, counter: str) -> float:
+        now, before = time.perf_counter(), self.last
+        setattr(self.at, counter, getattr(self.at, counter) + now - before)
         self.last = now
+        return now - before
 
 
 def run_to_resume(cfg, given: set[str], world: ddp.World):

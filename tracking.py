@@ -47,8 +47,8 @@ class TensorBoard:
 
 
 class WandB:
-    """A W&B run in the project lasttoken, named and identified by the run's folder. What else W&B wants to know it takes
-    from its own environment: WANDB_MODE=offline, WANDB_PROJECT and so on.
+    """A W&B run in the project lasttoken, named and identified by the run's folder. What else W&B wants to know it
+    takes from its own environment: WANDB_MODE=offline, WANDB_PROJECT and so on.
     """
 
     def __init__(self, run: Path, config: str, step: int):

@@ -31,6 +31,7 @@ import losses
 import metrics
 import model as models
 import optim
+import prompts
 import resume
 import splits
 from configs import TrainConfig, UserError
@@ -49,12 +50,15 @@ def main(argv: list[str]) -> dict:
     ddp.say(world, configs.preset_note(given, argv))
 
     # ---- data -------------------------------------------------------------------------------------------------------
+    if cfg.prompt:
+        cfg = evaluate.prompted(cfg, data.load_tokenizer(models.need_base(cfg.base)))
+        ddp.say(world, f"prompt {cfg.prompt} ({prompts.digest(cfg.text)}):\n{cfg.text}")
     rows, val, labels = splits.read(cfg, lambda *words: ddp.say(world, *words))
     tokenizer = data.load_tokenizer(models.need_base(cfg.base))
     evaluate.check_model(cfg, labels, tokenizer)
     for name, part in (("train_data", rows), ("val_data", val)):
         if part:
-            part.tokens, report = data.tokenize(tokenizer, cfg.text, part.rows, cfg.max_length)
+            part.tokens, report = data.tokenize(tokenizer, cfg.text, part.rows, cfg.max_length, cfg.kept, cfg.budgets)
             part.uncut = np.array(report.lengths)
             ddp.say(world, f"{name}: {report}")
     tokenizer.model_max_length = cfg.max_length  # as others read it from a save
@@ -64,9 +68,13 @@ def main(argv: list[str]) -> dict:
     for _, one, train, judge in todo:  # what is wrong with the last of them is said before the first one starts
         class_weights(one, train.labels, len(labels.names))
         periodic_rows(one, judge.labels, len(labels.names))
-    facts = {"labels.json": json.dumps({"values": labels.values, "names": labels.names}, indent=1)}
+        ddp.say(world, evaluate.check_chain(one, train.ids, judge.ids))
+    shares = rows.own().labels.mean(axis=0) if cfg.task != "single_label" else class_shares(rows, labels)
+    shares = np.atleast_1d(shares).tolist()
+    facts = {"labels.json": json.dumps({"values": labels.values, "names": labels.names, "shares": shares}, indent=1)}
+    facts |= {"split.csv": text} if len(todo) == 1 and (text := splits.split_csv(cfg, rows, val)) else {}
     if world.rank == 0:
-        parts = (rows, None) if cfg.folds and cfg.fold == "all" else todo[0][2:]
+        parts = (rows.own(), None) if cfg.folds and cfg.fold == "all" else todo[0][2:]
         found = splits.audit_rows(cfg, labels, *parts, print)
         facts |= {"audit.json": json.dumps(found, ensure_ascii=False, indent=1) + "\n"} if found else {}
     if len(todo) == 1:
@@ -87,6 +95,8 @@ def family(cfg: TrainConfig, world, tokenizer, labels, judged: Split, todo: list
         if folder and ddp.from_rank0(world, lambda f=folder: checkpoint.finished(f)):
             ddp.say(world, f"{folder} is finished")
             continue
+        if ddp.from_rank0(world, lambda: cfg.time_limit and resume.process_seconds() > configs.seconds(cfg.time_limit)):
+            raise KeyboardInterrupt(f"--time_limit {cfg.time_limit} is over; go on with --resume {run}")
         begun = folder if folder and ddp.from_rank0(world, lambda f=folder: (f / "config.json").is_file()) else None
         try:
             own = {"labels.json": facts["labels.json"]}
@@ -175,6 +185,8 @@ def fit(cfg: TrainConfig, world, tokenizer, labels, train: Split, val: Split, ru
     if cfg.pooling == "last" and model.family in models.ENCODERS:
         ddp.say(world, "note: the last token of an encoder is a separator; --pooling cls is what its head knows")
     ddp.say(world, lora.trainable_table(model))
+    if cfg.init_from and run is None:
+        ddp.say(world, evaluate.start_from(Path(cfg.init_from), cfg, labels, model))
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
     groups = optim.parameter_groups(model.named_parameters(), cfg.lr, cfg.head_lr, cfg.weight_decay, model.heads)
@@ -182,7 +194,7 @@ def fit(cfg: TrainConfig, world, tokenizer, labels, train: Split, val: Split, ru
     if cfg.optimizer.startswith("paged") and world.device.type != "cuda":
         ddp.say(world, f"{cfg.optimizer}: paging exists on GPUs only; the state stays in this machine's memory")
     scaler = optim.loss_scaler(world.device.type, precision == "fp16")
-    gradients = ddp.GradientSum([p for p in model.parameters() if p.requires_grad], world)
+    gradients = ddp.GradientSum([p for p in model.parameters() if p.requires_grad], world, flags=2)
     if not gradients.exact:
         ddp.say(world, f"{gradients.count:,} trained parameters: gradients add up in fp32, equal to rounding only")
     warmup = optim.warmup_updates(total, cfg.warmup_steps, cfg.warmup_ratio)
@@ -220,7 +232,8 @@ def fit(cfg: TrainConfig, world, tokenizer, labels, train: Split, val: Split, ru
 
     # ---- loop: step, log, eval, save --------------------------------------------------------------------------------
     of_classes = None if weights is None else torch.from_numpy(weights).float().to(world.device)
-    stop, log, clock = ddp.StopRequest(), resume.Log(run, cfg, world, at.step), resume.Clock(at)
+    stop, log, clock, late = ddp.StopRequest(), resume.Log(run, cfg, world, at.step), resume.Clock(at), False
+    limit = resume.Limit(configs.seconds(cfg.time_limit), world, float(val.tokens.lengths.sum()))
     bar = tqdm(total=total, initial=at.step, disable=world.rank != 0, unit="step", file=sys.stderr, mininterval=1.0)
     while at.step < total and not at.done:
         epoch, index = divmod(at.step, steps_per_epoch)
@@ -229,19 +242,20 @@ def fit(cfg: TrainConfig, world, tokenizer, labels, train: Split, val: Split, ru
                 train.tokens.lengths, cfg.batch_size, cfg.max_tokens, at.micro_batches, cfg.seed, epoch
             )
         rows_of_step = np.concatenate(plan[index])
-        denominator = loss_weight(cfg.task, train.labels[rows_of_step], weights)
+        denominator = loss_weight(cfg.task, train.targets[rows_of_step], weights)
         factor = optim.lr_factor(at.updates, total, warmup, cfg.schedule)
         for j, rows in enumerate(plan[index]):
             if j % world.size != world.rank:
                 continue
             torch.manual_seed(ddp.micro_seed(cfg.seed, at.step, j))
-            target = torch.from_numpy(train.labels[rows]).to(world.device)
+            target = torch.from_numpy(train.targets[rows]).to(world.device)
             with models.autocast(world.device, precision):
                 logits = model(data.pack(train.tokens, rows, world.device))
             loss = loss_sum(cfg.task, logits, target, cfg.label_smoothing, of_classes) / denominator
             scaler.scale(loss).backward()
-            gradients.add(loss, stop=bool(stop.signal))
-        norm, taken, (loss, stopping) = optim.step(optimizer, scaler, factor, cfg.grad_clip, gradients.reduce())
+            gradients.add(loss, bool(stop.signal), limit.over(at))
+        sums = gradients.reduce()
+        norm, taken, (loss, stopping, late) = optim.step(optimizer, scaler, factor, cfg.grad_clip, sums)
         if not taken:
             at.skipped += 1
             refuse_not_finite(cfg, world, model, scaler, train, plan[index], precision, at.step, loss)
@@ -260,12 +274,13 @@ def fit(cfg: TrainConfig, world, tokenizer, labels, train: Split, val: Split, ru
 
         # eval
         last = at.step == total
-        if last or at.step % eval_every == 0:
+        ddp.say(world, limit.forecast(at, total))
+        if last or late or at.step % eval_every == 0:
             logits = evaluate.score(model, val.tokens.take(eval_rows), world, precision, cfg.max_tokens)
             if not np.isfinite(logits).all():
                 raise not_finite(world, model, train, plan[index], precision, f"step {at.step}: scores not finite")
             scores = metrics.of_task(cfg.task, logits, val.labels[eval_rows])
-            clock.lap("eval_seconds")
+            limit.evaluation = clock.lap("eval_seconds") * len(val.labels) / len(eval_rows)
             log.write({"step": at.step, "eval": scores})
             ddp.say(world, f"step {at.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "rows"))
             if better(scores, at.best, cfg.metric):
@@ -274,6 +289,7 @@ def fit(cfg: TrainConfig, world, tokenizer, labels, train: Split, val: Split, ru
             else:
                 at.stale += 1
                 at.done = bool(cfg.patience) and at.stale >= cfg.patience
+            at.done = at.done or bool(late)
 
         # save
         if last or at.done or stopping or at.step % save_every == 0:
@@ -287,7 +303,8 @@ def fit(cfg: TrainConfig, world, tokenizer, labels, train: Split, val: Split, ru
 
     # ---- end: the best save, on all validation rows -----------------------------------------------------------------
     if at.done:
-        ddp.say(world, f"stopped early: {cfg.patience} evaluations without a better {cfg.metric}")
+        why = f"--time_limit {cfg.time_limit}" if late else f"{cfg.patience} evaluations without a better {cfg.metric}"
+        ddp.say(world, f"stopped early, at step {at.step} of {total}: {why}")
     ddp.barrier(world)  # rank 0 has written best/
     evaluate.read_classifier(checkpoint.trusted(run / "best"), model)
     logits = evaluate.score(model, val.tokens, world, precision, cfg.max_tokens)
@@ -302,7 +319,10 @@ def fit(cfg: TrainConfig, world, tokenizer, labels, train: Split, val: Split, ru
     )
     result = {
         "run": str(run),
+        "train_rows": len(train.ids),
+        "text_sha256": prompts.digest(cfg.text),
         "metrics": {k: round(v, 6) for k, v in scores.items()},
+        **evaluate.by_value(cfg, cfg.by_column, val.rows, logits, val.labels, lambda words: ddp.say(world, words)),
         "majority": round(metrics.majority(cfg.task, val.labels), 6),
         **fit_decision(cfg, run, logits, val.labels, world),
         "best_step": at.best_step,
@@ -314,6 +334,7 @@ def fit(cfg: TrainConfig, world, tokenizer, labels, train: Split, val: Split, ru
         "train_seconds": round(at.seconds, 2),
         "eval_seconds": round(at.eval_seconds, 2),
     }
+    result |= {"chain": chain_table(cfg, result, world)} if cfg.init_from else {}
     if world.rank == 0:
         write_predictions(run / "val_predictions.csv", val, cfg.task, logits, labels)
         checkpoint.write_atomic(run / "result.json", json.dumps(result) + "\n")
@@ -329,6 +350,12 @@ def fit(cfg: TrainConfig, world, tokenizer, labels, train: Split, val: Split, ru
 def class_counts(task: str, labels: np.ndarray, classes: int) -> np.ndarray:
     """(C,) rows of each class or label."""
     return labels.sum(axis=0).astype(int) if task == "multi_label" else np.bincount(labels, minlength=classes)
+
+
+def class_shares(rows: Split, labels: data.Labels) -> np.ndarray:
+    """(C,) the share of rows of each class."""
+    own = rows.own().labels
+    return np.bincount(own, minlength=len(labels.values)) / len(own)
 
 
 def class_weights(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndarray | None:
@@ -352,9 +379,11 @@ def loss_sum(task: str, logits: torch.Tensor, target: torch.Tensor, label_smooth
     return loss(logits, target, label_smoothing, weights)[0]
 
 
-def loss_weight(task: str, labels: np.ndarray, weights: np.ndarray | None) -> float:
+def loss_weight(task: str, targets: np.ndarray, weights: np.ndarray | None) -> float:
     """What a step's sum is divided by: its rows, their class weights, or its cells for multi_label."""
-    return float(labels.size if weights is None or task == "multi_label" else weights[labels].sum())
+    if weights is None or task == "multi_label":
+        return float(targets.size if task == "multi_label" else len(targets))
+    return float((weights[targets] if targets.ndim == 1 else targets @ weights).sum())
 
 
 def periodic_rows(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndarray:
@@ -417,6 +446,32 @@ def fit_decision(cfg: TrainConfig, run: Path, logits: np.ndarray, labels: np.nda
         when = "argmax or probability 0.5" if name == "before" else "thresholds and calibration of the other folds"
         ddp.say(world, f"{when}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
     return {"undecided": scores["before"], "decided": scores["after"]}
+
+
+def chain_table(cfg: TrainConfig, result: dict, world) -> list[dict]:
+    """The runs that this one goes on from and itself, with their slices and metrics, printed as a table."""
+    past = [
+        (run, evaluate.run_facts(run)[0], checkpoint.load_json(run / "result.json"))
+        for run in evaluate.chain(cfg.init_from)
+    ]
+    found = [
+        {
+            "run": str(run),
+            "train_start": c.train_start,
+            "train_stop": c.train_stop,
+            "train_rows": told["train_rows"],
+            "metrics": told["metrics"],
+        }
+        for run, c, told in [*past, (result["run"], cfg, result)]
+    ]
+    shown = [n for n in dict.fromkeys((cfg.metric, "accuracy", "roc_auc", "log_loss")) if n in result["metrics"]]
+    lines = [f"{'slice':<20} {'rows':>9} " + " ".join(f"{n:>10}" for n in shown) + "  run"]
+    for one in found:
+        stretch = f"{one['train_start']:,} to {one['train_stop'] or 'the end'}"
+        numbers = " ".join(f"{one['metrics'].get(n, float('nan')):10.4f}" for n in shown)
+        lines.append(f"{stretch:<20} {one['train_rows']:>9,} {numbers}  {one['run']}")
+    ddp.say(world, "\n".join(lines))
+    return found
 
 
 def write_predictions(path: Path, val: Split, task: str, logits: np.ndarray, labels: data.Labels) -> None:

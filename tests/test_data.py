@@ -380,13 +380,12 @@ def test_stratified_split_properties(counts, share, as_count, seed):
 
 
 def test_stratified_split_changes_with_the_seed_and_never_with_global_state():
-    labels = np.repeat(np.arange(4), 50)
-    splits = []
+    labels, found = np.repeat(np.arange(4), 50), []
     for seed in (0, 1, 0):
         np.random.seed(seed + 5)
         random.seed(seed + 7)
-        splits.append(splits.stratified_split(labels, 0.2, seed)[1].tolist())
-    assert splits[0] == splits[2] != splits[1]
+        found.append(splits.stratified_split(labels, 0.2, seed)[1].tolist())
+    assert found[0] == found[2] != found[1]
 
 
 def test_stratified_split_refuses_a_class_with_one_row():

@@ -262,7 +262,7 @@ def test_gradient_sum_is_the_plain_sum_and_keeps_its_views():
             loss = layers(x).square().sum()
             losses.append(loss.item())
             loss.backward()
-            gradients.add(loss, stop=x is not batches[0])
+            gradients.add(loss, x is not batches[0])
         riders = gradients.reduce()
         for p, total in zip(params, plain, strict=True):
             assert torch.equal(p.grad, total.float())
@@ -281,7 +281,7 @@ def test_gradient_sum_wants_fp32_masters_and_knows_its_limit(monkeypatch):
     monkeypatch.setattr(ddp, "FP64_LIMIT", 8)
     large = ddp.GradientSum([weight], alone())
     weight.sum().backward()
-    large.add(torch.tensor(2.0), stop=False)
+    large.add(torch.tensor(2.0), False)
     assert not large.exact and large.total.dtype == torch.float32
     assert large.reduce().tolist() == [2.0, 0.0] and torch.equal(weight.grad, torch.ones(3, 3))
 

@@ -147,7 +147,8 @@ def test_a_run_is_measured_saved_and_decides(done, small_base):
     result, path = done
     run = Path(result["run"])
     labels = json.loads((run / "labels.json").read_text())
-    assert labels == {"values": list(NAMES), "names": list(NAMES)}
+    assert labels["values"] == labels["names"] == list(NAMES)
+    assert labels["shares"] == pytest.approx([1 / 2, 1 / 3, 1 / 12])  # what rows get that a time limit leaves out
     assert {"micro_f1", "macro_f1", "weighted_f1", "subset_accuracy", "hamming_loss", "log_loss"} < result[
         "metrics"
     ].keys()

@@ -639,7 +639,7 @@ def test_the_good_adapter_is_good(good, small_base, hollow):
     assert given.labels.names == ("0", "1", "2")
     run, report = evaluate.load_given(given, WORLD)
     assert "9 tensors matched (4 lora_A, 4 lora_B, 1 whole tensors) on 2 q_proj, 2 v_proj" in report
-    assert evaluate.probe(run, ASKED) > 1e-3
+    assert evaluate.probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3
     with pytest.raises(UserError, match="its weights cannot be loaded"):
         evaluate.load_given(look(hollow, good), WORLD)
 
@@ -974,18 +974,18 @@ LOADED = {  # in values only: what spoils the good adapter, the error, its words
     "every B zero": (times(0, "lora_B"), DAMAGED, ZERO),
     "every A zero": (times(0, "lora_A"), DAMAGED, ZERO),
     "too small to matter": (times(1e-30, "lora_B"), evaluate.Degenerate, "does not move the logits"),
-    "finite with a product that is not": (times(1e25, "lora_"), evaluate.Degenerate, "by nan at most"),
+    "finite with a product that is not": (times(1e25, "lora_"), evaluate.Degenerate, "scores that are not finite"),
 }
 
 
 @pytest.mark.parametrize("case", LOADED)
 def test_hostile_values_are_refused_once_they_are_loaded(case, adapter, small_base):
-    """By the loader, or by the probe where only the logits tell."""
+    """By the loader, or by the preflight where only the logits tell."""
     spoil, error, words = LOADED[case]
     spoil(adapter)
     given = look(small_base, adapter)
     with pytest.raises(error, match=words) as e, bounded():
-        evaluate.probe(evaluate.load_given(given, WORLD)[0], ASKED)
+        evaluate.preflight(evaluate.load_given(given, WORLD)[0], ASKED, None, 4096)
     one_line(e)
 
 
@@ -1027,7 +1027,7 @@ def test_an_adapter_without_a_head_is_not_given_a_random_one(small_base, tmp_pat
     write_with_peft(small_base, tmp_path, peft.LoraConfig(**{**LORA, "task_type": "CAUSAL_LM"}))
     words = {"head": "label_words", "label_names": ("yes", "no")}
     run, _ = evaluate.load_given(look(small_base, tmp_path, **words), WORLD)
-    assert evaluate.probe(run, ASKED) > 1e-3
+    assert evaluate.probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3
     with pytest.raises(
         UserError, match=r"1 tensors of the head \(score.weight\) are neither in the base nor in the"
     ) as e:
@@ -1075,7 +1075,7 @@ def test_a_pickle_beside_the_weights_is_ignored(adapter, small_base, tmp_path):
     for name in ("adapter_model.bin", "training_args.bin", "optimizer.pt", "pytorch_model.bin"):
         torch.save(Trap(mark), adapter / name)
     run, _ = evaluate.load_given(look(small_base, adapter), WORLD)
-    assert evaluate.probe(run, ASKED) > 1e-3 and not mark.exists()
+    assert evaluate.probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3 and not mark.exists()
     torch.load(adapter / "adapter_model.bin", weights_only=False)
     assert mark.exists()  # the trap works
 
@@ -1165,10 +1165,10 @@ def test_the_real_qwen_adapter_loads_on_its_shape_and_moves_the_logits(shared, b
     given = look(base, shared / MATH, head="label_words", label_names=("yes", "no"))
     run, report = evaluate.load_given(given, WORLD)
     assert "96 tensors matched (48 lora_A, 48 lora_B) on 24 q_proj, 24 v_proj" in report and "zero" not in report
-    assert "it names the base 'Qwen/Qwen2.5-0.5B'" in report
+    assert "the adapter was trained on Qwen/Qwen2.5-0.5B, not on" in report
     tensors = checkpoint.load_tensors(shared / MATH / WEIGHTS)
     assert len(tensors) == 96 and all(torch.equal(t, tensors[k]) for k, t in lora.adapter_state(run.model).items())
-    assert evaluate.probe(run, ASKED) > 1e-3
+    assert evaluate.probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3
 
 
 OTHER_SHAPES = {
@@ -1205,7 +1205,7 @@ def test_the_real_roberta_adapter_brings_its_head(shared, big):
     assert {k for k in tensors if "classifier" in k} == {
         f"base_model.model.classifier.{m}.{p}" for m in ("dense", "out_proj") for p in ("weight", "bias")
     }
-    assert evaluate.probe(run, ASKED) > 1e-3
+    assert evaluate.probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3
     (first, second) = run.predict([row["Question"] for row in ASKED])
     assert len(first["probabilities"]) == 4 and first["logits"] != second["logits"]
     with pytest.raises(UserError, match=r"out_proj\.(weight|bias) has shape .*4.*, expected .*2") as e:
