@@ -299,7 +299,8 @@ def stratify(targets: np.ndarray, shares: list[float], seed: int, groups: np.nda
 
     Iterative stratification (Sechidis, Tsoumakas, Vlahavas 2011): the rarest label that is left is dealt out first,
     each row to the part that wants it most. Rows without labels fill the parts up. groups (N,): numbers from 0; the
-    rows of a group go to the same part, those with the most of the label first.
+    rows of a group go to the same part, the largest groups of the label first, each to the part that it brings nearest
+    to its shares of all labels and of rows (by chi-squared).
     """
     rng = np.random.default_rng([seed, 0x5B11])
     of = np.arange(len(targets)) if groups is None else groups
@@ -308,11 +309,17 @@ def stratify(targets: np.ndarray, shares: list[float], seed: int, groups: np.nda
     order = rng.permutation(len(rows))
     count, rows, part = count[order], rows[order], np.full(len(rows), -1)  # of groups not dealt yet
     total, size = count.sum(axis=0), np.array(shares) * len(targets)  # size: room of each part
-    want = np.outer(shares, total)  # (parts, C) of each label
+    want, whole = np.outer(shares, total), np.maximum(total, 1)  # (parts, C) of each label
     while total.any():
         rare = int(np.where(total > 0, total, len(targets) + 1).argmin())
         for i in np.argsort(-count[:, rare], kind="stable")[: int((count[:, rare] > 0).sum())]:
-            best = max(range(len(shares)), key=lambda p: (want[p, rare], size[p], rng.random()))
+            if groups is None:
+                best = max(range(len(shares)), key=lambda p: (want[p, rare], size[p], rng.random()))
+            else:
+                nearer = (count[i] * (2 * want - count[i]) / whole).sum(axis=1) + rows[i] * (2 * size - rows[i]) / len(
+                    of
+                )
+                best = int((nearer / shares).argmax())
             part[i] = best
             want[best] -= count[i]
             size[best] -= rows[i]

@@ -412,3 +412,13 @@ def test_a_test_file_that_is_not_there_is_no_obstacle(tmp_path, small_base, caps
     flags = {**QUICK, "test_data": tmp_path / "later.csv", "audit": "near", "max_steps": 2, "val_size": 0.3}
     train.main(toy_flags(tmp_path, small_base, **flags))
     assert "audit: test rows are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("column", ["subreddit", "body"])
+@pytest.mark.parametrize("share", [0.1, 0.2])
+def test_a_hold_out_of_real_groups_has_its_share_of_rows_and_classes(shared, column, share):
+    """Groups of up to 100 rows (subreddits) or of a few (bodies): within a hundredth of the rows, 4 of the classes."""
+    known, judge, _ = splits.load_rows(cfg_of(shared, "rules", group_column=column, val_size=share), SILENT)
+    rows = len(known.ids) + len(judge.ids)
+    assert abs(len(judge.ids) / rows - share) < 0.01 and abs(judge.labels.mean() - known.labels.mean()) < 0.04
+    assert not {r[column] for r in known.rows} & {r[column] for r in judge.rows}
