@@ -318,27 +318,27 @@ SPOILERS = {
 PROMPTS: dict[str, Prompt] = {
     "verify_plain": Prompt(
         user=f"{VERIFY} Reply with True or False.",
-        answer="Answer:", words=TRUE_FALSE, kept=("question", "solution"),
+        answer="Answer:", words=TRUE_FALSE, kept=("question",),
         about="is the solution of a question right? one sentence",
     ),
     "verify_structured": Prompt(
         system=f"{CHECKER}\n\nFormat: one word, True or False, and nothing else.",
         user="# Question\n{question}\n\n# Proposed solution\n{solution}\n\n# Verdict\nTrue or False?",
-        answer="Answer:", words=TRUE_FALSE, kept=("question", "solution"),
+        answer="Answer:", words=TRUE_FALSE, kept=("question",),
         about="the same with a system turn that says what counts as right",
     ),
     "verify_steps": Prompt(
         system=CHECKER,
         user=f"{VERIFY} Think step by step: solve the question, compare your result with that of the solution, and "
         'then decide. Let your last line be "Answer: True" or "Answer: False", and end there.',
-        words=TRUE_FALSE, kept=("question", "solution"),
+        words=TRUE_FALSE, kept=("question",),
         about="the model reasons first; for generation, read from the last line",
     ),
     "verify_few_shot": Prompt(
         user=f"{VERIFY} Reply with True or False.",
         shots=tuple((f"{VERIFY} Reply with True or False.".format(question=q, solution=s), f"Answer: {word}")
                     for q, s, word in SOLVED),
-        answer="Answer:", words=TRUE_FALSE, kept=("question", "solution"),
+        answer="Answer:", words=TRUE_FALSE, kept=("question",),
         about="verify_plain after two solved examples, one right and one wrong",
     ),
     "rules_plain": Prompt(

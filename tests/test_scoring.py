@@ -1,0 +1,243 @@
+"""Named prompts from the command line, words scored as transformers does, answers written out and read, fields cut."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_ddp import forks, toy_flags
+from test_verify import write_pairs, write_rules
+
+import cpt
+import data
+import evaluate
+import infer
+import metrics
+import prompts
+import train
+from configs import UserError
+
+pytestmark = forks
+WORDS = ("False|false", "True|true")
+
+
+def rendered(base: str, name: str, rows: list[dict]) -> tuple[list[str], object]:
+    tokenizer = data.load_tokenizer(base)
+    text = prompts.as_text(prompts.PROMPTS[name], tokenizer)
+    return ["".join(piece for _, piece in prompts.render(text, row)) for row in rows], tokenizer
+
+
+def plain_shares(base: str, tokenizer, texts: list[str], words=WORDS) -> np.ndarray:
+    """Softmax over the words of each class (aliases summed) from a plain forward of transformers, row by row."""
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    found = []
+    for text in texts:
+        with torch.no_grad():
+            logits = lm(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1].double()
+        ids = [
+            [tokenizer(f"Answer: {w}")["input_ids"][len(tokenizer("Answer:")["input_ids"])] for w in c.split("|")]
+            for c in words
+        ]
+        found.append(torch.stack([logits[sorted(set(i))].logsumexp(0) for i in ids]).softmax(0).numpy())
+    return np.array(found)
+
+
+@pytest.mark.parametrize("name", ["verify_plain", "verify_structured", "verify_few_shot"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_scores_are_the_softmax_over_the_words_of_a_plain_forward(name, tied, small_base, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = str(tmp_path / "base")
+    lm = AutoModelForCausalLM.from_pretrained(small_base, tie_word_embeddings=tied)
+    if not tied:
+        torch.manual_seed(1)
+        lm.lm_head.weight = torch.nn.Parameter(torch.randn_like(lm.lm_head.weight) * 0.1)
+    lm.save_pretrained(base)
+    data.load_tokenizer(small_base).save_pretrained(base)
+    path = write_pairs(tmp_path / "p.jsonl", 20)
+    flags = ["--base", base, "--prompt", name, "--head", "label_words", "--label_names", "False,True", "--force"]
+    flags += ["--label_column", "is_correct", "--max_length", "1024", "--submission", "", "--input", str(path)]
+    told = infer.main([*flags, "--output", str(tmp_path / "o.csv")])
+    rows = data.read_rows(str(path), "x")
+    texts, tokenizer = rendered(base, name, rows)
+    got = np.array(
+        [
+            [float(r[f"probability_{v}"]) for v in ("False", "True")]
+            for r in data.read_rows(str(tmp_path / "o.csv"), "x")
+        ]
+    )
+    np.testing.assert_allclose(got, plain_shares(base, tokenizer, texts), atol=1e-5)
+    known = np.array([r["is_correct"] == "True" for r in rows]).astype(int)
+    assert told["metrics"]["roc_auc"] == pytest.approx(metrics.roc_auc(got[:, 1], known), abs=1e-6)
+
+
+def test_a_prompt_trains_is_kept_with_its_hash_and_predicts(small_base, tmp_path):
+    path = write_pairs(tmp_path / "p.jsonl", 60)
+    flags = toy_flags(
+        tmp_path, small_base, train_data=path, val_data=None, val_size=0.3, prompt="verify_structured",
+        metric="accuracy",
+        head="label_words", label_column="is_correct", max_length=512, max_tokens=2048, batch_size=8, head_dropout=None,
+    )  # fmt: skip
+    told = train.main(flags)
+    cfg, labels = evaluate.run_facts(Path(told["run"]))
+    want = prompts.as_text(prompts.PROMPTS["verify_structured"], data.load_tokenizer(small_base))
+    assert (cfg.text, cfg.kept, cfg.label_words) == (want, ("question",), WORDS) and labels.values == ("False", "True")
+    assert told["text_sha256"] == prompts.digest(want)
+    found = infer.main(["--runs", told["run"], "--input", str(path), "--output", str(tmp_path / "o.csv"), "--force"])
+    assert found["rows"] == 60
+    with pytest.raises(UserError, match="--prompt verify_plan: expected one of .*did you mean verify_plain"):
+        train.main(
+            [*flags[: flags.index("--prompt")], "--prompt", "verify_plan", *flags[flags.index("--prompt") + 2 :]]
+        )
+    with pytest.raises(UserError, match="--text has no effect with --prompt"):
+        train.main([*flags, "--text", "{question}"])
+
+
+# ---- answers written out --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def writer(small_base, tmp_path_factory) -> tuple[str, Path]:
+    """A base that has learned to answer two questions right, one with a word that cannot be read."""
+    folder = tmp_path_factory.mktemp("writer")
+    path = write_pairs(folder / "p.jsonl", 24)
+    rows = data.read_rows(str(path), "x")
+    texts, _ = rendered(small_base, "verify_plain", rows)
+    answers = [
+        " perhaps" if i % 8 == 7 else " True" if r["is_correct"] == "True" else " False" for i, r in enumerate(rows)
+    ]
+    pairs = folder / "pairs.jsonl"
+    pairs.write_text(
+        "".join(json.dumps({"prompt": t, "response": a}) + "\n" for t, a in zip(texts, answers, strict=True))
+    )
+    cpt.main(
+        ["--base", small_base, "--train_data", str(pairs), "--text", "{prompt}", "--chat", "no", "--val_size", "2",
+         "--epochs", "60", "--batch_size", "11", "--lr", "1e-2", "--max_length", "400", "--samples", "0",
+         "--outputs", str(folder / "outputs"), "--export", str(folder / "base"), "--export_dtype", "fp32"]
+    )  # fmt: skip
+    return str(folder / "base"), path
+
+
+def answer_flags(base: str, path: Path, target: Path) -> list[str]:
+    flags = ["--base", base, "--prompt", "verify_plain", "--head", "label_words", "--label_names", "False,True"]
+    flags += ["--label_column", "is_correct", "--scoring", "generate", "--max_new_tokens", "4", "--max_length", "400"]
+    return [*flags, "--input", str(path), "--output", str(target)]
+
+
+def test_answers_are_read_and_those_that_cannot_be_are_counted_and_left_empty(writer, tmp_path):
+    base, path = writer
+    told = infer.main([*answer_flags(base, path, tmp_path / "o.csv"), "--submission", ""])
+    rows, out = data.read_rows(str(path), "x"), data.read_rows(str(tmp_path / "o.csv"), "x")
+    bad = data.read_rows(str(tmp_path / "o.csv.malformed.csv"), "x")
+    assert [r["id"] for r in out] == [r["id"] for r in rows] and 0 < told["malformed"] == len(bad) < 12
+    empty = {r["id"] for r in out if r["prediction"] == "" and r["probability_True"] == ""}
+    assert empty == {r["id"] for r in bad} and all(r["why"] and "answer" in r for r in bad)
+    known = {r["id"]: r["is_correct"] for r in rows}
+    right = [known[r["id"]] == r["prediction"] for r in out if r["id"] not in empty]
+    assert told["metrics"]["accuracy"] == pytest.approx(np.mean(right), abs=1e-6) and np.mean(right) > 0.8
+    assert told["metrics"]["accuracy_all"] == pytest.approx(sum(right) / 24, abs=1e-6)
+
+
+def test_the_answers_are_those_of_transformers_generate(writer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base, path = writer
+    infer.main([*answer_flags(base, path, tmp_path / "o.csv"), "--submission", "", "--batch_size", "5"])
+    texts, tokenizer = rendered(base, "verify_plain", data.read_rows(str(path), "x"))
+    lm = AutoModelForCausalLM.from_pretrained(base).eval()
+    for text, row in zip(texts, data.read_rows(str(tmp_path / "o.csv"), "x"), strict=True):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        out = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        score, _ = prompts.parse_answer(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), WORDS)
+        assert row["probability_True"] == ("" if score is None else str(score))
+
+
+def test_a_model_that_answers_nothing_readable_is_stopped_at_the_first_batch(small_base, tmp_path):
+    path = write_pairs(tmp_path / "p.jsonl", 20)
+    flags = answer_flags(small_base, path, tmp_path / "o.csv")
+    with pytest.raises(evaluate.Degenerate, match="none of the first 8 answers can be read"):
+        infer.main(flags)
+    assert not (tmp_path / "o.csv").exists()
+    told = infer.main([*flags, "--force"])
+    assert told["malformed"] == 20 and len(data.read_rows(str(tmp_path / "o.csv"), "x")) == 20
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (["--label_names", "a,b,c"], "expected two classes"),
+        (["--head", "linear"], "expected two classes and --head label_words"),
+        (["--time_limit", "5m"], "--time_limit has no effect with --generate"),
+    ],
+)
+def test_what_generation_cannot_score_is_refused(small_base, tmp_path, change, words):
+    path, flags = write_pairs(tmp_path / "p.jsonl", 20), None
+    flags = answer_flags(small_base, path, tmp_path / "o.csv")
+    if change[0] in flags:
+        at = flags.index(change[0])
+        flags = flags[:at] + flags[at + 2 :]
+    with pytest.raises(UserError):
+        infer.main([*flags, *change])
+    assert not (tmp_path / "o.csv").exists()
+
+
+# ---- fields that are cut --------------------------------------------------------------------------------------------
+
+
+def test_kept_fields_are_cut_last_and_the_templates_words_never(small_base):
+    tokenizer = data.load_tokenizer(small_base)
+    text, row = "Q: {question} S: {solution} Right?", {"question": "one two three " * 8, "solution": "four five " * 30}
+    whole = len(tokenizer(f"Q: {row['question']} S: {row['solution']} Right?")["input_ids"])
+    for limit in (whole, whole - 7, 60, 30, 12):
+        for kept in ((), ("question",), ("question", "solution")):
+            tokens, report = data.tokenize(tokenizer, text, [row], limit, kept=kept)
+            said = tokenizer.decode(tokens.row(0))
+            assert (
+                len(tokens.row(0)) == min(limit, whole) and said.startswith("Q:") and said.rstrip().endswith("Right?")
+            )
+            if kept == ("question",) and limit >= 60:
+                assert row["question"].strip() in said, "nothing of the question goes while there is a solution to cut"
+
+
+def test_budgets_are_the_most_tokens_of_a_field(small_base):
+    tokenizer = data.load_tokenizer(small_base)
+    rows = [{"a": "one two three " * n, "b": "four five " * n} for n in (1, 10, 40)]
+    for budget in (3, 10, 50):
+        tokens, report = data.tokenize(tokenizer, "A: {a} B: {b} C", rows, 512, budgets=(f"a={budget}",))
+        free, _ = data.tokenize(tokenizer, "A: {a} B: {b} C", rows, 512)
+        bare, _ = data.tokenize(tokenizer, "A: {a} B: {b} C", [{**r, "a": ""} for r in rows], 512)
+        cut = free.lengths - tokens.lengths
+        assert (tokens.lengths - bare.lengths <= budget + 2).all() and report.cut_tokens == cut.sum()
+        assert (cut[free.lengths - bare.lengths <= budget] == 0).all()
+
+
+def test_the_rules_preset_runs_on_a_small_base(small_base, tmp_path):
+    """Its prompt, examples, groups and metric from the command line; columns named as the competition has them."""
+    rows = data.read_rows(str(write_rules(tmp_path / "few.csv", 48)), "x")
+    path = tmp_path / "rules.jsonl"
+    named = [
+        {"row_id": r["row_id"], "body": r["body"], "rule": r["rule"], "subreddit": "s",
+         "rule_violation": r["rule_violation"],
+         "positive_example_1": r["positive"], "positive_example_2": f"worse {i}", "negative_example_1": r["negative"],
+         "negative_example_2": f"fine {i}"}
+        for i, r in enumerate(rows)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(r) + "\n" for r in named))
+    flags = [
+        "--cfg",
+        "qwen15b_rules",
+        "--base",
+        small_base,
+        "--train_data",
+        str(path),
+        "--outputs",
+        str(tmp_path / "o"),
+    ]
+    told = train.main([*flags, "--val_size", "0.25", "--epochs", "1", "--batch_size", "32", "--test_data", str(path)])
+    assert told["train_rows"] > 36 and set(told["by_column"]) == {"ads", "law"} and "roc_auc" in told["mean_by_column"]
+    out = tmp_path / "s.csv"
+    infer.main(["--runs", told["run"], "--submission", "row_id,rule_violation", "--output", str(out), "--force"])
+    assert all(0 <= float(r["rule_violation"]) <= 1 for r in data.read_rows(str(out), "x"))
