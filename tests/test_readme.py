@@ -32,7 +32,7 @@ def test_commands_parse(command):
 def test_every_file_and_preset_is_named():
     code = {p.name for p in ROOT.glob("*.py")}
     assert code <= set(re.findall(r"\w+\.py", README))
-    named = set(re.findall(r"\w+\.py|runs/\w+\.sh|bench/\w+\.py", README))
+    named = set(re.findall(r"(?:(?:runs|bench|tests)/)?\b\w+\.(?:py|sh)\b", README))
     assert all((ROOT / n).exists() for n in named), named
     assert all(f"`{name}`" in README for name in configs.TRAIN_PRESETS)
 
