@@ -14,6 +14,7 @@ import data
 import evaluate
 import infer
 import metrics
+import optim
 import prompts
 import train
 from configs import UserError
@@ -28,11 +29,19 @@ def rendered(base: str, name: str, rows: list[dict]) -> tuple[list[str], object]
     return ["".join(piece for _, piece in prompts.render(text, row)) for row in rows], tokenizer
 
 
-def plain_shares(base: str, tokenizer, texts: list[str], words=WORDS) -> np.ndarray:
-    """Softmax over the words of each class (aliases summed) from a plain forward of transformers, row by row."""
+def plain_shares(base: str, tokenizer, texts: list[str], quant: str = "none", words=WORDS) -> np.ndarray:
+    """Softmax over the words of each class (aliases summed) from a plain forward of transformers, row by row.
+
+    nf4: the linears of the layers hold bitsandbytes' own dequantized values.
+    """
     from transformers import AutoModelForCausalLM
 
     lm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    for module in lm.model.layers.modules() if quant == "nf4" else ():
+        if isinstance(module, torch.nn.Linear) and module.in_features % 64 == 0:  # others are kept: see model.quantize
+            bnb = optim.bitsandbytes()
+            stored = bnb.nn.Params4bit(module.weight.data, quant_type="nf4", compress_statistics=True).to("cpu")
+            module.weight.data = bnb.functional.dequantize_4bit(stored.data, stored.quant_state).float()
     found = []
     for text in texts:
         with torch.no_grad():
@@ -47,7 +56,8 @@ def plain_shares(base: str, tokenizer, texts: list[str], words=WORDS) -> np.ndar
 
 @pytest.mark.parametrize("name", ["verify_plain", "verify_structured", "verify_few_shot"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_scores_are_the_softmax_over_the_words_of_a_plain_forward(name, tied, small_base, tmp_path):
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_scores_are_the_softmax_over_the_words_of_a_plain_forward(name, tied, quant, small_base, tmp_path):
     from transformers import AutoModelForCausalLM
 
     base = str(tmp_path / "base")
@@ -60,6 +70,7 @@ def test_scores_are_the_softmax_over_the_words_of_a_plain_forward(name, tied, sm
     path = write_pairs(tmp_path / "p.jsonl", 20)
     flags = ["--base", base, "--prompt", name, "--head", "label_words", "--label_names", "False,True", "--force"]
     flags += ["--label_column", "is_correct", "--max_length", "1024", "--submission", "", "--input", str(path)]
+    flags += ["--quant", quant]
     told = infer.main([*flags, "--output", str(tmp_path / "o.csv")])
     rows = data.read_rows(str(path), "x")
     texts, tokenizer = rendered(base, name, rows)
@@ -69,7 +80,7 @@ def test_scores_are_the_softmax_over_the_words_of_a_plain_forward(name, tied, sm
             for r in data.read_rows(str(tmp_path / "o.csv"), "x")
         ]
     )
-    np.testing.assert_allclose(got, plain_shares(base, tokenizer, texts), atol=1e-5)
+    np.testing.assert_allclose(got, plain_shares(base, tokenizer, texts, quant), atol=1e-5)
     known = np.array([r["is_correct"] == "True" for r in rows]).astype(int)
     assert told["metrics"]["roc_auc"] == pytest.approx(metrics.roc_auc(got[:, 1], known), abs=1e-6)
 
