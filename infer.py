@@ -69,7 +69,8 @@ def main(argv: list[str]) -> dict:
     # ---- rows, before any weight is loaded --------------------------------------------------------------------------
     rows = data.read_rows(source, "input")[: cfg.limit or None]
     columns = data.template_columns(train_cfg.text)
-    data.need_columns(rows, columns, source, "input")
+    data.need_columns(rows, columns + [cfg.by_column] * bool(cfg.by_column), source, "input")
+    as_probability(cfg, train_cfg, labels)
     decoded = data.decode_bytes_literals(rows, columns)
     empty = data.empty_rows(rows, columns)
     ddp.say(
@@ -100,19 +101,23 @@ def main(argv: list[str]) -> dict:
     if not cfg.force:
         ddp.say(world, evaluate.preflight(run, rows, known, cfg.max_tokens))
     started = time.perf_counter()
-    left = max(1e-3, limit - resume.process_seconds() - 1.0) if limit else 0.0
-    logits, report = run.logits(rows, cfg.max_tokens, left)
-    missing = np.flatnonzero(np.isnan(logits).any(axis=1)) if limit else np.zeros(0, int)
-    logits[missing] = prior_logits(path, train_cfg, labels)
+    logits, report = run.logits(rows, cfg.max_tokens, time_left(limit, len(cfg.runs)))
+    missing, prior = limit and np.isnan(logits).any(axis=1), prior_logits(path, train_cfg, labels)
     if blend:
-        others = [member(cfg, Path(p), run, world, rows, ids) for p in cfg.runs[1:]]
-        logits = decide.ensemble([logits, *others], cfg.ensemble, blend.weights, blend.task).astype(np.float32)
+        found = [logits]
+        for left, other in zip(range(len(cfg.runs) - 1, 0, -1), cfg.runs[1:], strict=True):
+            found.append(member(cfg, Path(other), run, world, rows, ids, time_left(limit, left)))
+        missing = limit and np.isnan(found).any(axis=(0, 2))
+        found = [np.where(np.isnan(z), prior, z) if limit else z for z in found]
+        logits = decide.ensemble(found, cfg.ensemble, blend.weights, blend.task).astype(np.float32)
         ddp.say(world, blend.said)
+    missing = np.flatnonzero(missing)
+    logits[missing] = prior
     seconds = time.perf_counter() - started
     ddp.say(world, f"tokens: {report}")
     ddp.say(world, decide.distribution(logits, list(labels.names), train_cfg.task))
-    reason = decide.degenerate(logits)
-    if reason and not cfg.force and len(missing) < len(rows):
+    reason = decide.degenerate(np.delete(logits, missing, axis=0)) if len(missing) < len(rows) else ""
+    if reason and not cfg.force:
         raise evaluate.Degenerate(f"{reason}; nothing was written (--force writes it all the same)")
 
     # ---- metrics and output -----------------------------------------------------------------------------------------
@@ -130,6 +135,11 @@ def main(argv: list[str]) -> dict:
         write_output(cfg, ids, run, logits)
         write_lines(cfg, "unscored", ["id"], [[ids[i]] for i in missing])
     return {**result, "examples_per_second": round(len(rows) / seconds, 2), "seconds": round(seconds, 2)}
+
+
+def time_left(limit: float, members: int) -> float:
+    """Seconds for the next of some members to score all rows within the limit, the writing left out; 0 without one."""
+    return max(1e-3, (limit - resume.process_seconds() - 1.0) / max(1, members)) if limit else 0.0
 
 
 def prior_logits(path: Path, cfg, labels: data.Labels) -> np.ndarray:
@@ -306,13 +316,15 @@ def blending(cfg: InferConfig, train_cfg, labels: data.Labels) -> Blend:
     return Blend(train_cfg.task, weights, decision, f"{said}; thresholds and calibration of their validation rows")
 
 
-def member(cfg: InferConfig, path: Path, first: evaluate.Run, world, rows: list[dict], ids: list[str]) -> np.ndarray:
+def member(
+    cfg: InferConfig, path: Path, first: evaluate.Run, world, rows: list[dict], ids: list[str], seconds: float = 0.0
+) -> np.ndarray:
     """fp32 logits (N, C) of another run, or of a CSV by its ids: log-odds or log of its probabilities.
 
     Raises UserError for ids or columns that the file lacks.
     """
     if path.suffix != ".csv":
-        return evaluate.load_run(path, world, cfg.precision).logits(rows, cfg.max_tokens)[0]
+        return evaluate.load_run(path, world, cfg.precision).logits(rows, cfg.max_tokens, seconds)[0]
     found, key, names = (
         data.read_rows(str(path), "runs"),
         first.config.id_column,

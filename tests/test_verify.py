@@ -376,7 +376,7 @@ def test_a_run_with_a_limit_ends_in_time_whole(tmp_path, small_base, command):
     seconds = time.monotonic() - started
     assert status == 0, err[-2000:]
     told = json.loads(out.strip().splitlines()[-1])
-    assert seconds < 25 + 15 and "forecast: " in out and "stopped early" in out and "--time_limit 25s" in out
+    assert seconds < 25 + 15 and "stopped early" in out and ("forecast: " in out or told["steps"] < 11) and "--time_limit 25s" in out
     run = Path(told["run"])
     assert checkpoint.finished(run) and checkpoint.verify(run / "best")["step"] == told["best_step"] <= told["steps"]
     assert told["metrics"]["rows"] == 400
