@@ -509,7 +509,7 @@ def check_base(model: models.Classifier, saved: dict, base: str) -> None:
         raise checkpoint.Untrusted(f"base {base} is not the one this run was trained on: {'; '.join(differs[:3])}")
 
 
-def preflight(run: Run, rows: list[dict[str, str]], known: np.ndarray | None, max_tokens: int, most: int = 32) -> str:
+def preflight(run: Run, rows: list[dict[str, str]], known: np.ndarray | None, max_tokens: int, most: int = 16) -> str:
     """Score a few rows before all of them; returns how long those will take, and what the few say.
 
     The rows are spread over the input, of both classes where labels are known. Raises Degenerate where scores are not

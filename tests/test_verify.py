@@ -329,7 +329,7 @@ def test_preflight_stops_what_cannot_be_right_within_seconds(slices, tmp_path, m
     rows = data.read_rows(str(path), "x")
     known = np.arange(len(rows)) % 3 == 0
     good = evaluate.load_run(runs[-1]["run"])
-    assert "preflight of 32 rows: the adapter moves the logits" in evaluate.preflight(
+    assert "preflight of 16 rows: the adapter moves the logits" in evaluate.preflight(
         good, rows, known.astype(int), 4096
     )
     cases = {
