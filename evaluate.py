@@ -431,6 +431,9 @@ def validation_rows(path: Path, cfg: TrainConfig, labels: data.Labels) -> tuple[
     rows = data.read_rows(str(path / "val_predictions.csv"), "runs")
     flat, where = replace(cfg, label_column="label", label_columns=()), str(path / "val_predictions.csv")
     columns = [f"logit_{v}" for v in labels.values] or ["prediction"]
+    lost = [c for c in ("id", "label", *columns) if c not in rows[0]]
+    if lost:
+        raise checkpoint.Untrusted(f"{where}: no column {', '.join(lost)}")
     logits = [data.encode_numbers([row[c] for row in rows], where) for c in columns]
     targets = data.encode_targets(flat, rows, labels, where)
     targets = targets if cfg.task == "regression" else targets.astype(np.int64)

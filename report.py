@@ -127,10 +127,7 @@ def read_run(path: Path) -> Run:
     cfg, labels = evaluate.run_facts(path)
     if not checkpoint.finished(path):
         raise UserError(f"run {path} is not finished (no result.json): go on with python train.py --resume {path}")
-    try:
-        ids, targets, logits = evaluate.validation_rows(path, cfg, labels)
-    except KeyError as e:
-        raise checkpoint.Untrusted(f"{path / 'val_predictions.csv'}: no column {e}") from None
+    ids, targets, logits = evaluate.validation_rows(path, cfg, labels)
     decision = evaluate.read_decision(path, cfg.task, len(labels.names))
     result = checkpoint.load_json(path / "result.json")
     run = Run(path, cfg, labels, result, decision, ids, targets, logits, *evaluate.decided(cfg.task, None, logits))
