@@ -417,6 +417,8 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         found.append(f"--balance with --task {cfg.task}: only single_label has classes to balance")
     if cfg.split and (cfg.balance or cfg.folds or cfg.val_data):
         found.append(f"--split {cfg.split} with --balance, --folds or --val_data: the split is drawn already")
+    if cfg.examples and cfg.task == "multi_label":
+        found.append("--examples with --task multi_label: an example column has one label; leave it out")
     for part in cfg.examples:
         if not all(part.partition("=")):
             found.append(f"--examples {part}: expected column=label, such as positive_example_1=1")
@@ -434,7 +436,7 @@ def train_problems(cfg: TrainConfig) -> list[str]:
         found.append(
             f"--folds {cfg.folds} with --val_data {cfg.val_data}: folds judge the training rows; leave one out"
         )
-    if not all(s.isdigit() for s in cfg.seeds) or len(set(cfg.seeds)) < len(cfg.seeds):
+    if not all(s.isdigit() for s in cfg.seeds) or len(set(map(int, cfg.seeds))) < len(cfg.seeds):
         found.append(f"--seeds {','.join(cfg.seeds)}: expected whole numbers of 0 or more, each once")
     kinds = r"none|balanced|inverse|effective(:0?\.\d+)?"
     if not re.fullmatch(kinds, cfg.class_weights) and not _weights(cfg.class_weights):
@@ -500,6 +502,8 @@ def infer_problems(cfg: InferConfig) -> list[str]:
         found.append(f"--runs {','.join(cfg.runs)}: a run stands twice; weigh runs with --ensemble weighted")
     if len(cfg.runs) > 1 and (cfg.export or cfg.generate):
         found.append(f"--runs {','.join(cfg.runs)}: --{'export' if cfg.export else 'generate'} takes one run")
+    if len(cfg.runs) > 1 and cfg.scoring == "generate":
+        found.append(f"--runs {','.join(cfg.runs)}: --scoring generate takes one run")
     if cfg.runs and (cfg.base or cfg.adapter):
         found.append(
             f"--runs {','.join(cfg.runs)} with --base or --adapter: a run has its own base; give one or the other"
@@ -798,6 +802,9 @@ def check(cfg, given: set[str] = frozenset()) -> None:
         idle.append("--val_size has no effect with --val_data, whose rows are all used")
     if isinstance(cfg, TrainConfig):
         idle += ["--val_size has no effect with --folds"] if cfg.folds and "val_size" in given else []
+        drawn = {"val_size", "split_seed", "group_column"} & given if cfg.split else ()
+        idle += [f"--{n} has no effect with --split, which is drawn already" for n in sorted(drawn)]
+        idle += ["--split_seed has no effect with --val_data"] * ("split_seed" in given and bool(cfg.val_data))
         more = {"pseudo_data", "pseudo_min_confidence", "pseudo_soft"} & given if not cfg.pseudo_labels else ()
         idle += [f"--{n} has no effect without --pseudo_labels" for n in sorted(more)]
         idle += ["--examples_column has no effect without --examples"] * (
@@ -1062,7 +1069,7 @@ def members(cfg: TrainConfig) -> dict[str, TrainConfig]:
 def resumed(cfg, given: set[str], run: Path):
     """The config that a run to be resumed began with. Raises UserError for flags given by hand that contradict it."""
     saved = read_config(type(cfg), run)
-    free = {"resume", "dry_run", "outputs", "keep", "export", "export_dtype"} & set(dataclasses.asdict(cfg))
+    free = {"resume", "dry_run", "outputs", "keep", "export", "export_dtype", "time_limit"} & set(vars(cfg))
     differ = [n for n in sorted(given - free) if getattr(cfg, n) != getattr(saved, n)]
     if differ:
         facts = ", ".join(f"--{n} {getattr(cfg, n)} (the run has {getattr(saved, n)})" for n in differ)

@@ -402,10 +402,19 @@ def tokenize(
     """Encode every row's rendered template; see `encode`. kept: fields that are cut only when nothing is left of the
     others; budgets: "field=tokens", the most tokens of a field.
     """
-    most = {name: int(count) for name, _, count in (part.partition("=") for part in budgets)}
-    slots = prompts.render(template, {name: name for name in prompts.fields(template)})
-    rules = [(most.get(text), text in kept) if field else (None, False) for field, text in slots]
+    rules = cutting_rules(template, kept, budgets)
     return encode(tokenizer, [prompts.render(template, row) for row in rows], max_length, rules=rules)
+
+
+def cutting_rules(template: str, kept: tuple, budgets: tuple) -> list[tuple]:
+    """(most tokens or None, is it cut last?) of each piece of a rendered template. UserError for unknown fields."""
+    most = {name: int(count) for name, _, count in (part.partition("=") for part in budgets)}
+    names = template_columns(template)
+    for flag, given in (("kept", kept), ("budgets", tuple(most))):
+        if unknown := [name for name in given if name not in names]:
+            raise UserError(f"--{flag} {','.join(unknown)}: no field of the text, which has {', '.join(names)}")
+    slots = prompts.render(template, {name: name for name in names})
+    return [(most.get(text), text in kept) if field else (None, False) for field, text in slots]
 
 
 def encode(

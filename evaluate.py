@@ -5,6 +5,7 @@ run = load_run("outputs/tiny__base/tiny/run_0")
 run.predict(["What is 2 + 2?"])            # [{"label": "0", "name": "0", "probabilities": [...], "logits": [...]}]
 """
 
+import os
 import re
 import time
 from dataclasses import dataclass, replace
@@ -103,11 +104,11 @@ def stop_ids(lm, tokenizer) -> set[int]:
     return {token for token in found if isinstance(token, int)}
 
 
-def encode_prompts(tokenizer, rows: list, max_length: int, chat: bool = True):
+def encode_prompts(tokenizer, rows: list, max_length: int, chat: bool = True, rules: list = ()):
     """Ids of prompts given as pieces, as data.encode makes them; an end that the tokenizer adds by itself is left out,
     for nothing could follow it. Of a plain prompt over max_length the last tokens are kept: those are to be continued.
     """
-    tokens, report = data.encode(tokenizer, rows, max_length if chat else 10**9)
+    tokens, report = data.encode(tokenizer, rows, max_length if chat else 10**9, rules=rules)
     mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
     ends = mask[::-1].index(0)
     ids = [tokens.row(i).tolist() for i in range(len(rows))]
@@ -491,9 +492,11 @@ def check_chain(cfg: TrainConfig, train: list[str], judges: list[str]) -> str:
     """Raise UserError where rows that judge (by ids) were trained on by a run that this one starts from; returns a note
     on those that it trains on again.
     """
-    again = set()
+    again, here = set(), os.path.realpath(cfg.train_data)
     for run in chain(cfg.init_from):
-        if run_facts(run)[0].train_data != cfg.train_data or not (run / "split.csv").is_file():
+        if not (run / "split.csv").is_file() or len(set(judges)) < len(judges):
+            return f"warning: whether {run} was trained on validation rows of this run cannot be told by its ids"
+        if os.path.realpath(run_facts(run)[0].train_data) != here or cfg.val_data:
             continue
         seen = {row["id"] for row in data.read_rows(str(run / "split.csv"), "init_from") if row["part"] == "train"}
         if seen & set(judges):

@@ -86,6 +86,8 @@ def main(argv: list[str]) -> dict:
     ids = [row.get(train_cfg.id_column, str(i)) for i, row in enumerate(rows)]
 
     known = known_labels(rows, train_cfg, labels, lambda words: ddp.say(world, words))
+    if known is None and cfg.by_column:
+        ddp.say(world, f"--by_column {cfg.by_column}: the rows have no labels, so there are no metrics")
     if known is None and any(row.get(train_cfg.label_column, "").strip() for row in rows):
         ddp.say(world, f"column {train_cfg.label_column} does not hold this run's labels in every row: no metrics")
     Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +95,7 @@ def main(argv: list[str]) -> dict:
     # ---- score ------------------------------------------------------------------------------------------------------
     if cfg.scoring == "generate":
         return generate_answers(cfg, path, train_cfg, labels, world, rows, ids, known)
+    csvs = {path: csv_member(path, train_cfg, labels, ids) for path in cfg.runs[1:] if path.endswith(".csv")}
     blend = blending(cfg, train_cfg, labels) if len(cfg.runs) > 1 else None
     run = load(cfg, path, given, world, "")
     run.decision = blend.decision if blend else run.decision
@@ -102,16 +105,17 @@ def main(argv: list[str]) -> dict:
         ddp.say(world, evaluate.preflight(run, rows, known, cfg.max_tokens))
     started = time.perf_counter()
     logits, report = run.logits(rows, cfg.max_tokens, time_left(limit, len(cfg.runs)))
-    missing, prior = limit and np.isnan(logits).any(axis=1), prior_logits(path, train_cfg, labels)
+    missing, prior = limit and np.isnan(logits).any(axis=1), prior_logits(train_cfg, shares_of(path, train_cfg, labels))
     if blend:
         found = [logits]
         for left, other in zip(range(len(cfg.runs) - 1, 0, -1), cfg.runs[1:], strict=True):
-            found.append(member(cfg, Path(other), run, world, rows, ids, time_left(limit, left)))
+            more = None if other in csvs else evaluate.load_run(other, world, cfg.precision)
+            found.append(csvs[other] if more is None else more.logits(rows, cfg.max_tokens, time_left(limit, left))[0])
         missing = limit and np.isnan(found).any(axis=(0, 2))
         found = [np.where(np.isnan(z), prior, z) if limit else z for z in found]
         logits = decide.ensemble(found, cfg.ensemble, blend.weights, blend.task).astype(np.float32)
         ddp.say(world, blend.said)
-    missing = np.flatnonzero(missing)
+    missing = np.flatnonzero(missing) if limit else np.zeros(0, int)
     logits[missing] = prior
     seconds = time.perf_counter() - started
     ddp.say(world, f"tokens: {report}")
@@ -132,7 +136,7 @@ def main(argv: list[str]) -> dict:
         result["unscored"] = len(missing)
         ddp.say(world, f"--time_limit {cfg.time_limit}: {len(missing):,} of {len(rows):,} rows were not scored in time")
     if world.rank == 0:
-        write_output(cfg, ids, run, logits)
+        write_output(cfg, ids, run, logits, missing, shares_of(path, train_cfg, labels))
         write_lines(cfg, "unscored", ["id"], [[ids[i]] for i in missing])
     return {**result, "examples_per_second": round(len(rows) / seconds, 2), "seconds": round(seconds, 2)}
 
@@ -142,10 +146,15 @@ def time_left(limit: float, members: int) -> float:
     return max(1e-3, (limit - resume.process_seconds() - 1.0) / max(1, members)) if limit else 0.0
 
 
-def prior_logits(path: Path, cfg, labels: data.Labels) -> np.ndarray:
-    """(C,) logits that say what share of the training rows has each label; of a model that is no run, nothing."""
+def shares_of(path: Path, cfg, labels: data.Labels) -> np.ndarray:
+    """(C,) shares of the training rows that have each label, or a regression's mean; equal ones without a run."""
     facts = checkpoint.load_json(path / "labels.json") if (path / "labels.json").is_file() else {}
-    shares = np.array(facts.get("shares") or [1 / max(1, len(labels.values))] * max(1, len(labels.values)))
+    count = max(1, len(labels.values))
+    return np.array(facts.get("shares") or [1 / count] * count)
+
+
+def prior_logits(cfg, shares: np.ndarray) -> np.ndarray:
+    """(C,) logits that say these shares."""
     if cfg.task == "regression":
         return shares.astype(np.float32)
     p = np.clip(shares, 1e-6, 1 - 1e-6)
@@ -169,7 +178,10 @@ def generate_answers(cfg: InferConfig, path: Path, train_cfg, labels, world, row
     """
     if len(labels.values) != 2 or train_cfg.head != "label_words":
         raise UserError("--scoring generate: expected two classes and --head label_words, whose words an answer says")
-    if not (given_by_hand := cfg.base or cfg.adapter) and not train_cfg.rank:
+    given_by_hand = cfg.base or cfg.adapter
+    if not given_by_hand and len(configs.members(train_cfg)) > 1:
+        raise UserError(f"--scoring generate: {path} is several runs; name one of them with --runs")
+    if not given_by_hand and not train_cfg.rank:
         raise UserError(f"--scoring generate: {path} trained its whole base as a classifier, which writes no text")
     words = train_cfg.label_words or labels.names
     source = cfg if given_by_hand else replace(cfg, base=train_cfg.base, adapter=str(path / "best"))
@@ -178,7 +190,9 @@ def generate_answers(cfg: InferConfig, path: Path, train_cfg, labels, world, row
     lm, report = evaluate.load_language_model(given, world, precision)
     ddp.say(world, report)
     pieces = [prompts.render(train_cfg.text, row) for row in rows]
-    encoded, told = evaluate.encode_prompts(given.tokenizer, pieces, train_cfg.max_length)
+    rules = data.cutting_rules(train_cfg.text, train_cfg.kept, train_cfg.budgets)
+    encoded, told = evaluate.encode_prompts(given.tokenizer, pieces, train_cfg.max_length, rules=rules)
+    check_room(given.config.base, max(map(len, encoded)), cfg.max_new_tokens)
     ddp.say(world, f"tokens: {told}")
     order = np.argsort([-len(row) for row in encoded], kind="stable")  # equal lengths together: little padding
     batches = [order[i : i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
@@ -225,9 +239,9 @@ def check_answers(found: list[tuple], count: int) -> None:
 
 def as_probability(cfg: InferConfig, train_cfg, labels: data.Labels) -> bool:
     """Whether a submission holds the probability of the last of two classes, as rankings are judged by."""
-    auto = train_cfg.metric == "roc_auc" and train_cfg.task == "single_label"
-    wanted = auto if cfg.answer == "auto" else cfg.answer == "probability"
-    if wanted and (train_cfg.task != "single_label" or len(labels.values) != 2):
+    two = train_cfg.task == "single_label" and len(labels.values) == 2
+    wanted = two and train_cfg.metric == "roc_auc" if cfg.answer == "auto" else cfg.answer == "probability"
+    if wanted and not two:
         raise UserError(f"--answer probability: it is that of the last of two classes; this run has {labels.values}")
     return wanted
 
@@ -301,7 +315,9 @@ def blending(cfg: InferConfig, train_cfg, labels: data.Labels) -> Blend:
             raise UserError(f"--ensemble {cfg.ensemble}: a regression has no probabilities; take mean_logit or rank")
         return Blend("multi_label", None, None, f"{cfg.ensemble} of {len(cfg.runs)} members")
     known = [evaluate.validation_rows(run, train_cfg, labels) for run in runs]
-    shared = len(runs) == len(cfg.runs) and all(k[0] == known[0][0] for k in known)
+    judged = {checkpoint.load_json(run / "result.json").get("val_sha256") for run in runs}  # None of older runs
+    shared = len(runs) == len(cfg.runs) and len(judged) == 1
+    shared = shared and all(k[0] == known[0][0] and np.array_equal(k[1], known[0][1]) for k in known)
     if cfg.ensemble == "weighted" and not shared:
         raise UserError("--ensemble weighted: the members were not validated on the same rows; take mean_logit or rank")
     logits, truth = [k[2] for k in known], known[0][1]
@@ -316,33 +332,25 @@ def blending(cfg: InferConfig, train_cfg, labels: data.Labels) -> Blend:
     return Blend(train_cfg.task, weights, decision, f"{said}; thresholds and calibration of their validation rows")
 
 
-def member(
-    cfg: InferConfig, path: Path, first: evaluate.Run, world, rows: list[dict], ids: list[str], seconds: float = 0.0
-) -> np.ndarray:
-    """fp32 logits (N, C) of another run, or of a CSV by its ids: log-odds or log of its probabilities.
+def csv_member(path: str, cfg, labels: data.Labels, ids: list[str]) -> np.ndarray:
+    """fp32 logits (N, C) of another system, by the ids of its CSV: log-odds or log of its probabilities.
 
     Raises UserError for ids or columns that the file lacks.
     """
-    if path.suffix != ".csv":
-        return evaluate.load_run(path, world, cfg.precision).logits(rows, cfg.max_tokens, seconds)[0]
-    found, key, names = (
-        data.read_rows(str(path), "runs"),
-        first.config.id_column,
-        first.labels.values or ("prediction",),
-    )
-    kind = next((k for k in ("logit_", "probability_", "") if k + names[0] in found[0]), "probability_")
-    data.need_columns(found, [key, *(kind + n for n in names)], str(path), "runs")
-    by_id = {row[key]: row for row in found}
+    found, kinds = data.read_rows(path, "runs"), ("logit_", "probability_") if labels.values else ("",)
+    names = labels.values or ("prediction",)
+    kind = next((k for k in kinds if k + names[0] in found[0]), kinds[-1])
+    data.need_columns(found, [cfg.id_column, *(kind + n for n in names)], path, "runs")
+    by_id = {row[cfg.id_column]: row for row in found}
     lost = [i for i in ids if i not in by_id]
     if lost or len(by_id) != len(found):
         raise UserError(f"--runs {path}: {len(lost)} of {len(ids)} ids are not in it, or one stands twice")
-    values = np.stack([data.encode_numbers([by_id[i][kind + n] for i in ids], str(path)) for n in names], axis=1)
+    values = np.stack([data.encode_numbers([by_id[i][kind + n] for i in ids], path) for n in names], axis=1)
     if kind != "probability_":
         return values
     p = np.clip(values.astype(np.float64), 1e-12, 1)
-    return (np.log(p) - (np.log1p(-np.minimum(p, 1 - 1e-12)) if first.config.task == "multi_label" else 0)).astype(
-        np.float32
-    )
+    other = np.log1p(-np.minimum(p, 1 - 1e-12)) if cfg.task == "multi_label" else 0
+    return (np.log(p) - other).astype(np.float32)
 
 
 def find_run(cfg: InferConfig) -> Path:
@@ -389,7 +397,9 @@ def decided_metrics(run: evaluate.Run, logits: np.ndarray, known: np.ndarray) ->
     return {"metrics": metrics.classification(shifted, known), "undecided": plain}
 
 
-def write_output(cfg: InferConfig, ids: list[str], run: evaluate.Run, logits: np.ndarray) -> None:
+def write_output(
+    cfg: InferConfig, ids: list[str], run: evaluate.Run, logits: np.ndarray, missing: np.ndarray, prior: np.ndarray
+) -> None:
     """Write predictions in one piece: two named columns, or id, prediction and a probability for each class.
 
     A regression's prediction is its output as it is, neither cut to a range nor rounded: ranks would be lost. Several
@@ -397,6 +407,8 @@ def write_output(cfg: InferConfig, ids: list[str], run: evaluate.Run, logits: np
     """
     labels, id_column = run.labels, run.config.id_column
     predicted, shares = run.decided(logits)
+    if run.config.task != "regression":
+        shares[missing] = prior  # as they are: nothing calibrates a row that was not scored
     chosen = data.answers(run.config.task, predicted, labels)
     if run.config.task == "multi_label" and not cfg.output.endswith(".jsonl"):
         chosen = [run.config.label_delimiter.join(row) for row in chosen]

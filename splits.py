@@ -6,7 +6,9 @@ train, val = cut(cfg, rows, val)              # the part that this run trains on
 
 import csv
 import dataclasses
+import hashlib
 import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,6 +62,9 @@ def read(cfg: TrainConfig, say: Callable) -> tuple[Split, Split | None, data.Lab
     Raises UserError for everything that is wrong with the files, before the base is touched.
     """
     columns = data.template_columns(cfg.text)
+    data.cutting_rules(cfg.text, cfg.kept, cfg.budgets)  # unknown fields are said now
+    if cfg.examples and cfg.examples_column not in columns:
+        raise UserError(f"--examples_column {cfg.examples_column}: the text has {', '.join(columns)}")
     rows = _labelled_rows(cfg, cfg.train_data, "train_data", columns, say)
     where = f"--train_data {cfg.train_data}"
     if cfg.task == "regression":
@@ -74,6 +79,7 @@ def read(cfg: TrainConfig, say: Callable) -> tuple[Split, Split | None, data.Lab
         train = without_conflicts(cfg, train, labels, say)
     if cfg.split:
         train = train.take(np.array(list(_of_split(cfg, train)), dtype=int))
+        say(f"--split {cfg.split}: {len(train.ids):,} of {len(rows):,} rows, in its order")
     elif cfg.balance:
         train = train.take(equal_rows(train.labels, split_seed(cfg)))
         say(f"--balance: {len(train.ids):,} of {len(rows):,} rows, equally many of every class")
@@ -94,7 +100,7 @@ def load_rows(cfg: TrainConfig, say: Callable) -> tuple[Split, Split, data.Label
 def _labelled_rows(cfg: TrainConfig, path: str, flag: str, columns: list[str], say: Callable) -> list[dict[str, str]]:
     """Rows with text, label and groups. Raises UserError for missing columns and, with their numbers, empty texts."""
     rows = data.read_rows(path, flag)
-    group = [c for c in (cfg.group_column, cfg.by_column) if c]
+    group = [c for c in (cfg.group_column, cfg.by_column, cfg.examples and cfg.examples_column) if c]
     data.need_columns(rows, [*columns, *(cfg.label_columns or (cfg.label_column,)), *group], path, flag)
     decoded = data.decode_bytes_literals(rows, columns)
     if decoded:
@@ -111,6 +117,11 @@ def _encoded(cfg: TrainConfig, rows: list[dict[str, str]], labels: data.Labels, 
     return Split(rows, ids, data.encode_targets(cfg, rows, labels, where))
 
 
+def digest_of(rows: list[dict[str, str]]) -> str:
+    """sha256 of rows: whether two runs were judged on the same ones."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
 # ---- who judges -----------------------------------------------------------------------------------------------------
 
 
@@ -122,7 +133,7 @@ def cut(cfg: TrainConfig, rows: Split, val: Split | None) -> tuple[Split, Split]
     judges = val or rows.take(held)
     train = pool[cfg.train_start : cfg.train_stop or None]
     if not len(train):
-        raise UserError(f"--train_start {cfg.train_start}: there are only {len(pool)} training rows")
+        raise UserError(f"--train_start {cfg.train_start}: there are only {len(pool):,} training rows")
     if rows.origin is not None:
         train = np.concatenate([train, added(cfg, rows, train, judges)])
     return rows.take(train), judges
@@ -146,11 +157,9 @@ def judged(cfg: TrainConfig, rows: Split, val: Split | None) -> Split:
 
 
 def split_csv(cfg: TrainConfig, rows: Split, val: Split | None) -> str:
-    """The ids of all rows, and as what they took part (train, later, validation), in the order that slices are cut
-    from: what --split reads. An empty string where ids stand twice, or the validation rows are a file of their own.
+    """The ids of all rows, and as what they took part (train, later, validation; those of a validation file are not
+    listed), in the order that slices are cut from: what --split reads.
     """
-    if val or len(set(rows.own().ids)) < len(rows.own().ids):
-        return ""
     pool, held = pool_of(cfg, rows, val)
     stop = cfg.train_stop or len(pool)
     parts = ["train" if cfg.train_start <= i < stop else "later" for i in range(len(pool))]
@@ -161,13 +170,21 @@ def split_csv(cfg: TrainConfig, rows: Split, val: Split | None) -> str:
 
 
 def _of_split(cfg: TrainConfig, rows: Split) -> dict[int, str]:
-    """The parts of --split by row index, in its order. Raises UserError for ids that the rows lack."""
-    place, found = {id: i for i, id in enumerate(rows.ids)}, data.read_rows(cfg.split, "split")
+    """The parts of --split by row index, in its order. Raises UserError for ids that the rows lack or that stand twice,
+    other parts than split_csv writes, and a file without validation rows.
+    """
+    where, found = f"--split {cfg.split}", data.read_rows(cfg.split, "split")
     data.need_columns(found, ["id", "part"], cfg.split, "split")
-    lost = [row["id"] for row in found if row["id"] not in place]
+    place, ids = {id: i for i, id in enumerate(rows.ids)}, [row["id"] for row in found]
+    if len(place) < len(rows.ids) or len(set(ids)) < len(ids):
+        raise UserError(f"{where}: ids stand twice, in it or in --train_data: give an --id_column without repeats")
+    lost = [id for id in ids if id not in place]
     if lost:
-        raise UserError(f"--split {cfg.split}: {len(lost)} of its ids are not in --train_data ({data._few(lost)})")
-    return {place[row["id"]]: row["part"] for row in found}
+        raise UserError(f"{where}: {len(lost)} of its ids are not in --train_data ({data._few(lost)})")
+    parts = {place[row["id"]]: row["part"] for row in found}
+    if set(parts.values()) - {"train", "later", "validation"} or "validation" not in parts.values():
+        raise UserError(f"{where}: parts {sorted(set(parts.values()))}: expected train, later and some validation")
+    return parts
 
 
 def split_seed(cfg: TrainConfig) -> int:
@@ -373,6 +390,8 @@ def pseudo_rows(cfg: TrainConfig, labels: data.Labels, say: Callable) -> tuple[l
     data.decode_bytes_literals(rows, data.template_columns(cfg.text))
     by_id = {row.get(key, str(i)): row for i, row in enumerate(rows)}
     told = data.read_rows(cfg.pseudo_labels, "pseudo_labels")
+    if len(by_id) < len(rows) or len({row.get(key) for row in told}) < len(told):
+        raise UserError(f"{where}: ids stand twice, in it or in --pseudo_data: which text is whose?")
     names = [f"probability_{v}" for v in labels.values] or ["prediction"]
     data.need_columns(told, [key, *names], cfg.pseudo_labels, "pseudo_labels")
     lost = [row[key] for row in told if row[key] not in by_id]
@@ -393,22 +412,26 @@ def pseudo_rows(cfg: TrainConfig, labels: data.Labels, say: Callable) -> tuple[l
 
 def added(cfg: TrainConfig, rows: Split, train: np.ndarray, judges: Split) -> np.ndarray:
     """Indices of the added rows that a run trains on: made of its own training rows, each text once, and none that a
-    training or validation row has, or that stands there with both labels; and all pseudo-labelled ones.
+    training or validation row has, or that stands there with both labels; and the pseudo-labelled ones but for
+    validation texts.
     """
 
     def key(row: dict) -> tuple:
         return audit.normal_form(row[cfg.examples_column]), row.get(cfg.by_column, "")
 
-    candidates = np.flatnonzero(np.isin(rows.origin, train))
+    judged_texts = {audit.normal_form(text) for text in texts(cfg, judges.rows)}
+    pseudo = np.flatnonzero(rows.origin == PSEUDO)
+    fresh = [audit.normal_form(text) not in judged_texts for text in texts(cfg, [rows.rows[i] for i in pseudo])]
+    pseudo, candidates = pseudo[np.array(fresh, dtype=bool)], np.flatnonzero(np.isin(rows.origin, train))
     if not len(candidates):
-        return np.flatnonzero(rows.origin == PSEUDO)
+        return pseudo
     taken = {key(row) for row in rows.own().rows}
     unseen, answers_of = {audit.normal_form(row[cfg.examples_column]) for row in judges.rows}, {}
     for i in candidates:
         if key(rows.rows[i]) not in taken and key(rows.rows[i])[0] not in unseen:
             answers_of.setdefault(key(rows.rows[i]), []).append(i)
     agreed = [same[0] for same in answers_of.values() if len({rows.rows[i][cfg.label_column] for i in same}) == 1]
-    return np.concatenate([np.array(agreed, dtype=int), np.flatnonzero(rows.origin == PSEUDO)])
+    return np.concatenate([np.array(agreed, dtype=int), pseudo])
 
 
 # ---- what is wrong with the rows ------------------------------------------------------------------------------------
@@ -470,7 +493,9 @@ def _unlabelled(cfg: TrainConfig, say: Callable) -> Split:
 
 def _name(cfg: TrainConfig, split: str, row: dict, id: str) -> str:
     """A row as a person finds it: by its id, or by its number in the file."""
-    return f"{split} {cfg.id_column} {id}" if cfg.id_column in row else f"{split} row {int(id) + 1}"
+    return (
+        f"{split} row {int(id) + 1}" if cfg.id_column not in row and id.isdigit() else f"{split} {cfg.id_column} {id}"
+    )
 
 
 def _named(groups, names: list[str]):

@@ -69,38 +69,50 @@ def main(argv: list[str]) -> dict:
         class_weights(one, train.labels, len(labels.names))
         periodic_rows(one, judge.labels, len(labels.names))
         ddp.say(world, evaluate.check_chain(one, train.ids, judge.ids))
+        short = one.train_stop - one.train_start > len(train.own().ids)
+        ddp.say(world, f"note: this slice has only {len(train.own().ids):,} rows" if short else "")
     shares = rows.own().labels.mean(axis=0) if cfg.task != "single_label" else class_shares(rows, labels)
     shares = np.atleast_1d(shares).tolist()
     facts = {"labels.json": json.dumps({"values": labels.values, "names": labels.names, "shares": shares}, indent=1)}
-    facts |= {"split.csv": text} if len(todo) == 1 and (text := splits.split_csv(cfg, rows, val)) else {}
+    books = {name: splits.split_csv(one, rows, val) for name, one in configs.members(cfg).items()}
+    facts |= {"split.csv": books[""]} if "" in books else {}
     if world.rank == 0:
         parts = (rows.own(), None) if cfg.folds and cfg.fold == "all" else todo[0][2:]
         found = splits.audit_rows(cfg, labels, *parts, print)
         facts |= {"audit.json": json.dumps(found, ensure_ascii=False, indent=1) + "\n"} if found else {}
-    if len(todo) == 1:
+    if "" in configs.members(cfg):
         return fit(cfg, world, tokenizer, labels, *todo[0][2:], run, facts)
-    return family(cfg, world, tokenizer, labels, splits.judged(cfg, rows, val), todo, run, facts)
+    return family(cfg, world, tokenizer, labels, splits.judged(cfg, rows, val), todo, run, facts, books)
 
 
-def family(cfg: TrainConfig, world, tokenizer, labels, judged: Split, todo: list, run, facts: dict) -> dict:
+def family(
+    cfg: TrainConfig, world, tokenizer, labels, judged: Split, todo: list, run, facts: dict, books: dict[str, str]
+) -> dict:
     """A run for each of todo (name, config, training rows, validation rows) under one folder, one after the other;
-    finished ones are not run again. Then what all of them say together: see `together`.
+    finished ones are not run again. Then what all of them say together: see `together`. books: split.csv of each run.
+
+    A time limit is shared out: each run gets its part of what is left. Raises UserError where a finished run was
+    trained on other rows.
     """
     if run is None and not cfg.dry_run:
         run = resume.new_run(cfg, world, facts)
-    problems = []
+    problems, limit = [], configs.seconds(cfg.time_limit)
     for number, (name, one, train, val) in enumerate(todo, 1):
         ddp.say(world, f"\n== {name}: {number} of {len(todo)}")
         folder = run / name if run else None
         if folder and ddp.from_rank0(world, lambda f=folder: checkpoint.finished(f)):
+            if checkpoint.last_state(folder)[1]["digest"] != train.digest():
+                raise UserError(f"--resume {run}: {folder} was trained on other rows or tokens; start a new family")
             ddp.say(world, f"{folder} is finished")
             continue
-        if ddp.from_rank0(world, lambda: cfg.time_limit and resume.process_seconds() > configs.seconds(cfg.time_limit)):
+        if ddp.from_rank0(world, lambda: limit and resume.process_seconds() > limit):
             raise KeyboardInterrupt(f"--time_limit {cfg.time_limit} is over; go on with --resume {run}")
         begun = folder if folder and ddp.from_rank0(world, lambda f=folder: (f / "config.json").is_file()) else None
         try:
-            own = {"labels.json": facts["labels.json"]}
-            result = fit(one, world, tokenizer, labels, train, val, begun, own, folder)
+            own = {"labels.json": facts["labels.json"], "split.csv": books[name]}
+            share = (limit - resume.process_seconds()) / (len(todo) - number + 1) if limit else 0.0
+            end = resume.process_seconds() + share if limit else 0.0
+            result = fit(one, world, tokenizer, labels, train, val, begun, own, folder, end)
         except evaluate.Degenerate as e:  # known when the run is whole: the others may be better
             problems.append(str(e))
         if cfg.dry_run:
@@ -119,8 +131,8 @@ def together(cfg: TrainConfig, run: Path, labels: data.Labels, judged: Split, to
     """
     seeds, results = {}, {}
     for name, one, _, val in todo:
-        ids, _, logits = evaluate.validation_rows(run / name, one, labels)
-        if ids != val.ids:
+        ids, targets, logits = evaluate.validation_rows(run / name, one, labels)
+        if ids != val.ids or not np.array_equal(targets, val.labels):
             raise checkpoint.Untrusted(f"{run / name}: val_predictions.csv does not hold this run's validation rows")
         whole = seeds.setdefault(one.seed, np.full((len(judged.ids), logits.shape[1]), np.nan, np.float32))
         whole[splits.held_out(one, judged) if cfg.folds and cfg.fold == "all" else slice(None)] = logits
@@ -130,7 +142,9 @@ def together(cfg: TrainConfig, run: Path, labels: data.Labels, judged: Split, to
     shown = [n for n in scores if n == cfg.metric or n not in metrics.RANKING]
     intervals = metrics.intervals(cfg.task, logits, judged.labels, shown, seed=cfg.seed)
     each = {n: [found["metrics"][n] for found in results.values() if n in found["metrics"]] for n in scores}
-    spread = {n: (float(np.mean(v)), float(np.std(v, ddof=1))) for n, v in each.items() if len(v) > 1}
+    spread = {n: (float(np.mean(v)), float(np.std(v, ddof=len(v) > 1))) for n, v in each.items() if v}
+    cut = [name for name, found in results.items() if found.get("ended_by") == "time_limit"]
+    ddp.say(world, f"warning: the time limit ended {', '.join(cut)} early: the runs are not alike" if cut else "")
     lines = [f"{'':<16} {'mean':>8} {'std':>8} {'all rows':>9}   95% interval"]
     for n in [n for n in shown if n in spread and n in intervals]:
         (mean, std), (low, high) = spread[n], intervals[n]
@@ -148,7 +162,12 @@ def together(cfg: TrainConfig, run: Path, labels: data.Labels, judged: Split, to
         "intervals": {n: [round(v, 6) for v in pair] for n, pair in intervals.items()},
         "runs": {name: found["metrics"] for name, found in results.items()},
         "majority": round(metrics.majority(cfg.task, judged.labels), 6),
+        **evaluate.by_value(
+            cfg, cfg.by_column, judged.rows, logits, judged.labels, lambda words: ddp.say(world, words)
+        ),
         **fit_decision(cfg, run, logits, judged.labels, world),
+        "ended_by": "time_limit" if cut else "",
+        "val_sha256": splits.digest_of(judged.rows),
         "steps": sum(found["steps"] for found in results.values()),
         **{n: round(busy[n] / max(seconds["train_seconds"], 1e-9), 2) for n in rates},
         "peak_memory_gb": max(found["peak_memory_gb"] for found in results.values()),
@@ -160,8 +179,12 @@ def together(cfg: TrainConfig, run: Path, labels: data.Labels, judged: Split, to
     return result
 
 
-def fit(cfg: TrainConfig, world, tokenizer, labels, train: Split, val: Split, run, facts: dict, folder=None) -> dict:
-    """One run, begun or new, from its rows to its result. facts: files of a new run; folder: where, or run_<i>."""
+def fit(
+    cfg: TrainConfig, world, tokenizer, labels, train: Split, val: Split, run, facts: dict, folder=None, end=0.0
+) -> dict:
+    """One run, begun or new, from its rows to its result. facts: files of a new run; folder: where, or run_<i>; end: of
+    its time limit in seconds of this process, where it is not the config's own.
+    """
     classes = len(labels.names)
     precision, why = models.choose_precision(cfg.precision, world.device)
     ddp.say(world, f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}; precision {precision} ({why})")
@@ -185,7 +208,8 @@ def fit(cfg: TrainConfig, world, tokenizer, labels, train: Split, val: Split, ru
     if cfg.pooling == "last" and model.family in models.ENCODERS:
         ddp.say(world, "note: the last token of an encoder is a separator; --pooling cls is what its head knows")
     ddp.say(world, lora.trainable_table(model))
-    if cfg.init_from and run is None:
+    saved = run and any((run / name).exists() for name in ("last", ".last.1"))
+    if cfg.init_from and not saved:
         ddp.say(world, evaluate.start_from(Path(cfg.init_from), cfg, labels, model))
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
@@ -233,7 +257,7 @@ def fit(cfg: TrainConfig, world, tokenizer, labels, train: Split, val: Split, ru
     # ---- loop: step, log, eval, save --------------------------------------------------------------------------------
     of_classes = None if weights is None else torch.from_numpy(weights).float().to(world.device)
     stop, log, clock, late = ddp.StopRequest(), resume.Log(run, cfg, world, at.step), resume.Clock(at), False
-    limit = resume.Limit(configs.seconds(cfg.time_limit), world, float(val.tokens.lengths.sum()))
+    limit = resume.Limit(end or configs.seconds(cfg.time_limit), world, float(val.tokens.lengths.sum()))
     bar = tqdm(total=total, initial=at.step, disable=world.rank != 0, unit="step", file=sys.stderr, mininterval=1.0)
     while at.step < total and not at.done:
         epoch, index = divmod(at.step, steps_per_epoch)
@@ -326,6 +350,8 @@ def fit(cfg: TrainConfig, world, tokenizer, labels, train: Split, val: Split, ru
         "majority": round(metrics.majority(cfg.task, val.labels), 6),
         **fit_decision(cfg, run, logits, val.labels, world),
         "best_step": at.best_step,
+        "ended_by": "time_limit" if late else "patience" if at.done else "",
+        "val_sha256": splits.digest_of(val.rows),
         "steps": at.step,
         "examples_per_second": round(at.rows / at.seconds, 2),
         "tokens_per_second": round(at.tokens / at.seconds, 1),
@@ -451,7 +477,7 @@ def fit_decision(cfg: TrainConfig, run: Path, logits: np.ndarray, labels: np.nda
 def chain_table(cfg: TrainConfig, result: dict, world) -> list[dict]:
     """The runs that this one goes on from and itself, with their slices and metrics, printed as a table."""
     past = [
-        (run, evaluate.run_facts(run)[0], checkpoint.load_json(run / "result.json"))
+        (run, evaluate.run_facts(run)[0], checkpoint.load_json(run / "result.json") if checkpoint.finished(run) else {})
         for run in evaluate.chain(cfg.init_from)
     ]
     found = [
@@ -459,8 +485,8 @@ def chain_table(cfg: TrainConfig, result: dict, world) -> list[dict]:
             "run": str(run),
             "train_start": c.train_start,
             "train_stop": c.train_stop,
-            "train_rows": told["train_rows"],
-            "metrics": told["metrics"],
+            "train_rows": told.get("train_rows", 0),
+            "metrics": told.get("metrics", {}),
         }
         for run, c, told in [*past, (result["run"], cfg, result)]
     ]

@@ -30,22 +30,28 @@ def main() -> dict:
         told = step(options, "train.py", [*train_flags, *pseudo])
         submission = out / f"predictions_{number}.csv"
         common = ["--runs", told["run"], "--submission", "", "--overwrite"]
+        if not json.loads((Path(told["run"]) / "labels.json").read_text(encoding="utf-8"))["values"]:
+            raise UserError("a regression has no classes to be sure of: rounds are for classes or labels")
         scores = step(options, "infer.py", [*common, "--input", options.clean, "--output", str(out / "clean.csv")])
         step(options, "infer.py", [*common, "--input", options.test, "--output", str(submission)])
         prior = json.loads((Path(told["run"]) / "labels.json").read_text(encoding="utf-8"))
         values, rows = prior["values"], data.read_rows(str(submission), "test")
         found = judge(rows, values, prior["shares"], options.confidence)
+        if "metrics" not in scores:
+            raise UserError(f"--clean {options.clean}: it has no labels that this run knows, so it cannot judge")
         metric = options.metric or json.loads((Path(told["run"]) / "config.json").read_text())["metric"]
         rounds.append({"round": number, "run": told["run"], metric: scores["metrics"][metric], **found})
         print(json.dumps(rounds[-1]), flush=True)
         reason = why_stop(rounds, metric, options)
+        rounds[-1]["trusted"] = not reason or not rounds[:-1]
         if reason:
             print(f"the rounds end: {reason}", flush=True)
             break
         pseudo = ["--pseudo_labels", str(submission), "--pseudo_data", options.test]
         pseudo += ["--pseudo_min_confidence", str(options.confidence), *["--pseudo_soft"] * options.soft]
+    trusted = [r for r in rounds if r["trusted"]] or rounds[:1]
     lower = metric in ("log_loss", "mse", "rmse", "mae", "hamming_loss")
-    best = (min if lower else max)(rounds, key=lambda r: r[metric])  # of equal ones the first
+    best = (min if lower else max)(trusted, key=lambda r: r[metric])  # of equal ones the first
     kept = out / f"predictions_{best['round']}.csv"
     return {"best_round": best["round"], "run": best["run"], "output": str(kept), "rounds": rounds}
 
@@ -116,4 +122,5 @@ if __name__ == "__main__":
     try:
         print(json.dumps(main()))
     except UserError as e:
-        sys.exit(f"error: {e}")
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -120,7 +120,7 @@ def test_runtime_lines_stay_readable():
             todo += siblings(name)
     assert {"train", "infer", "cpt", "evaluate", "model", "data", "configs", "lora", "ddp"} <= needed
     lines = {name: code_lines(FILES[name].read_text(encoding="utf-8")) for name in needed}
-    assert sum(lines.values()) <= 7000, lines
+    assert sum(lines.values()) <= 7100, lines
 
 
 def code_lines(source: str) -> int:

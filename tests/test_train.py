@@ -25,6 +25,7 @@ RUN = {
     "labels.json",
     "environment.json",
     "audit.json",
+    "split.csv",
     "metrics.jsonl",
     "val_predictions.csv",
     "result.json",
