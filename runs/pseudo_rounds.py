@@ -17,12 +17,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import configs  # noqa: E402
 import data  # noqa: E402
 from configs import UserError  # noqa: E402
 
 
 def main() -> dict:
     options, train_flags = read_options()
+    check(options, train_flags)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     rounds, pseudo = [], []
@@ -30,15 +32,11 @@ def main() -> dict:
         told = step(options, "train.py", [*train_flags, *pseudo])
         submission = out / f"predictions_{number}.csv"
         common = ["--runs", told["run"], "--submission", "", "--overwrite"]
-        if not json.loads((Path(told["run"]) / "labels.json").read_text(encoding="utf-8"))["values"]:
-            raise UserError("a regression has no classes to be sure of: rounds are for classes or labels")
         scores = step(options, "infer.py", [*common, "--input", options.clean, "--output", str(out / "clean.csv")])
         step(options, "infer.py", [*common, "--input", options.test, "--output", str(submission)])
         prior = json.loads((Path(told["run"]) / "labels.json").read_text(encoding="utf-8"))
         values, rows = prior["values"], data.read_rows(str(submission), "test")
         found = judge(rows, values, prior["shares"], options.confidence)
-        if "metrics" not in scores:
-            raise UserError(f"--clean {options.clean}: it has no labels that this run knows, so it cannot judge")
         metric = options.metric or json.loads((Path(told["run"]) / "config.json").read_text())["metric"]
         rounds.append({"round": number, "run": told["run"], metric: scores["metrics"][metric], **found})
         print(json.dumps(rounds[-1]), flush=True)
@@ -54,6 +52,20 @@ def main() -> dict:
     best = (min if lower else max)(trusted, key=lambda r: r[metric])  # of equal ones the first
     kept = out / f"predictions_{best['round']}.csv"
     return {"best_round": best["round"], "run": best["run"], "output": str(kept), "rounds": rounds}
+
+
+def check(options, train_flags: list[str]) -> None:
+    """Raise UserError, before anything is trained, for tasks without classes and clean rows that cannot judge."""
+    cfg, _ = configs.parse(configs.TrainConfig, configs.TRAIN_PRESETS, train_flags)
+    if cfg.task != "single_label":
+        raise UserError(f"--task {cfg.task}: the rounds are for classes, of which one is the answer")
+    rows = data.read_rows(options.clean, "clean")
+    data.need_columns(rows, [cfg.label_column], options.clean, "clean")
+    texts = [{tuple(sorted(r.items())) for r in data.read_rows(p, "test")} for p in (options.test, cfg.train_data)]
+    if any({tuple(sorted(r.items())) for r in rows} & known for known in texts):
+        raise UserError(
+            f"--clean {options.clean}: some of its rows stand in --test or --train_data; nothing else may know them"
+        )
 
 
 def judge(rows: list[dict], values: list[str], prior: list[float], confidence: float) -> dict:

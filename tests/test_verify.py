@@ -1,7 +1,11 @@
 """Verification and rules: balanced slices, chains, rows of examples, pseudo-labels, preflight, time limits."""
 
+import argparse
 import csv
+import importlib.util
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -548,3 +552,57 @@ def test_examples_without_an_id_column_are_audited_by_their_rows(small_base, tmp
     flags = {**BINARY, **RULES, "examples": "positive=1,negative=0", "id_column": "nothing", "audit": "near"}
     told = train.main(toy_flags(tmp_path, small_base, train_data=path, val_size=0.25, **flags))
     assert told["train_rows"] > 36
+
+
+# ---- rounds of pseudo-labels ----------------------------------------------------------------------------------------
+
+
+def rounds_of():
+    spec = importlib.util.spec_from_file_location("pseudo_rounds", ROOT / "runs/pseudo_rounds.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rounds_are_judged_by_clean_rows_and_stopped_by_drift_and_collapse():
+    rounds, options = rounds_of(), argparse.Namespace(fall=0.01, drift=0.2, confidence=0.8)
+    rows = [{"probability_a": str(p), "probability_b": str(1 - p)} for p in (0.9, 0.85, 0.6, 0.3)]
+    found = rounds.judge(rows, ["a", "b"], [0.5, 0.5], 0.8)
+    assert found == {"confident": 2, "drift": 0.25, "largest": 1.0}
+    good = {"accuracy": 0.8, "confident": 9, "drift": 0.1, "largest": 0.6}
+    assert rounds.why_stop([good], "accuracy", options) == ""
+    for change, words in (
+        ({"accuracy": 0.78}, "accuracy on the clean rows fell from 0.8000 to 0.7800"),
+        ({"drift": 0.3}, "drifted by 0.300"),
+        ({"confident": 0}, "no row reaches the confidence 0.8"),
+        ({"largest": 1.0}, "one class takes every confident row"),
+    ):
+        assert words in rounds.why_stop([good, {**good, **change}], "accuracy", options)
+    assert rounds.why_stop([{**good, "log_loss": 0.5}, {**good, "log_loss": 0.4}], "log_loss", options) == ""
+
+
+def test_two_rounds_as_a_user_runs_them(small_base, tmp_path):
+    path, clean, test = (tmp_path / f"{n}.jsonl" for n in ("train", "clean", "test"))
+    lines = [json.loads(line) for line in write_pairs(tmp_path / "all.jsonl", 90).read_text().splitlines()]
+    for target, some in ((path, lines[:50]), (clean, lines[50:70])):
+        target.write_text("".join(json.dumps(r) + "\n" for r in some))
+    test.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "is_correct"}) + "\n" for r in lines[70:]))
+    flags = toy_flags(tmp_path, small_base, train_data=path, val_size=0.2, **BINARY)
+    start = [
+        sys.executable,
+        str(ROOT / "runs/pseudo_rounds.py"),
+        "--rounds",
+        "1",
+        "--confidence",
+        "0.55",
+        "--drift",
+        "1",
+    ]
+    start += ["--fall", "1", "--out", str(tmp_path / "rounds"), "--test", str(test)]
+    done = subprocess.run([*start, "--clean", str(clean), "--", *flags], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    assert [r["round"] for r in told["rounds"]] in ([0], [0, 1]) and len(data.read_rows(told["output"], "x")) == 20
+    for wrong, words in ((test, "no column is_correct"), (path, "some of its rows stand in")):
+        done = subprocess.run([*start, "--clean", str(wrong), "--", *flags], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
