@@ -110,7 +110,8 @@ def main(argv: list[str]) -> dict:
         found = [logits]
         for left, other in zip(range(len(cfg.runs) - 1, 0, -1), cfg.runs[1:], strict=True):
             more = None if other in csvs else evaluate.load_run(other, world, cfg.precision)
-            found.append(csvs[other] if more is None else more.logits(rows, cfg.max_tokens, time_left(limit, left))[0])
+            z = csvs[other] if more is None else more.logits(rows, cfg.max_tokens, time_left(limit, left))[0]
+            found.append(z if z.shape == logits.shape else np.hstack([0 * z, z]))  # a regression beside two classes
         missing = limit and np.isnan(found).any(axis=(0, 2))
         found = [np.where(np.isnan(z), prior, z) if limit else z for z in found]
         logits = decide.ensemble(found, cfg.ensemble, blend.weights, blend.task).astype(np.float32)
@@ -306,6 +307,9 @@ def blending(cfg: InferConfig, train_cfg, labels: data.Labels) -> Blend:
     runs = [Path(p) for p in cfg.runs if not p.endswith(".csv")]
     for run in runs[1:]:
         other, theirs = evaluate.run_facts(run)
+        if cfg.ensemble == "rank" and other.task == "regression" and len(labels.values) == 2:
+            said = f"rank of {len(cfg.runs)} members, a regression's output beside the log-odds of {labels.values[1]}"
+            return Blend(train_cfg.task, None, None, said)
         if (other.task, theirs.values) != (train_cfg.task, labels.values):
             raise UserError(
                 f"--runs {run}: its task or labels are not those of {runs[0]}: {other.task} {theirs.values}"
