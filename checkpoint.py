@@ -8,6 +8,7 @@ manifest and falls back with a warning; it never goes on with files that do not 
                                         .best.1/ .last.1/     the saves before them
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -118,7 +119,7 @@ def finished(run: Path) -> bool:
 def newest_finished(outputs: str, marker: str, without: str = "") -> Path | None:
     """The run under outputs that ended last and holds the file `marker` but not `without`, or None."""
     ended = []
-    for result in Path(outputs).glob("*/*/run_*/result.json"):
+    for result in map(Path, glob.glob(f"{glob.escape(outputs)}/*/*/run_*/result.json")):  # bears folders that go
         if (result.parent / marker).is_file() and not (without and (result.parent / without).exists()):
             ended.append((result.stat().st_mtime_ns, result.parent))
     return max(ended)[1] if ended else None
