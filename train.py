@@ -101,7 +101,8 @@ def family(
         ddp.say(world, f"\n== {name}: {number} of {len(todo)}")
         folder = run / name if run else None
         if folder and ddp.from_rank0(world, lambda f=folder: checkpoint.finished(f)):
-            if checkpoint.last_state(folder)[1]["digest"] != train.digest():
+            saved = checkpoint.last_state(folder)  # None where last/ was removed to save room
+            if saved and saved[1]["digest"] != train.digest():
                 raise UserError(f"--resume {run}: {folder} was trained on other rows or tokens; start a new family")
             ddp.say(world, f"{folder} is finished")
             continue
