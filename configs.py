@@ -549,6 +549,8 @@ def _idle_infer(cfg: InferConfig, given: set[str]) -> list[str]:
         ours = "text prompt label_column label_names label_words id_column head quant max_length".split()
         ours = ["quant"] if cfg.generate else ours
         idle += [f"--{n} has no effect without --base or --adapter: a run has its own" for n in ours if n in given]
+    if "answer" in given and not cfg.submission:
+        idle.append("--answer has no effect without --submission, which then holds every probability")
     if "ensemble" in given and len(cfg.runs) < 2:
         idle.append("--ensemble has no effect on one run: name several with --runs A B")
     drawn = {"top_p", "seed"} & given if cfg.generate and cfg.temperature == 0 else ()

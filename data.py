@@ -432,8 +432,8 @@ def encode(
     once. A row without text becomes the single end-of-text token. answers: the character spans (first, end) of each
     row that a language model learns. Of a field that was cut, what follows in its span is not learned: an answer cut
     short has no end. names: of rows, for errors. rules: of the pieces of each row, (most tokens or None, is it cut
-    last?). Raises UserError when a template alone is too long, when a row holds a
-    lone surrogate, and when none of a row's answers is left.
+    last?). Raises UserError when a template alone is too long, when a row holds a lone surrogate, and when none of a
+    row's answers is left.
     """
     texts = ["".join(text for _, text in row) for row in rows]
     lone = [str(i + 1) for i, t in enumerate(texts) if LONE.search(t)]

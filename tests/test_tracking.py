@@ -10,6 +10,7 @@ from test_ddp import forked, forks, log_of, run_of, start, toy_flags
 from test_resume import wait_for
 
 import configs
+import cpt
 import train
 from configs import UserError
 
@@ -46,6 +47,15 @@ def same(got: dict, want: dict) -> None:
 
 def test_tensorboard_holds_what_the_log_holds(tmp_path, small_base):
     run = Path(train.main(toy_flags(tmp_path, small_base, report="tensorboard"))["run"])
+    same(scalars(run), expected(run))
+
+
+def test_continued_pretraining_is_tracked_too(tmp_path, small_base):
+    lines = [json.dumps({"text": f"Let $n={i}$. Twice $n$ is ${2 * i}$, and $n+1={i + 1}$."}) for i in range(60)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    flags = ["--base", small_base, "--train_data", tmp_path / "texts.jsonl", "--outputs", tmp_path / "outputs"]
+    flags += ["--epochs", 1, "--batch_size", 8, "--max_length", 64, "--samples", 0, "--report", "tensorboard"]
+    run = Path(cpt.main([str(flag) for flag in flags])["run"])
     same(scalars(run), expected(run))
 
 
