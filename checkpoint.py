@@ -24,19 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from errors import Untrusted, UserError
+
 MANIFEST = "manifest.json"
-
-
-class NoRun(ValueError):
-    """What --resume names cannot be resumed: the user's mistake."""
-
-    exit_status = 2
-
-
-class Untrusted(Exception):
-    """A checkpoint that cannot be trusted."""
-
-    exit_status = 3
 
 
 # ---- every change to the disk goes through these, so that tests can stop the world at each of them ------------------
@@ -350,9 +340,9 @@ def find_run(resume: str, outputs: str, base: str, dataset: str) -> Path | None:
         return unfinished[-1] if unfinished else None
     run = Path(resume)
     if not (run / "config.json").is_file():
-        raise NoRun(f"--resume {resume}: no run folder (expected config.json in it)")
+        raise UserError(f"--resume {resume}: no run folder (expected config.json in it)")
     if finished(run):
-        raise NoRun(f"--resume {resume}: this run is finished; start a new one, or predict with infer.py")
+        raise UserError(f"--resume {resume}: this run is finished; start a new one, or predict with infer.py")
     return run
 
 

@@ -16,9 +16,10 @@ import numpy as np
 import checkpoint
 import data
 import ddp
+import files
 import latex
 import prompts
-from configs import UserError
+from errors import Untrusted, UserError, few
 
 ENDS = (".tex", ".txt", ".md", ".jsonl", ".jsonl.gz")
 ROLES = ("system", "user", "assistant", "tool")
@@ -51,7 +52,7 @@ def find_files(paths: str, flag: str) -> list[tuple[Path, list[Path]]]:
 
 
 def _named(sources: list[tuple[Path, list[Path]]]) -> str:
-    return ", ".join(str(files[0] if len(files) == 1 else root) for root, files in sources)
+    return ", ".join(str(paths[0] if len(paths) == 1 else root) for root, paths in sources)
 
 
 def _readable(file: Path) -> bool:
@@ -79,9 +80,9 @@ def read_documents(
     a folder, and raises UserError where the file was named; so do damaged JSONL, and no documents.
     """
     rows, owners, records = [], [], []
-    for root, files in sources:
+    for root, paths in sources:
         tex = {}
-        for file in files:
+        for file in paths:
             name, found = file.relative_to(root).as_posix(), []
             fate = f"dropped: {file.suffix or 'no suffix'} is not read"
             try:
@@ -92,7 +93,7 @@ def read_documents(
                     found = _rows_of(file, flag)
                     fate = "read" if found else "dropped: empty"
             except UserError as e:
-                if len(files) == 1 or ".jsonl" in file.name.lower():
+                if len(paths) == 1 or ".jsonl" in file.name.lower():
                     raise
                 fate = f"dropped: {str(e).split(': ', 1)[-1]}"
             rows.extend(found)
@@ -114,8 +115,8 @@ def read_documents(
 
 def _rows_of(file: Path, flag: str) -> list[dict[str, str]]:
     if file.suffix.lower() in (".txt", ".md"):
-        return [{"text": data.decode_text(_bytes(file, flag), f"--{flag} {file}")}]
-    return [] if file.is_file() and not file.stat().st_size else data.read_rows(str(file), flag)
+        return [{"text": files.decode_text(_bytes(file, flag), f"--{flag} {file}")}]
+    return [] if file.is_file() and not file.stat().st_size else files.read_rows(str(file), flag)
 
 
 def _distinct(rows: list[dict], owners: list[str], columns: set[str]) -> tuple[list[dict], list[str], list[dict]]:
@@ -168,9 +169,9 @@ def _cached(sources: list[tuple[Path, list[Path]]], flag: str, tokenizer, cache:
     """The folder of an encoded corpus, made where it is not there: named by all that it follows from, code included."""
     key = hashlib.sha256(json.dumps([flag, how, tokenizer.chat_template, str(tokenizer.special_tokens_map)]).encode())
     code = [Path(__file__).with_name(f"{name}.py") for name in ("corpus", "latex", "prompts", "data")]
-    for root, files in [(Path(__file__).parent, code), *sources]:
+    for root, paths in [(Path(__file__).parent, code), *sources]:
         key.update(b"a folder\n")
-        for file in files:
+        for file in paths:
             content = _digest(file) if _readable(file) or file in code else "not read"
             key.update(f"{file.relative_to(root).as_posix()} {content}\n".encode("utf-8", "surrogatepass"))
     key.update(tokenizer.backend_tokenizer.to_str().encode())
@@ -178,7 +179,7 @@ def _cached(sources: list[tuple[Path, list[Path]]], flag: str, tokenizer, cache:
     try:
         if checkpoint.trusted(target):
             return target
-    except checkpoint.Untrusted as e:
+    except Untrusted as e:
         print(f"{e}: it is made again")
         checkpoint.fs_remove(target)
     corpus, said = encoded(sources, flag, tokenizer, **how)
@@ -208,19 +209,19 @@ def encoded(
     template: of a document's text, or of a pair's prompt. max_length: most tokens of a pair; documents are not cut.
     chat: yes, no or auto, for pairs: whether the tokenizer's chat template renders them, with the system turn.
     """
-    columns = data.template_columns(template)
-    rows, names, files = read_documents(sources, flag, columns)
-    dropped = Counter(f["fate"].removeprefix("dropped: ").split(" of ")[0] for f in files if "dropped" in f["fate"])
-    noted = sum(bool(f.get("notes")) for f in files)
+    columns = files.template_columns(template)
+    rows, names, records = read_documents(sources, flag, columns)
+    dropped = Counter(f["fate"].removeprefix("dropped: ").split(" of ")[0] for f in records if "dropped" in f["fate"])
+    noted = sum(bool(f.get("notes")) for f in records)
     said = "; ".join(f"{count:,} {why}" for why, count in dropped.most_common(5)) or "nothing dropped"
     said += f"; {noted} files have notes, see corpus.jsonl" if noted else ""
     if not are_pairs(rows, template):
-        data.need_columns(rows, columns, _named(sources), flag)
+        files.need_columns(rows, columns, _named(sources), flag)
         texts = [prompts.render(template, row) for row in rows]
         tokens, report = data.encode(tokenizer, texts, max_length=10**9)
         sizes = np.array([sum(len(text.encode()) for _, text in row) for row in texts])
         tokens = _ended(tokens, data.end_of_text(tokenizer))
-        return Corpus(tokens, sizes, False, files), f"{len(rows):,} documents, {said}; {report}"
+        return Corpus(tokens, sizes, False, records), f"{len(rows):,} documents, {said}; {report}"
     chatty = chat == "yes" or (chat == "auto" and bool(tokenizer.chat_template))
     template = "{prompt}" if template == "{text}" else template
     pieces, spans = pair_pieces(rows, names, f"--{flag} {_named(sources)}", tokenizer, template, chatty, system)
@@ -229,7 +230,7 @@ def encoded(
     sizes = np.array([len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in learned])
     way = "the chat template" if chatty else f"{template!r}, the response and {tokenizer.eos_token}"
     said = f"{len(rows):,} pairs, rendered by {way}, responses learned; {said}; {report}"
-    return Corpus(tokens, sizes, True, files), said
+    return Corpus(tokens, sizes, True, records), said
 
 
 def _ended(tokens: data.Tokens, end: int) -> data.Tokens:
@@ -271,7 +272,7 @@ def pair_pieces(rows: list[dict], names: list[str], where: str, tokenizer, templ
         pieces.append(prompts.spell(words, *found))
         spans.append(found[1])
     if wrong:
-        raise UserError(f"{where}: {len(wrong)} of {len(rows)} are no pairs to learn from ({data._few(wrong, 3)})")
+        raise UserError(f"{where}: {len(wrong)} of {len(rows)} are no pairs to learn from ({few(wrong, 3)})")
     return pieces, spans
 
 

@@ -20,37 +20,46 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import bases
 import checkpoint
+import checks
+import cli
 import configs
 import corpus
 import data
 import ddp
 import evaluate
+import language
+import loop
 import lora
 import model as models
+import numerics
 import optim
-import resume
-from configs import CptConfig, UserError
+import peft_format
+import trained
+from configs import CptConfig
+from errors import UserError
+from packed import Batch, pack
 
 
 def main(argv: list[str]) -> dict:
     # ---- config -----------------------------------------------------------------------------------------------------
-    cfg, given = configs.parse(CptConfig, configs.CPT_PRESETS, argv, __doc__)
-    cfg = configs.own_data(cfg, given)
-    configs.check(cfg, given)
+    cfg, given = cli.parse(CptConfig, configs.CPT_PRESETS, argv, __doc__)
+    cfg = checks.own_data(cfg, given)
+    checks.check(cfg, given)
 
     # ---- distributed ------------------------------------------------------------------------------------------------
     world = ddp.setup()
-    cfg, run = resume.run_to_resume(cfg, given, world)
-    ddp.say(world, configs.preset_note(given, argv))
-    precision, why = models.choose_precision(cfg.precision, world.device)
+    cfg, run = loop.run_to_resume(cfg, given, world)
+    ddp.say(world, checks.preset_note(given, argv))
+    precision, why = numerics.choose_precision(cfg.precision, world.device)
     ddp.say(world, f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}; precision {precision} ({why})")
 
     # ---- data -------------------------------------------------------------------------------------------------------
-    tokenizer = data.load_tokenizer(models.find_base(cfg.base) if cfg.random_init else models.need_base(cfg.base))
+    tokenizer = bases.load_tokenizer(bases.find_base(cfg.base) if cfg.random_init else bases.need_base(cfg.base))
     check_model(cfg, tokenizer)
     texts = load_texts(cfg, tokenizer, world)
-    configs.check_texts(given, texts.pairs)
+    checks.check_texts(given, texts.pairs)
     train = texts.train
     steps_per_epoch = math.ceil(len(train.lengths) / cfg.batch_size)
     total = min(cfg.epochs * steps_per_epoch, cfg.max_steps or math.inf)
@@ -69,7 +78,7 @@ def main(argv: list[str]) -> dict:
     ddp.say(world, lora.trainable_table(lm) if cfg.rank else f"{sum(p.numel() for p in params):,} parameters trained")
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
-    vocabulary = models.vocabulary_modules(lm)
+    vocabulary = language.vocabulary_modules(lm)
     groups = optim.parameter_groups(lm.named_parameters(), cfg.lr, cfg.embed_lr, cfg.weight_decay, vocabulary)
     optimizer = optim.adamw(groups, cfg.optimizer)
     for group in groups:
@@ -83,11 +92,11 @@ def main(argv: list[str]) -> dict:
 
     # ---- resume, or a new run ---------------------------------------------------------------------------------------
     about = {"base": lm.base_fingerprint} if cfg.rank else {}
-    at = resume.restore(run, world, lambda folder: read_save(folder, lm), optimizer, scaler, digest) if run else None
-    at = at or resume.State(micro_batches=max(cfg.micro_batches, world.size))
+    at = loop.restore(run, world, lambda folder: read_save(folder, lm), optimizer, scaler, digest) if run else None
+    at = at or loop.State(micro_batches=max(cfg.micro_batches, world.size))
     if run is None:
         report = "".join(json.dumps(record) + "\n" for record in texts.files)
-        run = resume.new_run(cfg, world, {"corpus.jsonl": report, "texts.json": json.dumps({"pairs": texts.pairs})})
+        run = loop.new_run(cfg, world, {"corpus.jsonl": report, "texts.json": json.dumps({"pairs": texts.pairs})})
     ddp.say(
         world,
         f"plan: {total:,} steps of {cfg.batch_size} rows, micro-batches of at most {cfg.max_tokens:,} tokens, warm-up "
@@ -96,15 +105,15 @@ def main(argv: list[str]) -> dict:
     )
 
     # ---- loop: step, log, eval, save --------------------------------------------------------------------------------
-    stop, log, clock = ddp.StopRequest(), resume.Log(run, cfg, world, at.step), resume.Clock(at)
+    stop, log, clock = ddp.StopRequest(), loop.Log(run, cfg, world, at.step), loop.Clock(at)
 
     def write(folder: Path) -> None:
         write_save(folder, lm, tokenizer)
 
     def held_out(step: int, val: data.Tokens) -> float:
-        scores = evaluate.language_scores(lm, val, world, precision, cfg.max_tokens)
+        scores = language.language_scores(lm, val, world, precision, cfg.max_tokens)
         if texts.guard:
-            other = evaluate.language_scores(lm, texts.guard, world, precision, cfg.max_tokens)
+            other = language.language_scores(lm, texts.guard, world, precision, cfg.max_tokens)
             scores |= {f"guard_{key}": value for key, value in other.items()}
         if not all(map(math.isfinite, scores.values())):
             raise FloatingPointError(f"step {step}: the held-out loss is not finite; lower --lr")
@@ -132,14 +141,14 @@ def main(argv: list[str]) -> dict:
             if j % world.size != world.rank:
                 continue
             torch.manual_seed(ddp.micro_seed(cfg.seed, at.step, j))
-            batch = data.pack(train, rows, world.device, predict=True)
-            with models.autocast(world.device, precision):
-                loss = evaluate.next_token_loss(lm, batch) / targets
+            batch = pack(train, rows, world.device, predict=True)
+            with numerics.autocast(world.device, precision):
+                loss = language.next_token_loss(lm, batch) / targets
             scaler.scale(loss).backward()
             gradients.add(loss, bool(stop.signal))
         norm, taken, (loss, stopping) = optim.step(optimizer, scaler, factor, cfg.grad_clip, gradients.reduce())
         if not taken and not (scaler.is_enabled() and scaler.get_scale() >= 1.0):
-            batch = data.pack(train, plan[index][0], world.device, predict=True)
+            batch = pack(train, plan[index][0], world.device, predict=True)
             raise FloatingPointError(f"step {at.step + 1}: loss {loss:.4g}; {not_finite(lm, batch, world, precision)}")
         at.step, at.updates, at.skipped = at.step + 1, at.updates + taken, at.skipped + (not taken)
         at.rows, at.tokens = at.rows + len(rows_of_step), at.tokens + int(train.lengths[rows_of_step].sum())
@@ -149,7 +158,7 @@ def main(argv: list[str]) -> dict:
         # log
         clock.lap("seconds")
         epochs, seen = round(at.step / steps_per_epoch, 4), (loss, norm) if taken else (None, None)  # strict JSON
-        log.write(resume.step_line(at, epochs, cfg.lr * factor, *seen))
+        log.write(loop.step_line(at, epochs, cfg.lr * factor, *seen))
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{at.tokens / at.seconds:,.0f}", refresh=False)
         bar.update()
 
@@ -159,12 +168,12 @@ def main(argv: list[str]) -> dict:
             held_out_loss = held_out(at.step, texts.periodic)
             if at.best is None or held_out_loss < at.best:
                 at.best, at.best_step = held_out_loss, at.step
-                resume.save(run / "best", world, write, {"step": at.step, **about}, cfg.keep)
+                loop.save(run / "best", world, write, {"step": at.step, **about}, cfg.keep)
 
         # save
         if last or stopping or at.step % save_every == 0:
             state = (log, at, optimizer, scaler, digest)
-            resume.save(run / "last", world, write, {"step": at.step, **about}, cfg.keep, state)
+            loop.save(run / "last", world, write, {"step": at.step, **about}, cfg.keep, state)
         if stopping and not last:
             raise KeyboardInterrupt(f"stopped after step {at.step}; go on with --resume {run}")
     bar.close()
@@ -189,7 +198,7 @@ def main(argv: list[str]) -> dict:
         "best_step": at.best_step,
         "steps": total,
         "tokens_per_second": round(at.tokens / at.seconds, 1),
-        "peak_memory_gb": round(resume.peak_memory_gb(world), 3),
+        "peak_memory_gb": round(loop.peak_memory_gb(world), 3),
         "train_seconds": round(at.seconds, 2),
         "eval_seconds": round(at.eval_seconds, 2),
     }
@@ -261,7 +270,7 @@ def complete_samples(lm, tokenizer, prompts: list[list[int]], precision: str, mo
     """(prompt, greedy completion) of each prompt."""
     if not prompts:
         return []
-    found = evaluate.generate(lm, tokenizer, prompts, precision, most)
+    found = language.generate(lm, tokenizer, prompts, precision, most)
     return [[tokenizer.decode(p), completion] for p, completion in zip(prompts, found, strict=True)]
 
 
@@ -286,8 +295,8 @@ def adapter_of(cfg: CptConfig) -> lora.Adapter:
 
 def check_model(cfg: CptConfig, tokenizer) -> None:
     """Check base and adapter on a skeleton, before any weight is loaded. Raises UserError for what does not fit."""
-    models.need_vocabulary(cfg.base, len(tokenizer))
-    bare = models.language_skeleton(cfg.base)
+    bases.need_vocabulary(cfg.base, len(tokenizer))
+    bare = language.language_skeleton(cfg.base)
     room = getattr(bare.config, "max_position_embeddings", None)
     if room and cfg.max_length > room:
         raise UserError(f"--max_length {cfg.max_length}: {cfg.base} was made for {room} positions; lower it")
@@ -301,9 +310,9 @@ def check_model(cfg: CptConfig, tokenizer) -> None:
 
 def new_language_model(cfg: CptConfig, world: ddp.World, precision: str):
     """The base to train: whole in fp32, or frozen under an adapter drawn from the seed."""
-    dtype = models.weight_dtype(world.device, precision) if cfg.rank else torch.float32
-    seed, compute = cfg.seed if cfg.random_init else None, models.DTYPES[precision]
-    lm = models.load_language_model(cfg.base, world.device, dtype, seed, cfg.quant, compute).train()
+    dtype = numerics.weight_dtype(world.device, precision) if cfg.rank else torch.float32
+    seed, compute = cfg.seed if cfg.random_init else None, numerics.DTYPES[precision]
+    lm = language.load_language_model(cfg.base, world.device, dtype, seed, cfg.quant, compute).train()
     if cfg.rank:
         torch.manual_seed(cfg.seed)
         lora.inject(lm, adapter_of(cfg))
@@ -311,11 +320,11 @@ def new_language_model(cfg: CptConfig, world: ddp.World, precision: str):
     return lm
 
 
-def not_finite(lm, batch: data.Batch, world: ddp.World, precision: str) -> str:
+def not_finite(lm, batch: Batch, world: ddp.World, precision: str) -> str:
     """Where a forward pass overflows first, and what to do."""
-    with torch.no_grad(), models.autocast(world.device, precision), models.activation_maxima(lm) as maxima:
-        evaluate.next_token_loss(lm, batch)
-    return f"{models.overflow_report(maxima)}; lower --lr, or try --precision bf16 or fp32"
+    with torch.no_grad(), numerics.autocast(world.device, precision), numerics.activation_maxima(lm) as maxima:
+        language.next_token_loss(lm, batch)
+    return f"{numerics.overflow_report(maxima)}; lower --lr, or try --precision bf16 or fp32"
 
 
 # ---- the model on disk ----------------------------------------------------------------------------------------------
@@ -324,8 +333,8 @@ def not_finite(lm, batch: data.Batch, world: ddp.World, precision: str) -> str:
 def write_save(folder: Path, lm, tokenizer) -> None:
     """The adapter in PEFT's format, or the base as transformers loads it."""
     if lora.adapters(lm):
-        checkpoint.save_json(folder / "adapter_config.json", lora.adapter_config(lm.adapter))
-        checkpoint.save_tensors(folder / "adapter_model.safetensors", lora.adapter_state(lm))
+        checkpoint.save_json(folder / "adapter_config.json", peft_format.adapter_config(lm.adapter))
+        checkpoint.save_tensors(folder / "adapter_model.safetensors", peft_format.adapter_state(lm))
         tokenizer.save_pretrained(folder)
     else:
         write_base(folder, lm, tokenizer, torch.float32)
@@ -334,8 +343,8 @@ def write_save(folder: Path, lm, tokenizer) -> None:
 def read_save(folder: Path, lm) -> None:
     """Load what write_save wrote. Raises Untrusted when it does not fit, or the base has changed."""
     if lora.adapters(lm):
-        evaluate.check_base(lm, checkpoint.verify(folder)["base"], "of this run")
-    evaluate.read_classifier(folder, lm)
+        trained.check_base(lm, checkpoint.verify(folder)["base"], "of this run")
+    trained.read_classifier(folder, lm)
 
 
 def write_base(folder: Path, lm, tokenizer, dtype: torch.dtype) -> None:
@@ -354,11 +363,11 @@ def export(cfg: CptConfig, lm, tokenizer, run: Path) -> None:
 
     A quantized base takes no update: its 16-bit weights are loaded for it.
     """
-    folder, dtype = Path(cfg.export), models.DTYPES[cfg.export_dtype]
+    folder, dtype = Path(cfg.export), numerics.DTYPES[cfg.export_dtype]
     if cfg.quant != "none":
-        lm = models.load_language_model(cfg.base, torch.device("cpu"), dtype)
+        lm = language.load_language_model(cfg.base, torch.device("cpu"), dtype)
         lora.inject(lm, adapter_of(cfg))
-        evaluate.read_classifier(checkpoint.trusted(run / "best"), lm)
+        trained.read_classifier(checkpoint.trusted(run / "best"), lm)
     lora.merge(lm)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as hidden:

@@ -5,324 +5,20 @@ of ranks: micro-batch j of a step runs on rank j mod W. Nothing is padded, dupli
 row of concatenated sequences.
 """
 
-import ast
 import csv
-import gzip
 import hashlib
-import io
 import json
 import re
 import sys
-import zlib
-from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
-import torch
 
+import files
 import prompts
-from configs import UserError
+from errors import UserError, few
 
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-LONE = re.compile("[\ud800-\udfff]")  # half a surrogate pair: cannot be encoded, so neither read nor printed
-FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
-
-
-# ---- rows -----------------------------------------------------------------------------------------------------------
-
-
-def read_rows(path: str, flag: str) -> list[dict[str, str]]:
-    """The rows of a CSV, TSV or JSONL file (each also .gz) or Parquet file, all values as strings, nothing guessed.
-
-    flag: the command-line flag that names the file, for errors. Raises UserError with what is wrong and where.
-    """
-    p = Path(path)
-    suffix = Path(p.stem).suffix.lower() if p.suffix.lower() == ".gz" else p.suffix.lower()
-    if not p.is_file():
-        raise UserError(f"--{flag} {path}: no such file; give the path of a CSV, TSV or JSONL file with --{flag} PATH")
-    if suffix not in FORMATS:
-        raise UserError(f"--{flag} {path}: expected a name ending in {', '.join(FORMATS)} (.gz too), got '{suffix}'")
-    where = f"--{flag} {path}"
-    if suffix == ".parquet":
-        rows = _parquet(path, where)
-    else:
-        try:
-            raw = gzip.decompress(p.read_bytes()) if p.suffix.lower() == ".gz" else p.read_bytes()
-        except (OSError, EOFError, zlib.error) as e:
-            raise UserError(f"{where}: cannot be read ({e})") from None
-        text = decode_text(raw, where)
-        rows = _jsonl(text, where) if suffix == ".jsonl" else _csv(text, where, suffix)
-    if not rows:
-        raise UserError(f"{where}: no rows")
-    return rows
-
-
-def decode_text(raw: bytes, where: str) -> str:
-    if raw[:2] == b"PK":
-        raise UserError(f"{where}: this is a zip archive; unpack it first")
-    if raw[:4] == b"PAR1":
-        raise UserError(f"{where}: this is a Parquet file; name it .parquet")
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{where}: this is UTF-16; save it as UTF-8")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        line = e.object.count(b"\n", 0, e.start) + 1  # e.object: the bytes without their BOM
-        raise UserError(
-            f"{where}: not UTF-8 (byte 0x{e.object[e.start]:02x} in line {line}); save it as UTF-8"
-        ) from None
-    if "\0" in text:
-        raise UserError(f"{where}: line {text.count(chr(10), 0, text.index(chr(0))) + 1} holds a NUL character")
-    return text
-
-
-def _csv(text: str, where: str, suffix: str) -> list[dict[str, str]]:
-    delimiter = "\t" if suffix == ".tsv" else ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows, odd = [], []
-    try:
-        header = next(reader, None)
-        if header is None:
-            raise UserError(f"{where}: the file is empty")
-        twice = [name for name, n in Counter(header).items() if n > 1]
-        if twice:
-            raise UserError(f"{where}: column {', '.join(map(repr, twice))} stands twice in the header")
-        for values in reader:
-            if not values:
-                continue  # a blank line
-            if len(values) != len(header):
-                odd.append(f"line {reader.line_num} has {len(values)}")
-            else:
-                rows.append(dict(zip(header, values, strict=True)))
-    except csv.Error as e:
-        raise UserError(f"{where}: line {reader.line_num}: {e} (an unclosed or stray quote?)") from None
-    if odd:
-        raise UserError(f"{where}: {len(odd)} rows do not have the header's {len(header)} columns ({_few(odd)})")
-    return rows
-
-
-def _jsonl(text: str, where: str) -> list[dict[str, str]]:
-    def once(pairs):
-        twice = [k for k, n in Counter(k for k, _ in pairs).items() if n > 1]
-        if twice:
-            raise ValueError(f"key {twice[0]!r} stands twice")
-        return dict(pairs)
-
-    def refuse(word):
-        raise ValueError(f"{word} is no JSON value; write null or leave the key out")
-
-    rows, bad = [], []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, object_pairs_hook=once, parse_constant=refuse)
-            if not isinstance(row, dict):
-                raise ValueError(f"expected an object, got {type(row).__name__}")
-            row = {k: _text(v) for k, v in row.items()}
-            if "\\u" in line and any(LONE.search(part) for pair in row.items() for part in pair):
-                raise ValueError("it holds a lone surrogate, which is no text")
-            rows.append(row)
-        except (ValueError, RecursionError) as e:
-            bad.append(f"line {number}: {e}")
-    if bad:
-        raise UserError(f"{where}: {len(bad)} lines are not JSON objects ({_few(bad)})")
-    return rows
-
-
-def _parquet(path: str, where: str) -> list[dict[str, str]]:
-    try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise UserError(f"{where}: Parquet needs pyarrow (pip install pyarrow), or save it as CSV") from None
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except (OSError, ValueError) as e:
-        raise UserError(f"{where}: cannot be read as Parquet ({str(e).splitlines()[0]})") from None
-    return [{k: _text(v) for k, v in row.items()} for row in rows]
-
-
-def _text(value) -> str:
-    if isinstance(value, str):
-        return value
-    return "" if value is None else json.dumps(value) if isinstance(value, (list, dict)) else str(value)
-
-
-def _few(items: list[str], most: int = 5) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
-
-
-def template_columns(template: str) -> list[str]:
-    """The columns that a text template names. Raises UserError for a malformed one."""
-    try:
-        return prompts.fields(template)
-    except ValueError as e:
-        raise UserError(f"--text: {e}") from None
-
-
-def need_columns(rows: list[dict[str, str]], columns: list[str], path: str, flag: str) -> None:
-    """Raise UserError unless every row has all columns; names what exists."""
-    missing = [c for c in columns if any(c not in row for row in rows)]
-    if missing:
-        exists = list(rows[0])
-        hint = ""
-        if len(exists) == 1 and re.search(r"[;\t|]", exists[0]):
-            hint = "; the header is a single column: is the file separated by commas?"
-        names = ", ".join(missing)
-        if any(c in exists for c in missing):  # JSON lines need not have the same keys
-            first = next(i for i, row in enumerate(rows) if any(c not in row for c in missing))
-            names, exists = f"{names} in row {first + 1}", list(rows[first])
-        raise UserError(f"--{flag} {path}: no column {names} (there is: {', '.join(exists)}){hint}")
-
-
-def decode_bytes_literals(rows: list[dict[str, str]], columns: list[str]) -> int:
-    """Turn fields that are Python bytes literals (b'Solve ...\\n') into the text they stand for, in place.
-
-    Returns how many rows were changed.
-    """
-    changed = 0
-    for row in rows:
-        before = changed
-        for column in columns:
-            value = row[column]
-            if value[:2] in ("b'", 'b"') and value[-1:] == value[1]:
-                try:
-                    row[column] = ast.literal_eval(value).decode("utf-8")
-                    changed = before + 1
-                except (ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
-                    pass  # ordinary text that merely looks like one
-    return changed
-
-
-def empty_rows(rows: list[dict[str, str]], columns: list[str]) -> list[int]:
-    """Indices of rows whose text columns are all blank."""
-    return [i for i, row in enumerate(rows) if not any(row[c].strip() for c in columns)]
-
-
-# ---- labels ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The classes in order: `values` as they stand in the data, `names` as they are shown."""
-
-    values: tuple[str, ...]
-    names: tuple[str, ...]
-
-
-def find_labels(column: list[str], label_names: tuple[str, ...] = (), where: str = "the label column") -> Labels:
-    """The classes of a label column: whole numbers in numeric order, other strings sorted, or as `label_names` says.
-
-    Where the column holds whole numbers 0..C-1, C label_names that are no such numbers are their display names.
-    where: the file, for errors.
-    """
-    found = set(column)
-    if any(not v.strip() for v in found):
-        rows = [str(i + 1) for i, v in enumerate(column) if not v.strip()]
-        raise UserError(f"{where}: {len(rows)} rows have an empty label (rows {_few(rows)})")
-    whole = all(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", v) for v in found)
-    if label_names:
-        numbers = tuple(str(i) for i in range(len(label_names)))
-        if not found <= set(label_names) and found <= set(numbers):
-            return Labels(numbers, label_names)
-        return Labels(label_names, label_names)
-    values = tuple(sorted(found, key=int) if whole else sorted(found))
-    if len(values) < 2:
-        raise UserError(f"{where} holds only the label {values[0]!r}: expected at least 2 classes")
-    if len(values) > 1000:
-        raise UserError(f"{where} holds {len(values)} different labels: is this the label column?")
-    return Labels(values, values)
-
-
-def encode_labels(column: list[str], labels: Labels, path: str) -> np.ndarray:
-    """Class indices (N,) int64 of a label column. Raises UserError naming unknown labels and their rows."""
-    index = {v: i for i, v in enumerate(labels.values)}
-    unknown = {}
-    for i, v in enumerate(column):
-        if v not in index:
-            unknown.setdefault(v, []).append(str(i + 1))
-    if unknown:
-        parts = [f"{v!r} (rows {_few(rows, 3)})" for v, rows in unknown.items()]
-        raise UserError(f"{path}: unknown labels {_few(parts, 3)}: expected one of {_few(list(labels.values), 20)}")
-    return np.array([index[v] for v in column], dtype=np.int64)
-
-
-def label_sets(rows: list[dict], column: str, columns: tuple[str, ...], delimiter: str, where: str) -> list[list[str]]:
-    """The labels of each row: names of `columns` that hold 1, or the parts of one column, delimited or a JSON list.
-
-    Raises UserError naming rows whose columns hold neither 0 nor 1, or whose list is no list of strings or numbers.
-    """
-    found, wrong = [], []
-    for i, row in enumerate(rows):
-        text = row.get(column, "").strip()
-        try:
-            if columns:
-                cells = {name: float(row[name]) for name in columns}
-                if set(cells.values()) - {0.0, 1.0}:
-                    raise ValueError
-                labels = [name for name, value in cells.items() if value]
-            elif text.startswith("["):
-                labels = [str(part) if isinstance(part, (str, int)) else [][0] for part in json.loads(text)]
-            else:
-                labels = [part.strip() for part in text.split(delimiter) if part.strip()]
-        except (ValueError, IndexError, RecursionError):
-            wrong.append(f"row {i + 1}: {[row[c] for c in columns] if columns else text!r:.60}")
-            continue
-        found.append(list(dict.fromkeys(labels)))
-    if wrong:
-        expected = "0 or 1 in every label column" if columns else "a JSON list of strings"
-        raise UserError(f"{where}: {len(wrong)} rows have malformed labels ({_few(wrong, 3)}): expected {expected}")
-    return found
-
-
-def encode_label_sets(sets: list[list[str]], labels: Labels, path: str) -> np.ndarray:
-    """Targets (N, C) float32 of 0 and 1. Raises UserError naming unknown labels and their rows."""
-    rows = np.repeat(np.arange(len(sets)), [len(s) for s in sets])
-    flat = [label for one in sets for label in one]
-    index = {v: i for i, v in enumerate(labels.values)}
-    unknown = sorted({f"{v!r} (row {rows[i] + 1})" for i, v in enumerate(flat) if v not in index})
-    if unknown:
-        raise UserError(f"{path}: unknown labels {_few(unknown, 3)}: expected some of {_few(list(labels.values), 20)}")
-    targets = np.zeros((len(sets), len(index)), np.float32)
-    targets[rows, [index[v] for v in flat]] = 1
-    return targets
-
-
-def encode_numbers(column: list[str], path: str) -> np.ndarray:
-    """The numbers (N,) float32 of a regression's label column. Raises UserError naming rows that hold none."""
-    wrong, values = [], np.zeros(len(column), np.float32)
-    for i, text in enumerate(column):
-        try:
-            values[i] = float(text)
-        except ValueError:
-            values[i] = np.nan
-        if not np.isfinite(values[i]):
-            wrong.append(f"row {i + 1}: {text[:30]!r}")
-    if wrong:
-        raise UserError(f"{path}: {len(wrong)} labels are no finite numbers ({_few(wrong)})")
-    return values
-
-
-def encode_targets(cfg, rows: list[dict[str, str]], labels: Labels, where: str) -> np.ndarray:
-    """The targets of a TrainConfig's rows: classes (N,) int64, 0 and 1 (N, C) float32, or numbers (N,) float32.
-
-    Raises UserError naming what is malformed or unknown. where: the file, for errors.
-    """
-    if cfg.task == "multi_label":
-        sets = label_sets(rows, cfg.label_column, cfg.label_columns, cfg.label_delimiter, where)
-        return encode_label_sets(sets, labels, where)
-    column = [row.get(cfg.label_column, "") for row in rows]
-    return encode_numbers(column, where) if cfg.task == "regression" else encode_labels(column, labels, where)
-
-
-def answers(task: str, predicted: np.ndarray, labels: Labels) -> list:
-    """Predictions as values of the data: of classes (N,), of a 0/1 matrix (N, C) lists of labels, of numbers floats."""
-    if task == "regression":
-        return [float(z) for z in predicted]
-    if task == "multi_label":
-        return [[labels.values[c] for c in np.flatnonzero(row)] for row in predicted]
-    return [labels.values[c] for c in predicted]
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -409,7 +105,7 @@ def tokenize(
 def cutting_rules(template: str, kept: tuple, budgets: tuple) -> list[tuple]:
     """(most tokens or None, is it cut last?) of each piece of a rendered template. UserError for unknown fields."""
     most = {name: int(count) for name, _, count in (part.partition("=") for part in budgets)}
-    names = template_columns(template)
+    names = files.template_columns(template)
     for flag, given in (("kept", kept), ("budgets", tuple(most))):
         if unknown := [name for name in given if name not in names]:
             raise UserError(f"--{flag} {','.join(unknown)}: no field of the text, which has {', '.join(names)}")
@@ -436,9 +132,9 @@ def encode(
     row's answers is left.
     """
     texts = ["".join(text for _, text in row) for row in rows]
-    lone = [str(i + 1) for i, t in enumerate(texts) if LONE.search(t)]
+    lone = [str(i + 1) for i, t in enumerate(texts) if files.LONE.search(t)]
     if lone:
-        raise UserError(f"{len(lone)} rows hold a lone surrogate, which is no text (rows {_few(lone)})")
+        raise UserError(f"{len(lone)} rows hold a lone surrogate, which is no text (rows {few(lone)})")
     report, guard = TokenReport(rows=len(rows)), Guard(tokenizer)
     encoded, learned, capped = [], [] if answers else None, any(most for most, _ in rules)
     for i, row in enumerate(rows):
@@ -465,7 +161,7 @@ def encode(
     without = [names[i] if names else str(i + 1) for i, row in enumerate(learned or []) if not any(row[1:])]
     if without:
         raise UserError(
-            f"{len(without)} rows have no token of an answer left (rows {_few(without)}): raise --max_length"
+            f"{len(without)} rows have no token of an answer left (rows {few(without)}): raise --max_length"
         )
     tokens = join_tokens(encoded, learned)
     report.tokens, report.longest = len(tokens.ids), int(tokens.lengths.max())
@@ -638,25 +334,6 @@ def _over(fields: list[list[int]], room: int) -> set[int]:
     return dropped
 
 
-def load_tokenizer(base: str):
-    """The fast tokenizer of a base. Raises UserError when there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    except Exception as e:  # whatever a foreign file can make of it
-        reason = (str(e).strip().split("\n") or [""])[0][:200]
-        if "tiktoken" in reason or "sentencepiece" in reason.lower():  # DeBERTa-v3 is published as spm.model alone
-            reason = "it is a sentencepiece model: pip install sentencepiece protobuf"
-        raise UserError(f"--base {base}: no tokenizer could be loaded ({reason})") from None
-    if not tokenizer.is_fast:
-        raise UserError(f"--base {base}: its tokenizer has no fast version, which bulk encoding and offsets need")
-    if not set(tokenizer("a b 1", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
-        raise UserError(f"--base {base}: no tokenizer files there (transformers made an empty one up)")
-    tokenizer.model_max_length = int(1e9)  # lengths are limited by max_length, with a report
-    return tokenizer
-
-
 # ---- the batch plan -------------------------------------------------------------------------------------------------
 
 
@@ -704,32 +381,3 @@ def pack_by_length(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
         now.append(row)
         load += lengths[row]
     return batches + [np.array(now)] if now else batches
-
-
-@dataclass
-class Batch:
-    """One packed micro-batch on its device."""
-
-    input_ids: torch.Tensor  # (T,) int64
-    position_ids: torch.Tensor  # (T,) int64, from 0 in each sequence
-    cu_seqlens: torch.Tensor  # (B + 1,) int32, where each sequence starts
-    lengths: tuple[int, ...]  # the same on the host
-    targets: torch.Tensor | None = None  # (P,) int64, for a language model: where tokens to be predicted stand
-
-
-def pack(tokens: Tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
-    """Concatenate rows into one packed micro-batch; built on the CPU, copied once. predict: with its targets."""
-    lengths = tokens.lengths[rows]
-    cu = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    ids = np.concatenate([tokens.row(i) for i in rows]).astype(np.int64)
-    positions = np.arange(len(ids)) - np.repeat(cu[:-1].astype(np.int64), lengths)
-    arrays = [ids, positions, cu]
-    if predict:
-        spans = [slice(tokens.starts[i], tokens.stops[i]) for i in rows]
-        learned = True if tokens.learned is None else np.concatenate([tokens.learned[s] for s in spans])
-        arrays.append(np.flatnonzero((positions > 0) & learned))
-    parts = [torch.from_numpy(a) for a in arrays]
-    if torch.device(device).type == "cuda":
-        parts = [p.pin_memory() for p in parts]
-    parts = [p.to(device, non_blocking=True) for p in parts]
-    return Batch(*parts[:3], tuple(int(n) for n in lengths), *parts[3:])

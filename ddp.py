@@ -18,14 +18,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from errors import UserError
+
 WAIT = timedelta(hours=12)  # others wait while rank 0 encodes a corpus; torchrun ends them when one is gone
 FP64_LIMIT = 200_000_000  # trained parameters up to which gradients are summed in fp64
-
-
-class TooFewGPUs(ValueError):
-    """More ranks than GPUs: the user's mistake."""
-
-    exit_status = 2
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ def setup() -> World:
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             gpus = torch.cuda.device_count()
-            raise TooFewGPUs(f"local rank {local} has no GPU of its own: take --nproc_per_node={gpus}")
+            raise UserError(f"local rank {local} has no GPU of its own: take --nproc_per_node={gpus}")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         device = torch.device("cuda", local)

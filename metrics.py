@@ -9,7 +9,7 @@ never NaN; the plain functions raise ValueError instead.
     low, high = bootstrap_interval(lambda i: float((predictions[i] == labels[i]).mean()), rows=len(labels))
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -268,116 +268,76 @@ def majority(task: str, labels: np.ndarray) -> float:
     return float(np.bincount(labels).max() / len(labels))
 
 
-def summary(task: str, logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> str:
-    """The scores as a person reads them: a table over classes, or a line."""
+LOWER = ("log_loss", "hamming_loss", "mse", "rmse", "mae")  # metrics of which less is better
+
+
+def one_hot(values: np.ndarray, classes: int) -> np.ndarray:
+    """(N, C) of 0 and 1, from class ids or from the same."""
+    return values.astype(np.float64) if values.ndim == 2 else np.eye(classes)[values]
+
+
+def scorer(task: str, logits: np.ndarray, targets: np.ndarray, predicted: np.ndarray, ranking: bool) -> Callable:
+    """weights (S, N) -> {name: (S,)} of metrics.of_task, and "f1" (S, C), as sums over weighted rows.
+
+    predicted takes the place of argmax or probability 0.5. ranking: with roc_auc and average_precision. NaN where the
+    weighted rows do not define a metric. Without ece: resampling adds noise to its bins, which alone makes it larger.
+    """
+    z, multi = logits.astype(np.float64), task == "multi_label"
     if task == "regression":
-        return ", ".join(f"{k} {v:.4f}" for k, v in of_task(task, logits, labels).items() if k != "rows")
-    if task == "multi_label":
-        return label_table(logits, labels, list(names))
-    return table(confusion_matrix(labels, logits.argmax(axis=1), len(names)), list(names))
+        return _number_scorer(z[:, 0], targets.astype(np.float64))
+    true, chosen = one_hot(targets, z.shape[1]), one_hot(predicted, z.shape[1])
+    counts, wrong = np.hstack([true * chosen, chosen, true]), true != chosen
+    right = ~wrong.any(axis=1)
+    if multi:
+        sums = {"subset_accuracy": right, "hamming_loss": wrong.mean(axis=1)}
+        sums["log_loss"] = np.logaddexp(0, np.where(true > 0, -z, z)).mean(axis=1)
+        ranked = zip(z.T, true.T, strict=True)
+    else:
+        sums = {"accuracy": right, "log_loss": np.logaddexp.reduce(z, axis=1) - (z * true).sum(axis=1)}
+        some = [1] if z.shape[1] == 2 else range(z.shape[1])
+        ranked = [(_log_odds(z, k), true[:, k]) for k in some]
+    columns = np.stack(list(sums.values()), axis=1).astype(np.float64)
+    areas = [_ranking_scorer(*pair) for pair in ranked] if ranking else []
+
+    def score(w: np.ndarray) -> dict[str, np.ndarray]:
+        hits, said, support = np.moveaxis((w @ counts).reshape(len(w), 3, -1), 1, 0)  # (S, C) each
+        f1, occurs = 2 * hits / np.maximum(said + support, 1), np.maximum(multi, said + support > 0)
+        found = {"f1": f1, "micro_f1": 2 * hits.sum(axis=1) / np.maximum((said + support).sum(axis=1), 1)}
+        found["macro_f1"] = (f1 * occurs).sum(axis=1) / occurs.sum(axis=1)
+        found["weighted_f1"] = (f1 * support).sum(axis=1) / np.maximum(support.sum(axis=1), 1)
+        found |= dict(zip(sums, (w @ columns / w.sum(axis=1, keepdims=True)).T, strict=True))
+        means = np.mean([area(w) for area in areas], axis=0) if areas else []  # NaN where one of them is
+        return found | dict(zip(("roc_auc", "average_precision")[: 1 + multi], means, strict=False))
+
+    return score
 
 
-def label_table(logits: np.ndarray, targets: np.ndarray, names: Sequence[str], most: int = 100) -> str:
-    """Precision, recall, F1, average precision and support of each label at probability 0.5; the commonest if many."""
-    true, predicted = np.asarray(targets).astype(bool), np.asarray(logits) > 0
-    scores = _from_counts((true & predicted).sum(axis=0), predicted.sum(axis=0), true.sum(axis=0))
-    left = max(8, *(len(_clip(name, 60)) for name in names))
-    lines = [f"{'':<{left}} {'precision':>9} {'recall':>7} {'f1':>7} {'ap':>7} {'support':>9}"]
-    order = np.argsort(-scores["support"], kind="stable")
-    for k in sorted(order[:most]):
-        ap = f"{average_precision(logits[:, k], true[:, k]):7.4f}" if true[:, k].any() else f"{'-':>7}"
-        p, r, f1 = (scores[name][k] for name in ("precision", "recall", "f1"))
-        lines.append(f"{_clip(names[k], 60):<{left}} {p:9.4f} {r:7.4f} {f1:7.4f} {ap} {scores['support'][k]:9d}")
-    return "\n".join(lines + ([f"({len(names) - most} rarer labels are not shown)"] if len(names) > most else []))
+def _ranking_scorer(scores: np.ndarray, positive: np.ndarray) -> Callable:
+    """weights (S, N) -> (2, S): metrics.roc_auc and average_precision of scores (N,); NaN for one class alone."""
+    order = np.argsort(-scores, kind="stable")
+    first = np.flatnonzero(np.append(True, np.diff(scores[order]) != 0))  # of each distinct score
+
+    def score(w: np.ndarray) -> np.ndarray:
+        some, every = (np.add.reduceat(v[:, order], first, axis=1) for v in (w * positive, w))
+        hits, seen = some.cumsum(axis=1), every.cumsum(axis=1)
+        with np.errstate(invalid="ignore"):
+            auc = ((every - some) * (hits - some / 2)).sum(axis=1) / (hits[:, -1] * (seen - hits)[:, -1])
+            return np.stack([auc, (some * hits / np.maximum(seen, 1)).sum(axis=1) / hits[:, -1]])
+
+    return score
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# uncertainty and print
+def _number_scorer(outputs: np.ndarray, targets: np.ndarray) -> Callable:
+    """The same of metrics.regression."""
+    error, a, b = outputs - targets, outputs - outputs.mean(), targets - targets.mean()
+    columns = np.stack([error**2, np.abs(error), a, b, a * a, b * b, a * b], axis=1)
+    area = _ranking_scorer(outputs, targets) if np.isin(targets, (0, 1)).all() else None
 
+    def score(w: np.ndarray) -> dict[str, np.ndarray]:
+        mse, mae, a1, b1, a2, b2, ab = (w @ columns / w.sum(axis=1, keepdims=True)).T
+        of_a, of_b = (np.where(v > 1e-12 * m, v, np.nan) for v, m in ((a2 - a1**2, a2), (b2 - b1**2, b2)))  # variances
+        pearson = np.clip((ab - a1 * b1) / np.sqrt(of_a * of_b), -1, 1)
+        found = {"mse": mse, "rmse": np.sqrt(mse), "mae": mae, "pearson": pearson, "r2": 1 - mse / of_b}
+        return found | ({"roc_auc": area(w)[0]} if area else {})
 
-def bootstrap_interval(
-    statistic: Callable[[np.ndarray], float], rows: int, samples: int = 1000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval (low, high) of statistic(indices (rows,)), drawn with replacement (Efron 1979).
-
-    Resamples on which the statistic raises ValueError or is not finite (AUC of one class) are left out. ValueError
-    when that is more than half of them, when the full set itself raises, or on arguments out of range.
-    """
-    if rows < 1 or samples < 1 or not 0 < level < 1:
-        raise ValueError(f"got rows {rows}, samples {samples}, level {level}; expected 1 or more, 1 or more, in (0, 1)")
-    statistic(np.arange(rows))  # a mistake in the statistic shows here, not as a left-out resample
-    generator = np.random.default_rng(seed)
-    values = []
-    for _ in range(samples):
-        indices = generator.integers(rows, size=rows)
-        try:
-            values.append(float(statistic(indices)))
-        except ValueError:
-            continue
-    values = [value for value in values if np.isfinite(value)]
-    if 2 * len(values) < samples:
-        raise ValueError(f"got {len(values)} of {samples} resamples with a defined statistic, expected half or more")
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def intervals(
-    task: str, logits: np.ndarray, labels: np.ndarray, names: Sequence[str], samples: int = 1000, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """95% percentile bootstrap intervals over rows of the named metrics of a task, all from the same resamples.
-
-    A metric that less than half of the resamples define is left out.
-    """
-    generator, found = np.random.default_rng(seed), {name: [] for name in names}
-    for _ in range(samples):
-        rows = generator.integers(len(labels), size=len(labels))
-        scores = of_task(task, logits[rows], labels[rows], ranking=bool(set(RANKING) & set(names)))
-        for name in found.keys() & scores.keys():
-            found[name].append(scores[name])
-    kept = {name: values for name, values in found.items() if 2 * len(values) >= samples}
-    return {name: tuple(np.quantile(values, [0.025, 0.975]).tolist()) for name, values in kept.items()}
-
-
-def _clip(text: str, width: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1].rstrip() + "."
-
-
-def table(confusion: ArrayLike, names: Sequence[str], width: int = 100) -> str:
-    """Text for the end of a run: precision, recall, F1, support per class, then the confusion matrix (C, C).
-
-    Names are shortened so that lines keep within `width` columns; a matrix that cannot is left out, and the text says
-    so. The macro line is over the classes that occur. ValueError when names and matrix differ in length.
-    """
-    scores, counts = per_class(confusion), np.asarray(confusion)
-    if len(names) != len(counts):
-        raise ValueError(f"names: got {len(names)}, expected {len(counts)}, one per row of the confusion matrix")
-    classes = len(names)
-    labels = [f"{k} {name}" for k, name in enumerate(names)]
-
-    left = max(len("weighted"), *(len(_clip(label, width - 40)) for label in labels))
-    lines = [f"{'':<{left}} {'precision':>9} {'recall':>7} {'f1':>7} {'support':>9}"]
-    columns = np.stack([scores[name] for name in ("precision", "recall", "f1")], axis=1)  # (C, 3)
-    support, occurs = scores["support"], counts.sum(axis=0) + scores["support"] > 0
-    macro = columns[occurs].mean(axis=0) if occurs.any() else np.zeros(3)
-    weighted = _ratio(columns.T @ support, np.full(3, support.sum()))
-    for label, values, number in [
-        *zip(labels, columns, support, strict=True),
-        ("macro", macro, support.sum()),
-        ("weighted", weighted, support.sum()),
-    ]:
-        precision, recall, f1 = values
-        lines.append(f"{_clip(label, left):<{left}} {precision:9.4f} {recall:7.4f} {f1:7.4f} {number:9d}")
-
-    left = max(len(_clip(label, max(20, width // 5))) for label in labels)
-    room = (width - left) // classes - 1  # characters for one cell
-    least = max(len(str(counts.max())), len(str(classes - 1)))
-    if room < least:
-        return "\n".join([*lines, "", f"confusion matrix: {classes} classes do not fit {width} columns"])
-    cell = max(least, min(room, max(len(label) for label in labels)))
-    heads = [_clip(label, cell) if cell >= min(6, len(label)) else str(k) for k, label in enumerate(labels)]
-    lines += ["", "rows: true class, columns: predicted class"]
-    lines.append(" " * left + "".join(f" {head:>{cell}}" for head in heads))
-    for label, row in zip(labels, counts, strict=True):
-        lines.append(f"{_clip(label, left):<{left}}" + "".join(f" {count:>{cell}d}" for count in row))
-    return "\n".join(lines)
+    return score

@@ -19,35 +19,37 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+import bootstrap
+import calibrate
 import checkpoint
+import checks
+import cli
 import configs
-import data
 import ddp
 import decide
-import evaluate
+import labelling
 import metrics
 import splits
-from configs import ReportConfig, TrainConfig, UserError
+import trained
+from configs import ReportConfig, TrainConfig
+from errors import UserError
 
-LOWER = ("log_loss", "hamming_loss", "mse", "rmse", "mae")  # metrics of which less is better
 MOST_CLASSES, MOST_BARS, MOST_GROUPS = 30, 40, 20  # of a matrix, a picture of bars, a table
 LONG, LONGEST = 600, 20_000  # characters of a text that are shown at once, and at all
-BLOCK = 300_000  # numbers of one block of resamples: as fits a cache
 
 
 def main(argv: list[str]) -> dict:
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    cfg, given = configs.parse(ReportConfig, {}, argv[len(words) :], __doc__)
+    cfg, given = cli.parse(ReportConfig, {}, argv[len(words) :], __doc__)
     if words and cfg.runs:
         raise UserError(f"runs {' '.join(words)} and --runs {' '.join(cfg.runs)}: name the runs once")
     cfg = replace(cfg, runs=tuple(words) or cfg.runs)
-    configs.check(cfg, given)
+    checks.check(cfg, given)
     need_matplotlib()
     runs = [read_run(Path(name)) for name in cfg.runs or [newest(cfg.outputs)]]
     for run in runs:
@@ -83,7 +85,7 @@ class Run:
 
     path: Path
     cfg: TrainConfig
-    labels: data.Labels
+    labels: labelling.Labels
     result: dict
     decision: decide.Decision | None
     ids: list[str]
@@ -124,15 +126,15 @@ def read_run(path: Path) -> Run:
     """All that a report needs of a run. Raises UserError for one of cpt.py, and for one that is not finished."""
     if (path / "texts.json").is_file():
         raise UserError(f"run {path} is one of cpt.py, which has no labels: expected a run of train.py, name another")
-    cfg, labels = evaluate.run_facts(path)
+    cfg, labels = trained.run_facts(path)
     if not checkpoint.finished(path):
         raise UserError(f"run {path} is not finished (no result.json): go on with python train.py --resume {path}")
-    ids, targets, logits = evaluate.validation_rows(path, cfg, labels)
-    decision = evaluate.read_decision(path, cfg.task, len(labels.names))
+    ids, targets, logits = trained.validation_rows(path, cfg, labels)
+    decision = trained.read_decision(path, cfg.task, len(labels.names))
     result = checkpoint.load_json(path / "result.json")
-    run = Run(path, cfg, labels, result, decision, ids, targets, logits, *evaluate.decided(cfg.task, None, logits))
+    run = Run(path, cfg, labels, result, decision, ids, targets, logits, *trained.decided(cfg.task, None, logits))
     if decision:
-        fits = decide.cross_fitted(cfg.task, logits, targets, seed=cfg.seed, kind=evaluate.threshold_kind(cfg))
+        fits = decide.cross_fitted(cfg.task, logits, targets, seed=cfg.seed, kind=trained.threshold_kind(cfg))
         run.scores, run.decided, run.calibrated = fits
     return with_texts(run)
 
@@ -160,131 +162,6 @@ def logs(run: Run) -> dict[str, tuple[list[dict], dict]]:
             lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
             found[name] = lines, checkpoint.load_json(result)
     return found
-
-
-# ---- resampled metrics ----------------------------------------------------------------------------------------------
-
-
-def resamples(rows: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks (S, N) of how often each row was drawn in a bootstrap resample: those of metrics.intervals."""
-    generator, step = np.random.default_rng(seed), max(1, BLOCK // rows)
-    for start in range(0, samples, step):
-        draws = [generator.integers(rows, size=rows) for _ in range(min(step, samples - start))]
-        yield np.stack([np.bincount(draw, minlength=rows) for draw in draws]).astype(np.float64)
-
-
-def bootstrap(score: Callable, rows: int, samples: int, seed: int) -> dict[str, np.ndarray]:
-    """What score(weights (S, N)) gives on all resamples, (samples, ...) by name; equal seeds draw equal rows."""
-    parts = [score(weights) for weights in resamples(rows, samples, seed)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
-
-
-def one_hot(values: np.ndarray, classes: int) -> np.ndarray:
-    """(N, C) of 0 and 1, from class ids or from the same."""
-    return values.astype(np.float64) if values.ndim == 2 else np.eye(classes)[values]
-
-
-def scorer(task: str, logits: np.ndarray, targets: np.ndarray, predicted: np.ndarray, ranking: bool) -> Callable:
-    """weights (S, N) -> {name: (S,)} of metrics.of_task, and "f1" (S, C), as sums over weighted rows.
-
-    predicted takes the place of argmax or probability 0.5. ranking: with roc_auc and average_precision. NaN where the
-    weighted rows do not define a metric. Without ece: resampling adds noise to its bins, which alone makes it larger.
-    """
-    z, multi = logits.astype(np.float64), task == "multi_label"
-    if task == "regression":
-        return _number_scorer(z[:, 0], targets.astype(np.float64))
-    true, chosen = one_hot(targets, z.shape[1]), one_hot(predicted, z.shape[1])
-    counts, wrong = np.hstack([true * chosen, chosen, true]), true != chosen
-    right = ~wrong.any(axis=1)
-    if multi:
-        sums = {"subset_accuracy": right, "hamming_loss": wrong.mean(axis=1)}
-        sums["log_loss"] = np.logaddexp(0, np.where(true > 0, -z, z)).mean(axis=1)
-        ranked = zip(z.T, true.T, strict=True)
-    else:
-        sums = {"accuracy": right, "log_loss": np.logaddexp.reduce(z, axis=1) - (z * true).sum(axis=1)}
-        some = [1] if z.shape[1] == 2 else range(z.shape[1])
-        ranked = [(metrics._log_odds(z, k), true[:, k]) for k in some]
-    columns = np.stack(list(sums.values()), axis=1).astype(np.float64)
-    areas = [_ranking_scorer(*pair) for pair in ranked] if ranking else []
-
-    def score(w: np.ndarray) -> dict[str, np.ndarray]:
-        hits, said, support = np.moveaxis((w @ counts).reshape(len(w), 3, -1), 1, 0)  # (S, C) each
-        f1, occurs = 2 * hits / np.maximum(said + support, 1), np.maximum(multi, said + support > 0)
-        found = {"f1": f1, "micro_f1": 2 * hits.sum(axis=1) / np.maximum((said + support).sum(axis=1), 1)}
-        found["macro_f1"] = (f1 * occurs).sum(axis=1) / occurs.sum(axis=1)
-        found["weighted_f1"] = (f1 * support).sum(axis=1) / np.maximum(support.sum(axis=1), 1)
-        found |= dict(zip(sums, (w @ columns / w.sum(axis=1, keepdims=True)).T, strict=True))
-        means = np.mean([area(w) for area in areas], axis=0) if areas else []  # NaN where one of them is
-        return found | dict(zip(("roc_auc", "average_precision")[: 1 + multi], means, strict=False))
-
-    return score
-
-
-def _ranking_scorer(scores: np.ndarray, positive: np.ndarray) -> Callable:
-    """weights (S, N) -> (2, S): metrics.roc_auc and average_precision of scores (N,); NaN for one class alone."""
-    order = np.argsort(-scores, kind="stable")
-    first = np.flatnonzero(np.append(True, np.diff(scores[order]) != 0))  # of each distinct score
-
-    def score(w: np.ndarray) -> np.ndarray:
-        some, every = (np.add.reduceat(v[:, order], first, axis=1) for v in (w * positive, w))
-        hits, seen = some.cumsum(axis=1), every.cumsum(axis=1)
-        with np.errstate(invalid="ignore"):
-            auc = ((every - some) * (hits - some / 2)).sum(axis=1) / (hits[:, -1] * (seen - hits)[:, -1])
-            return np.stack([auc, (some * hits / np.maximum(seen, 1)).sum(axis=1) / hits[:, -1]])
-
-    return score
-
-
-def _number_scorer(outputs: np.ndarray, targets: np.ndarray) -> Callable:
-    """The same of metrics.regression."""
-    error, a, b = outputs - targets, outputs - outputs.mean(), targets - targets.mean()
-    columns = np.stack([error**2, np.abs(error), a, b, a * a, b * b, a * b], axis=1)
-    area = _ranking_scorer(outputs, targets) if np.isin(targets, (0, 1)).all() else None
-
-    def score(w: np.ndarray) -> dict[str, np.ndarray]:
-        mse, mae, a1, b1, a2, b2, ab = (w @ columns / w.sum(axis=1, keepdims=True)).T
-        of_a, of_b = (np.where(v > 1e-12 * m, v, np.nan) for v, m in ((a2 - a1**2, a2), (b2 - b1**2, b2)))  # variances
-        pearson = np.clip((ab - a1 * b1) / np.sqrt(of_a * of_b), -1, 1)
-        found = {"mse": mse, "rmse": np.sqrt(mse), "mae": mae, "pearson": pearson, "r2": 1 - mse / of_b}
-        return found | ({"roc_auc": area(w)[0]} if area else {})
-
-    return score
-
-
-def interval(draws: np.ndarray) -> np.ndarray:
-    """(2, ...) the 95% percentile interval of draws (S, ...); NaN where less than half of them are defined."""
-    few = np.isnan(draws).mean(axis=0) > 0.5
-    return np.where(few, np.nan, np.nanquantile(np.where(few, 0.0, draws), [0.025, 0.975], axis=0))
-
-
-def p_value(differences: np.ndarray) -> float:
-    """Two-sided bootstrap p of differences (S,): twice the smaller share of resamples at or beyond zero, at most 1.
-
-    One is added to both counts (Davison and Hinkley 1997, 4.2): no p is below 2 / (S + 1).
-    """
-    known = differences[~np.isnan(differences)]
-    beyond = min((known <= 0).sum(), (known >= 0).sum())
-    return float(min(1.0, 2 * (beyond + 1) / (len(known) + 1)))
-
-
-def mcnemar(only_a: int, only_b: int) -> tuple[float, str]:
-    """(p, name of the test) of McNemar 1947 for the numbers of cases that only A, and only B, has right.
-
-    Below 25 in all the exact binomial, two-sided; else chi-square of one degree of freedom, whose tail is
-    erfc(sqrt(x / 2)), with Edwards' continuity correction (1948).
-    """
-    n, least = only_a + only_b, min(only_a, only_b)
-    if n < 25:
-        return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n), "exact binomial"
-    chi = max(0, abs(only_a - only_b) - 1) ** 2 / n
-    return math.erfc(math.sqrt(chi / 2)), f"chi-square {chi:.2f}"
-
-
-def wilson(hits: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """(2, ...) the 95% interval of shares hits / rows, rows above 0 (Wilson 1927)."""
-    z2, share = 1.959964**2, hits / rows
-    half = np.sqrt(z2 * (share * (1 - share) + z2 / (4 * rows)) / rows)
-    return np.clip((share + z2 / (2 * rows) + np.multiply.outer([-1, 1], half)) / (1 + z2 / rows), 0, 1)
 
 
 # ---- markup ---------------------------------------------------------------------------------------------------------
@@ -538,7 +415,7 @@ def reliability(series: dict[str, tuple[np.ndarray, np.ndarray]], x: str, y: str
         count, total, hits = (np.bincount(at, weights=v, minlength=15) for v in (np.ones(len(p)), p, outcome))
         some = count > 0
         mean, share = total[some] / count[some], hits[some] / count[some]
-        top.vlines(mean, *wilson(hits[some], count[some]), color=colour, alpha=0.35, linewidth=1)
+        top.vlines(mean, *bootstrap.wilson(hits[some], count[some]), color=colour, alpha=0.35, linewidth=1)
         top.plot(mean, share, "o-", color=colour, markersize=3.5, label=name)
         bottom.stairs(count, np.linspace(0, 1, 16), color=colour, linewidth=1.4)
     fig.legend(loc="outside upper center", ncols=2)
@@ -573,7 +450,7 @@ def coverage(sure: np.ndarray, right: np.ndarray):
     fig, ax = figure(3.2)
     rows, kept = np.arange(1, len(sure) + 1), slice(min(20, len(sure)) - 1, None)
     hits = right[np.argsort(-sure, kind="stable")].cumsum()
-    ax.fill_between(rows[kept] / len(rows), *wilson(hits, rows)[:, kept], color=BLUE, alpha=0.15, linewidth=0)
+    ax.fill_between(rows[kept] / len(rows), *bootstrap.wilson(hits, rows)[:, kept], color=BLUE, alpha=0.15, linewidth=0)
     ax.plot(rows[kept] / len(rows), (hits / rows)[kept], color=BLUE)
     ax.set(xlabel="share of rows answered, the surest first", ylabel="their accuracy", xlim=(0, 1.005))
     return fig
@@ -635,8 +512,10 @@ def report(run: Run, cfg: ReportConfig) -> tuple[Page, dict]:
     """The page of one run, and its metrics with their intervals."""
     page, task = Page(f"{configs.dataset_name(run.cfg)}: {run.cfg.base}"), run.cfg.task
     scores = metrics.of_task(task, run.logits, run.targets)
-    score = scorer(task, run.logits, run.targets, run.predicted, worth_ranking(run))
-    spans = {n: interval(v) for n, v in bootstrap(score, len(run.ids), cfg.samples, cfg.seed).items()}
+    score = metrics.scorer(task, run.logits, run.targets, run.predicted, worth_ranking(run))
+    spans = {
+        n: bootstrap.interval(v) for n, v in bootstrap.bootstrap(score, len(run.ids), cfg.samples, cfg.seed).items()
+    }
     of_classes, spans = spans.get("f1"), {n: v for n, v in spans.items() if n in scores and not np.isnan(v).any()}
     overview(page, run, scores, spans)
     training(page, run)
@@ -662,7 +541,7 @@ def overview(page: Page, run: Run, scores: dict, spans: dict) -> None:
     cfg, result, metric, folded = run.cfg, run.result, run.cfg.metric, bool(run.cfg.folds) and run.cfg.fold == "all"
     after = {}
     if run.thresholds:
-        own = scorer(cfg.task, run.logits, run.targets, run.decided, ranking=False)(np.ones((1, len(run.ids))))
+        own = metrics.scorer(cfg.task, run.logits, run.targets, run.decided, ranking=False)(np.ones((1, len(run.ids))))
         after = {name: values[0] for name, values in own.items()} | run.scores["after"]
     lead = f"{metric} {shown(scores.get(metric, np.nan))}" + f" (95% {span_of(spans.get(metric))})" * (metric in spans)
     lead += f", with fitted thresholds {shown(after[metric])}," if metric in after else ""
@@ -698,7 +577,7 @@ def settings(cfg: TrainConfig) -> list[Html]:
     said = {n: ", ".join(v) if isinstance(v, tuple) else str(v) for n, v in own.items() if v != plain[n]}
     rows = [[name, value] for name, value in said.items() if name not in ("base", "outputs")]
     parts = [tag("h3", "Settings that are not the default"), table(["field", "value"], rows)] if rows else []
-    return [*parts, behind("all settings", tag("div", configs.to_json(cfg), class_="text"))]
+    return [*parts, behind("all settings", tag("div", cli.to_json(cfg), class_="text"))]
 
 
 def audited(path: Path) -> list[Html]:
@@ -737,7 +616,7 @@ def confusions(page: Page, run: Run) -> None:
 
 def class_bars(page: Page, run: Run, values: np.ndarray, spans, label: str, said: str, columns: dict, **look) -> tuple:
     """A picture of values (C,) with intervals (2, C), or None, and a table of columns, the commonest class first."""
-    support, names = one_hot(run.targets, len(run.labels.names)).sum(axis=0).astype(int), run.labels.names
+    support, names = metrics.one_hot(run.targets, len(run.labels.names)).sum(axis=0).astype(int), run.labels.names
     order = np.argsort(-support, kind="stable")
     some, many = order[:MOST_BARS], len(order) > MOST_BARS
     look = {key: value[some] for key, value in look.items() if value is not None}
@@ -768,7 +647,7 @@ def classes(page: Page, run: Run, spans: np.ndarray | None) -> None:
 
 def class_scores(run: Run, predicted: np.ndarray) -> np.ndarray:
     """(3, C) precision, recall and F1 of each class."""
-    true, chosen = (one_hot(values, len(run.labels.names)) for values in (run.targets, predicted))
+    true, chosen = (metrics.one_hot(values, len(run.labels.names)) for values in (run.targets, predicted))
     found = metrics._from_counts((true * chosen).sum(axis=0), chosen.sum(axis=0), true.sum(axis=0))
     return np.stack([found[name] for name in ("precision", "recall", "f1")])
 
@@ -779,7 +658,7 @@ def calibration(page: Page, run: Run) -> None:
     for name, p in (("as trained", run.probabilities), ("calibrated", run.calibrated)):
         if p is not None:
             pair = (p.ravel(), run.targets.ravel()) if multi else (p.max(axis=1), p.argmax(axis=1) == run.targets)
-            series[f"{name} (ECE {decide.ece(*pair):.4f})"] = pair
+            series[f"{name} (ECE {calibrate.ece(*pair):.4f})"] = pair
     words = "probability of a label", "share that has it", "cells (rows x labels)"
     words = words if multi else ("probability of the predicted class", "share that is right", "rows")
     said = "On the dashed line a probability is what it says. 15 bins; lines: 95% intervals (Wilson 1927); below: the "
@@ -860,7 +739,7 @@ def misses(run: Run) -> tuple[np.ndarray, str]:
 def mean_span(values: np.ndarray, share: bool) -> np.ndarray:
     """(2,) the 95% interval of a mean: Wilson's of a share, else 1.96 standard errors to both sides."""
     if share:
-        return wilson(values.sum(), np.float64(len(values)))
+        return bootstrap.wilson(values.sum(), np.float64(len(values)))
     half = 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
     return values.mean() + np.array([-half, half])
 
@@ -1009,14 +888,22 @@ def shared(a: Run, b: Run) -> tuple[Run, Run, str]:
 def versus(a: Run, b: Run, chosen: tuple, cfg: ReportConfig, ranking: bool) -> dict[str, tuple]:
     """(A, B, B - A, low, high, p) by metric over paired resamples; of f1 arrays (C,) without p."""
     found, rows = {}, len(a.ids)
-    scores = [scorer(r.cfg.task, r.logits, r.targets, said, ranking) for r, said in zip((a, b), chosen, strict=True)]
+    scores = [
+        metrics.scorer(r.cfg.task, r.logits, r.targets, said, ranking) for r, said in zip((a, b), chosen, strict=True)
+    ]
     whole = [score(np.ones((1, rows))) for score in scores]
-    draws = [bootstrap(score, rows, cfg.samples, cfg.seed) for score in scores]
+    draws = [bootstrap.bootstrap(score, rows, cfg.samples, cfg.seed) for score in scores]
     for name in whole[0]:
         x, y = (one[name][0] for one in whole)
         apart = draws[1][name] - draws[0][name] if draws[0] else np.full((1, *x.shape), np.nan)
         if not np.isnan(x + y).any():
-            found[name] = x, y, y - x, *interval(apart), *([] if x.ndim else [p_value(apart) if draws[0] else np.nan])
+            found[name] = (
+                x,
+                y,
+                y - x,
+                *bootstrap.interval(apart),
+                *([] if x.ndim else [bootstrap.p_value(apart) if draws[0] else np.nan]),
+            )
     return found
 
 
@@ -1028,7 +915,7 @@ def verdict(metric: str, difference: float, low: float, high: float) -> str:
     if low <= 0 <= high:
         span = f"B - A is {difference:+.4f} {name} (95% {low:+.4f} to {high:+.4f})"
         return f"No difference that these rows can show: {span}."
-    better, (low, high) = "B" if (difference > 0) != (metric in LOWER) else "A", sorted((abs(low), abs(high)))
+    better, (low, high) = "B" if (difference > 0) != (metric in metrics.LOWER) else "A", sorted((abs(low), abs(high)))
     return f"{better} is better by {abs(difference):.4f} {name} (95% {low:.4f} to {high:.4f})."
 
 
@@ -1041,7 +928,7 @@ def agreement(page: Page, a: Run, b: Run) -> dict:
         kinds["cells"] = tuple((run.predicted == run.targets).ravel() for run in (a, b))
     for name, (x, y) in kinds.items():
         counts = [int(n.sum()) for n in (x & y, x & ~y, ~x & y, ~x & ~y)]
-        p, test = mcnemar(*counts[1:3])
+        p, test = bootstrap.mcnemar(*counts[1:3])
         rows.append([name, *counts, p, test])
         found[name] = {"only_a": counts[1], "only_b": counts[2], "p": p, "test": test}
     head = ["", "both right", "only A", "only B", "both wrong", "McNemar's p", "test"]

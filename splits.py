@@ -16,8 +16,11 @@ import numpy as np
 
 import audit
 import data
+import files
+import labelling
 import prompts
-from configs import TrainConfig, UserError
+from configs import TrainConfig
+from errors import UserError, few
 
 OWN, PSEUDO = -1, -2  # where a row comes from, if not from the row of an index
 
@@ -56,24 +59,24 @@ class Split:
 # ---- from files to rows ---------------------------------------------------------------------------------------------
 
 
-def read(cfg: TrainConfig, say: Callable) -> tuple[Split, Split | None, data.Labels]:
+def read(cfg: TrainConfig, say: Callable) -> tuple[Split, Split | None, labelling.Labels]:
     """All rows of train_data and val_data (None without one) with their class indices, and the classes.
 
     Raises UserError for everything that is wrong with the files, before the base is touched.
     """
-    columns = data.template_columns(cfg.text)
+    columns = files.template_columns(cfg.text)
     data.cutting_rules(cfg.text, cfg.kept, cfg.budgets)  # unknown fields are said now
     if cfg.examples and cfg.examples_column not in columns:
         raise UserError(f"--examples_column {cfg.examples_column}: the text has {', '.join(columns)}")
     rows = _labelled_rows(cfg, cfg.train_data, "train_data", columns, say)
     where = f"--train_data {cfg.train_data}"
     if cfg.task == "regression":
-        labels = data.Labels((), (cfg.label_column,))
+        labels = labelling.Labels((), (cfg.label_column,))
     elif cfg.task == "multi_label":
-        sets = data.label_sets(rows, cfg.label_column, cfg.label_columns, cfg.label_delimiter, where)
-        labels = data.find_labels([v for one in sets for v in one], cfg.label_columns or cfg.label_names, where)
+        sets = labelling.label_sets(rows, cfg.label_column, cfg.label_columns, cfg.label_delimiter, where)
+        labels = labelling.find_labels([v for one in sets for v in one], cfg.label_columns or cfg.label_names, where)
     else:
-        labels = data.find_labels([r[cfg.label_column] for r in rows], cfg.label_names, where)
+        labels = labelling.find_labels([r[cfg.label_column] for r in rows], cfg.label_names, where)
     train, val = _encoded(cfg, rows, labels, where), None
     if cfg.drop_conflicts:
         train = without_conflicts(cfg, train, labels, say)
@@ -91,7 +94,7 @@ def read(cfg: TrainConfig, say: Callable) -> tuple[Split, Split | None, data.Lab
     return train, val, labels
 
 
-def load_rows(cfg: TrainConfig, say: Callable) -> tuple[Split, Split, data.Labels]:
+def load_rows(cfg: TrainConfig, say: Callable) -> tuple[Split, Split, labelling.Labels]:
     """(training rows, validation rows, classes) of one run."""
     rows, val, labels = read(cfg, say)
     return *cut(cfg, rows, val), labels
@@ -99,22 +102,22 @@ def load_rows(cfg: TrainConfig, say: Callable) -> tuple[Split, Split, data.Label
 
 def _labelled_rows(cfg: TrainConfig, path: str, flag: str, columns: list[str], say: Callable) -> list[dict[str, str]]:
     """Rows with text, label and groups. Raises UserError for missing columns and, with their numbers, empty texts."""
-    rows = data.read_rows(path, flag)
+    rows = files.read_rows(path, flag)
     group = [c for c in (cfg.group_column, cfg.by_column, cfg.examples and cfg.examples_column) if c]
-    data.need_columns(rows, [*columns, *(cfg.label_columns or (cfg.label_column,)), *group], path, flag)
-    decoded = data.decode_bytes_literals(rows, columns)
+    files.need_columns(rows, [*columns, *(cfg.label_columns or (cfg.label_column,)), *group], path, flag)
+    decoded = files.decode_bytes_literals(rows, columns)
     if decoded:
         say(f"--{flag} {path}: {decoded} rows were Python bytes literals (b'...') and are decoded")
-    empty = [str(i + 1) for i in data.empty_rows(rows, columns)]
+    empty = [str(i + 1) for i in files.empty_rows(rows, columns)]
     if empty:
-        raise UserError(f"--{flag} {path}: {len(empty)} rows have an empty text (rows {data._few(empty, 20)})")
+        raise UserError(f"--{flag} {path}: {len(empty)} rows have an empty text (rows {few(empty, 20)})")
     return rows
 
 
-def _encoded(cfg: TrainConfig, rows: list[dict[str, str]], labels: data.Labels, where: str) -> Split:
+def _encoded(cfg: TrainConfig, rows: list[dict[str, str]], labels: labelling.Labels, where: str) -> Split:
     """Rows with their ids (the id column, or the index in the file) and targets."""
     ids = [row.get(cfg.id_column, str(i)) for i, row in enumerate(rows)]
-    return Split(rows, ids, data.encode_targets(cfg, rows, labels, where))
+    return Split(rows, ids, labelling.encode_targets(cfg, rows, labels, where))
 
 
 def digest_of(rows: list[dict[str, str]]) -> str:
@@ -173,14 +176,14 @@ def _of_split(cfg: TrainConfig, rows: Split) -> dict[int, str]:
     """The parts of --split by row index, in its order. Raises UserError for ids that the rows lack or that stand twice,
     other parts than split_csv writes, and a file without validation rows.
     """
-    where, found = f"--split {cfg.split}", data.read_rows(cfg.split, "split")
-    data.need_columns(found, ["id", "part"], cfg.split, "split")
+    where, found = f"--split {cfg.split}", files.read_rows(cfg.split, "split")
+    files.need_columns(found, ["id", "part"], cfg.split, "split")
     place, ids = {id: i for i, id in enumerate(rows.ids)}, [row["id"] for row in found]
     if len(place) < len(rows.ids) or len(set(ids)) < len(ids):
         raise UserError(f"{where}: ids stand twice, in it or in --train_data: give an --id_column without repeats")
     lost = [id for id in ids if id not in place]
     if lost:
-        raise UserError(f"{where}: {len(lost)} of its ids are not in --train_data ({data._few(lost)})")
+        raise UserError(f"{where}: {len(lost)} of its ids are not in --train_data ({few(lost)})")
     parts = {place[row["id"]]: row["part"] for row in found}
     if set(parts.values()) - {"train", "later", "validation"} or "validation" not in parts.values():
         raise UserError(f"{where}: parts {sorted(set(parts.values()))}: expected train, later and some validation")
@@ -351,7 +354,7 @@ def stratify(targets: np.ndarray, shares: list[float], seed: int, groups: np.nda
 # ---- more training rows ---------------------------------------------------------------------------------------------
 
 
-def with_more(cfg: TrainConfig, own: Split, labels: data.Labels, say: Callable) -> Split:
+def with_more(cfg: TrainConfig, own: Split, labels: labelling.Labels, say: Callable) -> Split:
     """The rows, then those made of their example columns, then the confident ones of --pseudo_labels.
 
     Every run takes of them what it may: see `added`. Raises UserError for columns, ids or numbers that are missing.
@@ -359,7 +362,7 @@ def with_more(cfg: TrainConfig, own: Split, labels: data.Labels, say: Callable) 
     made, origin = [], []
     pairs = [part.partition("=")[::2] for part in cfg.examples]
     if pairs:
-        data.need_columns(own.rows, [cfg.examples_column, *(c for c, _ in pairs)], cfg.train_data, "train_data")
+        files.need_columns(own.rows, [cfg.examples_column, *(c for c, _ in pairs)], cfg.train_data, "train_data")
     for parent, row in enumerate(own.rows):
         for column, label in pairs:
             if row[column].strip():
@@ -368,7 +371,7 @@ def with_more(cfg: TrainConfig, own: Split, labels: data.Labels, say: Callable) 
                 texts_of = {cfg.examples_column: row[column], column: shown}  # never beside itself as an example
                 made.append((f"{own.ids[parent]}:{column}", {**row, **texts_of, cfg.label_column: label}))
                 origin.append(parent)
-    targets = data.encode_targets(cfg, [row for _, row in made], labels, "--examples") if made else own.labels[:0]
+    targets = labelling.encode_targets(cfg, [row for _, row in made], labels, "--examples") if made else own.labels[:0]
     pseudo, answers_of, soft = pseudo_rows(cfg, labels, say) if cfg.pseudo_labels else ([], own.labels[:0], None)
     found = Split(
         own.rows + [row for _, row in made] + [row for _, row in pseudo],
@@ -382,22 +385,24 @@ def with_more(cfg: TrainConfig, own: Split, labels: data.Labels, say: Callable) 
     return found
 
 
-def pseudo_rows(cfg: TrainConfig, labels: data.Labels, say: Callable) -> tuple[list, np.ndarray, np.ndarray | None]:
+def pseudo_rows(
+    cfg: TrainConfig, labels: labelling.Labels, say: Callable
+) -> tuple[list, np.ndarray, np.ndarray | None]:
     """((id, row) of confident predictions, their answers as targets, probabilities (M, C) to train on if soft)."""
     where, key = f"--pseudo_labels {cfg.pseudo_labels}", cfg.id_column
-    rows = data.read_rows(cfg.pseudo_data or cfg.test_data, "pseudo_data")
-    data.need_columns(rows, data.template_columns(cfg.text), cfg.pseudo_data or cfg.test_data, "pseudo_data")
-    data.decode_bytes_literals(rows, data.template_columns(cfg.text))
+    rows = files.read_rows(cfg.pseudo_data or cfg.test_data, "pseudo_data")
+    files.need_columns(rows, files.template_columns(cfg.text), cfg.pseudo_data or cfg.test_data, "pseudo_data")
+    files.decode_bytes_literals(rows, files.template_columns(cfg.text))
     by_id = {row.get(key, str(i)): row for i, row in enumerate(rows)}
-    told = data.read_rows(cfg.pseudo_labels, "pseudo_labels")
+    told = files.read_rows(cfg.pseudo_labels, "pseudo_labels")
     if len(by_id) < len(rows) or len({row.get(key) for row in told}) < len(told):
         raise UserError(f"{where}: ids stand twice, in it or in --pseudo_data: which text is whose?")
     names = [f"probability_{v}" for v in labels.values] or ["prediction"]
-    data.need_columns(told, [key, *names], cfg.pseudo_labels, "pseudo_labels")
+    files.need_columns(told, [key, *names], cfg.pseudo_labels, "pseudo_labels")
     lost = [row[key] for row in told if row[key] not in by_id]
     if lost:
-        raise UserError(f"{where}: {len(lost)} of its ids are not among the rows of --pseudo_data ({data._few(lost)})")
-    p = np.stack([data.encode_numbers([row[n] for row in told], where) for n in names], axis=1)
+        raise UserError(f"{where}: {len(lost)} of its ids are not among the rows of --pseudo_data ({few(lost)})")
+    p = np.stack([labelling.encode_numbers([row[n] for row in told], where) for n in names], axis=1)
     if not ((p >= 0) & (p <= 1)).all():
         raise UserError(f"{where}: {int(((p < 0) | (p > 1)).any(axis=1).sum())} rows hold numbers outside 0 to 1")
     sure = p.max(axis=1) if cfg.task == "single_label" else np.maximum(p, 1 - p).min(axis=1)
@@ -442,22 +447,22 @@ def texts(cfg: TrainConfig, rows: list[dict[str, str]]) -> list[str]:
     return ["".join(piece for _, piece in prompts.render(cfg.text, row)) for row in rows]
 
 
-def without_conflicts(cfg: TrainConfig, rows: Split, labels: data.Labels, say: Callable) -> Split:
+def without_conflicts(cfg: TrainConfig, rows: Split, labels: labelling.Labels, say: Callable) -> Split:
     """The rows but for those whose text stands there with different labels."""
-    known = data.answers(cfg.task, rows.labels, labels)
+    known = labelling.answers(cfg.task, rows.labels, labels)
     groups = audit.audit(texts(cfg, rows.rows), known, ["train"] * len(known), near=False).conflicts
     drop = [i for group in groups for i in group]
     say(f"--drop_conflicts: {len(drop)} rows dropped, of {len(groups)} texts that had different labels")
     return rows.take(np.setdiff1d(np.arange(len(known)), drop))
 
 
-def audit_rows(cfg: TrainConfig, labels: data.Labels, train: Split, val: Split | None, say: Callable) -> dict:
+def audit_rows(cfg: TrainConfig, labels: labelling.Labels, train: Split, val: Split | None, say: Callable) -> dict:
     """Print label counts, lengths and what is wrong with the rows: see audit.py.
 
     val: None where every training row is judged in turn. Returns the groups of rows by their names, to be kept.
     """
     parts = {"train": train} | ({"validation": val} if val else {})
-    known = [a for part in parts.values() for a in data.answers(cfg.task, part.labels, labels)]
+    known = [a for part in parts.values() for a in labelling.answers(cfg.task, part.labels, labels)]
     splits = [name for name, part in parts.items() for _ in part.ids]
     if cfg.task != "regression":
         say(audit.label_counts(known, splits, labels.values))
@@ -481,10 +486,10 @@ def audit_rows(cfg: TrainConfig, labels: data.Labels, train: Split, val: Split |
 def _unlabelled(cfg: TrainConfig, say: Callable) -> Split:
     """The rows of test_data as far as they can be read: a leak is worth knowing, a missing file is not in the way."""
     try:
-        rows = data.read_rows(cfg.test_data, "test_data") if cfg.test_data else []
+        rows = files.read_rows(cfg.test_data, "test_data") if cfg.test_data else []
         if rows:
-            data.need_columns(rows, data.template_columns(cfg.text), cfg.test_data, "test_data")
-            data.decode_bytes_literals(rows, data.template_columns(cfg.text))
+            files.need_columns(rows, files.template_columns(cfg.text), cfg.test_data, "test_data")
+            files.decode_bytes_literals(rows, files.template_columns(cfg.text))
     except UserError as e:
         say(f"audit: test rows are left out: {e}")
         rows = []
@@ -503,3 +508,31 @@ def _named(groups, names: list[str]):
     if isinstance(groups, dict):
         return {key: _named(value, names) for key, value in groups.items()}
     return [_named(group, names) if isinstance(group, list) else names[group] for group in groups]
+
+
+def class_shares(rows: Split, labels: labelling.Labels) -> np.ndarray:
+    """(C,) the share of rows of each class."""
+    own = rows.own().labels
+    return np.bincount(own, minlength=len(labels.values)) / len(own)
+
+
+def periodic_rows(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndarray:
+    """The validation rows of periodic evaluations: all, or eval_rows drawn once from the seed.
+
+    Raises UserError when `metric` is not defined on them.
+    """
+    rows = np.arange(len(labels))
+    if 0 < cfg.eval_rows < len(labels):
+        rows = np.sort(np.random.default_rng([cfg.seed, 0xE7A1]).permutation(len(labels))[: cfg.eval_rows])
+    present = set(np.unique(labels[rows]).tolist())
+    if cfg.task == "multi_label":
+        some, every = (labels[rows] > 0).any(axis=0).all(), (labels[rows] > 0).all(axis=0).any()
+        if cfg.metric in ("roc_auc", "average_precision") and (not some or (cfg.metric == "roc_auc" and every)):
+            raise UserError(f"--metric {cfg.metric} needs rows with and without every label: choose another")
+        return rows
+    if cfg.metric == "roc_auc" and (present != {0, 1} if cfg.task == "regression" else len(present) < classes):
+        wanted = "labels 0 and 1" if cfg.task == "regression" else "every class"
+        raise UserError(f"--metric roc_auc needs {wanted} among the validation rows: choose another, or other rows")
+    if cfg.metric in ("r2", "pearson") and len(present) < 2:
+        raise UserError(f"--metric {cfg.metric} needs different numbers among the validation rows: choose another")
+    return rows

@@ -17,12 +17,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import configs  # noqa: E402
-import data  # noqa: E402
+import checks  # noqa: E402
+import cli  # noqa: E402
+import labelling  # noqa: E402
 import metrics  # noqa: E402
 import prompts  # noqa: E402
 import splits  # noqa: E402
-from configs import TrainConfig, UserError  # noqa: E402
+from configs import TrainConfig  # noqa: E402
+from errors import UserError  # noqa: E402
 
 
 def main() -> None:
@@ -55,9 +57,9 @@ def read_options() -> tuple[TrainConfig, Path | None]:
     parser.add_argument("--seed", type=int, help="as in train.py")
     given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
     run = given.pop("run", None)
-    cfg = configs.read_config(TrainConfig, run) if run else TrainConfig()
-    cfg = replace(configs.own_data(cfg, set(given)), **given)
-    configs.check(cfg)
+    cfg = cli.read_config(TrainConfig, run) if run else TrainConfig()
+    cfg = replace(checks.own_data(cfg, set(given)), **given)
+    checks.check(cfg)
     return cfg, run
 
 
@@ -79,7 +81,7 @@ def tfidf_svm(template: str, known: splits.Split, held_out: splits.Split, seed: 
     return classifier.fit(texts(known), known.labels).predict(texts(held_out))
 
 
-def run_predictions(run: Path, held_out: splits.Split, labels: data.Labels) -> np.ndarray:
+def run_predictions(run: Path, held_out: splits.Split, labels: labelling.Labels) -> np.ndarray:
     """The run's predicted classes. Raises UserError unless it was validated on these very rows."""
     try:
         with open(run / "val_predictions.csv", encoding="utf-8", newline="") as f:
@@ -89,7 +91,7 @@ def run_predictions(run: Path, held_out: splits.Split, labels: data.Labels) -> n
     expected = list(zip(held_out.ids, [labels.values[y] for y in held_out.labels], strict=True))
     if [(r["id"], r["label"]) for r in rows] != expected:
         raise UserError(f"--run {run}: it was validated on other rows: give the data flags and the seed of that run")
-    return data.encode_labels([r["prediction"] for r in rows], labels, f"--run {run}")
+    return labelling.encode_labels([r["prediction"] for r in rows], labels, f"--run {run}")
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 
 import make_base  # noqa: E402
 
+import bases  # noqa: E402
 import corpus  # noqa: E402
 import data  # noqa: E402
 import ddp  # noqa: E402
-import evaluate  # noqa: E402
-import model as models  # noqa: E402
+import language  # noqa: E402
+from packed import pack  # noqa: E402
 
 ENGLISH = ("clowder", "napkin", "katja-celestial-mechanics", "dlfer-symorb")  # never trained on
 OTHER = ("mathieu-r-celestial-mechanics", "mipt-celestial")  # French and Russian: neither is what the text teaches
@@ -48,15 +49,15 @@ def write_texts(shared: Path, out: Path, most: int = 3000) -> dict:
 def nats(lm, tokens: data.Tokens, rows: np.ndarray) -> np.ndarray:
     """(N,) next-token loss of each segment alone."""
     return np.array(
-        [float(evaluate.next_token_loss(lm, data.pack(tokens, np.array([i]), "cpu", predict=True))) for i in rows]
+        [float(language.next_token_loss(lm, pack(tokens, np.array([i]), "cpu", predict=True))) for i in rows]
     )
 
 
 def bits_per_byte(shared: Path, out: Path, segments: int = 120) -> list[dict]:
     """Of each source: before and after (mean over seeds), and the difference with a 95% bootstrap interval."""
-    world, tokenizer = ddp.World(0, 1, torch.device("cpu")), data.load_tokenizer("tiny/base")
-    bases = ["tiny/base", *(str(out / f"base_{seed}") for seed in SEEDS)]
-    loaded = [models.load_language_model(b, world.device, torch.float32).eval() for b in bases]
+    world, tokenizer = ddp.World(0, 1, torch.device("cpu")), bases.load_tokenizer("tiny/base")
+    folders = ["tiny/base", *(str(out / f"base_{seed}") for seed in SEEDS)]
+    loaded = [language.load_language_model(b, world.device, torch.float32).eval() for b in folders]
     how = {"template": "{text}", "max_length": 512, "chat": "no", "system": ""}
     found = []
     for source in ENGLISH + OTHER:
@@ -95,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("texts", "table"))
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder that holds data/")
-    parser.add_argument("--out", type=Path, default=Path("outputs/latex_helps"), help="folder of bases and results")
+    parser.add_argument("--out", type=Path, default=Path("outputs/latex_helps"), help="folder of folders and results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.what == "texts":

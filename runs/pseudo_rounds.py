@@ -17,9 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import cli  # noqa: E402
 import configs  # noqa: E402
-import data  # noqa: E402
-from configs import UserError  # noqa: E402
+import files  # noqa: E402
+from errors import UserError  # noqa: E402
 
 
 def main() -> dict:
@@ -35,7 +36,7 @@ def main() -> dict:
         scores = step(options, "infer.py", [*common, "--input", options.clean, "--output", str(out / "clean.csv")])
         step(options, "infer.py", [*common, "--input", options.test, "--output", str(submission)])
         prior = json.loads((Path(told["run"]) / "labels.json").read_text(encoding="utf-8"))
-        values, rows = prior["values"], data.read_rows(str(submission), "test")
+        values, rows = prior["values"], files.read_rows(str(submission), "test")
         found = judge(rows, values, prior["shares"], options.confidence)
         metric = options.metric or json.loads((Path(told["run"]) / "config.json").read_text())["metric"]
         rounds.append({"round": number, "run": told["run"], metric: scores["metrics"][metric], **found})
@@ -56,12 +57,12 @@ def main() -> dict:
 
 def check(options, train_flags: list[str]) -> None:
     """Raise UserError, before anything is trained, for tasks without classes and clean rows that cannot judge."""
-    cfg, _ = configs.parse(configs.TrainConfig, configs.TRAIN_PRESETS, train_flags)
+    cfg, _ = cli.parse(configs.TrainConfig, configs.TRAIN_PRESETS, train_flags)
     if cfg.task != "single_label":
         raise UserError(f"--task {cfg.task}: the rounds are for classes, of which one is the answer")
-    rows = data.read_rows(options.clean, "clean")
-    data.need_columns(rows, [cfg.label_column], options.clean, "clean")
-    texts = [{tuple(sorted(r.items())) for r in data.read_rows(p, "test")} for p in (options.test, cfg.train_data)]
+    rows = files.read_rows(options.clean, "clean")
+    files.need_columns(rows, [cfg.label_column], options.clean, "clean")
+    texts = [{tuple(sorted(r.items())) for r in files.read_rows(p, "test")} for p in (options.test, cfg.train_data)]
     if any({tuple(sorted(r.items())) for r in rows} & known for known in texts):
         raise UserError(
             f"--clean {options.clean}: some of its rows stand in --test or --train_data; nothing else may know them"

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import audit
-import data
+import files
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDES = ("train-validation", "train-test", "validation-test")
@@ -383,8 +383,8 @@ def check(texts: list[str], labels: list[str], most: int) -> audit.Findings:
 
 
 def test_math_problems(shared):
-    rows = data.read_rows(str(shared / "data/math_problems/train.csv"), "input")
-    tested = [row["Question"] for row in data.read_rows(str(shared / "data/math_problems/test.csv"), "input")]
+    rows = files.read_rows(str(shared / "data/math_problems/train.csv"), "input")
+    tested = [row["Question"] for row in files.read_rows(str(shared / "data/math_problems/test.csv"), "input")]
     texts, labels = [row["Question"] for row in rows], [row["label"] for row in rows]
     check(texts, labels, most=2500)  # all 8,151 rows agree too, in 8 seconds
     splits = ["train"] * len(texts) + ["test"] * len(tested)
@@ -397,7 +397,7 @@ def test_math_problems(shared):
 
 @pytest.mark.parametrize("template", ["{body}", "Rule: {rule}\nPost: {body}"])
 def test_reddit_rules(shared, template):
-    rows = data.read_rows(str(shared / "data/reddit_rules/train.csv"), "input")
+    rows = files.read_rows(str(shared / "data/reddit_rules/train.csv"), "input")
     assert check([template.format(**row) for row in rows], [row["rule_violation"] for row in rows], len(rows)).conflicts
 
 

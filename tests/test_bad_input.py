@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+import cli
 import configs
 import infer
 import model as models
 import train
-from configs import UserError
+from errors import UserError
 
 QUESTIONS = [
     ("How many apples are left?", "a"),
@@ -214,7 +215,7 @@ def unfinished_run(folder: Path, **changes) -> Path:
     """A run folder as it is before the first save."""
     folder.mkdir()
     cfg = replace(configs.tiny(), **changes)
-    (folder / "config.json").write_text(configs.to_json(cfg))
+    (folder / "config.json").write_text(cli.to_json(cfg))
     (folder / "labels.json").write_text('{"values": ["a", "b"], "names": ["a", "b"]}')
     return folder
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import Untrusted, trusted, verify
+from checkpoint import trusted, verify
+from errors import Untrusted
 
 EVENTS = ("fs_write", "fs_sync", "fs_rename", "fs_remove", "save_file")
 

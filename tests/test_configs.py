@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import checks
+import cli
 import configs
-from configs import CptConfig, InferConfig, TrainConfig, UserError
+from configs import CptConfig, InferConfig, TrainConfig
+from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = [(TrainConfig, configs.TRAIN_PRESETS), (InferConfig, {}), (CptConfig, configs.CPT_PRESETS)]
@@ -22,12 +25,12 @@ def names(cls) -> list[str]:
 
 
 def parse(*argv, cls=TrainConfig, presets=configs.TRAIN_PRESETS):
-    return configs.parse(cls, presets, list(argv), "doc")
+    return cli.parse(cls, presets, list(argv), "doc")
 
 
 def refusal(*argv, **kwargs) -> str:
     with pytest.raises(UserError) as e:
-        configs.check(parse(*argv, **kwargs)[0])
+        checks.check(parse(*argv, **kwargs)[0])
     assert "\n" not in str(e.value)
     return str(e.value)
 
@@ -37,10 +40,10 @@ def refusal(*argv, **kwargs) -> str:
 
 @pytest.mark.parametrize("cls", [c for c, _ in ENTRIES])
 def test_every_field_has_a_comment_that_is_its_help(cls):
-    comments = configs.comments(cls)
+    comments = cli.comments(cls)
     assert list(comments) == names(cls)
     assert all(len(text) > 8 for text in comments.values())
-    listed = configs.describe(cls, {})
+    listed = cli.describe(cls, {})
     for name, text in comments.items():
         assert f"--{name} " in listed and text in listed
 
@@ -115,12 +118,12 @@ def test_same_recipe_on_other_bases(name, base):
 
 @pytest.mark.parametrize("name", sorted(configs.TRAIN_PRESETS))
 def test_presets_are_complete_and_valid(name):
-    configs.check(parse("--cfg", name)[0])
+    checks.check(parse("--cfg", name)[0])
 
 
 def test_cpt_and_infer_defaults_are_valid():
-    configs.check(configs.cpt_tiny())
-    configs.check(InferConfig())
+    checks.check(configs.cpt_tiny())
+    checks.check(InferConfig())
 
 
 def test_an_unknown_task_names_the_nearest():
@@ -128,9 +131,7 @@ def test_an_unknown_task_names_the_nearest():
 
 
 def test_a_flag_of_several_values_takes_them_apart_too():
-    both = [
-        configs.parse(configs.InferConfig, {}, ["--runs", *way, "--limit", "3"])[0] for way in (["a", "b"], ["a,b"])
-    ]
+    both = [cli.parse(configs.InferConfig, {}, ["--runs", *way, "--limit", "3"])[0] for way in (["a", "b"], ["a,b"])]
     assert both[0] == both[1] and both[0].runs == ("a", "b") and both[0].limit == 3
 
 
@@ -173,7 +174,7 @@ def test_flags_of_every_type():
     ],
 )  # fmt: skip
 def test_convert(kind, value, expected):
-    got = configs.convert(value, kind)
+    got = cli.convert(value, kind)
     assert type(got) is (tuple if kind not in (bool, int, float, str) else kind)
     assert got == expected if expected is not None else got != got
 
@@ -285,21 +286,21 @@ VALUES = {
 def test_a_config_survives_its_json(tmp_path_factory, values):
     path = tmp_path_factory.getbasetemp() / "config.json"
     cfg = dataclasses.replace(configs.qwen3b(), **values)
-    path.write_text(configs.to_json(cfg), encoding="utf-8")
-    assert configs.read_config(TrainConfig, path) == cfg
+    path.write_text(cli.to_json(cfg), encoding="utf-8")
+    assert cli.read_config(TrainConfig, path) == cfg
 
 
 @pytest.mark.parametrize("cls, presets", ENTRIES)
 def test_every_preset_survives_its_json(cls, presets, tmp_path):
     for make in [*presets.values(), cls]:
-        (tmp_path / "config.json").write_text(configs.to_json(make()))
-        again = configs.read_config(cls, tmp_path)  # the run folder will do
+        (tmp_path / "config.json").write_text(cli.to_json(make()))
+        again = cli.read_config(cls, tmp_path)  # the run folder will do
         assert again == make()
         assert all(type(getattr(again, n)) is type(getattr(make(), n)) for n in names(cls))
 
 
 def test_cfg_takes_a_past_run_and_flags_on_top(tmp_path):
-    (tmp_path / "config.json").write_text(configs.to_json(configs.qwen3b()))
+    (tmp_path / "config.json").write_text(cli.to_json(configs.qwen3b()))
     for given_as in (tmp_path, tmp_path / "config.json"):
         cfg, by_hand = parse("--cfg", str(given_as), "--lr", "1e-3")
         assert cfg == dataclasses.replace(configs.qwen3b(), lr=1e-3) and by_hand == {"lr"}
@@ -327,17 +328,17 @@ def test_a_broken_config_json_names_file_and_field(tmp_path, content, words):
     path = tmp_path / "config.json"
     path.write_text(content)
     with pytest.raises(UserError) as e:
-        configs.read_config(TrainConfig, path)
+        cli.read_config(TrainConfig, path)
     assert str(path) in str(e.value) and words in str(e.value)
 
 
 def test_a_missing_config_json_is_named(tmp_path):
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        configs.read_config(TrainConfig, tmp_path / "none.json")
+        cli.read_config(TrainConfig, tmp_path / "none.json")
 
 
 def test_to_json_holds_every_field():
-    assert list(json.loads(configs.to_json(configs.tiny()))) == names(TrainConfig)
+    assert list(json.loads(cli.to_json(configs.tiny()))) == names(TrainConfig)
 
 
 # ---- data of the user's own -----------------------------------------------------------------------------------------
@@ -346,7 +347,7 @@ def test_to_json_holds_every_field():
 def test_own_train_data_drops_the_files_of_the_preset():
     def after(*argv):
         cfg, by_hand = parse(*argv)
-        cfg = configs.own_data(cfg, by_hand)
+        cfg = checks.own_data(cfg, by_hand)
         return cfg.train_data, cfg.val_data, cfg.test_data
 
     assert after() == ("tiny/data/train.csv", "tiny/data/val.csv", "tiny/data/test.csv")
@@ -375,15 +376,15 @@ def test_dataset_name(path, expected):
 def test_warmup_given_by_hand_takes_the_presets_place():
     """The tiny presets have a warmup_ratio: --warmup_steps alone is no contradiction; both by hand are."""
     for cls, presets in ((configs.TrainConfig, configs.TRAIN_PRESETS), (configs.CptConfig, configs.CPT_PRESETS)):
-        cfg, by_hand = configs.parse(cls, presets, ["--warmup_steps", "5"])
+        cfg, by_hand = cli.parse(cls, presets, ["--warmup_steps", "5"])
         assert (cfg.warmup_steps, cfg.warmup_ratio, by_hand) == (5, 0, {"warmup_steps"})
-        configs.check(cfg, by_hand)
-        both, _ = configs.parse(cls, presets, ["--warmup_steps", "5", "--warmup_ratio", "0.1"])
+        checks.check(cfg, by_hand)
+        both, _ = cli.parse(cls, presets, ["--warmup_steps", "5", "--warmup_ratio", "0.1"])
         with pytest.raises(UserError, match="give one of the two"):
-            configs.check(both)
+            checks.check(both)
 
 
 @pytest.mark.parametrize("theirs, ours", [("--lerning_rate", "--lr"), ("--lora_r", "--rank"), ("--epoch", "--epochs")])
 def test_flags_of_other_tools_name_ours(theirs, ours):
     with pytest.raises(UserError, match=rf"unknown flag {theirs} \(did you mean {ours}\?\)"):
-        configs.parse(configs.TrainConfig, configs.TRAIN_PRESETS, [theirs, "1"])
+        cli.parse(configs.TrainConfig, configs.TRAIN_PRESETS, [theirs, "1"])

@@ -14,13 +14,15 @@ from conftest import last_json
 from test_ddp import forked, forks, log_of
 from transformers import AutoModelForCausalLM
 
+import bases
 import checkpoint
+import cli
 import configs
 import corpus
 import cpt
 import data
 import ddp
-from configs import UserError
+from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = ddp.World(0, 1, torch.device("cpu"))
@@ -37,7 +39,7 @@ def texts() -> list[str]:
 
 @pytest.fixture
 def tokenizer(small_base):
-    return data.load_tokenizer(small_base)
+    return bases.load_tokenizer(small_base)
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
@@ -312,12 +314,12 @@ def test_segments_share_one_token_and_documents_end_with_eos(papers, tokenizer, 
 
 
 def test_no_text_is_on_both_sides(papers, small_base, tmp_path):
-    cfg, _ = configs.parse(configs.CptConfig, configs.CPT_PRESETS, cpt_flags(small_base, papers, tmp_path, eval_rows=3))
-    texts = cpt.load_texts(cfg, data.load_tokenizer(small_base), ALONE)
+    cfg, _ = cli.parse(configs.CptConfig, configs.CPT_PRESETS, cpt_flags(small_base, papers, tmp_path, eval_rows=3))
+    texts = cpt.load_texts(cfg, bases.load_tokenizer(small_base), ALONE)
 
     def documents(tokens: data.Tokens) -> set[int]:  # each segment's document, by where the text begins in the file
         cache, how = tmp_path / "outputs/token_cache", dict(chat=cfg.chat, system=cfg.system)
-        found = load(papers, data.load_tokenizer(small_base), cache, **how)
+        found = load(papers, bases.load_tokenizer(small_base), cache, **how)
         return set(np.searchsorted(found.tokens.starts, tokens.starts, side="right").tolist())
 
     train, val, few = documents(texts.train), documents(texts.val), documents(texts.periodic)
@@ -404,7 +406,7 @@ def test_guard_text_and_samples_are_reported(overfit, small_base):
     """The guard text is scored as held-out text is; samples begin held-out documents and are the base's own words."""
     result, out, flags = overfit
     run, lm = Path(result["run"]), AutoModelForCausalLM.from_pretrained(out / "exported", dtype=torch.float32).eval()
-    tokenizer = data.load_tokenizer(str(out / "exported"))
+    tokenizer = bases.load_tokenizer(str(out / "exported"))
     nats = count = 0
     for line in open(out / "guard.jsonl", encoding="utf-8"):
         ids = [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]

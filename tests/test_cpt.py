@@ -14,17 +14,19 @@ from test_ddp import ROOT, finish, forked, forks, log_of, run_of, start, toy_fla
 from test_resume import wait_for
 from transformers import AutoModelForCausalLM
 
+import bases
 import checkpoint
+import checks
+import cli
 import configs
 import corpus
 import cpt
 import data
 import ddp
-import evaluate
-import model as models
+import language
 import optim
 import train
-from configs import UserError
+from errors import UserError
 
 pytestmark = forks
 ALONE = ddp.World(0, 1, torch.device("cpu"))
@@ -88,8 +90,8 @@ def test_loss_falls_and_the_base_loads_everywhere(done, small_base, tmp_path):
 
 def test_held_out_loss_is_that_of_each_segment_alone_in_transformers(done, source, tmp_path):
     result, flags = done
-    cfg, _ = configs.parse(configs.CptConfig, configs.CPT_PRESETS, flags)
-    texts = cpt.load_texts(cfg, data.load_tokenizer(cfg.base), ALONE)
+    cfg, _ = cli.parse(configs.CptConfig, configs.CPT_PRESETS, flags)
+    texts = cpt.load_texts(cfg, bases.load_tokenizer(cfg.base), ALONE)
     segments, held_out = texts.train, texts.val
     lm = AutoModelForCausalLM.from_pretrained(Path(result["run"]) / "last", dtype=torch.float32).eval()
     nats, count = 0.0, 0
@@ -100,7 +102,7 @@ def test_held_out_loss_is_that_of_each_segment_alone_in_transformers(done, sourc
             count += ids.shape[1] - 1
     assert result["metrics"]["loss"] == pytest.approx(nats / count, abs=1e-4)
     # every token after a document's first is predicted once, on one side
-    tokenizer = data.load_tokenizer(cfg.base)
+    tokenizer = bases.load_tokenizer(cfg.base)
     documents = [json.loads(line)["text"] for line in open(source / "papers.jsonl", encoding="utf-8")]
     predicted = sum(len(tokenizer(text)["input_ids"]) for text in documents)  # its tokens and EOS, less the first
     assert int((segments.lengths - 1).sum() + (held_out.lengths - 1).sum()) == predicted
@@ -172,10 +174,10 @@ def test_live_merged_and_reloaded_give_the_same_logits(adapted):
         torch.testing.assert_close(whole(input_ids=ids).logits, want, rtol=0, atol=1e-5 * float(want.abs().max()))
         assert (plain(input_ids=ids).logits - want).abs().max() > 1e-2
     assert not whole.config.tie_word_embeddings
-    cfg, _ = configs.parse(configs.CptConfig, configs.CPT_PRESETS, flags)
-    held_out = cpt.load_texts(configs.own_data(cfg, set()), data.load_tokenizer(base), ALONE).val
-    scores = evaluate.language_scores(
-        models.load_language_model(str(merged), torch.device("cpu"), torch.float32), held_out, ALONE, "fp32", 128
+    cfg, _ = cli.parse(configs.CptConfig, configs.CPT_PRESETS, flags)
+    held_out = cpt.load_texts(checks.own_data(cfg, set()), bases.load_tokenizer(base), ALONE).val
+    scores = language.language_scores(
+        language.load_language_model(str(merged), torch.device("cpu"), torch.float32), held_out, ALONE, "fp32", 128
     )
     assert scores == pytest.approx({n: result["metrics"][n] for n in scores}, rel=1e-6)
 
@@ -188,10 +190,10 @@ def test_exactly_what_is_listed_is_trained_each_group_at_its_rate(adapted, capsy
     want = {f"base_model.model.{s}.{e}" for s in stems for e in ends[s.rsplit(".", 1)[-1]]}
     want |= {f"base_model.model.model.embed_tokens.lora_embedding_{x}" for x in "AB"}
     assert tensors.keys() == want and all(t.any() for t in tensors.values())
-    cfg, given = configs.parse(configs.CptConfig, configs.CPT_PRESETS, flags)
-    lm = cpt.new_language_model(configs.own_data(cfg, given), ALONE, "fp32")
+    cfg, given = cli.parse(configs.CptConfig, configs.CPT_PRESETS, flags)
+    lm = cpt.new_language_model(checks.own_data(cfg, given), ALONE, "fp32")
     names = {id(p): n for n, p in lm.named_parameters()}
-    groups = optim.parameter_groups(lm.named_parameters(), 1e-2, 1e-3, 0.1, models.vocabulary_modules(lm))
+    groups = optim.parameter_groups(lm.named_parameters(), 1e-2, 1e-3, 0.1, language.vocabulary_modules(lm))
     rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
     assert rates == {n: 1e-3 if "embed" in n or "lm_head" in n else 1e-2 for n in rates}
     assert {f"base_model.model.{n}" for n in rates} == want
@@ -230,7 +232,7 @@ def test_modules_trained_whole_are_untied_and_saved(source, small_base, tmp_path
 @pytest.mark.parametrize("cross_document", [False, True])
 def test_every_token_is_predicted_once_and_bytes_are_those_of_the_text(source, tmp_path, cross_document):
     """Of each document, or of the whole stream, only the very first token is not predicted."""
-    tokenizer = data.load_tokenizer(str(source / "base"))
+    tokenizer = bases.load_tokenizer(str(source / "base"))
     texts = [json.loads(line)["text"] for line in open(source / "papers.jsonl", encoding="utf-8")]
     rows = [{"text": t} for t in dict.fromkeys(texts)]
     read = corpus.load(

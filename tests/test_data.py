@@ -16,9 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bases
 import data
+import files
+import labelling
 import splits
-from configs import UserError
+from errors import UserError
+from packed import pack
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = b"id,text,label\n"
@@ -28,8 +32,8 @@ def rows_of(folder: Path, name: str, content: bytes, columns=("text", "label")) 
     """What a user gets who gives this file as --train_data."""
     path = folder / name
     path.write_bytes(content)
-    rows = data.read_rows(str(path), "train_data")
-    data.need_columns(rows, list(columns), str(path), "train_data")
+    rows = files.read_rows(str(path), "train_data")
+    files.need_columns(rows, list(columns), str(path), "train_data")
     return rows
 
 
@@ -223,7 +227,7 @@ def test_files_of_the_wrong_kind_are_named(tmp_path, name, content, words):
 def test_a_missing_file_names_path_and_flag(tmp_path):
     for path in (tmp_path / "none.csv", tmp_path):
         with pytest.raises(UserError, match=re.escape(f"--val_data {path}: no such file")):
-            data.read_rows(str(path), "val_data")
+            files.read_rows(str(path), "val_data")
 
 
 CELL = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30)
@@ -261,17 +265,17 @@ def test_bytes_literals_become_text_and_nothing_else_does():
         "B'a'": "B'a'",
     }
     rows = [{"text": t, "other": "b'stays'"} for t in texts]
-    changed = data.decode_bytes_literals(rows, ["text"])
+    changed = files.decode_bytes_literals(rows, ["text"])
     assert [row["text"] for row in rows] == list(texts.values())
     assert changed == sum(a != b for a, b in texts.items())
     assert {row["other"] for row in rows} == {"b'stays'"}
     two = [{"a": "b'x'", "b": "b'y'"}]
-    assert data.decode_bytes_literals(two, ["a", "b"]) == 1 and two == [{"a": "x", "b": "y"}]  # rows, not fields
+    assert files.decode_bytes_literals(two, ["a", "b"]) == 1 and two == [{"a": "x", "b": "y"}]  # rows, not fields
 
 
 def test_empty_rows_are_those_without_any_text():
     rows = [{"a": "x", "b": ""}, {"a": " \n", "b": "\t"}, {"a": "", "b": ""}, {"a": "", "b": "0"}]
-    assert data.empty_rows(rows, ["a", "b"]) == [1, 2]
+    assert files.empty_rows(rows, ["a", "b"]) == [1, 2]
 
 
 # ---- the real files -------------------------------------------------------------------------------------------------
@@ -279,22 +283,22 @@ def test_empty_rows_are_those_without_any_text():
 
 def test_math_problems_463_bytes_literals_in_train_175_in_test(shared):
     for name, count, literals in (("train.csv", 8151, 463), ("test.csv", 3044, 175)):
-        rows = data.read_rows(str(shared / "data/math_problems" / name), "train_data")
+        rows = files.read_rows(str(shared / "data/math_problems" / name), "train_data")
         assert len(rows) == count
         before = [row["Question"] for row in rows]
-        assert data.decode_bytes_literals(rows, ["Question"]) == literals
+        assert files.decode_bytes_literals(rows, ["Question"]) == literals
         after = [row["Question"] for row in rows]
         assert sum(a != b for a, b in zip(before, after, strict=True)) == literals
         assert not [t for t in after if t.startswith(("b'", 'b"'))] and all(t.strip() for t in after)
 
 
 def test_math_problems_test_rows_stay_in_order(shared):
-    rows = data.read_rows(str(shared / "data/math_problems/test.csv"), "input")
+    rows = files.read_rows(str(shared / "data/math_problems/test.csv"), "input")
     assert [row["id"] for row in rows] == [str(i) for i in range(3044)]
 
 
 def test_real_jsonl_is_read_whole(shared):
-    rows = data.read_rows(str(shared / "data/math_verification/train.jsonl"), "train_data")
+    rows = files.read_rows(str(shared / "data/math_verification/train.jsonl"), "train_data")
     assert len(rows) == 3960 and {row["is_correct"] for row in rows} == {"True", "False"}
 
 
@@ -317,7 +321,7 @@ def test_real_jsonl_is_read_whole(shared):
     ],
 )
 def test_find_labels(column, names, values, shown):
-    assert data.find_labels(column, names) == data.Labels(values, shown or values)
+    assert labelling.find_labels(column, names) == labelling.Labels(values, shown or values)
 
 
 @pytest.mark.parametrize(
@@ -330,25 +334,25 @@ def test_find_labels(column, names, values, shown):
 )
 def test_find_labels_refuses(column, words):
     with pytest.raises(UserError) as e:
-        data.find_labels(column)
+        labelling.find_labels(column)
     assert words in str(e.value)
 
 
 def test_encode_labels_inverts_and_names_unknown_labels_with_rows():
-    labels = data.find_labels(["x", "y", "z"])
+    labels = labelling.find_labels(["x", "y", "z"])
     column = ["z", "x", "y", "x"]
-    encoded = data.encode_labels(column, labels, "f")
+    encoded = labelling.encode_labels(column, labels, "f")
     assert encoded.dtype == np.int64 and [labels.values[i] for i in encoded] == column
     with pytest.raises(UserError) as e:
-        data.encode_labels(["x", "Y", "y", "w", "Y", "Y", "Y"], labels, "--val_data v.csv")
+        labelling.encode_labels(["x", "Y", "y", "w", "Y", "Y", "Y"], labels, "--val_data v.csv")
     for words in ("--val_data v.csv", "'Y' (rows 2, 5, 6 and 1 more)", "'w' (rows 4)", "expected one of x, y, z"):
         assert words in str(e.value)
 
 
 def test_names_that_do_not_cover_the_column_are_refused():
-    labels = data.find_labels(["a", "q"], ("a", "b"))
+    labels = labelling.find_labels(["a", "q"], ("a", "b"))
     with pytest.raises(UserError, match=r"unknown labels 'q' \(rows 2\)"):
-        data.encode_labels(["a", "q"], labels, "--train_data t.csv")
+        labelling.encode_labels(["a", "q"], labels, "--train_data t.csv")
 
 
 # ---- splits ---------------------------------------------------------------------------------------------------------
@@ -407,12 +411,12 @@ def qwen():
     folder = ROOT.parent / "shared/tokenizers/qwen2.5"
     if not folder.is_dir():
         pytest.skip("../shared/tokenizers/qwen2.5 is absent")
-    return data.load_tokenizer(str(folder))
+    return bases.load_tokenizer(str(folder))
 
 
 @pytest.fixture(scope="module")
 def small():
-    return data.load_tokenizer(str(ROOT / "tiny/base"))
+    return bases.load_tokenizer(str(ROOT / "tiny/base"))
 
 
 def ids_of(tokenizer, template, rows, max_length=10**6):
@@ -430,7 +434,7 @@ def ids_of(tokenizer, template, rows, max_length=10**6):
     ],
 )
 def test_ids_are_the_tokenizers_own_on_every_real_row(shared, qwen, file, template):
-    rows = data.read_rows(str(shared / "data" / file), "train_data")
+    rows = files.read_rows(str(shared / "data" / file), "train_data")
     got, report = ids_of(qwen, template, rows)
     assert got == qwen([template.format(**row) for row in rows])["input_ids"]
     assert (report.rows, report.cut_rows, report.guarded, report.empty) == (len(rows), 0, 0, 0)
@@ -438,7 +442,7 @@ def test_ids_are_the_tokenizers_own_on_every_real_row(shared, qwen, file, templa
 
 
 def test_truncation_of_real_rows(shared, qwen):
-    rows = data.read_rows(str(shared / "data/math_problems/train.csv"), "train_data")
+    rows = files.read_rows(str(shared / "data/math_problems/train.csv"), "train_data")
     whole, _ = ids_of(qwen, CHAT, rows)
     cut, report = ids_of(qwen, CHAT, rows, 128)
     long = [i for i, ids in enumerate(whole) if len(ids) > 128]
@@ -642,10 +646,10 @@ def test_a_lone_surrogate_is_refused_with_its_row(small):
 def test_no_tokenizer_is_the_users_mistake(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(UserError, match="no tokenizer files"):  # transformers 5 makes an empty Qwen2 tokenizer up
-        data.load_tokenizer(str(tmp_path))
+        bases.load_tokenizer(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="no tokenizer could be loaded"):
-        data.load_tokenizer(str(tmp_path))
+        bases.load_tokenizer(str(tmp_path))
 
 
 # ---- the batch plan -------------------------------------------------------------------------------------------------
@@ -748,7 +752,7 @@ def test_pack_by_length_of_nothing():
 def test_pack_is_the_rows_end_to_end():
     rows = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
     tokens = data.join_tokens(rows)
-    batch = data.pack(tokens, np.array([3, 1, 0]), "cpu")
+    batch = pack(tokens, np.array([3, 1, 0]), "cpu")
     assert batch.input_ids.tolist() == [7, 8, 9, 10, 4, 1, 2, 3]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 0, 1, 2]
     assert batch.cu_seqlens.tolist() == [0, 4, 5, 8] and batch.lengths == (4, 1, 3)

@@ -18,10 +18,9 @@ from tqdm import tqdm
 
 import checkpoint
 import ddp
-import evaluate
-import infer  # noqa: F401 (imported before any fork)
 import model as models
 import train
+import trained
 
 tqdm.monitor_interval = 0  # no monitor thread in a process that forks
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,16 +225,16 @@ def uneven(folder: Path) -> Path:
 
 def test_the_base_stays_bit_identical(tmp_path, small_base, monkeypatch):
     kept = []
-    make = evaluate.new_classifier
-    monkeypatch.setattr(evaluate, "new_classifier", lambda *a: kept.append(make(*a)) or kept[-1])
+    make = trained.new_classifier
+    monkeypatch.setattr(trained, "new_classifier", lambda *a: kept.append(make(*a)) or kept[-1])
     result = train.main(toy_flags(tmp_path, small_base, targets="all-linear", weight_decay=0.5))
-    trained = {n.replace(".base_layer", ""): p for n, p in kept[0].named_parameters() if not p.requires_grad}
-    loaded = evaluate.load_run(result["run"]).model
+    fitted = {n.replace(".base_layer", ""): p for n, p in kept[0].named_parameters() if not p.requires_grad}
+    loaded = trained.load_run(result["run"]).model
     fresh = models.load_classifier(small_base, 8, torch.device("cpu"), torch.float32).backbone.state_dict()
-    assert {f"model.{n}" for n in fresh} == trained.keys()
+    assert {f"model.{n}" for n in fresh} == fitted.keys()
     frozen = {n.replace(".base_layer", ""): p for n, p in loaded.named_parameters() if ".lora_" not in n}
     for name, tensor in fresh.items():
-        assert torch.equal(trained[f"model.{name}"], tensor) and torch.equal(frozen[f"model.{name}"], tensor), name
+        assert torch.equal(fitted[f"model.{name}"], tensor) and torch.equal(frozen[f"model.{name}"], tensor), name
 
 
 # ---- the parts ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import calibrate
 import decide
+import ensemble
+import evaluate
+import losses
+import tables
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 10**6)
@@ -26,19 +31,19 @@ def logits(rows=40, classes=5, scale=3.0, seed=0) -> np.ndarray:
 def test_softmax_is_torchs():
     z = logits()
     expected = torch.softmax(torch.from_numpy(z).double(), 1).numpy()
-    np.testing.assert_allclose(decide.softmax(z), expected, rtol=1e-12)
-    assert decide.softmax(z).dtype == np.float64
+    np.testing.assert_allclose(calibrate.softmax(z), expected, rtol=1e-12)
+    assert calibrate.softmax(z).dtype == np.float64
 
 
 def test_softmax_survives_large_logits_and_ignores_a_shift():
     z = np.array([[1e4, 0.0, -1e4], [-3e38, 3e38, 0.0]], dtype=np.float32)
-    np.testing.assert_array_equal(decide.softmax(z), [[1, 0, 0], [0, 1, 0]])
-    np.testing.assert_allclose(decide.softmax(logits() + 512), decide.softmax(logits()), rtol=1e-3)
+    np.testing.assert_array_equal(calibrate.softmax(z), [[1, 0, 0], [0, 1, 0]])
+    np.testing.assert_allclose(calibrate.softmax(logits() + 512), calibrate.softmax(logits()), rtol=1e-3)
 
 
 def test_half_precision_logits_keep_distinct_probabilities():
     z = np.stack([np.zeros(200), np.linspace(8, 9, 200)], axis=1).astype(np.float16)
-    assert len(np.unique(decide.softmax(z)[:, 1])) == len(np.unique(z[:, 1]))
+    assert len(np.unique(calibrate.softmax(z)[:, 1])) == len(np.unique(z[:, 1]))
 
 
 # ---- class weights --------------------------------------------------------------------------------------------------
@@ -49,26 +54,26 @@ def test_balanced_weights_are_scikit_learns(counts):
     compute = pytest.importorskip("sklearn.utils.class_weight").compute_class_weight
     y = np.repeat(np.arange(len(counts)), counts)
     expected = compute("balanced", classes=np.arange(len(counts)), y=y)
-    got = decide.class_weights("balanced", np.array(counts))
+    got = losses.class_weights("balanced", np.array(counts))
     np.testing.assert_allclose(got, expected, rtol=1e-14)
     assert got[y].mean() == pytest.approx(1.0), "mean 1 over rows: the learning rate keeps its meaning"
 
 
 def test_a_class_without_rows_gets_a_finite_weight():
-    assert np.isfinite(decide.class_weights("balanced", np.array([5, 0, 3]))).all()
+    assert np.isfinite(losses.class_weights("balanced", np.array([5, 0, 3]))).all()
 
 
 def test_none_and_given_weights():
-    assert decide.class_weights("none", np.array([1, 2])) is None
-    assert decide.class_weights("1, 2.5,0.5", np.array([9, 9, 9])).tolist() == [1.0, 2.5, 0.5]
+    assert losses.class_weights("none", np.array([1, 2])) is None
+    assert losses.class_weights("1, 2.5,0.5", np.array([9, 9, 9])).tolist() == [1.0, 2.5, 0.5]
     with pytest.raises(ValueError, match="has 2 numbers, expected one for each of 3 classes"):
-        decide.class_weights("1,2", np.array([9, 9, 9]))
+        losses.class_weights("1,2", np.array([9, 9, 9]))
 
 
 @pytest.mark.parametrize("setting, beta", [("effective", 0.999), ("effective:0.99", 0.99), ("effective:0", 0.0)])
 def test_effective_number_weights_are_those_of_the_paper(setting, beta):
     counts = np.array([5, 40, 3000, 0])
-    got = decide.class_weights(setting, counts)
+    got = losses.class_weights(setting, counts)
     paper = np.array([1 / sum(beta**i for i in range(max(n, 1))) for n in counts])  # E_n = 1 + beta + ... + beta^(n-1)
     np.testing.assert_allclose(got / got[0], paper / paper[0], rtol=1e-10)
     assert (got * counts).sum() / counts.sum() == pytest.approx(1.0), "mean 1 over rows"
@@ -76,23 +81,23 @@ def test_effective_number_weights_are_those_of_the_paper(setting, beta):
 
 def test_inverse_is_balanced_and_effective_lies_between_it_and_none():
     counts = np.array([10, 100, 1000])
-    balanced = decide.class_weights("balanced", counts)
-    assert decide.class_weights("inverse", counts).tolist() == balanced.tolist()
-    nearly = decide.class_weights("effective:0.9999999", counts)
+    balanced = losses.class_weights("balanced", counts)
+    assert losses.class_weights("inverse", counts).tolist() == balanced.tolist()
+    nearly = losses.class_weights("effective:0.9999999", counts)
     np.testing.assert_allclose(nearly, balanced, rtol=1e-3)
     for bad in ("effective:1", "effective:-0.1", "effective:2", "effective:nan"):
         with pytest.raises(ValueError, match="BETA from 0 to below 1"):
-            decide.class_weights(bad, counts)
+            losses.class_weights(bad, counts)
 
 
 def test_pos_weight_is_negatives_by_positives_within_its_cap():
-    got = decide.pos_weight("balanced", np.array([25, 1, 0, 100, 50]), 100)
+    got = losses.pos_weight("balanced", np.array([25, 1, 0, 100, 50]), 100)
     assert got.tolist() == [3.0, 20.0, 1.0, 0.05, 1.0]
-    assert decide.pos_weight("none", np.array([1]), 2) is None
-    assert decide.pos_weight("2.5", np.array([1, 1, 0]), 9).tolist() == [2.5, 2.5, 2.5]
-    assert decide.pos_weight("1,2,3", np.array([1, 1, 0]), 9).tolist() == [1, 2, 3]
+    assert losses.pos_weight("none", np.array([1]), 2) is None
+    assert losses.pos_weight("2.5", np.array([1, 1, 0]), 9).tolist() == [2.5, 2.5, 2.5]
+    assert losses.pos_weight("1,2,3", np.array([1, 1, 0]), 9).tolist() == [1, 2, 3]
     with pytest.raises(ValueError, match="--pos_weight has 2 numbers, expected 1 or 3"):
-        decide.pos_weight("1,2", np.array([1, 1, 0]), 9)
+        losses.pos_weight("1,2", np.array([1, 1, 0]), 9)
 
 
 # ---- degenerate -----------------------------------------------------------------------------------------------------
@@ -100,43 +105,43 @@ def test_pos_weight_is_negatives_by_positives_within_its_cap():
 
 @pytest.mark.parametrize("rows, classes", [(1, 2), (8, 2), (40, 5), (3000, 8)])
 def test_ordinary_scores_raise_no_alarm(rows, classes):
-    assert decide.degenerate(logits(rows, classes)) == ""
+    assert evaluate.degenerate(logits(rows, classes)) == ""
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_scores_that_are_not_finite_are_counted_and_the_first_named(bad):
     z = logits()
     z[[6, 30], 2] = bad
-    assert decide.degenerate(z).startswith("2 of 40 rows have scores that are not finite (first: row 7)")
-    assert "1 of 1 rows" in decide.degenerate(np.array([[bad, 0.0]])), "however few rows there are"
+    assert evaluate.degenerate(z).startswith("2 of 40 rows have scores that are not finite (first: row 7)")
+    assert "1 of 1 rows" in evaluate.degenerate(np.array([[bad, 0.0]])), "however few rows there are"
 
 
 def test_the_same_score_for_every_row_is_an_alarm():
-    assert "1 distinct" in decide.degenerate(np.tile(logits(1), (50, 1)))
-    assert decide.degenerate(np.zeros((8, 3))) != ""
+    assert "1 distinct" in evaluate.degenerate(np.tile(logits(1), (50, 1)))
+    assert evaluate.degenerate(np.zeros((8, 3))) != ""
 
 
 def test_few_distinct_scores_are_an_alarm():
     """As a rules competition entry scored every row alike: an adapter that did not fit its base."""
     z = logits(2000, 2)[np.arange(2000) % 6]
-    assert "6 distinct" in decide.degenerate(z)
+    assert "6 distinct" in evaluate.degenerate(z)
 
 
 def test_a_spread_of_rounding_alone_is_an_alarm():
     z = np.tile(logits(1), (50, 1)) + logits(50) * 1e-6
-    assert "spread" in decide.degenerate(z)
-    assert decide.degenerate(np.tile(logits(1), (50, 1)) + logits(50) * 1e-2) == ""
+    assert "spread" in evaluate.degenerate(z)
+    assert evaluate.degenerate(np.tile(logits(1), (50, 1)) + logits(50) * 1e-2) == ""
 
 
 def test_a_shift_that_moves_no_probability_is_an_alarm():
     z = np.tile(logits(1), (50, 1)) + np.arange(50, dtype=np.float32)[:, None]  # softmax is blind to it
-    assert decide.degenerate(z) != ""
+    assert evaluate.degenerate(z) != ""
 
 
 def test_one_predicted_class_alone_is_no_alarm():
     z = logits() * 0.1
     z[:, 0] += 5
-    assert decide.degenerate(z) == ""
+    assert evaluate.degenerate(z) == ""
 
 
 # ---- distribution ---------------------------------------------------------------------------------------------------
@@ -145,19 +150,19 @@ def test_one_predicted_class_alone_is_no_alarm():
 def test_distribution_counts_every_row_once():
     z = logits(200, 3)
     z[:, 1] = -99  # never chosen
-    text = decide.distribution(z, ["algebra", "b", "number theory"])
+    text = tables.distribution(z, ["algebra", "b", "number theory"])
     lines = text.splitlines()
     rows = {line[:13].strip(): line[13:].split() for line in lines[1:4]}
     counts = np.bincount(z.argmax(1), minlength=3)
     assert [int(rows[n][0]) for n in ("algebra", "b", "number theory")] == counts.tolist()
     assert rows["b"] == ["0", "0.0%", "-"]
-    mean = decide.softmax(z).max(1)[z.argmax(1) == 0].mean()
+    mean = calibrate.softmax(z).max(1)[z.argmax(1) == 0].mean()
     assert rows["algebra"][1:] == [f"{counts[0] / 200:.1%}", f"{mean:.3f}"]
     assert "median" in lines[4]
 
 
 def test_distribution_of_a_single_row():
-    assert "100.0%" in decide.distribution(np.array([[0.0, 1.0]]), ["a", "b"])
+    assert "100.0%" in tables.distribution(np.array([[0.0, 1.0]]), ["a", "b"])
 
 
 # ---- scores of probabilities ----------------------------------------------------------------------------------------
@@ -177,13 +182,13 @@ def rows_of(task, rows=300, classes=4, seed=0, scale=2.0):
 def test_brier_is_scikit_learns(classes):
     metric = pytest.importorskip("sklearn.metrics").brier_score_loss
     z, y = rows_of("single_label", classes=classes)
-    p = decide.softmax(z)
+    p = calibrate.softmax(z)
     want = metric(y, p, labels=np.arange(classes), scale_by_half=False)
-    assert decide.brier(p, y) == pytest.approx(want, rel=1e-12)
+    assert calibrate.brier(p, y) == pytest.approx(want, rel=1e-12)
     z, y = rows_of("multi_label", classes=classes)
     p = 1 / (1 + np.exp(-z))
     want = np.mean([metric(y[:, c], p[:, c]) for c in range(classes)])
-    assert decide.brier(p, y) == pytest.approx(want, rel=1e-12)
+    assert calibrate.brier(p, y) == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize("bins", [1, 10, 15])
@@ -197,8 +202,8 @@ def test_calibration_error_is_a_loop_over_bins(bins):
         inside = (p > k / bins) & (p <= (k + 1) / bins) | ((p == 0) & (k == 0))
         if inside.any():
             want += inside.mean() * abs(hit[inside].mean() - p[inside].mean())
-    assert decide.ece(p, hit, bins) == pytest.approx(want, rel=1e-10)
-    assert decide.ece(p.reshape(2, -1), hit.reshape(2, -1), bins) == pytest.approx(want, rel=1e-10)
+    assert calibrate.ece(p, hit, bins) == pytest.approx(want, rel=1e-10)
+    assert calibrate.ece(p.reshape(2, -1), hit.reshape(2, -1), bins) == pytest.approx(want, rel=1e-10)
 
 
 @pytest.mark.parametrize("task, classes", [("single_label", 2), ("single_label", 5), ("multi_label", 5)])
@@ -243,7 +248,7 @@ def test_best_f1_is_scikit_learns_and_the_cut_gives_it(rows, decimals, share):
     targets = (rng.random(rows) < share).astype(int)
     targets[0] = 1  # scikit-learn warns without a positive
     scores = np.round(rng.normal(size=rows) + targets, decimals)
-    cut, f1 = decide.f1_threshold(scores, targets)
+    cut, f1 = calibrate.f1_threshold(scores, targets)
     assert f1 == pytest.approx(best_f1_of_scikit_learn(scores, targets), rel=1e-12)
     assert f1_at(cut, scores, targets) == f1, "the threshold gives the F1 it promises"
 
@@ -252,7 +257,7 @@ def test_best_f1_is_scikit_learns_and_the_cut_gives_it(rows, decimals, share):
 @given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.booleans()), min_size=1, max_size=30))
 def test_no_cut_beats_the_threshold(rows):
     scores, targets = np.array([r[0] for r in rows]), np.array([r[1] for r in rows]).astype(int)
-    cut, f1 = decide.f1_threshold(scores, targets)
+    cut, f1 = calibrate.f1_threshold(scores, targets)
     grid = np.concatenate([scores, np.nextafter(scores, -np.inf), np.linspace(-1e6, 1e6, 101)])
     assert f1 == f1_at(cut, scores, targets) >= max(f1_at(g, scores, targets) for g in grid)
 
@@ -260,15 +265,15 @@ def test_no_cut_beats_the_threshold(rows):
 def test_thresholds_at_the_edges():
     ones, none = np.ones(4, int), np.zeros(4, int)
     z = np.array([3.0, 1.0, 2.0, 0.0])
-    assert decide.f1_threshold(z, none) == (decide.NEVER, 0.0)
-    assert decide.f1_threshold(z, ones) == (-1.0, 1.0), "one below the lowest"
-    assert decide.f1_threshold(z, np.array([1, 0, 1, 0])) == (1.5, 1.0), "midway"
-    assert decide.f1_threshold(np.full(4, 0.7), np.array([1, 0, 0, 0]))[1] == 0.4, "constant scores go together"
-    assert decide.f1_threshold(z, np.array([1, 0, 0, 1])) == (2.5, 2 / 3), "of (2.5, -1) equally good, the highest"
-    assert decide.f1_threshold([5.0], [1]) == (4.0, 1.0)
+    assert calibrate.f1_threshold(z, none) == (calibrate.NEVER, 0.0)
+    assert calibrate.f1_threshold(z, ones) == (-1.0, 1.0), "one below the lowest"
+    assert calibrate.f1_threshold(z, np.array([1, 0, 1, 0])) == (1.5, 1.0), "midway"
+    assert calibrate.f1_threshold(np.full(4, 0.7), np.array([1, 0, 0, 0]))[1] == 0.4, "constant scores go together"
+    assert calibrate.f1_threshold(z, np.array([1, 0, 0, 1])) == (2.5, 2 / 3), "of (2.5, -1) equally good, the highest"
+    assert calibrate.f1_threshold([5.0], [1]) == (4.0, 1.0)
     for low in (1.0, np.nextafter(1.0, 2)):  # nothing lies between: the middle rounds down, then up
         near = np.array([low, np.nextafter(low, 2)])
-        assert (near > decide.f1_threshold(near, np.array([0, 1]))[0]).tolist() == [False, True]
+        assert (near > calibrate.f1_threshold(near, np.array([0, 1]))[0]).tolist() == [False, True]
 
 
 def half(f1: float) -> float:
@@ -281,21 +286,21 @@ def test_thresholds_are_half_of_the_best_f1_and_rare_labels_take_the_shared_one(
     z, y = rows_of("multi_label", rows=120, classes=6)
     y[:, 5] = 0
     y[:3, 5] = 1  # fewer than LEAST
-    shared = decide.fit_thresholds(z, y, "global")
+    shared = calibrate.fit_thresholds(z, y, "global")
     micro = [sk.f1_score(y, z > cut, average="micro") for cut in [*z.ravel(), z.min() - 1]]
     assert shared.tolist() == pytest.approx([half(max(micro))] * 6)
-    own = decide.fit_thresholds(z, y, "per_class")
+    own = calibrate.fit_thresholds(z, y, "per_class")
     positives = y.sum(axis=0)
     for c in range(6):
         best = max(sk.f1_score(y[:, c], z[:, c] > cut) for cut in [*z[:, c], z.min() - 1])
-        assert own[c] == pytest.approx(shared[0] if positives[c] < decide.LEAST else half(best))
-    assert positives[5] == 3 and (positives[:4] >= decide.LEAST).all()
-    rare = half(decide.f1_threshold(z[:, 5], y[:, 5])[1])
-    assert decide.fit_thresholds(z, y, "per_class", least=3)[5] == pytest.approx(rare)
-    assert decide.fit_thresholds(z, y, "none").tolist() == [0] * 6
-    assert (decide.fit_thresholds(z, 0 * y, "per_class") == decide.NEVER).all()
+        assert own[c] == pytest.approx(shared[0] if positives[c] < calibrate.LEAST else half(best))
+    assert positives[5] == 3 and (positives[:4] >= calibrate.LEAST).all()
+    rare = half(calibrate.f1_threshold(z[:, 5], y[:, 5])[1])
+    assert calibrate.fit_thresholds(z, y, "per_class", least=3)[5] == pytest.approx(rare)
+    assert calibrate.fit_thresholds(z, y, "none").tolist() == [0] * 6
+    assert (calibrate.fit_thresholds(z, 0 * y, "per_class") == calibrate.NEVER).all()
     with pytest.raises(ValueError, match="got 'best', expected one of none, global, per_class"):
-        decide.fit_thresholds(z, y, "best")
+        calibrate.fit_thresholds(z, y, "best")
 
 
 def test_half_of_the_best_f1_is_the_best_cut_of_calibrated_probabilities():
@@ -304,12 +309,12 @@ def test_half_of_the_best_f1_is_the_best_cut_of_calibrated_probabilities():
     for shift in (-3.0, -1.0, 1.0):
         z = rng.normal(shift, 2, size=(100_000, 1))
         y = (rng.random(z.shape) < 1 / (1 + np.exp(-z))).astype(int)
-        cut = decide.fit_thresholds(z, y, "per_class")
-        f1 = decide._f1((z > cut).astype(int), y)[0]
+        cut = calibrate.fit_thresholds(z, y, "per_class")
+        f1 = calibrate._f1((z > cut).astype(int), y)[0]
         assert (
-            decide.f1_threshold(z[:, 0], y[:, 0])[1] - f1
+            calibrate.f1_threshold(z[:, 0], y[:, 0])[1] - f1
             < 1e-3
-            < decide.f1_threshold(z[:, 0], y[:, 0])[1] - decide._f1((z > 3).astype(int), y)[0]
+            < calibrate.f1_threshold(z[:, 0], y[:, 0])[1] - calibrate._f1((z > 3).astype(int), y)[0]
         )
 
 
@@ -325,7 +330,7 @@ def single_loss(z, y):
 def test_temperature_is_scikit_learns(classes, scale):
     calibration = pytest.importorskip("sklearn.calibration")
     z, y = rows_of("single_label", classes=classes, scale=scale, seed=classes)
-    t = decide.fit_temperature(z, y)
+    t = calibrate.fit_temperature(z, y)
     assert t == pytest.approx(1 / calibration._TemperatureScaling().fit(z, y).beta_, rel=1e-6)
     losses = [single_loss(z / other, y) for other in np.geomspace(0.05, 20, 400)]
     assert single_loss(z / t, y) <= min(losses)
@@ -334,14 +339,14 @@ def test_temperature_is_scikit_learns(classes, scale):
 def test_temperature_at_its_bounds():
     z, y = rows_of("single_label")
     right = np.eye(4)[y]
-    assert decide.fit_temperature(right, y) == pytest.approx(0.05), "all right: as sure as allowed"
-    assert decide.fit_temperature(-right, y) == pytest.approx(20), "all wrong: as unsure as allowed"
-    assert decide.fit_temperature(np.zeros((5, 3)), [0, 1, 2, 0, 0]) == 1, "constant scores say nothing"
-    assert decide.fit_temperature(np.arange(5.0)[:, None] + np.zeros(3), [0, 1, 2, 0, 0]) == 1, (
+    assert calibrate.fit_temperature(right, y) == pytest.approx(0.05), "all right: as sure as allowed"
+    assert calibrate.fit_temperature(-right, y) == pytest.approx(20), "all wrong: as unsure as allowed"
+    assert calibrate.fit_temperature(np.zeros((5, 3)), [0, 1, 2, 0, 0]) == 1, "constant scores say nothing"
+    assert calibrate.fit_temperature(np.arange(5.0)[:, None] + np.zeros(3), [0, 1, 2, 0, 0]) == 1, (
         "a row's shift is nothing"
     )
-    assert 0.05 <= decide.fit_temperature(z[:1], y[:1]) <= 20, "one row"
-    assert decide.fit_temperature(z * 1e4, y) == pytest.approx(20), "huge logits do not overflow"
+    assert 0.05 <= calibrate.fit_temperature(z[:1], y[:1]) <= 20, "one row"
+    assert calibrate.fit_temperature(z * 1e4, y) == pytest.approx(20), "huge logits do not overflow"
 
 
 @pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (5.0, -3.0), (100.0, 40.0), (1e-3, 0.0)])
@@ -351,7 +356,7 @@ def test_platt_is_scikit_learns(scale, shift, share):
     rng = np.random.default_rng(3)
     y = (rng.random(400) < share).astype(int)
     z = (rng.normal(size=400) + 1.5 * y) * scale + shift
-    a, b = decide.fit_platt(z, y)
+    a, b = calibrate.fit_platt(z, y)
     theirs = calibration._SigmoidCalibration().fit(z, y)
     np.testing.assert_allclose(1 / (1 + np.exp(-(a * z + b))), theirs.predict(z), atol=2e-5)
     soft = np.where(y == 1, (y.sum() + 1) / (y.sum() + 2), 1 / ((1 - y).sum() + 2))
@@ -369,11 +374,11 @@ def test_platt_at_the_edges(y):
     y = np.array(y)
     soft = np.where(y == 1, (y.sum() + 1) / (y.sum() + 2), 1 / ((1 - y).sum() + 2))
     for z in (np.arange(4.0), np.full(4, 0.1), np.arange(4.0) * 1e6):
-        a, b = decide.fit_platt(z, y)
+        a, b = calibrate.fit_platt(z, y)
         p = 1 / (1 + np.exp(-(a * z + b)))
         assert p.mean() == pytest.approx(soft.mean(), abs=1e-6)
         assert a == 0 or np.ptp(z) > 0
-    a, b = decide.fit_platt([2.0], [1])
+    a, b = calibrate.fit_platt([2.0], [1])
     assert (a, 1 / (1 + np.exp(-b))) == (0, pytest.approx(2 / 3))
 
 
@@ -402,22 +407,22 @@ def test_decision_round_trips_through_json_and_decides_as_documented(task, class
     assert p.shape == new.shape and predicted.dtype == np.int64
     assert ((p >= 0) & (p <= 1)).all()
     if task == "multi_label":
-        lines = np.array([decide.fit_platt(z[:, c], y[:, c]) for c in range(classes)])
+        lines = np.array([calibrate.fit_platt(z[:, c], y[:, c]) for c in range(classes)])
         np.testing.assert_allclose(p, 1 / (1 + np.exp(-(new * lines[:, 0] + lines[:, 1]))))
         calibrated = z * lines[:, 0] + lines[:, 1]
-        one = np.full(classes, decide.f1_threshold(calibrated.ravel(), y.ravel())[1] / 2)
-        own = np.array([decide.f1_threshold(z[:, c], y[:, c])[1] / 2 for c in range(classes)])
+        one = np.full(classes, calibrate.f1_threshold(calibrated.ravel(), y.ravel())[1] / 2)
+        own = np.array([calibrate.f1_threshold(z[:, c], y[:, c])[1] / 2 for c in range(classes)])
         cut = {"none": 1 / (1 + np.exp(-lines[:, 1])), "global": one, "per_class": own}[kind]  # none: where z is 0
         np.testing.assert_array_equal(predicted, p > cut)
     else:
         np.testing.assert_allclose(p.sum(axis=1), 1)
         if kind == "global":
-            best = decide.f1_threshold(z[:, 1] - z[:, 0], y)[1]
+            best = calibrate.f1_threshold(z[:, 1] - z[:, 0], y)[1]
             np.testing.assert_array_equal(predicted, p[:, 1] > best / 2)
         else:
             np.testing.assert_array_equal(predicted, new.argmax(axis=1))
         if classes > 2:
-            np.testing.assert_allclose(p, decide.softmax(new / decide.fit_temperature(z, y)))
+            np.testing.assert_allclose(p, calibrate.softmax(new / calibrate.fit_temperature(z, y)))
     before, after = decision.scores["before"], decision.scores["after"]
     assert after["log_loss"] < before["log_loss"] and after["ece"] < before["ece"]  # the logits are over-confident
     if kind == "global":
@@ -459,7 +464,7 @@ def test_cross_fitted_rows_never_see_their_own_labels(task, classes, kind):
     rest = np.setdiff1d(np.arange(60), held)
     expected, _ = decide.apply(decide.fit_decision(task, z[rest], y[rest], kind), z[held])
     np.testing.assert_array_equal(predicted[held], expected)
-    assert scores["after"]["brier"] == pytest.approx(decide.brier(p, y), rel=1e-12)
+    assert scores["after"]["brier"] == pytest.approx(calibrate.brier(p, y), rel=1e-12)
     assert decide.cross_fitted(task, z[:3], y[:3])[1].shape == y[:3].shape, "fewer rows than folds"
 
 
@@ -469,7 +474,7 @@ def test_cross_fitting_takes_the_optimism_out():
     z, y = rng.normal(size=(60, 30)), (rng.random((60, 30)) < 0.2).astype(int)
     tuned = decide.fit_decision("multi_label", z, y).scores["after"]["macro_f1"]
     honest = decide.cross_fitted("multi_label", z, y)[0]["after"]["macro_f1"]
-    chance = decide.f1_threshold(np.zeros(1800), y.ravel())[1]
+    chance = calibrate.f1_threshold(np.zeros(1800), y.ravel())[1]
     assert tuned - 0.01 > honest < chance
 
 
@@ -504,9 +509,9 @@ def test_calibration_never_reverses_a_ranking():
     y[:, 3] = 0
     y[[5, 9], 3] = 1
     decision = decide.fit_decision("multi_label", z, y)
-    shared = list(decide.fit_platt(z.ravel(), y.ravel()))
+    shared = list(calibrate.fit_platt(z.ravel(), y.ravel()))
     assert decision.platt[1] == decision.platt[3] == shared
-    assert decision.platt[0] == list(decide.fit_platt(z[:, 0], y[:, 0]))
+    assert decision.platt[0] == list(calibrate.fit_platt(z[:, 0], y[:, 0]))
     backwards = decide.fit_decision("multi_label", np.where(y, -1.0, 1.0) + z * 1e-3, y)
     p = decide.calibrated(z, backwards)
     np.testing.assert_allclose(p, y.mean(), atol=2e-3, err_msg="no line at all rises: the share of positives")
@@ -588,19 +593,19 @@ def test_json_that_is_no_decision_is_refused():
             "labels: got -1, expected integers from 0 to 1",
         ),
         (lambda: decide.fit_decision("multi_label", [[0.0, np.nan]], [[0, 1]]), "1 of 1 rows that are not finite"),
-        (lambda: decide.f1_threshold([0.0, np.inf], [0, 1]), "1 of 2 rows that are not finite"),
-        (lambda: decide.fit_platt([0.0, 1.0], [0]), "labels: got shape"),
+        (lambda: calibrate.f1_threshold([0.0, np.inf], [0, 1]), "1 of 2 rows that are not finite"),
+        (lambda: calibrate.fit_platt([0.0, 1.0], [0]), "labels: got shape"),
         (lambda: decide.cross_fitted("single_label", [[0.0, 1.0]], [0]), "got 1 rows and 5 folds"),
-        (lambda: decide.ensemble([], "mean_prob"), "got members of shapes"),
-        (lambda: decide.ensemble([np.zeros((2, 2)), np.zeros((3, 2))], "mean_prob"), r"\(2, 2\), \(3, 2\)"),
-        (lambda: decide.ensemble([[[0.0, np.nan]]], "mean_prob"), "finite logits"),
-        (lambda: decide.ensemble([[[0.0, 1.0]]], "median"), "got 'median'"),
-        (lambda: decide.ensemble([[[0.0, 1.0]]], "weighted"), "takes weights"),
-        (lambda: decide.ensemble([[[0.0, 1.0]]], "rank", [1.0]), "takes weights"),
-        (lambda: decide.ensemble([[[0.0, 1.0]]] * 2, "weighted", [0.5, 0.6]), "sum to 1"),
-        (lambda: decide.ensemble([[[0.0, 1.0]]] * 2, "weighted", [-0.5, 1.5]), "0 or more"),
-        (lambda: decide.ensemble([[[0.0, 1.0]]] * 2, "weighted", [1.0]), "expected 2 numbers"),
-        (lambda: decide.fit_weights([[[0.0, 1.0]]], [0, 1], "single_label"), "labels: got shape"),
+        (lambda: ensemble.ensemble([], "mean_prob"), "got members of shapes"),
+        (lambda: ensemble.ensemble([np.zeros((2, 2)), np.zeros((3, 2))], "mean_prob"), r"\(2, 2\), \(3, 2\)"),
+        (lambda: ensemble.ensemble([[[0.0, np.nan]]], "mean_prob"), "finite logits"),
+        (lambda: ensemble.ensemble([[[0.0, 1.0]]], "median"), "got 'median'"),
+        (lambda: ensemble.ensemble([[[0.0, 1.0]]], "weighted"), "takes weights"),
+        (lambda: ensemble.ensemble([[[0.0, 1.0]]], "rank", [1.0]), "takes weights"),
+        (lambda: ensemble.ensemble([[[0.0, 1.0]]] * 2, "weighted", [0.5, 0.6]), "sum to 1"),
+        (lambda: ensemble.ensemble([[[0.0, 1.0]]] * 2, "weighted", [-0.5, 1.5]), "0 or more"),
+        (lambda: ensemble.ensemble([[[0.0, 1.0]]] * 2, "weighted", [1.0]), "expected 2 numbers"),
+        (lambda: ensemble.fit_weights([[[0.0, 1.0]]], [0, 1], "single_label"), "labels: got shape"),
     ],
 )
 def test_errors_say_what_was_got_and_expected(call, message):
@@ -618,7 +623,7 @@ def test_a_decision_refuses_logits_of_another_width():
 
 
 def probabilities(task, z):
-    return decide.softmax(z) if task == "single_label" else 1 / (1 + np.exp(-z))
+    return calibrate.softmax(z) if task == "single_label" else 1 / (1 + np.exp(-z))
 
 
 def loss_of(task, z, y):
@@ -635,15 +640,15 @@ def members_of(task, classes, seed, rows=80, count=3):
 @pytest.mark.parametrize("task, classes", [("single_label", 2), ("single_label", 4), ("multi_label", 3)])
 def test_ensembles_are_the_means_their_names_say(task, classes):
     members, _ = members_of(task, classes, 0)
-    np.testing.assert_allclose(decide.ensemble(members, "mean_logit", task=task), np.mean(members, axis=0))
+    np.testing.assert_allclose(ensemble.ensemble(members, "mean_logit", task=task), np.mean(members, axis=0))
     each = np.array([probabilities(task, z) for z in members])
-    got = probabilities(task, decide.ensemble(members, "mean_prob", task=task))
+    got = probabilities(task, ensemble.ensemble(members, "mean_prob", task=task))
     np.testing.assert_allclose(got, each.mean(axis=0), rtol=1e-9)
     weights = np.array([0.7, 0.0, 0.3])
-    got = probabilities(task, decide.ensemble(members, "weighted", weights, task))
+    got = probabilities(task, ensemble.ensemble(members, "weighted", weights, task))
     np.testing.assert_allclose(got, np.tensordot(weights, each, 1), rtol=1e-9)
     for how in ("mean_logit", "mean_prob"):  # one member is itself, up to a row's shift, however large
-        alone, big = decide.ensemble([members[0] * 1e3], how, task=task), members[0] * 1e3
+        alone, big = ensemble.ensemble([members[0] * 1e3], how, task=task), members[0] * 1e3
         shift = (alone - big)[:, :1] if task == "single_label" else 0
         np.testing.assert_allclose(alone - shift, big, atol=1e-8)
 
@@ -653,12 +658,12 @@ def test_rank_ensemble_is_the_mean_of_midranks():
     members, _ = members_of("multi_label", 3, 1)
     members[1] = np.round(members[1])  # ties
     want = np.mean([(rank(z, axis=0) - 0.5) / 80 for z in members], axis=0)
-    got = probabilities("multi_label", decide.ensemble(members, "rank", task="multi_label"))
+    got = probabilities("multi_label", ensemble.ensemble(members, "rank", task="multi_label"))
     np.testing.assert_allclose(got, want, rtol=1e-12)
     two, _ = members_of("single_label", 2, 1)
     want = np.mean([(rank(z[:, 1] - z[:, 0]) - 0.5) / 80 for z in two], axis=0)
-    np.testing.assert_allclose(decide.softmax(decide.ensemble(two, "rank"))[:, 1], want, rtol=1e-9)
-    assert (decide.ensemble([z[:1] for z in members], "rank", task="multi_label") == 0).all(), "one row has no rank"
+    np.testing.assert_allclose(calibrate.softmax(ensemble.ensemble(two, "rank"))[:, 1], want, rtol=1e-9)
+    assert (ensemble.ensemble([z[:1] for z in members], "rank", task="multi_label") == 0).all(), "one row has no rank"
 
 
 MAPS = [lambda x: x**3 + 2 * x, lambda x: np.arctan(x), lambda x: 5 * x - 3, lambda x: np.exp(x / 9)]
@@ -669,14 +674,14 @@ MAPS = [lambda x: x**3 + 2 * x, lambda x: np.arctan(x), lambda x: 5 * x - 3, lam
 def test_rank_ensemble_is_blind_to_increasing_maps(seed, maps):
     members, _ = members_of("multi_label", 3, seed, rows=25)
     members = [np.round(z, 2) for z in members]  # far enough apart to stay distinct, some tied
-    before = decide.ensemble(members, "rank", task="multi_label")
+    before = ensemble.ensemble(members, "rank", task="multi_label")
     mapped = [np.stack([maps[3 * m + c](z[:, c]) for c in range(3)], axis=1) for m, z in enumerate(members)]
-    np.testing.assert_array_equal(decide.ensemble(mapped, "rank", task="multi_label"), before)
+    np.testing.assert_array_equal(ensemble.ensemble(mapped, "rank", task="multi_label"), before)
     two = [z[:, :2] for z in members]
     margins = [np.round(z[:, 1] - z[:, 0], 2) for z in two]
-    plain = decide.ensemble([np.stack([0 * d, d], axis=1) for d in margins], "rank")
+    plain = ensemble.ensemble([np.stack([0 * d, d], axis=1) for d in margins], "rank")
     shifted = [np.stack([0 * d, maps[m](d)], axis=1) for m, d in enumerate(margins)]
-    np.testing.assert_array_equal(decide.ensemble(shifted, "rank"), plain)
+    np.testing.assert_array_equal(ensemble.ensemble(shifted, "rank"), plain)
 
 
 @QUICK
@@ -684,13 +689,13 @@ def test_rank_ensemble_is_blind_to_increasing_maps(seed, maps):
 def test_fitted_weights_are_never_worse_than_the_best_member(seed, case, count):
     task, classes = case
     members, y = members_of(task, classes, seed, count=count)
-    weights = decide.fit_weights(members, y, task)
+    weights = ensemble.fit_weights(members, y, task)
     assert weights.shape == (count,) and (weights >= 0).all() and weights.sum() == pytest.approx(1)
-    fitted = loss_of(task, decide.ensemble(members, "weighted", weights, task), y)
+    fitted = loss_of(task, ensemble.ensemble(members, "weighted", weights, task), y)
     assert fitted <= min(loss_of(task, z, y) for z in members) + 1e-14
     rng = np.random.default_rng(seed)
     for other in [np.full(count, 1 / count), *rng.dirichlet(np.ones(count), 20)]:
-        assert fitted <= loss_of(task, decide.ensemble(members, "weighted", other, task), y) + 1e-8
+        assert fitted <= loss_of(task, ensemble.ensemble(members, "weighted", other, task), y) + 1e-8
 
 
 def test_fitted_weights_find_the_optimum_of_scipy():
@@ -699,37 +704,39 @@ def test_fitted_weights_find_the_optimum_of_scipy():
         z, y = rows_of(task, rows=600, classes=classes, scale=1.0)
         rng = np.random.default_rng(5)
         members = [z + rng.normal(size=z.shape) * 1.5 for _ in range(4)]
-        got = decide.fit_weights(members, y, task)
+        got = ensemble.fit_weights(members, y, task)
 
         def loss(free, members=members, task=task, y=y):
             weights = np.append(free, 0)
             weights = np.exp(weights - weights.max())
-            return loss_of(task, decide.ensemble(members, "weighted", weights / weights.sum(), task), y)
+            return loss_of(task, ensemble.ensemble(members, "weighted", weights / weights.sum(), task), y)
 
         best = minimize(loss, np.zeros(3), tol=1e-12)
         want = np.append(best.x, 0)
         want = np.exp(want - want.max()) / np.exp(want - want.max()).sum()
         np.testing.assert_allclose(got, want, atol=2e-3)
-        fitted = loss_of(task, decide.ensemble(members, "weighted", got, task), y)
+        fitted = loss_of(task, ensemble.ensemble(members, "weighted", got, task), y)
         assert fitted <= best.fun + 1e-8
         assert fitted < min(loss_of(task, m, y) for m in members) - 0.01, "a mixture is better than each here"
 
 
 def test_fitted_weights_at_the_edges():
     members, y = members_of("single_label", 4, 2)
-    assert decide.fit_weights(members[:1], y, "single_label").tolist() == [1]
-    assert decide.fit_weights([members[0]] * 3, y, "single_label").tolist() == [1, 0, 0], "equal members: one is enough"
+    assert ensemble.fit_weights(members[:1], y, "single_label").tolist() == [1]
+    assert ensemble.fit_weights([members[0]] * 3, y, "single_label").tolist() == [1, 0, 0], (
+        "equal members: one is enough"
+    )
     perfect = np.eye(4)[y] * 50
-    assert decide.fit_weights([members[0], perfect], y, "single_label").tolist() == [0, 1]
+    assert ensemble.fit_weights([members[0], perfect], y, "single_label").tolist() == [0, 1]
     sure_and_wrong = np.eye(4)[(y + 1) % 4] * 1e5  # its probabilities underflow to 0
-    assert decide.fit_weights([sure_and_wrong, members[0]], y, "single_label").tolist() == [0, 1]
+    assert ensemble.fit_weights([sure_and_wrong, members[0]], y, "single_label").tolist() == [0, 1]
     half = np.arange(len(y)) < 40
     a, b = np.where(half[:, None], perfect, sure_and_wrong), np.where(half[:, None], sure_and_wrong, perfect)
-    np.testing.assert_allclose(decide.fit_weights([a, b], y, "single_label"), 0.5)
+    np.testing.assert_allclose(ensemble.fit_weights([a, b], y, "single_label"), 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        weights = decide.fit_weights([*members, sure_and_wrong], y, "single_label")
-    np.testing.assert_allclose(weights[:3], decide.fit_weights(members, y, "single_label"), atol=1e-3)
+        weights = ensemble.fit_weights([*members, sure_and_wrong], y, "single_label")
+    np.testing.assert_allclose(weights[:3], ensemble.fit_weights(members, y, "single_label"), atol=1e-3)
     assert weights[3] == 0, "a hopeless member is dropped, without a warning"
     constant = [np.zeros((5, 2)), np.zeros((5, 2))]
-    assert decide.fit_weights(constant, np.zeros((5, 2)), "multi_label").sum() == 1
+    assert ensemble.fit_weights(constant, np.zeros((5, 2)), "multi_label").sum() == 1

@@ -19,15 +19,23 @@ import transformers
 from safetensors.torch import load_file, save_file
 from test_ddp import forked, forks, toy_flags
 
+import bases
+import checks
+import cli
 import configs
 import data
 import ddp
-import evaluate
+import files
+import foreign
 import infer
+import labelling
 import lora
 import model as models
+import numerics
 import train
-from configs import UserError
+import trained
+from errors import UserError
+from packed import Batch, pack
 
 pytestmark = forks
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,8 +110,8 @@ def sequences(lengths=LENGTHS, seed=0) -> list[list[int]]:
     return [generator.integers(3, 61, n).tolist() for n in lengths]
 
 
-def batch_of(rows) -> data.Batch:
-    return data.pack(data.join_tokens(rows), np.arange(len(rows)), CPU)
+def batch_of(rows) -> Batch:
+    return pack(data.join_tokens(rows), np.arange(len(rows)), CPU)
 
 
 def padded(model, rows) -> torch.Tensor:
@@ -152,10 +160,10 @@ def test_packed_logits_equal_theirs_padded_and_alone(base, family, pooling):
     folder, rows = base(family, **changes), sequences()
     model, reference = ours(folder, pooling), theirs(folder)
     assert model.fresh == () and type(reference).__name__ == model.architecture == f"{family}ForSequenceClassification"
-    assert models.stored_pooling(folder) == pooling
+    assert bases.stored_pooling(folder) == pooling
     assert sum(LENGTHS) > reference.config.max_position_embeddings
     packs = model.backbone.config._attn_implementation == models.ATTENTION
-    assert packs == models.packs(model.config) == (family != "DebertaV2")
+    assert packs == bases.packs(model.config) == (family != "DebertaV2")
     with torch.no_grad():
         got = model(batch_of(rows))
         near(got, alone(reference, rows))
@@ -210,14 +218,14 @@ def test_a_row_of_roberta_starts_behind_its_padding_position(base):
 def test_half_precision_keeps_the_residual_stream_and_the_head_in_fp32(base, family):
     """Under autocast every layer and the head give fp32, while linears compute in bf16; near the fp32 result."""
     folder, rows = base(family), batch_of(sequences())
-    model = ours(folder, models.stored_pooling(folder))
+    model = ours(folder, bases.stored_pooling(folder))
     layers, linears = set(), set()
-    for layer in models.decoder_layers(model.backbone):
+    for layer in bases.decoder_layers(model.backbone):
         layer.register_forward_hook(lambda m, i, out: layers.add((out[0] if isinstance(out, tuple) else out).dtype))
     for module in model.backbone.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda m, i, out: linears.add(out.dtype))
-    with models.autocast(CPU, "bf16"):
+    with numerics.autocast(CPU, "bf16"):
         logits = model(rows)
     assert layers == {torch.float32} and torch.bfloat16 in linears and logits.dtype == torch.float32
     near(logits, model(rows), 0.1)
@@ -229,7 +237,7 @@ def test_modernbert_as_trained_by_others_says_its_pooling(base, pooling):
     folder, rows = base("ModernBert", classifier_pooling=pooling), sequences()
     with torch.no_grad():
         logits = {how: ours(folder, how)(batch_of(rows)) for how in ("cls", "mean")}
-        near(logits[models.stored_pooling(folder)], alone(theirs(folder), rows))
+        near(logits[bases.stored_pooling(folder)], alone(theirs(folder), rows))
     assert (logits["cls"] - logits["mean"]).abs().max() > 1e-2
 
 
@@ -320,15 +328,15 @@ def test_lora_trains_and_saves_exactly_the_fresh_head_whole(base, tmp_path, fami
     saved = load_file(run / "best/adapter_model.safetensors")
     assert saved.keys() == {f"base_model.model.{k}" for k in keys}
 
-    cfg, labels = evaluate.run_facts(run)
-    tokenizer = data.load_tokenizer(folder)
-    start = evaluate.new_classifier(cfg, labels, tokenizer, CPU, "fp32")
+    cfg, labels = trained.run_facts(run)
+    tokenizer = bases.load_tokenizer(folder)
+    start = trained.new_classifier(cfg, labels, tokenizer, CPU, "fp32")
     assert {n for n, p in start.named_parameters() if p.requires_grad} == keys
     for name in whole:
         assert not torch.equal(saved[f"base_model.model.{name}"], start.get_parameter(name)), name
 
-    rows = data.read_rows(str(tmp_path / "val.csv"), "val_data")
-    logits, _ = evaluate.load_run(run).logits(rows, cfg.max_tokens)
+    rows = files.read_rows(str(tmp_path / "val.csv"), "val_data")
+    logits, _ = trained.load_run(run).logits(rows, cfg.max_tokens)
     with open(run / "val_predictions.csv", newline="") as f:
         live = np.array([[float(line[f"logit_{c}"]) for c in range(8)] for line in csv.DictReader(f)], np.float32)
     assert np.array_equal(logits, live)
@@ -340,7 +348,7 @@ def test_lora_trains_and_saves_exactly_the_fresh_head_whole(base, tmp_path, fami
         found = [peft(input_ids=torch.tensor([tokenizer(r["Question"])["input_ids"][:64]])).logits for r in rows[:6]]
     near(torch.from_numpy(logits[:6]), torch.cat(found))
     given = configs.InferConfig(base=folder, adapter=str(run / "best"), max_length=64)
-    again, report = evaluate.load_given(evaluate.given_model(given), ddp.setup())
+    again, report = foreign.load_given(foreign.given_model(given), ddp.setup())
     assert np.array_equal(again.logits(rows, cfg.max_tokens)[0], logits) and f"{len(keys)} tensors matched" in report
 
 
@@ -414,7 +422,7 @@ def test_relative_positions_have_no_end(base, tmp_path):
     flags = {"pooling": "cls", "max_length": 400, "max_tokens": 512, "dry_run": "true"}
     for family in ("DebertaV2", "ModernBert"):
         folder = base(family, tokenizer=True)
-        assert models.load_config(folder).max_position_embeddings < 400
+        assert bases.load_config(folder).max_position_embeddings < 400
         assert train.main(toy_flags(tmp_path, folder, **flags, targets=TARGETS[family]))["dry_run"]
     rows, folder = sequences((150, 4)), base("DebertaV2")
     with torch.no_grad():
@@ -438,7 +446,7 @@ def test_rank_0_trains_exactly_those_layers(base, tmp_path, family, count):
     assert len(last) > 5 and head < before.keys()
     cfg = configs.TrainConfig(base=folder, rank=0, train_layers=count, pooling="cls")
     names = tuple(str(i) for i in range(8))
-    model = evaluate.new_classifier(cfg, data.Labels(names, names), data.load_tokenizer(folder), CPU, "fp32")
+    model = trained.new_classifier(cfg, labelling.Labels(names, names), bases.load_tokenizer(folder), CPU, "fp32")
     assert {n for n, p in model.named_parameters() if p.requires_grad} == expected
     if count == -1:
         return
@@ -500,9 +508,9 @@ def test_modernbert_trains_whole_from_the_command_line(base, shared, tmp_path):
     assert moved_tensors(f"{folder}/model.safetensors", saved) == saved.keys() == theirs(folder).state_dict().keys()
     reference, tokenizer = theirs(run / "best"), transformers.AutoTokenizer.from_pretrained(run / "best")
     assert reference.config.classifier_pooling == "mean"
-    decision = evaluate.read_decision(run, "single_label", 8)
-    given = data.read_rows(str(problems / "test.csv"), "input")[:20]
-    data.decode_bytes_literals(given, ["Question"])
+    decision = trained.read_decision(run, "single_label", 8)
+    given = files.read_rows(str(problems / "test.csv"), "input")[:20]
+    files.decode_bytes_literals(given, ["Question"])
     texts = [r["Question"] for r in given]
     short = [i for i, t in enumerate(texts) if len(tokenizer(t)["input_ids"]) <= 128]
     assert len(short) > 5
@@ -549,7 +557,7 @@ def test_deberta_regresses_from_the_command_line(base, shared, tmp_path):
     with open(run / "val_predictions.csv", newline="") as f:
         held_out = list(csv.DictReader(f))
     share = np.mean([float(r["label"]) for r in held_out])
-    everything = np.mean([float(r["rule_violation"]) for r in data.read_rows(str(rules / "train.csv"), "input")])
+    everything = np.mean([float(r["rule_violation"]) for r in files.read_rows(str(rules / "train.csv"), "input")])
     assert len(held_out) == 60 and abs(share - everything) < 1 / 60  # stratified
 
 
@@ -569,9 +577,9 @@ def test_deberta_regresses_from_the_command_line(base, shared, tmp_path):
 )
 def test_presets_hold_the_published_recipes(name, base, expected):
     """The table of the design, and each passes every check once the user's rows are named."""
-    cfg, given = configs.parse(configs.TrainConfig, configs.TRAIN_PRESETS, ["--cfg", name, "--train_data", "mine.csv"])
-    cfg = configs.own_data(cfg, given)
-    configs.check(cfg, given)
+    cfg, given = cli.parse(configs.TrainConfig, configs.TRAIN_PRESETS, ["--cfg", name, "--train_data", "mine.csv"])
+    cfg = checks.own_data(cfg, given)
+    checks.check(cfg, given)
     assert cfg.base.removeprefix("FacebookAI/") == base and cfg.train_data == "mine.csv" and cfg.test_data == ""
     expected = {"lr": 2e-5, "batch_size": 16, "rank": 0, "train_layers": -1, **expected}
     if "bert" in name and name.startswith(("math", "modern")):
@@ -606,4 +614,4 @@ def test_a_tokenizer_that_is_a_sentencepiece_model_says_what_to_install(tmp_path
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "DebertaV2Tokenizer", "vocab_type": "spm"}')
     (tmp_path / "spm.model").write_bytes(bytes(range(1, 200)))
     with pytest.raises(UserError, match="pip install sentencepiece protobuf"):
-        data.load_tokenizer(str(tmp_path))
+        bases.load_tokenizer(str(tmp_path))

@@ -12,16 +12,18 @@ import pytest
 from conftest import ROOT
 from test_ddp import forked, forks, run_of, shas, start, toy_flags, write_rows
 
-import checkpoint
+import bootstrap
 import configs
-import data
 import decide
-import evaluate
+import ensemble
+import files
 import infer
 import metrics
 import splits
 import train
-from configs import TrainConfig, UserError
+import trained
+from configs import TrainConfig
+from errors import UserError
 
 pytestmark = forks
 QUICK = {"val_data": None, "batch_size": 8, "epochs": 1, "eval_every": 4, "audit": "none"}
@@ -141,19 +143,19 @@ def family(tmp_path_factory, small_base) -> Path:
 
 
 def facts_of(run: Path):
-    cfg, labels = evaluate.run_facts(run)
+    cfg, labels = trained.run_facts(run)
     rows, val, _ = splits.read(cfg, SILENT)
     return cfg, labels, splits.judged(cfg, rows, val)
 
 
 def test_the_out_of_fold_file_holds_each_row_once_with_the_logits_of_the_run_that_did_not_see_it(family):
     cfg, labels, judged = facts_of(family)
-    ids, targets, logits = evaluate.validation_rows(family, cfg, labels)
-    assert ids == judged.ids == [r["id"] for r in data.read_rows(cfg.train_data, "x")] and len(set(ids)) == 58
+    ids, targets, logits = trained.validation_rows(family, cfg, labels)
+    assert ids == judged.ids == [r["id"] for r in files.read_rows(cfg.train_data, "x")] and len(set(ids)) == 58
     assert np.array_equal(targets, judged.labels)
     seen, total = dict.fromkeys(ids, 0), {}
     for name, one in configs.members(cfg).items():
-        theirs, _, z = evaluate.validation_rows(family / name, one, labels)
+        theirs, _, z = trained.validation_rows(family / name, one, labels)
         for i, row in zip(theirs, z, strict=True):
             total[i], seen[i] = total.get(i, 0) + row.astype(np.float64), seen[i] + 1
     assert set(seen.values()) == {2}  # once for each seed
@@ -166,7 +168,7 @@ def test_the_out_of_fold_file_holds_each_row_once_with_the_logits_of_the_run_tha
 def test_the_summary_is_that_of_its_runs_and_rows(family):
     told = json.loads((family / "result.json").read_text())
     cfg, labels, judged = facts_of(family)
-    logits = evaluate.validation_rows(family, cfg, labels)[2]
+    logits = trained.validation_rows(family, cfg, labels)[2]
     want = metrics.of_task("single_label", logits, judged.labels)
     assert told["metrics"] == {k: round(v, 6) for k, v in want.items()}
     each = [json.loads((family / n / "result.json").read_text())["metrics"] for n in configs.members(cfg)]
@@ -177,7 +179,7 @@ def test_the_summary_is_that_of_its_runs_and_rows(family):
         )
     low, high = told["intervals"]["micro_f1"]
     assert low <= told["metrics"]["micro_f1"] <= high and high - low > 0.05  # 58 rows
-    decision = evaluate.read_decision(family, "single_label", 8)
+    decision = trained.read_decision(family, "single_label", 8)
     assert decision == decide.fit_decision("single_label", logits, judged.labels, "none", "out-of-fold")
 
 
@@ -223,7 +225,7 @@ def test_killed_in_the_middle_of_a_fold_it_goes_on_without_repeating_finished_on
 
 
 def test_a_finished_family_is_not_begun_again(family):
-    with pytest.raises(checkpoint.NoRun, match="finished"):
+    with pytest.raises(UserError, match="finished"):
         train.main(["--resume", str(family)])
 
 
@@ -243,7 +245,7 @@ def test_a_dry_run_of_a_family_leaves_nothing(tmp_path, small_base, capsys):
 
 @pytest.mark.parametrize("task", ["regression", "multi_label"])
 def test_other_tasks_have_families_too(tmp_path, small_base, task):
-    rows = data.read_rows(str(ROOT / "tiny/data/val.csv"), "x")[:60]
+    rows = files.read_rows(str(ROOT / "tiny/data/val.csv"), "x")[:60]
     with open(tmp_path / "rows.csv", "w", encoding="utf-8", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(["Question", "label"])
@@ -262,39 +264,39 @@ def test_other_tasks_have_families_too(tmp_path, small_base, task):
 
 def test_a_family_predicts_the_mean_of_its_runs(family, tmp_path):
     cfg, _, judged = facts_of(family)
-    logits, _ = evaluate.load_run(family).logits(judged.rows)
-    each = [evaluate.load_run(family / name).logits(judged.rows)[0] for name in configs.members(cfg)]
+    logits, _ = trained.load_run(family).logits(judged.rows)
+    each = [trained.load_run(family / name).logits(judged.rows)[0] for name in configs.members(cfg)]
     np.testing.assert_allclose(logits, np.mean(each, axis=0), atol=1e-6)
     told = infer.main(
         ["--runs", str(family), "--input", cfg.train_data, "--output", str(tmp_path / "a.csv"), "--submission", ""]
     )
     shares = np.array(
-        [[float(r[f"probability_{c}"]) for c in range(8)] for r in data.read_rows(str(tmp_path / "a.csv"), "x")]
+        [[float(r[f"probability_{c}"]) for c in range(8)] for r in files.read_rows(str(tmp_path / "a.csv"), "x")]
     )
-    decision = evaluate.read_decision(family, "single_label", 8)
+    decision = trained.read_decision(family, "single_label", 8)
     np.testing.assert_allclose(shares, decide.calibrated(logits, decision), atol=1e-6)
     assert told["rows"] == 58
-    once = evaluate.load_run(family).predict([judged.rows[0]["Question"]])[0]
+    once = trained.load_run(family).predict([judged.rows[0]["Question"]])[0]
     np.testing.assert_allclose(once["logits"], logits[0], atol=1e-5)
 
 
 def test_families_are_weighed_on_their_out_of_fold_rows(family, tmp_path, small_base):
     other = train.main(toy_flags(tmp_path, small_base, folds=3, seed=0, lr=1e-2, **QUICK))["run"]
     cfg, labels, judged = facts_of(family)
-    known = [evaluate.validation_rows(Path(r), cfg, labels)[2] for r in (family, other)]
-    weights = decide.fit_weights(known, judged.labels, "single_label")
+    known = [trained.validation_rows(Path(r), cfg, labels)[2] for r in (family, other)]
+    weights = ensemble.fit_weights(known, judged.labels, "single_label")
     loss = [
         metrics.of_task("single_label", z, judged.labels)["log_loss"]
-        for z in (decide.ensemble(known, "weighted", weights), *known)
+        for z in (ensemble.ensemble(known, "weighted", weights), *known)
     ]
     assert loss[0] <= min(loss[1:]) + 1e-12
     target = tmp_path / "w.csv"
     flags = ["--runs", str(family), other, "--ensemble", "weighted", "--input", cfg.train_data, "--submission", ""]
     infer.main([*flags, "--output", str(target)])
-    z = [evaluate.load_run(r).logits(judged.rows)[0] for r in (family, other)]
-    both = decide.ensemble(z, "weighted", weights).astype(np.float32)
-    fitted = decide.fit_decision("single_label", decide.ensemble(known, "weighted", weights), judged.labels, "none")
-    shares = [[float(r[f"probability_{c}"]) for c in range(8)] for r in data.read_rows(str(target), "x")]
+    z = [trained.load_run(r).logits(judged.rows)[0] for r in (family, other)]
+    both = ensemble.ensemble(z, "weighted", weights).astype(np.float32)
+    fitted = decide.fit_decision("single_label", ensemble.ensemble(known, "weighted", weights), judged.labels, "none")
+    shares = [[float(r[f"probability_{c}"]) for c in range(8)] for r in files.read_rows(str(target), "x")]
     np.testing.assert_allclose(shares, decide.calibrated(both, fitted), atol=1e-6)
 
 
@@ -302,7 +304,7 @@ def test_one_run_is_exported_or_merged_never_a_family(family, tmp_path):
     with pytest.raises(UserError, match="is 6 runs; name one of them, such as .*seed_1_fold_0"):
         infer.main(["--runs", str(family), "--export", str(tmp_path / "e")])
     with pytest.raises(UserError, match="is 6 runs; name one of them"):
-        evaluate.load_run(family, merge=True)
+        trained.load_run(family, merge=True)
     assert not (tmp_path / "e").exists()
 
 
@@ -354,13 +356,13 @@ def test_intervals_are_the_bootstrap_of_each_metric():
     labels, logits = rng.integers(3, size=120), rng.normal(size=(120, 3)).astype(np.float32)
     logits[np.arange(120), labels] += 1
     names = ["micro_f1", "log_loss", "roc_auc"]
-    found = metrics.intervals("single_label", logits, labels, names, samples=300, seed=5)
+    found = bootstrap.intervals("single_label", logits, labels, names, samples=300, seed=5)
     for name in names:
-        alone = metrics.bootstrap_interval(
+        alone = bootstrap.bootstrap_interval(
             lambda i, n=name: metrics.of_task("single_label", logits[i], labels[i])[n], 120, samples=300, seed=5
         )
         np.testing.assert_allclose(found[name], alone)
-    assert metrics.intervals("single_label", logits, labels, ["micro_f1"], 100)["micro_f1"][0] < 1
+    assert bootstrap.intervals("single_label", logits, labels, ["micro_f1"], 100)["micro_f1"][0] < 1
 
 
 # ---- what is wrong with the rows ------------------------------------------------------------------------------------
@@ -369,7 +371,7 @@ def test_intervals_are_the_bootstrap_of_each_metric():
 @pytest.fixture
 def planted(tmp_path) -> Path:
     """58 rows; rows 50 and 51 say what rows 2 and 3 say, row 51 under another label; the test file holds row 7."""
-    rows = data.read_rows(str(write_rows(tmp_path / "planted.csv", 58)), "x")
+    rows = files.read_rows(str(write_rows(tmp_path / "planted.csv", 58)), "x")
     rows[50] = {**rows[50], "Question": " " + rows[2]["Question"].upper(), "label": rows[2]["label"]}
     other = next(r["label"] for r in rows if r["label"] != rows[3]["label"])
     rows[51] = {**rows[51], "Question": rows[3]["Question"], "label": other}
@@ -384,7 +386,7 @@ def planted(tmp_path) -> Path:
 def test_the_audit_of_a_run_names_rows_and_is_kept(planted, tmp_path, small_base, capsys):
     flags = {**QUICK, "train_data": planted, "test_data": planted.with_name("test.csv"), "audit": "equal"}
     told = train.main(toy_flags(tmp_path, small_base, folds=2, fold=0, **flags))
-    names = [r["id"] for r in data.read_rows(str(planted), "x")]
+    names = [r["id"] for r in files.read_rows(str(planted), "x")]
     kept = json.loads((Path(told["run"]) / "audit.json").read_text())
     ids = {frozenset(name.split(" id ")[1] for name in group) for group in kept["duplicates"]}
     assert ids == {frozenset(names[i] for i in group) for group in ((2, 50), (3, 51), (7,))}
@@ -400,9 +402,9 @@ def test_dropped_conflicts_are_in_no_split(planted, tmp_path, small_base, capsys
             tmp_path, small_base, train_data=planted, drop_conflicts="true", folds=2, **{**QUICK, "audit": "equal"}
         )
     )
-    ids = {r["id"] for r in data.read_rows(str(planted), "x")}
-    names = [r["id"] for r in data.read_rows(str(planted), "x")]
-    judged = [r["id"] for r in data.read_rows(str(Path(told["run"]) / "val_predictions.csv"), "x")]
+    ids = {r["id"] for r in files.read_rows(str(planted), "x")}
+    names = [r["id"] for r in files.read_rows(str(planted), "x")]
+    judged = [r["id"] for r in files.read_rows(str(Path(told["run"]) / "val_predictions.csv"), "x")]
     assert set(judged) == ids - {names[3], names[51]} and len(judged) == 56
     out = capsys.readouterr().out
     assert "--drop_conflicts: 2 rows dropped, of 1 texts" in out and "may stand in different folds" in out

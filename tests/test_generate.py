@@ -19,16 +19,22 @@ from conftest import ROOT, last_json
 from test_ddp import finish, forked, forks, start
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+import bases
 import checkpoint
+import checks
+import cli
 import configs
 import data
 import ddp
-import evaluate
+import generate
 import infer
+import language
 import lora
 import model as models
+import peft_format
 import prompts
-from configs import UserError
+from errors import Untrusted, UserError
+from packed import pack
 
 CPU = torch.device("cpu")
 WORLD = ddp.World(0, 1, CPU)
@@ -55,7 +61,7 @@ def template_of(name: str) -> str:
 
 
 def tokenizer_with(template: str | None = None):
-    tokenizer = data.load_tokenizer(str(ROOT / "tiny/base"))
+    tokenizer = bases.load_tokenizer(str(ROOT / "tiny/base"))
     tokenizer.chat_template = template
     return tokenizer
 
@@ -92,7 +98,7 @@ def one(base) -> str:
 
 def adapter_on(folder: Path, base: str, seed=0, **changes) -> str:
     """An adapter in PEFT's files whose updates are not small."""
-    lm = models.load_language_model(base, CPU, torch.float32)
+    lm = language.load_language_model(base, CPU, torch.float32)
     fields = {"targets": ("q_proj", "v_proj", "down_proj"), "rank": 4, "alpha": 6.0, **changes}
     lora.inject(lm, lora.Adapter(**fields, task="CAUSAL_LM", base=base))
     lora.train_only(lm)
@@ -102,23 +108,23 @@ def adapter_on(folder: Path, base: str, seed=0, **changes) -> str:
             if p.requires_grad:
                 p += 0.3 * torch.randn_like(p)
     folder.mkdir(exist_ok=True)
-    checkpoint.save_json(folder / "adapter_config.json", lora.adapter_config(lm.adapter))
-    checkpoint.save_tensors(folder / "adapter_model.safetensors", lora.adapter_state(lm))
+    checkpoint.save_json(folder / "adapter_config.json", peft_format.adapter_config(lm.adapter))
+    checkpoint.save_tensors(folder / "adapter_model.safetensors", peft_format.adapter_state(lm))
     return str(folder)
 
 
 def opened(**flags):
     """(language model, tokenizer) as infer.py loads them."""
-    given = evaluate.given_language_model(configs.InferConfig(generate=True, **flags), None)
-    return evaluate.load_language_model(given, WORLD, "fp32")[0], given.tokenizer
+    given = generate.given_language_model(configs.InferConfig(generate=True, **flags), None)
+    return generate.load_given_language_model(given, WORLD, "fp32")[0], given.tokenizer
 
 
 def ids_of(tokenizer, texts=TEXTS) -> list[list[int]]:
-    return evaluate.encode_prompts(tokenizer, [[(True, t)] for t in texts], 512)[0]
+    return generate.encode_prompts(tokenizer, [[(True, t)] for t in texts], 512)[0]
 
 
 def greedy(lm, rows, stops=(0,), most=20, **how):
-    return models.complete(lm, rows, 0, set(stops), most=most, **how)
+    return language.complete(lm, rows, 0, set(stops), most=most, **how)
 
 
 def plain(lm, row: list[int], most=20, eos=0) -> list[int]:
@@ -159,7 +165,7 @@ def test_the_trained_tiny_base_too():
     rows = ids_of(tokenizer)
     want = [plain(theirs, row, most=40) for row in rows]
     assert greedy(lm, rows, most=40) == [greedy(lm, [r], most=40)[0] for r in rows] == want
-    texts = evaluate.generate(lm, tokenizer, rows, most=40)
+    texts = language.generate(lm, tokenizer, rows, most=40)
     assert texts == [tokenizer.decode(w, skip_special_tokens=True) for w in want] and all(texts)
 
 
@@ -168,8 +174,8 @@ def test_the_real_public_adapter_completes(shared, base, tmp_path):
     sizes = dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, intermediate_size=16)
     folder = base("Qwen2", use_sliding_window=False, initializer_range=0.02, **sizes)
     flags = {"base": folder, "adapter": str(shared / "adapters/SGOD-UTH_qwen2.5-0.5b_r8_math-latex")}
-    given = evaluate.given_language_model(configs.InferConfig(generate=True, **flags), None)
-    lm, report = evaluate.load_language_model(given, WORLD, "fp32")
+    given = generate.given_language_model(configs.InferConfig(generate=True, **flags), None)
+    lm, report = generate.load_given_language_model(given, WORLD, "fp32")
     assert "96 tensors matched (48 lora_A, 48 lora_B) on 24 q_proj, 24 v_proj" in report
     rows = ids_of(given.tokenizer, TEXTS[:2])
     live = greedy(lm, rows, most=6)
@@ -178,7 +184,7 @@ def test_the_real_public_adapter_completes(shared, base, tmp_path):
     assert "<|im_start|>" in given.tokenizer.chat_template
     given.tokenizer.chat_template = None
     with pytest.raises(UserError, match="12.*layers|unexpected tensors"):
-        evaluate.given_language_model(configs.InferConfig(**{**flags, "base": base("Qwen2")}), None)
+        generate.given_language_model(configs.InferConfig(**{**flags, "base": base("Qwen2")}), None)
 
 
 def test_a_completion_ends_with_its_first_stop_and_rows_beside_it_go_on(one):
@@ -198,8 +204,8 @@ def test_stops_are_eos_of_both_and_the_end_of_a_turn(base, one):
     for template in ("qwen2_5", "gemma3"):
         lm, tokenizer = opened(base=base("Llama", template=template))
         end = [tokenizer.convert_tokens_to_ids("<|im_end|>")] if template == "qwen2_5" else []
-        assert evaluate.stop_ids(lm, tokenizer) == {0, 7, *end}  # 7: of generation_config.json
-    assert evaluate.stop_ids(*opened(base=one)) == {0, 7}
+        assert language.stop_ids(lm, tokenizer) == {0, 7, *end}  # 7: of generation_config.json
+    assert language.stop_ids(*opened(base=one)) == {0, 7}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,7 +232,7 @@ def test_temperature_draws_from_the_whole_softmax(one):
     """Shares of the first token over many draws: no cut to the 50 likeliest, which transformers makes by itself."""
     lm, tokenizer = opened(base=one)
     row = ids_of(tokenizer)[0]
-    with torch.no_grad(), models.generating(lm):
+    with torch.no_grad(), language.generating(lm):
         want = (lm(torch.tensor([row])).logits[0, -1] / 4.0).softmax(0)
     found = torch.tensor([f[0] for f in greedy(lm, [row] * 4000, most=1, temperature=4.0)])
     best = want.topk(50).indices
@@ -253,7 +259,7 @@ def test_settings_of_the_base_are_ignored(base, one, tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_goes_on_to_the_bit(base, checkpointing):
     """Loss and gradients of a packed batch with dropout, before and after a completion in the middle of training."""
-    lm = models.load_language_model(base("Gemma3Text"), CPU, torch.float32).train()
+    lm = language.load_language_model(base("Gemma3Text"), CPU, torch.float32).train()
     lora.inject(lm, lora.Adapter(("q_proj", "v_proj"), 4, 6.0, 0.3))
     lora.train_only(lm)
     lm.get_submodule("model.layers.1").eval()  # modes may differ from module to module
@@ -261,14 +267,14 @@ def test_training_goes_on_to_the_bit(base, checkpointing):
         models.checkpoint_activations(lm)
     tokenizer = tokenizer_with()
     rows = ids_of(tokenizer)
-    batch = data.pack(data.join_tokens(rows), np.arange(len(rows)), CPU, predict=True)
+    batch = pack(data.join_tokens(rows), np.arange(len(rows)), CPU, predict=True)
     with torch.no_grad():
         for module in lora.adapters(lm).values():
             module.lora_B.weight.normal_()
 
     def step():
         lm.zero_grad()
-        evaluate.next_token_loss(lm, batch).backward()
+        language.next_token_loss(lm, batch).backward()
         return [p.grad.clone() for p in lm.parameters() if p.requires_grad], torch.get_rng_state()
 
     def facts():
@@ -279,15 +285,15 @@ def test_training_goes_on_to_the_bit(base, checkpointing):
     want, before = step(), facts()
     assert before[0][1] == models.ATTENTION
     torch.manual_seed(5)
-    texts = evaluate.generate(lm, tokenizer, rows, most=8, temperature=1.0, seed=9)
+    texts = language.generate(lm, tokenizer, rows, most=8, temperature=1.0, seed=9)
     assert facts() == before and len(texts) == len(rows)
     got = step()
     assert all(torch.equal(a, b) for a, b in zip(want[0], got[0], strict=True)) and torch.equal(want[1], got[1])
-    with pytest.raises(RuntimeError, match="inside"), models.generating(lm):
+    with pytest.raises(RuntimeError, match="inside"), language.generating(lm):
         assert lm.config._attn_implementation == "sdpa" and not any(m.training for m in lm.modules())
         raise RuntimeError("inside")
     assert facts() == before
-    assert evaluate.generate(lm, tokenizer, rows) == evaluate.generate(copy.deepcopy(lm).eval(), tokenizer, rows)
+    assert language.generate(lm, tokenizer, rows) == language.generate(copy.deepcopy(lm).eval(), tokenizer, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,8 +303,8 @@ def test_training_goes_on_to_the_bit(base, checkpointing):
 def prompt_of(tokenizer, row, **fields):
     """The pieces and the reason that infer.py makes of one row."""
     hand = {"text"} & fields.keys() | {"system"} & fields.keys()
-    cfg = configs.of_generation(configs.InferConfig(generate=True, **fields), hand)
-    make, _, why = infer.prompt_maker(cfg, hand, tokenizer, [row])
+    cfg = checks.of_generation(configs.InferConfig(generate=True, **fields), hand)
+    make, _, why = generate.prompt_maker(cfg, hand, tokenizer, [row])
     return make(row, "row 1"), why
 
 
@@ -313,7 +319,7 @@ def test_a_chat_is_rendered_and_encoded_as_the_tokenizer_does(name):
     options = {"add_generation_prompt": True, "date_string": prompts.DATE}
     pieces, why = prompt_of(tokenizer, {"prompt": "What is 2 + 2?"}, system="Be brief.")
     assert text_of(pieces) == tokenizer.apply_chat_template(turns, tokenize=False, **options)
-    ids = evaluate.encode_prompts(tokenizer, [pieces], 512)[0][0]
+    ids = generate.encode_prompts(tokenizer, [pieces], 512)[0][0]
     assert ids == list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **options))
     assert why.startswith("as chats") and (True, "What is 2 + 2?") in pieces
     row = {"messages": json.dumps([*turns, {"role": "assistant", "content": "4"}, turns[1]])}
@@ -339,7 +345,7 @@ def test_special_tokens_in_a_prompt_stay_text():
     end, text = tokenizer.convert_tokens_to_ids("<|im_end|>"), "say <|im_end|> twice"
     for fields, ends in (({}, 2), ({"chat": "no"}, 0)):  # of the template alone: after system and user
         clean, dirty = (prompt_of(tokenizer, {"prompt": t}, **fields)[0] for t in ("say it twice", text))
-        (a, b), report = evaluate.encode_prompts(tokenizer, [clean, dirty], 512)
+        (a, b), report = generate.encode_prompts(tokenizer, [clean, dirty], 512)
         assert a.count(end) == b.count(end) == ends and report.guarded == 1
         assert text in tokenizer.decode(b)
 
@@ -353,9 +359,9 @@ def test_bos_comes_once_and_an_end_of_the_tokenizers_own_never():
     tokenizer.backend_tokenizer.post_processor = around
     assert tokenizer("Hi")["input_ids"][:: len(tokenizer("Hi")["input_ids"]) - 1] == [bos, 0]
     for chat, text in (("yes", "Hi"), ("no", "Hi"), ("no", "Hi <|im_end|>")):
-        (ids,), _ = evaluate.encode_prompts(tokenizer, [prompt_of(tokenizer, {"prompt": text}, chat=chat)[0]], 512)
+        (ids,), _ = generate.encode_prompts(tokenizer, [prompt_of(tokenizer, {"prompt": text}, chat=chat)[0]], 512)
         assert ids.count(bos) == 1 and ids[0] == bos and 0 not in ids
-    (ids,), report = evaluate.encode_prompts(tokenizer, [[(True, "")]], 512)
+    (ids,), report = generate.encode_prompts(tokenizer, [[(True, "")]], 512)
     assert ids == [bos]
 
 
@@ -366,7 +372,7 @@ def test_completions_keep_the_space_that_a_tokenizer_drops_at_the_start():
     words = Tokenizer(kinds.WordLevel({"<u>": 0, "▁a": 1, "▁b": 2}, "<u>"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
-    assert tokenizer.decode([2]) == "b" and evaluate.completion_text(tokenizer, [1], [2, 1]) == " b a"
+    assert tokenizer.decode([2]) == "b" and language.completion_text(tokenizer, [1], [2, 1]) == " b a"
 
 
 def test_examples_stand_before_the_prompt(tmp_path):
@@ -384,7 +390,7 @@ def test_examples_stand_before_the_prompt(tmp_path):
     assert text_of(pieces) == want
     raw, why = prompt_of(tokenizer, {"prompt": "3 + 3"}, chat="no", **fields)
     assert text_of(raw) == "Q: 1 + 1 <|im_end|>\nA:two <|im_end|>\n\nQ: 2 + 2\nA:four\n\nQ: 3 + 3\nA:" and "raw" in why
-    (ids, alone), _ = evaluate.encode_prompts(tokenizer, [raw, raw[-2:]], 512)
+    (ids, alone), _ = generate.encode_prompts(tokenizer, [raw, raw[-2:]], 512)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids
     path.write_text(json.dumps({"prompt": "1"}) + "\n")
     with pytest.raises(UserError, match="--examples .*: no column response"):
@@ -438,10 +444,10 @@ def test_the_file_of_completions(one, asked, tmp_path, capsys):
     assert [(f["id"], f["prompt"]) for f in found] == [(r["id"], r["prompt"]) for r in rows]
     lm, tokenizer = opened(base=one)
     ids = ids_of(tokenizer, [r["prompt"] for r in rows])
-    stops = evaluate.stop_ids(lm, tokenizer)
+    stops = language.stop_ids(lm, tokenizer)
     want = [greedy(lm, [row], stops=stops, most=9)[0] for row in ids]
     assert [f["completion"] for f in found] == [
-        evaluate.completion_text(tokenizer, *pair) for pair in zip(ids, want, strict=True)
+        language.completion_text(tokenizer, *pair) for pair in zip(ids, want, strict=True)
     ]
     assert result["rows"] == 11 and result["cut"] == 0 and result["run"] == one and result["output"] == str(out)
     assert result["finished"] == sum(w[-1] in stops for w in want)
@@ -469,7 +475,7 @@ def test_long_prompts_are_cut_and_counted(base, asked, tmp_path):
 
 def test_each_batch_is_on_disk_before_the_next(one, asked, tmp_path, monkeypatch):
     """Stopped in the third batch: what was there is kept, two whole batches are written, nothing else is left."""
-    out, calls, complete = tmp_path / "out.jsonl", [], models.complete
+    out, calls, complete = tmp_path / "out.jsonl", [], language.complete
 
     def stopped(lm, batch, *how):
         calls.append(out.read_text().count("\n"))
@@ -478,7 +484,7 @@ def test_each_batch_is_on_disk_before_the_next(one, asked, tmp_path, monkeypatch
         return complete(lm, batch, *how)
 
     out.write_text("older\n")
-    monkeypatch.setattr(models, "complete", stopped)
+    monkeypatch.setattr(language, "complete", stopped)
     with pytest.raises(KeyboardInterrupt):
         infer.main(flags_of(one, asked, out))
     assert calls == [1, 3, 6] and len(records(out)) == 6 and sorted(p.name for p in tmp_path.glob("out*")) == [
@@ -534,10 +540,10 @@ def run_of_cpt(folder: Path, base: str, save="best", whole=False, **fields) -> P
             adapter_on(hidden, base, targets=("q_proj",), saved=("embed_tokens", "lm_head"))
             tokenizer_with().save_pretrained(hidden)
 
-    lm = models.load_language_model(base, CPU, torch.float32)
+    lm = language.load_language_model(base, CPU, torch.float32)
     checkpoint.save(target, write, {"step": 3, "base": lm.base_fingerprint})
     known = configs.CptConfig(base=base, train_data="x", rank=0 if whole else 4, **fields)
-    (run / "config.json").write_text(configs.to_json(known))
+    (run / "config.json").write_text(cli.to_json(known))
     (run / "texts.json").write_text('{"pairs": true}')
     (run / "result.json").write_text("{}")
     return run
@@ -564,7 +570,7 @@ def test_a_run_whose_base_was_swapped_is_refused(one, base, asked, tmp_path):
     run = run_of_cpt(tmp_path, str(tmp_path / "base"))
     tensors = checkpoint.load_tensors(tmp_path / "base/model.safetensors")
     checkpoint.save_tensors(tmp_path / "base/model.safetensors", {n: t + 0.1 for n, t in tensors.items()})
-    with pytest.raises(checkpoint.Untrusted, match="is not the one this run was trained on"):
+    with pytest.raises(Untrusted, match="is not the one this run was trained on"):
         infer.main(["--generate", "--runs", str(run), "--input", str(asked), "--output", str(tmp_path / "o.jsonl")])
     assert not (tmp_path / "o.jsonl").exists()
 
@@ -661,7 +667,7 @@ def test_what_writes_no_text_is_refused(one, asked, tmp_path):
         with pytest.raises(UserError, match=words):
             infer.main([*flags, *more])
     (run / "labels.json").unlink()
-    (run / "config.json").write_text(configs.to_json(configs.CptConfig(base=one)))
+    (run / "config.json").write_text(cli.to_json(configs.CptConfig(base=one)))
     with pytest.raises(UserError, match="holds no save yet"):
         infer.main([*flags, "--runs", str(run)])
     transformers.BertModel(
@@ -742,5 +748,5 @@ def test_the_terminal_is_a_loop(base, tmp_path):
     result = last_json(out)
     assert result["rows"] == 1 and result["output"] == "" and result["tokens_per_second"] > 0
     lm, tokenizer = opened(base=flags[2])
-    (want,) = evaluate.generate(lm, tokenizer, ids_of(tokenizer, ["What is 2 + 2?"]), most=330)
+    (want,) = language.generate(lm, tokenizer, ids_of(tokenizer, ["What is 2 + 2?"]), most=330)
     assert want in out and want.strip()

@@ -17,11 +17,15 @@ import transformers
 from safetensors.torch import load_file
 from test_ddp import forked, forks, log_of, run_of, shas, toy_flags, write_rows
 
+import bases
 import checkpoint
+import checks
+import cli
 import configs
 import data
-import evaluate
+import files
 import infer
+import labelling
 import lora
 import losses
 import metrics
@@ -29,7 +33,9 @@ import model as models
 import optim
 import splits
 import train
-from configs import UserError
+import trained
+from errors import UserError
+from packed import Batch, pack
 
 pytestmark = forks
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,8 +118,8 @@ def sequences(lengths=(9, 1, 17, 4), seed=0) -> list[list[int]]:
     return [generator.integers(3, 61, n).tolist() for n in lengths]
 
 
-def batch_of(rows) -> data.Batch:
-    return data.pack(data.join_tokens(rows), np.arange(len(rows)), CPU)
+def batch_of(rows) -> Batch:
+    return pack(data.join_tokens(rows), np.arange(len(rows)), CPU)
 
 
 def near(got, want, share=CLOSE):
@@ -192,7 +198,7 @@ def test_a_soft_cap_of_logits_is_honoured(base, tmp_path):
 
 
 def tiny_tokenizer():
-    return data.load_tokenizer(str(ROOT / "tiny/base"))
+    return bases.load_tokenizer(str(ROOT / "tiny/base"))
 
 
 def next_ids(tokenizer, text: str, words: list[str]) -> set[int]:
@@ -284,7 +290,7 @@ def test_a_tokenizer_that_ends_texts_is_refused():
 @pytest.mark.parametrize("template,space", [("{q}\nIs it right?", " "), ("{q}\n", ""), ("{q}", " ")])
 def test_words_of_qwen(shared, words, template, space):
     """The published tokenizer: each of these words is one token, with and without the space before it."""
-    tokenizer = data.load_tokenizer(str(shared / "tokenizers/qwen2.5"))
+    tokenizer = bases.load_tokenizer(str(shared / "tokenizers/qwen2.5"))
     found = data.label_word_ids(tokenizer, template, words)
     assert [[tokenizer.decode([i]) for i in ids] for ids in found] == [
         [space + alias for alias in word.split("|")] for word in words
@@ -322,8 +328,8 @@ def test_a_trained_head_of_words_is_an_adapter_of_a_causal_lm(base, tmp_path, ta
         keys |= {"model.embed_tokens.lora_embedding_A", "model.embed_tokens.lora_embedding_B"}
     assert saved.keys() == {f"base_model.model.{k}" for k in keys}
 
-    live = evaluate.load_run(run)
-    rows = data.read_rows(str(tmp_path / "val.csv"), "val_data")
+    live = trained.load_run(run)
+    rows = files.read_rows(str(tmp_path / "val.csv"), "val_data")
     logits, _ = live.logits(rows, 256)
     written = np.array([[float(r[f"logit_{c}"]) for c in range(8)] for r in read_csv(run / "val_predictions.csv")])
     assert np.array_equal(logits, written.astype(np.float32))
@@ -348,8 +354,8 @@ def test_the_base_itself_is_trained_through_its_words(base, tmp_path, tied):
     saved, stored = load_file(run / "best/model.safetensors"), load_file(Path(folder) / "model.safetensors")
     assert saved.keys() == stored.keys() and ("lm_head.weight" in saved) != tied
     assert all(not torch.equal(t, stored[n]) for n, t in saved.items())
-    rows = data.read_rows(str(tmp_path / "val.csv"), "val_data")
-    live = evaluate.load_run(run)
+    rows = files.read_rows(str(tmp_path / "val.csv"), "val_data")
+    live = trained.load_run(run)
     words = data.label_word_ids(live.tokenizer, ASK, tuple(LETTERS.split(",")))
     tokens, _ = data.tokenize(live.tokenizer, ASK, rows, 64)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "best").eval()
@@ -370,7 +376,7 @@ def test_a_base_scores_words_without_training(base, tmp_path, words):
     status, out, err = forked(infer.main, flags, tmp_path)
     assert status == 0, err
     assert "no adapter: the base alone" in out
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = bases.load_tokenizer(folder)
     ids = data.label_word_ids(tokenizer, template, tuple(words.split(",")) if words else ("yes", "no"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     texts = [tokenizer(template.format(**row))["input_ids"] for row in read_csv(rows)]
@@ -477,15 +483,15 @@ def test_one_step_of_any_cut_has_the_gradients_of_mseloss(small_base, tmp_path, 
     for cut in ({"max_tokens": 4096, "micro_batches": 1}, {"max_tokens": 64, "micro_batches": 3}):
         run = Path(train.main(regression_flags(tmp_path, small_base, **plain, **cut))["run"])
         logs.append(next(line for line in log_of(run) if "loss" in line))
-    cfg, labels = evaluate.run_facts(run)
-    tokenizer = data.load_tokenizer(small_base)
+    cfg, labels = trained.run_facts(run)
+    tokenizer = bases.load_tokenizer(small_base)
     split, _, _ = splits.load_rows(cfg, lambda *words: None)
     split.tokens, _ = data.tokenize(tokenizer, cfg.text, split.rows, cfg.max_length)
-    model = evaluate.new_classifier(cfg, labels, tokenizer, CPU, "fp32")
+    model = trained.new_classifier(cfg, labels, tokenizer, CPU, "fp32")
     plan = data.plan_epoch(split.tokens.lengths, 24, 64, 3, cfg.seed, 0)[0]
     assert len(plan) > 3  # the step was cut
     rows = np.sort(np.concatenate(plan))
-    outputs = model(data.pack(split.tokens, rows, CPU))
+    outputs = model(pack(split.tokens, rows, CPU))
     loss = torch.nn.MSELoss()(outputs.squeeze(1), torch.tensor([float(split.rows[i]["label"]) for i in rows]))
     loss.backward()
     groups = optim.parameter_groups(model.named_parameters(), cfg.lr, cfg.head_lr, cfg.weight_decay, model.heads)
@@ -541,8 +547,8 @@ def test_predictions_are_the_raw_outputs(small_base, tmp_path):
     """Neither cut to a range nor rounded: written digits give the fp32 outputs again, in every file."""
     flags = regression_flags(tmp_path, small_base, lambda c, i: 40.0 * c - 100, head_lr=0.5, max_steps=12)
     result = train.main(flags)
-    run = evaluate.load_run(result["run"])
-    assert run.labels == data.Labels((), ("label",)) and run.model.score.weight.shape == (1, 32)
+    run = trained.load_run(result["run"])
+    assert run.labels == labelling.Labels((), ("label",)) and run.model.score.weight.shape == (1, 32)
     rows = read_csv(tmp_path / "held_out.csv")
     logits = run.logits(rows, 256)[0][:, 0]
     lines = read_csv(run.path / "val_predictions.csv")
@@ -595,9 +601,9 @@ def test_settings_that_a_regression_does_not_have(small_base, tmp_path, changes,
     with pytest.raises(UserError, match=said):
         train.main(regression_flags(tmp_path, small_base, **changes))
     assert configs.tiny().label_smoothing > 0
-    cfg, given = configs.parse(configs.TrainConfig, configs.TRAIN_PRESETS, regression_flags(tmp_path, small_base))
-    cfg = configs.own_data(cfg, given)
-    configs.check(cfg, given)
+    cfg, given = cli.parse(configs.TrainConfig, configs.TRAIN_PRESETS, regression_flags(tmp_path, small_base))
+    cfg = checks.own_data(cfg, given)
+    checks.check(cfg, given)
     assert (cfg.label_smoothing, cfg.class_weights, cfg.metric) == (0.0, "none", "mse")
 
 
@@ -648,8 +654,8 @@ RUNS = {  # name: (family, what its flags change)
 
 
 @pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
-    """trained(name) -> the run of that name in RUNS, made when it is first asked for."""
+def fitted(base, tmp_path_factory):
+    """fitted(name) -> the run of that name in RUNS, made when it is first asked for."""
     made = {}
 
     def make(name) -> Path:
@@ -699,14 +705,14 @@ def exported_logits(folder: Path, texts: list[str], words, batched: bool) -> tor
 
 
 @pytest.mark.parametrize("name", [n for n in RUNS if n not in ("decoder mean", "bert mean", "bert last")])
-def test_an_export_is_the_run_in_transformers_own_class(trained, tmp_path, capsys, name):
+def test_an_export_is_the_run_in_transformers_own_class(fitted, tmp_path, capsys, name):
     """Tokenizer, weights and config from the folder alone: the same logits one by one and right-padded, the names of
     the classes; and nothing but the files of a model in it, and their manifest."""
-    run = trained(name)
+    run = fitted(name)
     rows_file = write_rows(tmp_path / "rows.csv", 24)
     out = tmp_path / "deep" / "export"
     result = infer.main(["--runs", str(run), "--export", str(out), "--input", str(rows_file)])
-    live = evaluate.load_run(run)
+    live = trained.load_run(run)
     family, changes = RUNS[name]
     words = ()
     if changes.get("head") == "label_words":
@@ -744,9 +750,9 @@ def test_an_export_is_the_run_in_transformers_own_class(trained, tmp_path, capsy
 
 
 @pytest.mark.parametrize("name", ["lora bias all", "regression", "modernbert", "deberta regression"])
-def test_an_export_is_a_base_with_a_head_for_this_project(trained, tmp_path, name):
+def test_an_export_is_a_base_with_a_head_for_this_project(fitted, tmp_path, name):
     """infer.py --base DIR gives the run's predictions, with no name of a class, pooling or task given."""
-    run = trained(name)
+    run = fitted(name)
     (run / "decision.json").unlink(missing_ok=True)  # a plain model has no calibration
     rows, out = write_rows(tmp_path / "rows.csv", 20), tmp_path / "export"
     infer.main(["--runs", str(run), "--export", str(out)])
@@ -765,9 +771,9 @@ def test_an_export_is_a_base_with_a_head_for_this_project(trained, tmp_path, nam
 
 
 @pytest.mark.parametrize("name", ["bert", "lora"])
-def test_an_exported_tokenizer_cuts_what_the_run_cuts(trained, tmp_path, name):
+def test_an_exported_tokenizer_cuts_what_the_run_cuts(fitted, tmp_path, name):
     """transformers' truncation=True takes the limit from the folder; BERT has no positions beyond its table."""
-    run, out = evaluate.load_run(trained(name)), tmp_path / "export"
+    run, out = trained.load_run(fitted(name)), tmp_path / "export"
     infer.main(["--runs", str(run.path), "--export", str(out)])
     text = " ".join(r["Question"] for r in read_csv(ROOT / "tiny/data/val.csv")[:12])
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
@@ -779,9 +785,9 @@ def test_an_exported_tokenizer_cuts_what_the_run_cuts(trained, tmp_path, name):
         near(model(input_ids=inputs["input_ids"]).logits, want)
 
 
-def test_a_public_adapter_is_exported_too(base, trained, tmp_path):
+def test_a_public_adapter_is_exported_too(base, fitted, tmp_path):
     """--base and --adapter in the place of a run: the same tensors, to the bit, and the same config but for dropout."""
-    run = trained("lora")
+    run = fitted("lora")
     infer.main(["--runs", str(run), "--export", str(tmp_path / "a")])
     given = ["--base", base("Qwen2", text=True), "--adapter", str(run / "best"), "--label_names", ",".join(NAMES)]
     infer.main([*given, "--export", str(tmp_path / "b")])
@@ -799,9 +805,9 @@ def test_a_public_adapter_is_exported_too(base, trained, tmp_path):
         ("bert last", "BertForSequenceClassification pools cls, this run last"),
     ],
 )
-def test_a_pooling_that_transformers_lacks_is_not_exported(trained, tmp_path, name, said):
+def test_a_pooling_that_transformers_lacks_is_not_exported(fitted, tmp_path, name, said):
     """One line, status 2, and not even the folder."""
-    run, out = trained(name), tmp_path / "export"
+    run, out = fitted(name), tmp_path / "export"
     status, _, err = forked(infer.main, ["--runs", run, "--export", out], tmp_path)
     assert status == 2 and err.startswith("error: --export: ") and said in err and err.count("\n") == 1, err
     assert not out.exists()
@@ -811,21 +817,21 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_an_export_is_not_overwritten(trained, tmp_path):
-    run, out = trained("lora"), tmp_path / "export"
+def test_an_export_is_not_overwritten(fitted, tmp_path):
+    run, out = fitted("lora"), tmp_path / "export"
     infer.main(["--runs", str(run), "--export", str(out)])
     before = contents(out)
-    status, _, err = forked(infer.main, ["--runs", trained("whole"), "--export", out], tmp_path)
+    status, _, err = forked(infer.main, ["--runs", fitted("whole"), "--export", out], tmp_path)
     assert status == 2 and "already holds model.safetensors" in err and err.count("\n") == 1, err
     assert contents(out) == before
 
 
 @pytest.mark.parametrize("kind", ["run", "base as bin", "base in shards", "notes"])
-def test_an_export_writes_over_nothing_else(trained, base, tmp_path, kind):
+def test_an_export_writes_over_nothing_else(fitted, base, tmp_path, kind):
     """A folder that holds something else, a run or a base in another format, stays as it is."""
     out = tmp_path / "folder"
     if kind == "run":
-        shutil.copytree(trained("lora"), out)
+        shutil.copytree(fitted("lora"), out)
     elif kind == "notes":
         out.mkdir()
         (out / "notes.txt").write_text("mine")
@@ -835,14 +841,14 @@ def test_an_export_writes_over_nothing_else(trained, base, tmp_path, kind):
         (out / "model.safetensors").rename(out / shard)
     before = contents(out)
     with pytest.raises(UserError, match="--export "):
-        infer.main(["--runs", str(trained("lora")), "--export", str(out)])
+        infer.main(["--runs", str(fitted("lora")), "--export", str(out)])
     assert contents(out) == before
 
 
 # BUG: a file is no folder that holds something: checkpoint.save moves it aside and removes it
-def test_an_export_writes_over_no_file(trained, tmp_path):
+def test_an_export_writes_over_no_file(fitted, tmp_path):
     """Of the name it is given, or of a folder above it; an empty folder is as good as none."""
-    flags, file = ["--runs", str(trained("lora")), "--export"], tmp_path / "notes.txt"
+    flags, file = ["--runs", str(fitted("lora")), "--export"], tmp_path / "notes.txt"
     file.write_text("mine")
     for out in (file, file / "deeper"):
         status, _, err = forked(infer.main, [*flags, out], tmp_path)
@@ -853,9 +859,9 @@ def test_an_export_writes_over_no_file(trained, tmp_path):
     assert (tmp_path / "empty/model.safetensors").is_file()
 
 
-def test_a_failed_export_leaves_nothing_that_loads(trained, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_nothing_that_loads(fitted, tmp_path, monkeypatch):
     """The disk fails at each write and at each rename in turn: no weights, no hidden folder; then it succeeds."""
-    run = trained("lora")
+    run = fitted("lora")
     failed = 0
     for operation in ("save_tensors", "save_json", "fs_rename", "fs_sync"):
         for at in range(12):

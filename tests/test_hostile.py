@@ -23,15 +23,19 @@ import pytest
 import torch
 from test_ddp import ROOT, finish, forked, forks, shas, start, toy_flags, write_rows
 
+import bases
 import checkpoint
 import configs
 import cpt
 import data
 import evaluate
+import files
 import infer
+import language
 import model as models
 import train
-from configs import UserError
+import trained
+from errors import UserError
 
 pytestmark = forks
 CPU = torch.device("cpu")
@@ -80,12 +84,12 @@ def qwen():
     folder = ROOT.parent / "shared/tokenizers/qwen2.5"
     if not folder.is_dir():
         pytest.skip("../shared/tokenizers/qwen2.5 is absent")
-    return data.load_tokenizer(str(folder))
+    return bases.load_tokenizer(str(folder))
 
 
 @pytest.fixture(scope="module")
 def small():
-    return data.load_tokenizer(str(ROOT / "tiny/base"))
+    return bases.load_tokenizer(str(ROOT / "tiny/base"))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +116,7 @@ def test_there_are_enough_hostile_texts(qwen):
     texts = hostile(qwen)
     assert len(texts) == len(set(texts)) >= 400 and sum(len(t) >= 80_000 for t in texts) == len(LONG)
     assert all(any(t in text for text in texts) for t in qwen.get_added_vocab())
-    assert not any(data.LONE.search(t) for t in texts) and all(t.strip() for t in texts)
+    assert not any(files.LONE.search(t) for t in texts) and all(t.strip() for t in texts)
 
 
 @pytest.mark.parametrize("template", ["{Question}", CHAT])
@@ -203,7 +207,7 @@ def test_lone_surrogates_are_refused_with_their_row(tmp_path, small_base):
     (tmp_path / "bad.csv").write_bytes(good.read_bytes() + b"q,\xed\xa0\xbd,1\n")  # one as UTF-8 would write it
     with pytest.raises(UserError, match=r"not UTF-8 \(byte 0xed in line \d+\)"):
         train.main(toy_flags(tmp_path, small_base, train_data=tmp_path / "bad.csv"))
-    loaded = evaluate.load_run(run)
+    loaded = trained.load_run(run)
     with pytest.raises(UserError, match=r"2 rows hold a lone surrogate, which is no text \(rows 2, 4\)"):
         loaded.predict(["fine", "bad \ud83d", "\U0001f600", "\udfff"])
     assert len(loaded.predict(["fine", "\0", "\U0001f600"])) == 3
@@ -224,7 +228,7 @@ def with_rows(small_base: str, folder: Path, changes: dict[int, float]) -> str:
 
 def emitted(small, folder: Path) -> tuple[list[int], int]:
     """The two commonest tokens of the toy rows, and one that does not occur."""
-    rows = data.read_rows(str(write_rows(folder / "train.csv", 58)), "train_data")
+    rows = files.read_rows(str(write_rows(folder / "train.csv", 58)), "train_data")
     tokens, _ = data.tokenize(small, "{Question}", rows, 64)
     counts = np.bincount(tokens.ids, minlength=len(small))
     return np.argsort(-counts, kind="stable")[:2].tolist(), int(np.flatnonzero(counts == 0)[7])
@@ -311,13 +315,13 @@ def test_a_known_family_with_auto_map_loads_by_transformers_own_class(tmp_path, 
     run = train.main(toy_flags(tmp_path, str(folder), max_steps=2, eval_every=2))["run"]
     rows = write_rows(tmp_path / "new.csv", 9)
     assert infer.main(["--runs", run, "--input", str(rows), "--output", str(tmp_path / "o.csv")])["rows"] == 9
-    model = models.load_language_model(str(folder), CPU, torch.float32)
+    model = language.load_language_model(str(folder), CPU, torch.float32)
     assert type(model).__module__.startswith("transformers.") and not mark.exists()
     assert equal(data_ids(folder), data_ids(small_base))
 
 
 def data_ids(base) -> dict[str, torch.Tensor]:
-    tokenizer = data.load_tokenizer(str(base))
+    tokenizer = bases.load_tokenizer(str(base))
     return {t: torch.tensor(tokenizer(t)["input_ids"]) for t in ("What is 2 + 2?", "<|im_end|> é\n")}
 
 
@@ -345,7 +349,7 @@ def test_an_unknown_family_is_refused_with_the_reason(tmp_path, small_base, auto
     for call in (
         lambda: train.main(toy_flags(tmp_path, str(folder))),
         lambda: infer.main(["--base", str(folder), "--label_names", "a,b", "--input", str(rows)]),
-        lambda: models.load_language_model(str(folder), CPU, torch.float32, random_seed=0),
+        lambda: language.load_language_model(str(folder), CPU, torch.float32, random_seed=0),
     ):
         with pytest.raises(UserError, match=reason) as e:
             call()
@@ -373,7 +377,7 @@ def test_nobody_is_asked_whether_code_may_run(tmp_path, small_base, small, kind)
     mark = evil(folder)
 
     def draw(argv):
-        models.load_language_model(str(folder), CPU, torch.float32, random_seed=0)
+        language.load_language_model(str(folder), CPU, torch.float32, random_seed=0)
 
     flags = toy_flags(tmp_path, str(folder), targets="all-linear")
     pids = start(train.main if kind == "classifier" else draw, flags, tmp_path, before=yes)
@@ -469,7 +473,7 @@ def test_an_index_that_names_what_is_not_in_the_folder(tmp_path, small_base, cas
     content = content if isinstance(content, bytes) else json.dumps({"metadata": {}, "weight_map": content}).encode()
     (folder / name).write_bytes(content)
     for call in (
-        lambda: models.need_base(str(folder)),
+        lambda: bases.need_base(str(folder)),
         lambda: models.load_classifier(str(folder), 3, CPU, torch.float32),
         lambda: train.main(toy_flags(tmp_path, str(folder))),
     ):
@@ -504,7 +508,7 @@ def test_weights_named_by_the_config_come_from_the_folder(tmp_path, small_base, 
             json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, shard)})
         )
     try:
-        models.need_base(str(folder))
+        bases.need_base(str(folder))
         got = weights_of(folder)
     except UserError as e:
         assert "\n" not in str(e)
@@ -543,7 +547,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path, small_base, case):
         (folder / name).mkdir()
     words = rf"{name} is no file of this folder"
     for call in (
-        lambda: models.need_base(str(folder)),
+        lambda: bases.need_base(str(folder)),
         lambda: models.load_classifier(str(folder), 3, CPU, torch.float32),
         lambda: train.main(toy_flags(tmp_path, str(folder))),
     ):
@@ -558,7 +562,7 @@ def test_links_that_stay_inside_are_followed(tmp_path, small_base):
     shutil.copytree(small_base, folder)
     (folder / "model.safetensors").rename(folder / "real.bytes")
     (folder / "model.safetensors").symlink_to("real.bytes")
-    assert models.need_base(str(folder)) == str(folder) and equal(weights_of(folder), want)
+    assert bases.need_base(str(folder)) == str(folder) and equal(weights_of(folder), want)
 
     cache = tmp_path / "models--someone--base"
     blobs, revision = cache / "blobs", cache / "snapshots/0123abcd"
@@ -566,11 +570,11 @@ def test_links_that_stay_inside_are_followed(tmp_path, small_base):
     for i, path in enumerate(sorted(Path(small_base).iterdir())):
         shutil.copy(path, blobs / f"hash{i}")
         (revision / path.name).symlink_to(f"../../blobs/hash{i}")
-    assert models.need_base(str(revision)) == str(revision) and equal(weights_of(revision), want)
+    assert bases.need_base(str(revision)) == str(revision) and equal(weights_of(revision), want)
     train.main(toy_flags(tmp_path, str(revision), max_steps=1, eval_every=1))
     link(revision / "model.safetensors", other_weights(small_base, tmp_path / "other"))
     with pytest.raises(UserError, match="model.safetensors is no file of this folder"):
-        models.need_base(str(revision))
+        bases.need_base(str(revision))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "model.safetensors.index.json"])
@@ -612,7 +616,7 @@ def test_an_adapter_beside_a_base_is_ignored_with_a_warning(with_adapter, small_
     assert any(".lora_A" in n for n, _ in control.named_parameters())
     assert equal(weights_of(with_adapter), weights_of(small_base))
     ours, theirs = (
-        models.load_language_model(str(f), CPU, torch.float32).state_dict() for f in (with_adapter, small_base)
+        language.load_language_model(str(f), CPU, torch.float32).state_dict() for f in (with_adapter, small_base)
     )
     assert equal(ours, theirs)
     capfd.readouterr()
@@ -688,7 +692,7 @@ def test_weights_that_cannot_be_read_are_refused_in_one_line(tmp_path, small_bas
     path.write_bytes(CORRUPT[case](path.read_bytes()))
     for load in (
         lambda: models.load_classifier(str(folder), 3, CPU, torch.float32),
-        lambda: models.load_language_model(str(folder), CPU, torch.float32),
+        lambda: language.load_language_model(str(folder), CPU, torch.float32),
     ):
         with pytest.raises(UserError, match=re.escape(f"--base {folder}: ")) as e:
             load()
@@ -747,7 +751,7 @@ def test_weights_that_miss_a_tensor_or_have_a_misshapen_one_are_refused(tmp_path
     checkpoint.save_tensors(folder / "model.safetensors", tensors)
     for load in (
         lambda: models.load_classifier(str(folder), 3, CPU, torch.float32),
-        lambda: models.load_language_model(str(folder), CPU, torch.float32),
+        lambda: language.load_language_model(str(folder), CPU, torch.float32),
     ):
         with pytest.raises(UserError, match=r"tensors are missing from its weights or misshapen") as e:
             load()

@@ -12,16 +12,16 @@ import torch
 from test_ddp import forked, forks, toy_flags, write_rows
 
 import checkpoint
-import evaluate
 import infer
 import train
-from configs import UserError
+import trained
+from errors import Untrusted, UserError
 
 pytestmark = forks
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, small_base) -> Path:
+def fitted(tmp_path_factory, small_base) -> Path:
     folder = tmp_path_factory.mktemp("infer")
     return Path(train.main(toy_flags(folder, small_base, targets="all-linear", lr=1e-2))["run"])
 
@@ -40,10 +40,10 @@ def probabilities(record: dict) -> list[float]:
     return [float(record[f"probability_{i}"]) for i in range(8)]
 
 
-def test_rows_come_in_the_order_of_the_input_in_both_formats(trained, rows, tmp_path, capsys):
+def test_rows_come_in_the_order_of_the_input_in_both_formats(fitted, rows, tmp_path, capsys):
     given = read(rows)
-    expected = evaluate.load_run(trained).predict([r["Question"] for r in given])
-    flags = ["--runs", trained, "--input", rows, "--submission", ""]
+    expected = trained.load_run(fitted).predict([r["Question"] for r in given])
+    flags = ["--runs", fitted, "--input", rows, "--submission", ""]
     for name in ("all.csv", "all.jsonl"):
         result = infer.main([str(f) for f in (*flags, "--output", tmp_path / "deep" / name)])
         got = read(tmp_path / "deep" / name)
@@ -51,18 +51,18 @@ def test_rows_come_in_the_order_of_the_input_in_both_formats(trained, rows, tmp_
         assert [g["id"] for g in got] == [r["id"] for r in given]
         assert [g["prediction"] for g in got] == [e["label"] for e in expected]
         assert [probabilities(g) for g in got] == [e["probabilities"] for e in expected]
-        assert result["rows"] == 31 and result["output"].endswith(name) and result["run"] == str(trained)
+        assert result["rows"] == 31 and result["output"].endswith(name) and result["run"] == str(fitted)
         right = np.mean([g["prediction"] == r["label"] for g, r in zip(got, given, strict=True)])
         assert result["metrics"]["accuracy"] == pytest.approx(right, abs=1e-6)
         assert capsys.readouterr().out.strip().endswith(f"wrote 31 predictions to {tmp_path / 'deep' / name}")
     assert len({e["label"] for e in expected}) > 1
 
 
-def test_named_columns_row_index_limit_and_the_kept_output(trained, rows, tmp_path, capsys):
+def test_named_columns_row_index_limit_and_the_kept_output(fitted, rows, tmp_path, capsys):
     plain = tmp_path / "plain.jsonl"  # neither id nor label
     plain.write_text("".join(json.dumps({"Question": r["Question"]}) + "\n" for r in read(rows)))
     out = tmp_path / "out.csv"
-    flags = ["--runs", str(trained), "--output", str(out)]
+    flags = ["--runs", str(fitted), "--output", str(out)]
     first = infer.main([*flags, "--input", str(plain), "--submission", "row_id, label", "--limit", "9"])
     assert first["rows"] == 9 and "metrics" not in first
     nine = read(out)
@@ -75,21 +75,21 @@ def test_named_columns_row_index_limit_and_the_kept_output(trained, rows, tmp_pa
     assert read(tmp_path / "out.csv.previous") == nine
 
 
-def test_empty_texts_are_scored_and_told(trained, rows, tmp_path, capsys):
+def test_empty_texts_are_scored_and_told(fitted, rows, tmp_path, capsys):
     given = read(rows)
     given[4]["Question"], given[7]["Question"] = "", "  \n"
     with open(tmp_path / "gaps.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, list(given[0]))
         writer.writeheader()
         writer.writerows(given)
-    flags = ["--runs", str(trained), "--input", str(tmp_path / "gaps.csv"), "--output", str(tmp_path / "o.csv")]
+    flags = ["--runs", str(fitted), "--input", str(tmp_path / "gaps.csv"), "--output", str(tmp_path / "o.csv")]
     assert infer.main(flags)["rows"] == 31
     assert "warning: 2 rows have an empty text (first: row 5)" in capsys.readouterr().out
     assert [r["id"] for r in read(tmp_path / "o.csv")] == [r["id"] for r in given]
 
 
-def test_merged_and_on_two_ranks_and_in_small_batches(trained, rows, tmp_path):
-    flags = ["--runs", str(trained), "--input", str(rows), "--submission", "", "--max_tokens", "200"]
+def test_merged_and_on_two_ranks_and_in_small_batches(fitted, rows, tmp_path):
+    flags = ["--runs", str(fitted), "--input", str(rows), "--submission", "", "--max_tokens", "200"]
     found = {}
     for name, ranks, more in (("one", 1, []), ("two", 2, []), ("merged", 1, ["--merge", "true"])):
         out = str(tmp_path / f"{name}.csv")
@@ -100,18 +100,18 @@ def test_merged_and_on_two_ranks_and_in_small_batches(trained, rows, tmp_path):
     assert found["two"] == found["one"]
     np.testing.assert_allclose(found["merged"][0], found["one"][0], atol=1e-5)
     assert found["merged"][0] != found["one"][0]
-    run = evaluate.load_run(trained)
+    run = trained.load_run(fitted)
     whole, _ = run.logits(read(rows))
     np.testing.assert_allclose(run.logits(read(rows), max_tokens=64)[0], whole, atol=1e-5)
-    merged, _ = evaluate.load_run(trained, merge=True).logits(read(rows))
+    merged, _ = trained.load_run(fitted, merge=True).logits(read(rows))
     np.testing.assert_allclose(merged, whole, atol=1e-5)
 
 
-def test_the_newest_finished_run_is_taken(trained, rows, tmp_path):
+def test_the_newest_finished_run_is_taken(fitted, rows, tmp_path):
     outputs = tmp_path / "outputs"
     runs = [outputs / "base/toy" / f"run_{i}" for i in range(3)]
     for run in runs:
-        shutil.copytree(trained, run)
+        shutil.copytree(fitted, run)
     (runs[2] / "result.json").unlink()  # newer, and not finished
     flags = ["--outputs", str(outputs), "--input", str(rows), "--output", str(tmp_path / "o.csv"), "--limit", "3"]
     for newest in (1, 0):
@@ -123,15 +123,15 @@ def test_the_newest_finished_run_is_taken(trained, rows, tmp_path):
         infer.main(flags)
 
 
-def test_degenerate_scores_are_not_written_unless_forced(trained, rows, tmp_path):
+def test_degenerate_scores_are_not_written_unless_forced(fitted, rows, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(trained, run)
+    shutil.copytree(fitted, run)
     manifest = checkpoint.verify(run / "best")
     tensors = checkpoint.load_tensors(run / "best/adapter_model.safetensors")
     tensors["base_model.model.score.weight"].zero_()
     checkpoint.save_tensors(run / "best/adapter_model.safetensors", tensors)
     flags = ["--runs", str(run), "--input", str(rows), "--output", str(tmp_path / "o.csv")]
-    with pytest.raises(checkpoint.Untrusted):  # not sealed: the fallback or nothing, never the changed file
+    with pytest.raises(Untrusted):  # not sealed: the fallback or nothing, never the changed file
         shutil.rmtree(run / ".best.1", ignore_errors=True)
         infer.main(flags)
     checkpoint.seal(run / "best", {k: manifest[k] for k in ("step", "base", "versions")})
@@ -160,9 +160,9 @@ def test_a_run_whose_base_was_swapped_is_refused(tmp_path, small_base, rows):
     infer.main(flags)
 
 
-def test_a_broken_best_falls_back_with_a_warning(trained, rows, tmp_path, capsys):
+def test_a_broken_best_falls_back_with_a_warning(fitted, rows, tmp_path, capsys):
     run = tmp_path / "run"
-    shutil.copytree(trained, run)
+    shutil.copytree(fitted, run)
     shutil.rmtree(run / ".best.1", ignore_errors=True)
     shutil.copytree(run / "best", run / ".best.1")
     path = run / "best/adapter_model.safetensors"
@@ -183,14 +183,14 @@ def test_a_broken_best_falls_back_with_a_warning(trained, rows, tmp_path, capsys
         (["--runs", "RUN", "--inputs", "x"], "did you mean --input"),
     ],
 )
-def test_mistakes(trained, flags, words):
+def test_mistakes(fitted, flags, words):
     with pytest.raises(UserError, match=words):
-        infer.main([f.replace("RUN", str(trained)) for f in flags])
+        infer.main([f.replace("RUN", str(fitted)) for f in flags])
 
 
-def test_the_command_itself(trained, rows, tmp_path, command):
+def test_the_command_itself(fitted, rows, tmp_path, command):
     status, out, err = command(
-        "infer.py", "--runs", trained, "--input", rows, "--output", tmp_path / "o.csv", env={"CUDA_VISIBLE_DEVICES": ""}
+        "infer.py", "--runs", fitted, "--input", rows, "--output", tmp_path / "o.csv", env={"CUDA_VISIBLE_DEVICES": ""}
     )
     assert status == 0, err
     result = json.loads(out.strip().splitlines()[-1])

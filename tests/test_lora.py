@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 import data
-import evaluate
+import labelling
 import lora
 import model as models
 import optim
+import peft_format
+import trained
+from packed import pack
 
 RANK, ALPHA = 4, 6.0  # alpha is never the rank: equal ones hide a wrong scale
 CPU = torch.device("cpu")
@@ -73,7 +76,7 @@ def peft_name(name):
 def copy_to_peft(ours, theirs):
     """Give peft's model the trained values of ours, by name; returns theirs by that name."""
     named = {peft_name(n): p for n, p in theirs.named_parameters() if p.requires_grad}
-    state = lora.adapter_state(ours)
+    state = peft_format.adapter_state(ours)
     assert set(named) == set(state)
     for key, p in named.items():
         p.data.copy_(state[key])
@@ -85,7 +88,7 @@ def ids(n=9, seed=3):
 
 
 def batch_of(rows):
-    return data.pack(data.join_tokens(rows), np.arange(len(rows)), CPU)
+    return pack(data.join_tokens(rows), np.arange(len(rows)), CPU)
 
 
 def bits(model):
@@ -117,7 +120,7 @@ def test_logits_and_gradients_equal_peft_bit_for_bit(bias, rslora, dropout):
     assert torch.equal(*logits)
     for name, p in ours.named_parameters():
         if p.requires_grad:
-            assert p.grad.any() and torch.equal(p.grad, named[lora.PEFT_PREFIX + name].grad), name
+            assert p.grad.any() and torch.equal(p.grad, named[peft_format.PEFT_PREFIX + name].grad), name
         else:
             assert p.grad is None, name
 
@@ -129,20 +132,20 @@ def test_saved_keys_are_those_of_peft_and_trained_biases_are_saved(bias):
 
     base = toy_base()
     model = adapted(base, bias=bias)
-    ours = {k: v.shape for k, v in lora.adapter_state(model).items()}
+    ours = {k: v.shape for k, v in peft_format.adapter_state(model).items()}
     theirs = {k: v.shape for k, v in get_peft_model_state_dict(peft_model(base, QV, bias)).items()}
     if bias == "lora_only":
         biases = [f"model.layers.{i}.self_attn.{t}.base_layer.bias" for i in (0, 1) for t in QV]
-        theirs |= {lora.PEFT_PREFIX + n: model.get_parameter(n).shape for n in biases}
+        theirs |= {peft_format.PEFT_PREFIX + n: model.get_parameter(n).shape for n in biases}
     assert ours == theirs
 
 
 def test_adapter_state_is_a_copy_that_later_steps_do_not_change():
     model = adapted(toy_base())
-    state = lora.adapter_state(model)
+    state = peft_format.adapter_state(model)
     kept = {k: t.clone() for k, t in state.items()}
     scramble(model, 0.1, trained_only=True, seed=5)
-    assert equal(state, kept) and not equal(state, lora.adapter_state(model))
+    assert equal(state, kept) and not equal(state, peft_format.adapter_state(model))
 
 
 class Names(nn.Module):
@@ -242,8 +245,8 @@ def test_a_written_adapter_loads_with_peft_to_the_same_logits(variant, small_bas
     from transformers import AutoTokenizer
 
     ours = classifier(small_base, **VARIANTS[variant])
-    labels = data.Labels(("a", "b", "c"), ("a", "b", "c"))
-    evaluate.write_classifier(tmp_path, ours, AutoTokenizer.from_pretrained(small_base), labels)
+    labels = labelling.Labels(("a", "b", "c"), ("a", "b", "c"))
+    trained.write_classifier(tmp_path, ours, AutoTokenizer.from_pretrained(small_base), labels)
     theirs = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).eval()
     with torch.no_grad():
         got = ours(batch_of(ROWS))
@@ -264,12 +267,12 @@ def test_an_adapter_saved_by_peft_loads_in_ours(variant, small_base, tmp_path):
     theirs = peft_model(base, targets, options.get("bias", "none"), options.get("rslora", False))
     scramble(theirs, 0.1, trained_only=True, seed=5).save_pretrained(tmp_path)
     ours = classifier(small_base, **options)
-    lora.load_adapter_state(ours, load_file(tmp_path / "adapter_model.safetensors"))
+    peft_format.load_adapter_state(ours, load_file(tmp_path / "adapter_model.safetensors"))
     with torch.no_grad():
         torch.testing.assert_close(ours(batch_of(ROWS)), logits_alone(theirs), rtol=0, atol=1e-5)
     about = json.loads((tmp_path / "adapter_config.json").read_text())
     named = about["target_modules"] if targets == "all-linear" else targets  # peft writes all-linear out
-    mine = lora.adapter_config(described(named, bias=about["bias"], rslora=about["use_rslora"], base=small_base))
+    mine = peft_format.adapter_config(described(named, bias=about["bias"], rslora=about["use_rslora"], base=small_base))
     for field in mine.keys() - {"target_modules", "modules_to_save"}:
         assert mine[field] == about[field], field
     assert set(mine["target_modules"]) == set(about["target_modules"])
@@ -395,7 +398,7 @@ def test_trained_tensors_are_fp32_masters_on_a_half_precision_base(dtype, small_
     model = classifier(small_base, bias="all", dtype=dtype)
     dtypes = {(p.requires_grad, p.dtype) for p in model.parameters()}
     assert dtypes == {(True, torch.float32), (False, dtype)}
-    assert {t.dtype for t in lora.adapter_state(model).values()} == {torch.float32}
+    assert {t.dtype for t in peft_format.adapter_state(model).values()} == {torch.float32}
 
 
 def test_base_weights_are_bit_identical_after_steps_and_every_trained_tensor_moves(small_base):
@@ -477,9 +480,9 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name_and_changes_nothing(how
     model, other = adapted(base), adapted(base, seed=9)
     before = bits(model)
     with pytest.raises(ValueError, match=REFUSED[how]):
-        lora.load_adapter_state(model, corrupt(lora.adapter_state(other), how))
+        peft_format.load_adapter_state(model, corrupt(peft_format.adapter_state(other), how))
     assert equal(before, bits(model))
-    lora.load_adapter_state(model, lora.adapter_state(other))  # untouched, the same one is taken
+    peft_format.load_adapter_state(model, peft_format.adapter_state(other))  # untouched, the same one is taken
     assert equal(bits(other), bits(model))
 
 
@@ -488,15 +491,15 @@ def test_a_four_layer_adapter_does_not_load_on_a_two_layer_base():
     two, four = adapted(toy_base()), adapted(toy_base(layers=4))
     before = bits(two)
     with pytest.raises(ValueError, match=r"8 unexpected tensors \(.*layers\.2\."):
-        lora.load_adapter_state(two, lora.adapter_state(four))
+        peft_format.load_adapter_state(two, peft_format.adapter_state(four))
     with pytest.raises(ValueError, match=r"8 missing tensors \(.*layers\.2\."):
-        lora.load_adapter_state(four, lora.adapter_state(two))
+        peft_format.load_adapter_state(four, peft_format.adapter_state(two))
     assert equal(before, bits(two))
 
 
 def test_trained_biases_that_are_not_in_the_file_are_named():
     """peft#3306: a lora_only adapter saved by an older peft lacks its trained biases: said, instead of guessed."""
     model = adapted(toy_base(), bias="lora_only")
-    state = {k: t for k, t in lora.adapter_state(model).items() if not k.endswith(".bias")}
+    state = {k: t for k, t in peft_format.adapter_state(model).items() if not k.endswith(".bias")}
     with pytest.raises(ValueError, match=r"4 missing tensors \(.*q_proj.base_layer.bias"):
-        lora.load_adapter_state(model, state)
+        peft_format.load_adapter_state(model, state)

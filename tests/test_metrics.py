@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bootstrap
 import metrics
+import tables
 
 TIGHT = dict(rel=1e-12, abs=1e-12)
 
@@ -247,24 +249,24 @@ def test_bootstrap_interval_of_a_mean_is_the_normal_one_and_seeded():
     def mean(indices):
         return values[indices].mean()
 
-    low, high = metrics.bootstrap_interval(mean, 400)
+    low, high = bootstrap.bootstrap_interval(mean, 400)
     half = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
-    assert (low, high) == metrics.bootstrap_interval(mean, 400)
-    assert (low, high) != metrics.bootstrap_interval(mean, 400, seed=1)
-    inner = metrics.bootstrap_interval(mean, 400, level=0.5)
+    assert (low, high) == bootstrap.bootstrap_interval(mean, 400)
+    assert (low, high) != bootstrap.bootstrap_interval(mean, 400, seed=1)
+    inner = bootstrap.bootstrap_interval(mean, 400, level=0.5)
     assert low < inner[0] < values.mean() < inner[1] < high
 
 
 def test_bootstrap_leaves_out_undefined_resamples_but_not_mistakes():
     scores, labels = np.arange(8.0), np.array([0, 0, 0, 0, 0, 0, 0, 1])  # a third of the resamples has one class
-    assert metrics.bootstrap_interval(lambda i: metrics.roc_auc(scores[i], labels[i]), 8, samples=200) == (1, 1)
+    assert bootstrap.bootstrap_interval(lambda i: metrics.roc_auc(scores[i], labels[i]), 8, samples=200) == (1, 1)
     with pytest.raises(ValueError, match="one of each"):
-        metrics.bootstrap_interval(lambda i: metrics.roc_auc(scores[i], np.zeros(8)), 8)
+        bootstrap.bootstrap_interval(lambda i: metrics.roc_auc(scores[i], np.zeros(8)), 8)
     with pytest.raises(ValueError, match="got 0 of 50"):
-        metrics.bootstrap_interval(lambda i: float("nan"), 8, samples=50)
+        bootstrap.bootstrap_interval(lambda i: float("nan"), 8, samples=50)
     with pytest.raises(ValueError, match="level 95"):
-        metrics.bootstrap_interval(lambda i: 0.0, 8, level=95)
+        bootstrap.bootstrap_interval(lambda i: 0.0, 8, level=95)
 
 
 NAMES = [
@@ -275,7 +277,7 @@ NAMES = [
 
 def test_table_of_eight_long_names_fits_a_hundred_columns():
     confusion = np.random.default_rng(9).integers(0, 3000, size=(8, 8)) + 100 * np.eye(8, dtype=int)
-    text = metrics.table(confusion, NAMES)
+    text = tables.table(confusion, NAMES)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
     assert text.isascii()
@@ -292,19 +294,19 @@ def test_table_of_eight_long_names_fits_a_hundred_columns():
 
 
 def test_table_at_other_sizes():
-    small = metrics.table(np.array([[2, 1, 0], [0, 3, 0], [0, 0, 0]]), ["no", "two\nlines", "absent"])
+    small = tables.table(np.array([[2, 1, 0], [0, 3, 0], [0, 0, 0]]), ["no", "two\nlines", "absent"])
     assert "1 two lines" in small
-    assert metrics.table(np.eye(2, dtype=int), ["no", "yes"]).splitlines()[-3].split() == ["0", "no", "1", "yes"]
+    assert tables.table(np.eye(2, dtype=int), ["no", "yes"]).splitlines()[-3].split() == ["0", "no", "1", "yes"]
     macro = next(line for line in small.splitlines() if line.startswith("macro"))
     assert macro.split() == ["macro", "0.8750", "0.8333", "0.8286", "6"]  # the absent class is not in the mean
-    many = metrics.table(np.eye(77, dtype=int), [f"a rather long intent name {k}" for k in range(77)])
+    many = tables.table(np.eye(77, dtype=int), [f"a rather long intent name {k}" for k in range(77)])
     assert "77 classes do not fit 100 columns" in many
     assert max(map(len, many.splitlines())) <= 100
-    middle = metrics.table(np.eye(20, dtype=int), NAMES * 2 + NAMES[:4]).splitlines()
+    middle = tables.table(np.eye(20, dtype=int), NAMES * 2 + NAMES[:4]).splitlines()
     assert max(map(len, middle)) <= 100
     assert middle[-21].split() == [str(k) for k in range(20)]
     with pytest.raises(ValueError, match="got 2, expected 3"):
-        metrics.table(np.eye(3, dtype=int), ["a", "b"])
+        tables.table(np.eye(3, dtype=int), ["a", "b"])
     with pytest.raises(ValueError, match=r"expected \(C, C\)"):
         metrics.per_class(np.ones((2, 3), dtype=int))
 

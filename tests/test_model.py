@@ -16,12 +16,19 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import bases
 import configs
 import data
-import evaluate
+import estimates
+import labelling
+import language
 import lora
 import model as models
-from configs import UserError
+import numerics
+import peft_format
+import trained
+from errors import UserError
+from packed import Packed, _padded, pack, packed_attention, takes_grouped
 
 CPU = torch.device("cpu")
 ROUNDING = 2e-6  # of the largest value: fp32 sums in another order
@@ -85,7 +92,7 @@ def rows(lengths=LENGTHS, low=3, seed=0):
 
 
 def batch_of(sequences):
-    return data.pack(data.join_tokens(sequences), np.arange(len(sequences)), CPU)
+    return pack(data.join_tokens(sequences), np.arange(len(sequences)), CPU)
 
 
 def pad(sequences, value=0):
@@ -129,9 +136,7 @@ def test_packed_equals_stock_in_states_and_gradients(base, family, how):
     """Of every parameter. DeBERTa does not take our attention and runs right-padded inside, with the same result."""
     folder, sequences = base(family), rows()
     ours, theirs = backbone(folder), stock(folder)
-    assert (
-        models.packs(ours.config) == (ours.config._attn_implementation == models.ATTENTION) == (family != "DebertaV2")
-    )
+    assert bases.packs(ours.config) == (ours.config._attn_implementation == models.ATTENTION) == (family != "DebertaV2")
     got, want = models.hidden_states(ours, batch_of(sequences)), stock_hidden(theirs, sequences, how)
     near(got, want)
     direction = torch.randn(want.shape, generator=torch.Generator().manual_seed(2))
@@ -186,7 +191,7 @@ def heads(lengths, query_heads=4, key_heads=2, width=8):
     shape = (1, query_heads, sum(lengths), width), (1, key_heads, sum(lengths), width)
     parts = [torch.randn(s, requires_grad=True) for s in (shape[0], shape[1], shape[1])]
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    return parts, models.Packed(cu, tuple(lengths))
+    return parts, Packed(cu, tuple(lengths))
 
 
 def naive_attention(query, key, value, lengths, window, causal, scale):
@@ -208,9 +213,7 @@ def naive_attention(query, key, value, lengths, window, causal, scale):
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_attention_equals_its_definition(causal, window):
     (q, k, v), packed = heads(LENGTHS)
-    got, _ = models.packed_attention(
-        Causal(), q, k, v, scaling=0.3, sliding_window=window, packed=packed, is_causal=causal
-    )
+    got, _ = packed_attention(Causal(), q, k, v, scaling=0.3, sliding_window=window, packed=packed, is_causal=causal)
     near(got, naive_attention(q, k, v, LENGTHS, window, causal, 0.3))
 
 
@@ -220,8 +223,8 @@ def test_padded_kernel_of_gpus_equals_the_loop(lengths, key_heads):
     """Values and gradients, grouped key heads included: padding is never seen, and gets no gradient."""
     parts, packed = heads(lengths, key_heads=key_heads)
     options = {"dropout_p": 0.0, "scale": 0.3, "enable_gqa": key_heads != 4}
-    padded = models._padded(*parts, packed, options).transpose(1, 2)
-    loop, _ = models.packed_attention(Causal(), *parts, scaling=0.3, packed=packed)
+    padded = _padded(*parts, packed, options).transpose(1, 2)
+    loop, _ = packed_attention(Causal(), *parts, scaling=0.3, packed=packed)
     near(padded, loop)
     direction = torch.randn_like(loop)
     gradients = [torch.autograd.grad((y * direction).sum(), parts) for y in (padded, loop)]
@@ -232,9 +235,9 @@ def test_padded_kernel_of_gpus_equals_the_loop(lengths, key_heads):
 def test_attention_refuses_what_it_cannot_do():
     (q, k, v), packed = heads(LENGTHS)
     with pytest.raises(AssertionError, match="Causal got no packing"):
-        models.packed_attention(Causal(), q, k, v)
+        packed_attention(Causal(), q, k, v)
     with pytest.raises(UserError, match="softcap"):
-        models.packed_attention(Causal(), q, k, v, packed=packed, softcap=30.0)
+        packed_attention(Causal(), q, k, v, packed=packed, softcap=30.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +249,7 @@ def test_logits_equal_those_of_transformers_classifiers(base, family, tmp_path):
     """On padded rows without special tokens, where theirs is right; read from the whole-model save that ours writes."""
     ours, sequences = classifier(base(family)), rows()
     names = ("x", "y", "z")
-    evaluate.write_classifier(tmp_path, ours, Tokenizer(), data.Labels(names, names))
+    trained.write_classifier(tmp_path, ours, Tokenizer(), labelling.Labels(names, names))
     theirs = stock(tmp_path, transformers.AutoModelForSequenceClassification)
     ids, mask = pad(sequences)
     with torch.no_grad():
@@ -293,13 +296,13 @@ def test_pooling_by_hand(pooling):
 def test_head_logits_and_residual_stream_are_fp32_under_autocast(base, pooling, weights):
     model = classifier(base("Qwen2"), pooling, dtype=weights, targets=("q_proj", "o_proj"))
     seen = {"layer": set(), "linear": set(), "head in": set()}
-    for layer in models.decoder_layers(model.backbone):
+    for layer in bases.decoder_layers(model.backbone):
         layer.register_forward_hook(
             lambda m, i, out: seen["layer"].add((out[0] if isinstance(out, tuple) else out).dtype)
         )
         layer.mlp.down_proj.register_forward_hook(lambda m, i, out: seen["linear"].add(out.dtype))
     model.score.register_forward_hook(lambda m, i, out: seen["head in"].add(i[0].dtype))
-    with models.autocast(CPU, "bf16"):
+    with numerics.autocast(CPU, "bf16"):
         logits = model(batch_of(rows()))
     fp32, bf16 = {torch.float32}, {torch.bfloat16}
     assert seen == {"layer": fp32, "linear": bf16, "head in": fp32}  # and autocast was on: linears gave bf16
@@ -319,7 +322,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_reaches_every_adapt
         if checkpointed:
             models.checkpoint_activations(model.backbone)
         count = []
-        models.decoder_layers(model.backbone)[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        bases.decoder_layers(model.backbone)[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         torch.manual_seed(3)
         model(batch_of(rows())).square().sum().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
@@ -355,22 +358,22 @@ def test_more_layers_than_there_are_is_the_users_mistake(base):
 def test_unmatched_targets_are_the_users_mistake(base):
     cfg = configs.TrainConfig(base=base("Qwen2"), targets=("q_proj", "wte"))
     with pytest.raises(UserError, match="--targets q_proj,wte: target wte matches no module.*k_proj"):
-        evaluate.check_model(cfg, data.Labels(("x", "y"), ("x", "y")), range(60))
+        trained.check_model(cfg, labelling.Labels(("x", "y"), ("x", "y")), range(60))
 
 
 def test_families_that_packing_would_break_run_right_padded():
     """They take transformers' attention interface, yet pass sinks or chunked masks that our function would drop."""
     from transformers import GptOssConfig, Llama4TextConfig, Qwen2Config
 
-    assert not models.packs(GptOssConfig()) and not models.packs(Llama4TextConfig()) and models.packs(Qwen2Config())
+    assert not bases.packs(GptOssConfig()) and not bases.packs(Llama4TextConfig()) and bases.packs(Qwen2Config())
 
 
 def test_an_adapter_beside_the_base_is_left_out(base, tmp_path, capfd):
     """transformers would put it in by itself wherever peft is installed; said, not silent."""
     folder = shutil.copytree(base("Qwen2"), tmp_path / "both")
     model = classifier(str(folder), targets=("q_proj",))
-    (folder / "adapter_config.json").write_text(json.dumps(lora.adapter_config(model.adapter)))
-    save_file(lora.adapter_state(model), folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(peft_format.adapter_config(model.adapter)))
+    save_file(peft_format.adapter_state(model), folder / "adapter_model.safetensors")
     both, plain = backbone(str(folder)).state_dict(), backbone(base("Qwen2")).state_dict()
     assert both.keys() == plain.keys() and all(torch.equal(both[k], plain[k]) for k in plain)
     assert "holds an adapter too, which is left out" in capfd.readouterr().err
@@ -416,7 +419,7 @@ def test_a_base_that_cannot_be_loaded_is_the_users_mistake(base, tmp_path, probl
     elif problem == "truncated":
         weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=f"--base {folder}.*{said}"):
-        models.need_base(str(folder))
+        bases.need_base(str(folder))
         backbone(str(folder))
 
 
@@ -435,11 +438,11 @@ def test_a_fresh_head_follows_from_the_seed_alone(base, family):
 def test_a_hub_name_offline_says_what_to_do():
     """Tests run with HF_HUB_OFFLINE=1."""
     with pytest.raises(UserError, match="HF_TOKEN.*offline give a local folder"):
-        models.load_config("nobody/this-is-not-there")
+        bases.load_config("nobody/this-is-not-there")
 
 
 def test_language_model_with_a_seed_is_drawn_not_loaded(base):
-    a, b, c = (models.load_language_model(base("Qwen2"), CPU, torch.float32, seed).state_dict() for seed in (1, 1, 2))
+    a, b, c = (language.load_language_model(base("Qwen2"), CPU, torch.float32, seed).state_dict() for seed in (1, 1, 2))
     name = "model.layers.0.mlp.up_proj.weight"
     assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a[name], c[name])
 
@@ -448,8 +451,8 @@ def test_language_model_with_a_seed_is_drawn_not_loaded(base):
 def test_fingerprint_of_the_same_base_agrees_across_dtypes_and_adapters(base, dtype):
     saved = classifier(base("Qwen2")).base_fingerprint
     now = classifier(base("Qwen2"), dtype=dtype, targets=("all-linear",)).base_fingerprint
-    assert saved["weights"] and models.compare_fingerprints(saved, now) == []
-    assert models.compare_fingerprints(now, saved) == []
+    assert saved["weights"] and bases.compare_fingerprints(saved, now) == []
+    assert bases.compare_fingerprints(now, saved) == []
 
 
 @pytest.mark.parametrize("moved", [0.01, 1.0])
@@ -460,7 +463,7 @@ def test_fingerprint_names_other_weights(base, moved):
     with torch.no_grad():
         for p in other.parameters():
             p *= 1 + moved
-    found = models.compare_fingerprints(saved, models.fingerprint(other))
+    found = bases.compare_fingerprints(saved, bases.fingerprint(other))
     assert found == [f"weights of {n}" for n, p in other.backbone.named_parameters("model") if p.ndim == 2]
 
 
@@ -468,7 +471,7 @@ def test_fingerprint_names_other_sizes(base):
     prints = [
         classifier(f).base_fingerprint for f in (base("Qwen2"), base("Qwen2", num_hidden_layers=3, vocab_size=67))
     ]
-    assert models.compare_fingerprints(*prints) == ["num_hidden_layers 3, expected 2", "vocab_size 67, expected 61"]
+    assert bases.compare_fingerprints(*prints) == ["num_hidden_layers 3, expected 2", "vocab_size 67, expected 61"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,17 +488,20 @@ def test_precision_and_kernel_by_capability_never_by_is_bf16_supported(monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Some GPU")
     cuda = torch.device("cuda", 0)
-    assert models.choose_precision("auto", cuda) == (precision, f"Some GPU, capability {capability[0]}.{capability[1]}")
-    assert models.weight_dtype(cuda, precision) == models.DTYPES[precision]
-    assert models.takes_grouped(cuda, models.DTYPES[precision]) == grouped
-    assert not models.takes_grouped(cuda, torch.float32)
+    assert numerics.choose_precision("auto", cuda) == (
+        precision,
+        f"Some GPU, capability {capability[0]}.{capability[1]}",
+    )
+    assert numerics.weight_dtype(cuda, precision) == numerics.DTYPES[precision]
+    assert takes_grouped(cuda, numerics.DTYPES[precision]) == grouped
+    assert not takes_grouped(cuda, torch.float32)
     assert ("expanded" in models.attention_note(cuda, transformers.LlamaConfig(), precision)) != grouped
 
 
 @pytest.mark.parametrize("wanted, got", [("auto", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")])
 def test_precision_on_a_cpu(wanted, got):
-    assert models.choose_precision(wanted, CPU)[0] == got
-    assert models.weight_dtype(CPU, got) == torch.float32
+    assert numerics.choose_precision(wanted, CPU)[0] == got
+    assert numerics.weight_dtype(CPU, got) == torch.float32
 
 
 def test_training_flops_by_hand(base):
@@ -505,22 +511,22 @@ def test_training_flops_by_hand(base):
     adapters = 2 * 2 * 4 * (32 + 32)  # A and B of q and o, 2 layers
     scores = 2 * 2 * 32 * (3**2 + 5**2)  # layers, both products of half an n x n matrix, width
     model = classifier(base("Qwen2"), targets=("q_proj", "o_proj"))
-    assert models.training_flops(model, lengths) == 8 * (4 * linears + 6 * adapters) + 3 * scores
+    assert estimates.training_flops(model, lengths) == 8 * (4 * linears + 6 * adapters) + 3 * scores
     model = classifier(base("Qwen2"))
     models.train_layers(model, -1)
-    assert models.training_flops(model, lengths) == 8 * 6 * linears + 3 * scores
+    assert estimates.training_flops(model, lengths) == 8 * 6 * linears + 3 * scores
     models.train_layers(model, 0)  # the head alone: the backbone runs forward only
-    assert models.training_flops(model, lengths) == 8 * 2 * linears + scores
+    assert estimates.training_flops(model, lengths) == 8 * 2 * linears + scores
 
 
 def test_overflow_report_names_the_first_layer_that_is_not_finite(base):
     model = classifier(base("Qwen2", num_hidden_layers=4))
-    layers = models.decoder_layers(model.backbone)
+    layers = bases.decoder_layers(model.backbone)
 
     def report():
-        with torch.no_grad(), models.activation_maxima(model) as maxima:
+        with torch.no_grad(), numerics.activation_maxima(model) as maxima:
             model(batch_of(rows()))
-        return models.overflow_report(maxima)
+        return numerics.overflow_report(maxima)
 
     with torch.no_grad():
         layers[1].mlp.down_proj.weight *= 1e3

@@ -12,16 +12,19 @@ from conftest import ROOT, last_json
 from test_ddp import forked, forks, log_of, run_of, toy_flags
 
 import checkpoint
+import checks
 import configs
-import data
 import decide
-import evaluate
+import ensemble
+import files
 import infer
+import labelling
 import losses
 import metrics
 import splits
 import train
-from configs import UserError
+import trained
+from errors import Untrusted, UserError
 
 pytestmark = forks
 NAMES = ("algebra", "geometry", "rare")
@@ -60,13 +63,13 @@ def flags_of(out: Path, base: str, path: Path, **changes) -> list[str]:
 
 @pytest.mark.parametrize("name, form", [("a.jsonl", "json"), ("b.csv", "delimited"), ("columns.csv", "columns")])
 def test_the_three_forms_of_labels_give_the_same_targets(tmp_path, name, form):
-    rows = data.read_rows(str(write_rows(tmp_path / name, form=form)), "train_data")
+    rows = files.read_rows(str(write_rows(tmp_path / name, form=form)), "train_data")
     columns = NAMES if form == "columns" else ()
-    sets = data.label_sets(rows, "tags", columns, "|", "x")
-    labels = data.find_labels([v for one in sets for v in one], columns, "x")
+    sets = labelling.label_sets(rows, "tags", columns, "|", "x")
+    labels = labelling.find_labels([v for one in sets for v in one], columns, "x")
     i = np.arange(60)
     want = np.stack([i % 2, i % 3 == 0, i % 12 == 0], axis=1).astype(np.float32)
-    assert labels.values == NAMES and np.array_equal(data.encode_label_sets(sets, labels, "x"), want)
+    assert labels.values == NAMES and np.array_equal(labelling.encode_label_sets(sets, labels, "x"), want)
 
 
 @pytest.mark.parametrize(
@@ -78,10 +81,10 @@ def test_the_three_forms_of_labels_give_the_same_targets(tmp_path, name, form):
 )  # fmt: skip
 def test_malformed_labels_are_named(row, columns, words):
     with pytest.raises(UserError, match=words):
-        data.label_sets([row], "tags", columns, "|", "--train_data x")
-    known = data.Labels(("a", "b"), ("a", "b"))
+        labelling.label_sets([row], "tags", columns, "|", "--train_data x")
+    known = labelling.Labels(("a", "b"), ("a", "b"))
     with pytest.raises(UserError, match=r"unknown labels 'c' \(row 2\): expected some of a, b"):
-        data.encode_label_sets([["a"], ["c"]], known, "--val_data x")
+        labelling.encode_label_sets([["a"], ["c"]], known, "--val_data x")
 
 
 def test_every_part_gets_its_share_of_every_label():
@@ -99,9 +102,9 @@ def test_every_part_gets_its_share_of_every_label():
 
 
 def test_reuters_is_split_by_every_label(shared):
-    rows = data.read_rows(str(shared / "data/reuters/train.jsonl"), "train_data")
-    sets = data.label_sets(rows, "labels", (), "|", "x")
-    targets = data.encode_label_sets(sets, data.find_labels([v for one in sets for v in one]), "x")
+    rows = files.read_rows(str(shared / "data/reuters/train.jsonl"), "train_data")
+    sets = labelling.label_sets(rows, "labels", (), "|", "x")
+    targets = labelling.encode_label_sets(sets, labelling.find_labels([v for one in sets for v in one]), "x")
     kept, held_out = splits.hold_out("multi_label", targets, 0.15, seed=0)
     assert targets.shape == (7770, 90) and np.array_equal(np.sort(np.concatenate([kept, held_out])), np.arange(7770))
     counts = targets.sum(axis=0)
@@ -123,14 +126,14 @@ def test_bce_is_torchs_and_parts_add_up(smoothing, weighted):
     )
     got, cells = losses.binary_cross_entropy(z, y, smoothing, weight)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
-    assert cells == 36 == train.loss_weight("multi_label", y.numpy(), None)
+    assert cells == 36 == losses.loss_weight("multi_label", y.numpy(), None)
     parts = [losses.binary_cross_entropy(z[i : i + 4], y[i : i + 4], smoothing, weight)[0] for i in (0, 4, 8)]
     torch.testing.assert_close(sum(parts), want, rtol=1e-6, atol=0)
 
 
 def test_pos_weight_changes_no_denominator():
     y = np.array([[1, 0], [0, 1], [0, 0]], np.float32)
-    assert train.loss_weight("multi_label", y, np.array([5.0, 2.0])) == 6.0
+    assert losses.loss_weight("multi_label", y, np.array([5.0, 2.0])) == 6.0
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
@@ -172,10 +175,10 @@ def test_predictions_round_trip(done, tmp_path, name):
     result, path = done
     flags = ["--runs", result["run"], "--input", str(path), "--output", str(tmp_path / name), "--submission", ""]
     told = infer.main(flags)
-    rows = data.read_rows(str(tmp_path / name), "input")
-    sets = data.label_sets(rows, "prediction", (), "|", "x")
-    run = evaluate.load_run(result["run"])
-    source = data.read_rows(str(path), "input")
+    rows = files.read_rows(str(tmp_path / name), "input")
+    sets = labelling.label_sets(rows, "prediction", (), "|", "x")
+    run = trained.load_run(result["run"])
+    source = files.read_rows(str(path), "input")
     found = run.predict([{"Question": r["Question"]} for r in source])
     assert [f["labels"] for f in found] == sets and len(found) == told["rows"] == 60
     logits = np.array([f["logits"] for f in found])
@@ -183,7 +186,7 @@ def test_predictions_round_trip(done, tmp_path, name):
     shares = np.array([[float(r[f"probability_{n}"]) for n in NAMES] for r in rows])
     lines = np.array(run.decision.platt)
     np.testing.assert_allclose(shares, 1 / (1 + np.exp(-(logits * lines[:, 0] + lines[:, 1]))), atol=1e-9)
-    known = data.encode_label_sets(data.label_sets(source, "tags", (), "|", "x"), run.labels, "x")
+    known = labelling.encode_label_sets(labelling.label_sets(source, "tags", (), "|", "x"), run.labels, "x")
     want = metrics.multilabel(logits.astype(np.float32), known, run.decision.thresholds)
     assert told["metrics"] == pytest.approx(want, abs=1e-4) and told["undecided"] != told["metrics"]
 
@@ -233,10 +236,10 @@ def test_a_damaged_decision_is_not_trusted(done, tmp_path):
     run = Path(shutil.copytree(done[0]["run"], tmp_path / "run"))
     for text in ('{"task": 1}', "", (run / "decision.json").read_text().replace('"classes": 3', '"classes": 2')):
         (run / "decision.json").write_text(text)
-        with pytest.raises(checkpoint.Untrusted, match="decision.json"):
-            evaluate.load_run(run)
+        with pytest.raises(Untrusted, match="decision.json"):
+            trained.load_run(run)
     (run / "decision.json").unlink()
-    assert evaluate.load_run(run).decision is None
+    assert trained.load_run(run).decision is None
 
 
 def test_ranks_and_micro_batches_do_not_matter(small_base, tmp_path):
@@ -287,7 +290,7 @@ def test_the_preset_has_the_published_values():
         "optimizer": "adamw8bit", "keep": 0, "seed": 1,
     }  # fmt: skip
     assert {name: getattr(cfg, name) for name in want} == want
-    configs.check(cfg)
+    checks.check(cfg)
 
 
 # ---- ensembles ------------------------------------------------------------------------------------------------------
@@ -304,7 +307,7 @@ def three(small_base, tmp_path_factory) -> tuple[list[str], Path]:
 
 def predicted(flags: list[str], target: Path) -> tuple[dict, np.ndarray]:
     told = infer.main([*flags, "--output", str(target), "--submission", ""])
-    rows = data.read_rows(str(target), "input")
+    rows = files.read_rows(str(target), "input")
     return told, np.array([[float(r[f"probability_{n}"]) for n in NAMES] for r in rows])
 
 
@@ -312,13 +315,13 @@ def predicted(flags: list[str], target: Path) -> tuple[dict, np.ndarray]:
 def test_an_ensemble_is_that_of_its_members_logits(three, tmp_path, how):
     runs, path = three
     told, shares = predicted(["--runs", *runs, "--input", str(path), "--ensemble", how], tmp_path / "o.jsonl")
-    rows = data.read_rows(str(path), "input")
-    logits = [evaluate.load_run(r).logits(rows)[0] for r in runs]
-    cfg, labels = evaluate.run_facts(Path(runs[0]))
-    known = [evaluate.validation_rows(Path(r), cfg, labels) for r in runs]
-    weights = decide.fit_weights([k[2] for k in known], known[0][1], "multi_label") if how == "weighted" else None
-    z = decide.ensemble(logits, how, weights, "multi_label").astype(np.float32)
-    both = decide.ensemble([k[2] for k in known], how, weights, "multi_label")
+    rows = files.read_rows(str(path), "input")
+    logits = [trained.load_run(r).logits(rows)[0] for r in runs]
+    cfg, labels = trained.run_facts(Path(runs[0]))
+    known = [trained.validation_rows(Path(r), cfg, labels) for r in runs]
+    weights = ensemble.fit_weights([k[2] for k in known], known[0][1], "multi_label") if how == "weighted" else None
+    z = ensemble.ensemble(logits, how, weights, "multi_label").astype(np.float32)
+    both = ensemble.ensemble([k[2] for k in known], how, weights, "multi_label")
     plain, fitted = decide.plain("multi_label", 3), decide.fit_decision("multi_label", both, known[0][1], "global")
     np.testing.assert_allclose(shares, decide.calibrated(z, plain if how == "rank" else fitted), atol=1e-6)
     assert told["rows"] == 80
@@ -327,7 +330,7 @@ def test_an_ensemble_is_that_of_its_members_logits(three, tmp_path, how):
 def test_a_csv_of_another_system_is_a_member(three, tmp_path):
     runs, path = three
     alone, shares = predicted(["--runs", runs[1], "--input", str(path)], tmp_path / "one.jsonl")
-    z = evaluate.load_run(runs[1]).logits(data.read_rows(str(path), "input"))[0].astype(np.float64)
+    z = trained.load_run(runs[1]).logits(files.read_rows(str(path), "input"))[0].astype(np.float64)
     for name, values in (("logit", z), ("probability", 1 / (1 + np.exp(-z)))):
         with open(tmp_path / "other.csv", "w", encoding="utf-8", newline="") as f:
             writer = csv.writer(f)
@@ -335,7 +338,7 @@ def test_a_csv_of_another_system_is_a_member(three, tmp_path):
             writer.writerows([i, *map(repr, map(float, row))] for i, row in reversed(list(enumerate(values))))
         members = ["--runs", runs[0], str(tmp_path / "other.csv"), "--input", str(path)]
         _, got = predicted(members, tmp_path / "o.jsonl")
-        first = evaluate.load_run(runs[0]).logits(data.read_rows(str(path), "input"))[0]
+        first = trained.load_run(runs[0]).logits(files.read_rows(str(path), "input"))[0]
         np.testing.assert_allclose(got, 1 / (1 + np.exp(-(first + z) / 2)), atol=1e-5)
         with pytest.raises(UserError, match="not validated on the same rows"):
             infer.main([*members, "--ensemble", "weighted"])

@@ -16,16 +16,19 @@ from test_resume import wait_for
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import bases
 import checkpoint
 import configs
 import corpus
 import cpt
 import data
 import ddp
-import evaluate
+import files
+import language
 import model as models
 import prompts
-from configs import UserError
+from errors import UserError
+from packed import pack
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -45,7 +48,7 @@ def template(name: str) -> str:
 
 def chatty(jinja: str):
     """The tokenizer of tiny/base with a chat template and the added tokens of several families."""
-    tokenizer = data.load_tokenizer(str(ROOT / "tiny/base"))
+    tokenizer = bases.load_tokenizer(str(ROOT / "tiny/base"))
     tokenizer.add_special_tokens({"bos_token": WORDS[0], "additional_special_tokens": WORDS[1:]})
     tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.chat_template = jinja
@@ -62,7 +65,7 @@ def prefixed(tokenizer):
 
 
 def encoded(tokenizer, rows: list[dict], chat: bool = True, system: str = "", max_length: int = 10**6) -> data.Tokens:
-    rows = [{k: data._text(v) for k, v in row.items()} for row in rows]
+    rows = [{k: files._text(v) for k, v in row.items()} for row in rows]
     names = [f"row {i + 1}" for i in range(len(rows))]
     pieces, spans = corpus.pair_pieces(rows, names, "--train_data", tokenizer, "{prompt}", chat, system)
     return data.encode(tokenizer, pieces, max_length, spans)[0]
@@ -86,7 +89,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 def base(tmp_path_factory) -> str:
     """A random Qwen2 with large enough weights that training moves it, and a tokenizer with Qwen2.5's template."""
     folder = tmp_path_factory.mktemp("pairs_base")
-    tokenizer = data.load_tokenizer(str(ROOT / "tiny/base"))
+    tokenizer = bases.load_tokenizer(str(ROOT / "tiny/base"))
     tokenizer.chat_template = template("qwen2_5")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -127,7 +130,7 @@ def pair_flags(base: str, path: Path, out: Path, **changes) -> list[str]:
 @pytest.mark.parametrize("chat", ["no", "yes"])
 def test_tokens_loss_and_training_are_those_of_trl(base, rows, tmp_path, chat):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    tokenizer = data.load_tokenizer(base)
+    tokenizer = bases.load_tokenizer(base)
     flags = pair_flags(
         base, write_jsonl(tmp_path / "pairs.jsonl", rows), tmp_path, chat=chat, batch_size=99,
         max_tokens=9999, epochs=5, schedule="constant", warmup_ratio=0, weight_decay=0, grad_clip=0,
@@ -251,7 +254,7 @@ def test_ids_and_answers_with_the_real_tokenizer(shared):
     """Qwen2.5's own, with its published template: ids are its own, answers end with <|im_end|>."""
     if not (shared / "tokenizers/qwen2.5").is_dir():
         pytest.skip("no real tokenizer")
-    tokenizer = data.load_tokenizer(str(shared / "tokenizers/qwen2.5"))
+    tokenizer = bases.load_tokenizer(str(shared / "tokenizers/qwen2.5"))
     tokenizer.chat_template = template("qwen2_5")
     rng = random.Random(0)
     words = ["é", "数学", "\\frac{a}{b}", " the", "\n\n", "x²", "12345", "😀", "  ", "nai\u0308ve", "\t"]
@@ -304,13 +307,13 @@ def test_what_is_too_long_loses_its_longest_field_and_a_cut_answer_has_no_end(ch
 
 @pytest.fixture(scope="module")
 def lm(base):
-    return models.load_language_model(base, CPU, torch.float32).eval()
+    return language.load_language_model(base, CPU, torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
 def both(base, rows) -> dict[str, tuple[data.Tokens, np.ndarray]]:
     """Rows of pairs and segments of documents, and for each the first indices of what it was cut from."""
-    tokenizer = data.load_tokenizer(base)
+    tokenizer = bases.load_tokenizer(base)
     documents, _ = data.encode(tokenizer, [[(True, r["prompt"] * (1 + i % 4))] for i, r in enumerate(rows)], 10**6)
     documents = corpus._ended(documents, data.end_of_text(tokenizer))
     sizes = np.array([len(r["prompt"].encode()) * (1 + i % 4) for i, r in enumerate(rows)])
@@ -329,11 +332,11 @@ def plain(base):
 
 def losses_of(lm, tokens: data.Tokens, chosen: np.ndarray) -> torch.Tensor:
     """(P,) the loss of each target of a packed row."""
-    batch = data.pack(tokens, chosen, CPU, predict=True)
+    batch = pack(tokens, chosen, CPU, predict=True)
     with torch.no_grad():
-        logits = models.vocabulary_head(lm)(models.hidden_states(lm.base_model, batch)[batch.targets - 1])
+        logits = language.vocabulary_head(lm)(models.hidden_states(lm.base_model, batch)[batch.targets - 1])
         found = torch.nn.functional.cross_entropy(logits, batch.input_ids[batch.targets], reduction="none")
-        assert evaluate.next_token_loss(lm, batch) == pytest.approx(float(found.sum()), rel=1e-5)
+        assert language.next_token_loss(lm, batch) == pytest.approx(float(found.sum()), rel=1e-5)
     return found
 
 
@@ -370,7 +373,7 @@ def test_every_token_is_learned_once_an_epoch_on_any_number_of_ranks(both, kind,
     for step in data.plan_epoch(tokens.lengths, 5, 64, max(2, world), seed=3, epoch=1):
         for rank in range(world):
             for j in range(rank, len(step), world):
-                batch = data.pack(tokens, step[j], CPU, predict=True)
+                batch = pack(tokens, step[j], CPU, predict=True)
                 owner = np.repeat(step[j], batch.lengths)
                 targets = batch.targets.numpy()
                 places = tokens.starts[owner[targets]] + batch.position_ids.numpy()[targets]
@@ -384,7 +387,7 @@ def test_every_token_is_learned_once_an_epoch_on_any_number_of_ranks(both, kind,
 @pytest.mark.parametrize("bos", [False, True])
 def test_perplexity_and_bits_per_byte_are_those_of_a_plain_loop(lm, plain, base, tmp_path, bos):
     """A first token that is text is not predicted, so its bytes do not count; BOS is no text."""
-    tokenizer = data.load_tokenizer(base)
+    tokenizer = bases.load_tokenizer(base)
     texts = [f"The sum of {i} and {i * i} is {i + i * i}, as é says. " * (1 + i % 3) for i in range(12)]
     if bos:
         tokenizer.bos_token = "<|im_start|>"
@@ -403,7 +406,7 @@ def test_perplexity_and_bits_per_byte_are_those_of_a_plain_loop(lm, plain, base,
             nats += float(plain(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
         size += len(text.encode()) - (0 if bos else len(tokenizer.decode(ids[0, :1]).encode()))
-    scores = evaluate.language_scores(lm, tokens, ALONE, "fp32", 9999)
+    scores = language.language_scores(lm, tokens, ALONE, "fp32", 9999)
     want = {"loss": nats / count, "perplexity": np.exp(nats / count), "bits_per_byte": nats / np.log(2) / size}
     assert scores == pytest.approx(want, rel=1e-5)
 
@@ -487,7 +490,7 @@ def test_nf4_adapter_on_two_ranks_and_resumed_is_the_same_to_the_bit_and_its_exp
     plain = AutoModelForCausalLM.from_pretrained(base).state_dict()
     moved = {n for n, t in merged.state_dict().items() if not torch.equal(t.bfloat16(), plain[n].bfloat16())}
     assert {n.split(".")[-2] for n in moved} == linears and len(moved) == 2 * 7
-    assert data.load_tokenizer(str(tmp_path / "merged")).chat_template
+    assert bases.load_tokenizer(str(tmp_path / "merged")).chat_template
 
 
 def test_presets_are_the_published_recipes():

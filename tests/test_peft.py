@@ -25,14 +25,20 @@ import torch
 import transformers
 from conftest import ROOT
 
+import bases
 import checkpoint
 import configs
 import data
 import ddp
 import evaluate
+import foreign
+import labelling
 import lora
 import model as models
-from configs import UserError
+import peft_format
+import trained
+from errors import Degenerate, Untrusted, UserError
+from packed import pack
 
 CPU = torch.device("cpu")
 WORLD = ddp.World(0, 1, CPU)
@@ -258,7 +264,7 @@ def in_peft(model, task, **words):
 
 def ours_on(folder, task, adapter):
     model = models.load_classifier(
-        folder, CLASSES, CPU, torch.float32, models.stored_pooling(folder), words=WORDS if task == "CAUSAL_LM" else ()
+        folder, CLASSES, CPU, torch.float32, bases.stored_pooling(folder), words=WORDS if task == "CAUSAL_LM" else ()
     )
     models.add_adapter(model, adapter)
     return model.eval()
@@ -275,7 +281,7 @@ def alone(model, task):
 
 @torch.no_grad()
 def packed(model):
-    return model(data.pack(data.join_tokens(ROWS), np.arange(len(ROWS)), CPU))
+    return model(pack(data.join_tokens(ROWS), np.arange(len(ROWS)), CPU))
 
 
 def equal_and_moved(model, want):
@@ -304,10 +310,10 @@ def test_an_adapter_saved_by_peft_gives_the_logits_of_peft(task, family, name, t
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs.save_pretrained(tmp_path)
-    adapter = lora.read_adapter_config(json.loads((tmp_path / "adapter_config.json").read_text()))
+    adapter = peft_format.read_adapter_config(json.loads((tmp_path / "adapter_config.json").read_text()))
     ours = ours_on(folder, task, adapter)
     tensors = checkpoint.load_tensors(tmp_path / "adapter_model.safetensors")
-    report = lora.load_adapter_state(ours, tensors)
+    report = peft_format.load_adapter_state(ours, tensors)
     assert report.startswith(f"{sum(not bookkeeping(k) for k in tensors)} tensors matched"), report
     equal_and_moved(ours, alone(theirs, task))
     live = packed(ours)
@@ -329,8 +335,8 @@ def test_an_adapter_written_here_gives_its_logits_in_peft(task, family, name, ti
     if task == "CAUSAL_LM":
         with lora.disable(ours):
             assert torch.equal(packed(ours), start)
-    state = lora.adapter_state(ours)
-    checkpoint.save_json(tmp_path / "adapter_config.json", lora.adapter_config(ours.adapter))
+    state = peft_format.adapter_state(ours)
+    checkpoint.save_json(tmp_path / "adapter_config.json", peft_format.adapter_config(ours.adapter))
     checkpoint.save_tensors(tmp_path / "adapter_model.safetensors", state)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -367,14 +373,14 @@ def test_a_save_of_ours_loads_through_the_auto_class_of_peft(family, small_base,
         sizes = {**SIZES, "vocab_size": len(tokenizer)}
         masked = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, max_position_embeddings=40))
         scramble(masked, 0.1).save_pretrained(folder)
-    labels = data.Labels(("a", "b", "c"), ("a", "b", "c"))
+    labels = labelling.Labels(("a", "b", "c"), ("a", "b", "c"))
     cfg = configs.TrainConfig(
         base=folder, pooling="last" if family == "Qwen2" else "cls", rank=RANK, alpha=ALPHA, targets=("all-linear",)
     )
-    ours = scramble(evaluate.new_classifier(cfg, labels, tokenizer, CPU, "fp32").eval(), 0.1, trained_only=True)
+    ours = scramble(trained.new_classifier(cfg, labels, tokenizer, CPU, "fp32").eval(), 0.1, trained_only=True)
     assert ours.adapter.saved == (("score",) if family == "Qwen2" else ("classifier", "bert.pooler"))
     (tmp_path / "save").mkdir()
-    evaluate.write_classifier(tmp_path / "save", ours, tokenizer, labels)
+    trained.write_classifier(tmp_path / "save", ours, tokenizer, labels)
     auto = peft.AutoPeftModelForSequenceClassification
     theirs = auto.from_pretrained(tmp_path / "save", num_labels=CLASSES).eval()
     equal_and_moved(ours, alone(theirs, "SEQ_CLS"))
@@ -388,12 +394,12 @@ def test_configs_of_older_and_of_half_precision_adapters(base, tmp_path):
     about = json.loads((tmp_path / "adapter_config.json").read_text())
     oldest = "peft_type task_type base_model_name_or_path inference_mode r lora_alpha lora_dropout target_modules bias"
     old = {k: about[k] for k in [*oldest.split(), "fan_in_fan_out", "modules_to_save", "init_lora_weights"]}
-    assert len(old) < len(about) - 10 and lora.read_adapter_config(old) == lora.read_adapter_config(about)
+    assert len(old) < len(about) - 10 and peft_format.read_adapter_config(old) == peft_format.read_adapter_config(about)
     tensors = checkpoint.load_tensors(tmp_path / "adapter_model.safetensors")
     half = {k: t.bfloat16() for k, t in tensors.items()}
-    ours = [ours_on(folder, "SEQ_CLS", lora.read_adapter_config(old)) for _ in range(2)]
-    lora.load_adapter_state(ours[0], half)
-    lora.load_adapter_state(ours[1], {k: t.float() for k, t in half.items()})
+    ours = [ours_on(folder, "SEQ_CLS", peft_format.read_adapter_config(old)) for _ in range(2)]
+    peft_format.load_adapter_state(ours[0], half)
+    peft_format.load_adapter_state(ours[1], {k: t.float() for k, t in half.items()})
     assert torch.equal(packed(ours[0]), packed(ours[1]))
     assert {p.dtype for p in ours[0].parameters()} == {torch.float32}
 
@@ -404,8 +410,8 @@ def test_ways_to_begin_that_leave_the_base_alone_are_read(start, base, tmp_path)
     scramble(theirs, 0.2, trained_only=True).save_pretrained(tmp_path)
     about = json.loads((tmp_path / "adapter_config.json").read_text())
     assert about["init_lora_weights"] == start
-    ours = ours_on(base("Llama"), "SEQ_CLS", lora.read_adapter_config(about))
-    lora.load_adapter_state(ours, checkpoint.load_tensors(tmp_path / "adapter_model.safetensors"))
+    ours = ours_on(base("Llama"), "SEQ_CLS", peft_format.read_adapter_config(about))
+    peft_format.load_adapter_state(ours, checkpoint.load_tensors(tmp_path / "adapter_model.safetensors"))
     equal_and_moved(ours, alone(theirs, "SEQ_CLS"))
 
 
@@ -417,12 +423,12 @@ def test_layers_pattern_may_be_any_regex_as_in_peft(pattern, found, base):
     names = [f"model.layers.{i}.self_attn.q_proj" for i in found]
     if found:
         assert in_peft(copy.deepcopy(model), "SEQ_CLS", **words).base_model.targeted_module_names == names
-        assert lora.find_targets(model, lora.read_adapter_config({"peft_type": "LORA", **words})) == names
+        assert lora.find_targets(model, peft_format.read_adapter_config({"peft_type": "LORA", **words})) == names
     else:
         with pytest.raises(ValueError, match="No modules were targeted|not found in the base model"):
             in_peft(copy.deepcopy(model), "SEQ_CLS", **words)
         with pytest.raises(ValueError, match="the targets leave no module to adapt"):
-            lora.find_targets(model, lora.read_adapter_config({"peft_type": "LORA", **words}))
+            lora.find_targets(model, peft_format.read_adapter_config({"peft_type": "LORA", **words}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -457,7 +463,7 @@ def test_logits_and_gradients_equal_those_of_peft_bit_for_bit(case, dropout, bas
     scramble(ours, 0.2, trained_only=True)
     named = {n.replace(".default", "").replace(".modules_to_save", ""): p for n, p in theirs.named_parameters()}
     named = {n: p for n, p in named.items() if p.requires_grad and ".original_module." not in n}
-    state = lora.adapter_state(ours)
+    state = peft_format.adapter_state(ours)
     assert named.keys() == state.keys()
     for key, p in named.items():
         p.data.copy_(state[key])
@@ -471,7 +477,7 @@ def test_logits_and_gradients_equal_those_of_peft_bit_for_bit(case, dropout, bas
     assert torch.equal(*logits)
     for name, p in ours.named_parameters():
         if p.requires_grad:
-            want = named[lora.PEFT_PREFIX + name].grad
+            want = named[peft_format.PEFT_PREFIX + name].grad
             assert want.any() and torch.equal(p.grad, want), name
         else:
             assert p.grad is None, name
@@ -516,7 +522,7 @@ def test_updates_of_tied_weights_are_two_and_live_equals_merged_and_reloaded(how
         changes[name] = float((logits(model) - live).abs().max())
         part.enabled = True
     assert min(changes.values()) > 1e-2, changes  # each of the two updates counts
-    lora.load_adapter_state(again, lora.adapter_state(model))
+    peft_format.load_adapter_state(again, peft_format.adapter_state(model))
     assert torch.equal(logits(again), live)
     want = {"embedding": tied + embedding.delta(), "head": tied + head.delta()}
     assert lora.merge(model) == 2 + LAYERS
@@ -617,7 +623,7 @@ def bounded(megabytes=600, seconds=60):
 def look(base, adapter, **flags):
     """What infer.py does with the headers, before any weight is loaded."""
     with bounded():
-        return evaluate.given_model(configs.InferConfig(base=str(base), adapter=str(adapter), **flags))
+        return foreign.given_model(configs.InferConfig(base=str(base), adapter=str(adapter), **flags))
 
 
 def one_line(error):
@@ -637,11 +643,11 @@ def test_the_good_adapter_is_good(good, small_base, hollow):
     """So that what follows is refused for its one fault: it loads, moves the logits, and needs weights to do so."""
     given = look(small_base, good)
     assert given.labels.names == ("0", "1", "2")
-    run, report = evaluate.load_given(given, WORLD)
+    run, report = foreign.load_given(given, WORLD)
     assert "9 tensors matched (4 lora_A, 4 lora_B, 1 whole tensors) on 2 q_proj, 2 v_proj" in report
     assert evaluate.probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3
     with pytest.raises(UserError, match="its weights cannot be loaded"):
-        evaluate.load_given(look(hollow, good), WORLD)
+        foreign.load_given(look(hollow, good), WORLD)
 
 
 UNSUPPORTED = {
@@ -910,11 +916,11 @@ def written(content):
 
 
 SEEN = {
-    **{f"bytes: {k}": (spoiled_bytes(v), checkpoint.Untrusted, NOT_SAFE) for k, v in BYTES.items()},
+    **{f"bytes: {k}": (spoiled_bytes(v), Untrusted, NOT_SAFE) for k, v in BYTES.items()},
     **{f"tensors: {k}": (spoiled_tensors(v), UserError, words) for k, (v, words) in TENSORS.items()},
     "tensors: 100,000 more": (spoiled_bytes(crowd), UserError, FIT + r"100000 unexpected tensors \(x.0, x.1, x.10, "),
     **{f"files: {k}": (v, UserError, words) for k, (v, words) in PLACES.items()},
-    **{f"config: {k}": (written(v), checkpoint.Untrusted, words) for k, (v, words) in TEXTS.items()},
+    **{f"config: {k}": (written(v), Untrusted, words) for k, (v, words) in TEXTS.items()},
     **{f"values: {k}": (spoiled_values(v), UserError, words) for k, (v, words) in VALUES.items()},
 }
 
@@ -960,7 +966,7 @@ def cast(dtype):
     return spoiled_tensors(lambda tensors: tensors | {A0: tensors[A0].to(dtype)})
 
 
-DAMAGED = checkpoint.Untrusted
+DAMAGED = Untrusted
 ZERO = "every update is zero; the adapter was never trained"
 LOADED = {  # in values only: what spoils the good adapter, the error, its words
     "int64": (cast(torch.int64), DAMAGED, rf"{A0} has dtype torch.int64, expected floating point"),
@@ -973,8 +979,8 @@ LOADED = {  # in values only: what spoils the good adapter, the error, its words
     "finite in fp64 alone": (spoiled_tensors(lambda t: t | {A0: t[A0].double() * 1e300}), DAMAGED, "not finite"),
     "every B zero": (times(0, "lora_B"), DAMAGED, ZERO),
     "every A zero": (times(0, "lora_A"), DAMAGED, ZERO),
-    "too small to matter": (times(1e-30, "lora_B"), evaluate.Degenerate, "does not move the logits"),
-    "finite with a product that is not": (times(1e25, "lora_"), evaluate.Degenerate, "scores that are not finite"),
+    "too small to matter": (times(1e-30, "lora_B"), Degenerate, "does not move the logits"),
+    "finite with a product that is not": (times(1e25, "lora_"), Degenerate, "scores that are not finite"),
 }
 
 
@@ -985,7 +991,7 @@ def test_hostile_values_are_refused_once_they_are_loaded(case, adapter, small_ba
     spoil(adapter)
     given = look(small_base, adapter)
     with pytest.raises(error, match=words) as e, bounded():
-        evaluate.preflight(evaluate.load_given(given, WORLD)[0], ASKED, None, 4096)
+        evaluate.preflight(foreign.load_given(given, WORLD)[0], ASKED, None, 4096)
     one_line(e)
 
 
@@ -1026,12 +1032,12 @@ def test_an_adapter_without_a_head_is_not_given_a_random_one(small_base, tmp_pat
     """A CAUSAL_LM adapter on a bare LM scores words; a linear head is nowhere, and nothing is made up."""
     write_with_peft(small_base, tmp_path, peft.LoraConfig(**{**LORA, "task_type": "CAUSAL_LM"}))
     words = {"head": "label_words", "label_names": ("yes", "no")}
-    run, _ = evaluate.load_given(look(small_base, tmp_path, **words), WORLD)
+    run, _ = foreign.load_given(look(small_base, tmp_path, **words), WORLD)
     assert evaluate.probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3
     with pytest.raises(
         UserError, match=r"1 tensors of the head \(score.weight\) are neither in the base nor in the"
     ) as e:
-        evaluate.load_given(look(small_base, tmp_path, label_names=("yes", "no")), WORLD)
+        foreign.load_given(look(small_base, tmp_path, label_names=("yes", "no")), WORLD)
     one_line(e)
     with pytest.raises(UserError, match="the classes are not known: name them with --label_names"):
         look(small_base, tmp_path)
@@ -1074,7 +1080,7 @@ def test_a_pickle_beside_the_weights_is_ignored(adapter, small_base, tmp_path):
     mark = tmp_path / "the pickle was loaded"
     for name in ("adapter_model.bin", "training_args.bin", "optimizer.pt", "pytorch_model.bin"):
         torch.save(Trap(mark), adapter / name)
-    run, _ = evaluate.load_given(look(small_base, adapter), WORLD)
+    run, _ = foreign.load_given(look(small_base, adapter), WORLD)
     assert evaluate.probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3 and not mark.exists()
     torch.load(adapter / "adapter_model.bin", weights_only=False)
     assert mark.exists()  # the trap works
@@ -1163,11 +1169,13 @@ def test_the_real_qwen_adapter_loads_on_its_shape_and_moves_the_logits(shared, b
     """All of its 96 tensors: A and B of q and v in 24 layers. It has no head, so label words are read."""
     base = of_shape(big, "Qwen2", True, **QWEN)
     given = look(base, shared / MATH, head="label_words", label_names=("yes", "no"))
-    run, report = evaluate.load_given(given, WORLD)
+    run, report = foreign.load_given(given, WORLD)
     assert "96 tensors matched (48 lora_A, 48 lora_B) on 24 q_proj, 24 v_proj" in report and "zero" not in report
     assert "the adapter was trained on Qwen/Qwen2.5-0.5B, not on" in report
     tensors = checkpoint.load_tensors(shared / MATH / WEIGHTS)
-    assert len(tensors) == 96 and all(torch.equal(t, tensors[k]) for k, t in lora.adapter_state(run.model).items())
+    assert len(tensors) == 96 and all(
+        torch.equal(t, tensors[k]) for k, t in peft_format.adapter_state(run.model).items()
+    )
     assert evaluate.probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3
 
 
@@ -1197,9 +1205,9 @@ def test_the_real_roberta_adapter_brings_its_head(shared, big):
     base = of_shape(big, "Roberta", True, **ROBERTA)
     given = look(base, shared / FOUR)
     assert given.labels.names == ("0", "1", "2", "3") and given.config.pooling == "cls"
-    run, report = evaluate.load_given(given, WORLD)
+    run, report = foreign.load_given(given, WORLD)
     tensors = checkpoint.load_tensors(shared / FOUR / WEIGHTS)
-    state = lora.adapter_state(run.model)
+    state = peft_format.adapter_state(run.model)
     assert f"{len(tensors)} tensors matched (36 lora_A, 36 lora_B, 4 whole tensors)" in report
     assert state.keys() == tensors.keys() and all(torch.equal(t.float(), state[k]) for k, t in tensors.items())
     assert {k for k in tensors if "classifier" in k} == {
@@ -1215,7 +1223,7 @@ def test_the_real_roberta_adapter_brings_its_head(shared, big):
 
 def test_the_real_truncated_adapter_is_refused_in_one_line(shared, hollow, tmp_path, command):
     """As a user meets it: status 3, no traceback, and what to do."""
-    with pytest.raises(checkpoint.Untrusted, match=NOT_SAFE) as e:
+    with pytest.raises(Untrusted, match=NOT_SAFE) as e:
         look(hollow, shared / CUT)
     one_line(e)
     rows = tmp_path / "rows.csv"

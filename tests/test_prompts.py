@@ -13,9 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
+import bases
 import data
+import files
 import prompts
-from prompts import PROMPTS, Prompt, as_text, digest, parse_answer
+from answer_parser import parse_answer
+from prompts import PROMPTS, Prompt, as_text, digest
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = settings(max_examples=200, deadline=None, derandomize=True)
@@ -59,7 +62,7 @@ def jinja(name: str) -> str | None:
 
 @functools.cache
 def loaded(folder: str, bos: bool):
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = bases.load_tokenizer(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": WORDS})
     tokenizer.bos_token = tokenizer.eos_token
     if bos:  # written before every text, as Llama's tokenizer does
@@ -638,8 +641,8 @@ def test_time_is_linear(text):
 
 def test_no_text_of_questions_and_posts_is_taken_for_an_answer(shared):
     """Of real solutions and posts, none of which answers anything, few give a score, and these begin with yes or no."""
-    rows = data.read_rows(str(shared / "data/math_verification/train.jsonl"), "train_data")[:600]
+    rows = files.read_rows(str(shared / "data/math_verification/train.jsonl"), "train_data")[:600]
     scored = [row["solution"] for row in rows if parse_answer(row["solution"], TRUTH)[0] is not None]
     assert len(scored) < 0.03 * len(rows)
-    rows = data.read_rows(str(shared / "data/reddit_rules/train.csv"), "train_data")[:600]
+    rows = files.read_rows(str(shared / "data/reddit_rules/train.csv"), "train_data")[:600]
     assert sum(parse_answer(row["body"], RULES)[0] is not None for row in rows) < 0.08 * len(rows)

@@ -24,15 +24,20 @@ from test_resume import same, wait_for
 from torch import nn
 
 import checkpoint
+import checks
+import cli
 import configs
 import data
-import evaluate
+import files
 import infer
 import lora
 import model as models
+import numerics
 import optim
 import train
-from configs import UserError
+import trained
+from errors import Untrusted, UserError
+from packed import pack
 
 bnb = pytest.importorskip("bitsandbytes")
 pytestmark = forks
@@ -117,7 +122,7 @@ def dequantized(folder, kind="qwen2"):
 def batch_of(lengths=(9, 1, 17, 4)):
     generator = np.random.default_rng(0)
     rows = [generator.integers(3, 61, n).tolist() for n in lengths]
-    return data.pack(data.join_tokens(rows), np.arange(len(rows)), CPU)
+    return pack(data.join_tokens(rows), np.arange(len(rows)), CPU)
 
 
 def near(got, want, share=ROUNDING):
@@ -358,7 +363,7 @@ def done(tmp_path_factory, toy) -> Path:
 
 
 def rows_of(run: Path) -> list[dict[str, str]]:
-    return data.read_rows(str(run.parents[3] / "val.csv"), "input")
+    return files.read_rows(str(run.parents[3] / "val.csv"), "input")
 
 
 def test_a_run_is_saved_reloaded_and_predicts_as_it_did(done, tmp_path):
@@ -366,7 +371,7 @@ def test_a_run_is_saved_reloaded_and_predicts_as_it_did(done, tmp_path):
     keys = checkpoint.load_tensors(done / "best/adapter_model.safetensors").keys()
     names = {f"base_model.model.{n}.lora_{ab}.weight" for n in QWEN for ab in "AB"}
     assert keys == names | {"base_model.model.score.weight"}
-    run = evaluate.load_run(done)
+    run = trained.load_run(done)
     assert quantized(run.model).keys() == {f"{n}.base_layer" for n in QWEN}
     logits, _ = run.logits(rows_of(done), 256)  # the token budget of training: the same micro-batches
     lines = (done / "val_predictions.csv").read_text().splitlines()[1:]
@@ -412,7 +417,7 @@ def test_half_precision_trains_fp32_masters_on_nf4(tmp_path, toy, precision):
     run = Path(train.main(toy_flags(tmp_path, toy, **LONG, precision=precision))["run"])
     saved = checkpoint.load_tensors(run / "last/adapter_model.safetensors")
     assert all(t.dtype == torch.float32 and t.isfinite().all() and t.any() for t in saved.values())
-    logits, _ = evaluate.load_run(run, precision=precision).logits(rows_of(run), 256)
+    logits, _ = trained.load_run(run, precision=precision).logits(rows_of(run), 256)
     lines = (run / "val_predictions.csv").read_text().splitlines()[1:]
     assert [[float(x) for x in line.split(",")[-8:]] for line in lines] == logits.astype(float).tolist()
 
@@ -430,7 +435,7 @@ def test_trained_biases_stay_fp32_masters_in_half_precision(tmp_path, toy, preci
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
         moved = t - started[plain]
         assert moved.abs().max() > 0
-        assert not torch.equal(t, t.to(models.DTYPES[precision]).float()), f"{name} was rounded to {precision}"
+        assert not torch.equal(t, t.to(numerics.DTYPES[precision]).float()), f"{name} was rounded to {precision}"
 
 
 def load_state(folder: str) -> dict[str, torch.Tensor]:
@@ -440,9 +445,9 @@ def load_state(folder: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_forward_pass_leaves_trained_biases_as_they_are(base, precision):
     """Products may run in half precision; what is trained stays an fp32 master, bit for bit."""
-    model = adapted(load(base("qwen2"), compute=models.DTYPES[precision]), "all")
+    model = adapted(load(base("qwen2"), compute=numerics.DTYPES[precision]), "all")
     before = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("bias")}
-    with models.autocast(CPU, precision):
+    with numerics.autocast(CPU, precision):
         model(batch_of())
     for name, p in model.named_parameters():
         if name in before:
@@ -456,7 +461,7 @@ def test_merge_is_refused_with_the_way_out(done, tmp_path, toy):
     with pytest.raises(UserError, match=r"--merge with --quant nf4: quantized weights take no update"):
         infer.main([*given, f"--input={done.parents[3] / 'val.csv'}"])
     with pytest.raises(ValueError, match="is quantized .*merge into the 16-bit base"):
-        lora.merge(evaluate.load_run(done).model)
+        lora.merge(trained.load_run(done).model)
 
 
 @pytest.mark.parametrize("way", ["run", "adapter"])
@@ -474,7 +479,7 @@ def test_export_merges_into_the_16_bit_base_and_tells_the_drift(done, tmp_path, 
         ids = [tokenizer(r["Question"], truncation=True, max_length=64, return_tensors="pt") for r in rows]
         got, want = (np.array([m(**i).logits[0].tolist() for i in ids]) for m in (exported, merged))
     np.testing.assert_allclose(got, want, atol=1e-5)
-    live, _ = evaluate.load_run(done).logits(rows)
+    live, _ = trained.load_run(done).logits(rows)
     assert result["rows"] == 16 and result["drift"] > 1e-3
     assert result["drift"] == pytest.approx(np.abs(got - live).max(), abs=1e-5)
     assert f"logits of 16 rows moved by at most {result['drift']:.2g}" in capsys.readouterr().out
@@ -484,7 +489,7 @@ def test_export_merges_into_the_16_bit_base_and_tells_the_drift(done, tmp_path, 
 def test_a_run_can_be_read_unquantized_and_the_adapter_is_the_same(done):
     """quant="none" takes the 16-bit base; only the base's rounding lies between the two."""
     rows = rows_of(done)
-    (nf4, _), (plain, _) = (evaluate.load_run(done, quant=q).logits(rows) for q in ("", "none"))
+    (nf4, _), (plain, _) = (trained.load_run(done, quant=q).logits(rows) for q in ("", "none"))
     assert 1e-3 < np.abs(nf4 - plain).max() < 0.2 * np.abs(plain).max()
 
 
@@ -494,17 +499,17 @@ def test_a_swapped_base_is_refused_under_nf4(tmp_path, toy, change):
     folder = tmp_path / "base"
     shutil.copytree(toy, folder)
     run = train.main(toy_flags(tmp_path, str(folder), **NF4, max_steps=2, eval_every=2))["run"]
-    evaluate.load_run(run)
+    trained.load_run(run)
     tensors, generator = load_state(toy), torch.Generator().manual_seed(3)
     if change == "other weights":
         tensors = {n: torch.randn(t.shape, generator=generator) * 0.02 for n, t in tensors.items()}
     else:
         tensors["model.layers.1.mlp.up_proj.weight"] *= 1.01
     checkpoint.save_tensors(folder / "model.safetensors", tensors)
-    with pytest.raises(checkpoint.Untrusted, match="is not the one this run was trained on"):
-        evaluate.load_run(run)
+    with pytest.raises(Untrusted, match="is not the one this run was trained on"):
+        trained.load_run(run)
     os.remove(Path(run) / "result.json")
-    with pytest.raises(checkpoint.Untrusted, match="is not the one this run was trained on"):
+    with pytest.raises(Untrusted, match="is not the one this run was trained on"):
         train.main(["--resume", run])
 
 
@@ -557,12 +562,10 @@ def test_nothing_else_needs_bitsandbytes(tmp_path, toy):
 
 def test_qwen32b_is_a_valid_preset():
     cfg = replace(configs.qwen32b(), train_data="x.csv")
-    configs.check(cfg)
+    checks.check(cfg)
     assert (cfg.quant, cfg.base, cfg.bias) == ("nf4", "Qwen/Qwen2.5-32B", "all")
-    cfg, given = configs.parse(
-        configs.TrainConfig, configs.TRAIN_PRESETS, ["--cfg", "qwen32b", "--train_data", "x.csv"]
-    )
-    configs.check(cfg, given)
+    cfg, given = cli.parse(configs.TrainConfig, configs.TRAIN_PRESETS, ["--cfg", "qwen32b", "--train_data", "x.csv"])
+    checks.check(cfg, given)
 
 
 # ---- optimizers -----------------------------------------------------------------------------------------------------
@@ -659,7 +662,7 @@ def test_state_goes_round_and_goes_on_bit_for_bit(kind, tmp_path):
 @pytest.mark.parametrize("kind", ("adamw", *KIND))
 def test_state_of_other_shapes_is_refused(kind):
     tensors = checkpoint.optimizer_tensors(stepped(kind, parameters(65)))
-    with pytest.raises(checkpoint.Untrusted, match=r"optimizer state 0\.0\.\w+ is \(.*\), expected \("):
+    with pytest.raises(Untrusted, match=r"optimizer state 0\.0\.\w+ is \(.*\), expected \("):
         checkpoint.load_optimizer_tensors(stepped(kind, parameters(64), 0), tensors)
 
 
@@ -668,7 +671,7 @@ def test_state_of_another_optimizer_is_refused(saved, now):
     tensors = checkpoint.optimizer_tensors(stepped(saved, parameters()))
     if {saved, now} == {"adamw8bit", "paged_adamw8bit"}:
         pytest.skip("the same state")
-    with pytest.raises(checkpoint.Untrusted, match="optimizer state"):
+    with pytest.raises(Untrusted, match="optimizer state"):
         checkpoint.load_optimizer_tensors(stepped(now, parameters(), 0), tensors)
 
 

@@ -6,6 +6,8 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import checks
+import cli
 import configs
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,8 +27,8 @@ def test_commands_parse(command):
     words = shlex.split(command, comments=True)
     script = next(w for w in words if w.endswith(".py"))
     words = words[words.index(script) + 1 :]
-    cfg, given = configs.parse(*ENTRY[script], ["--runs", *words] if script == "report.py" else words)
-    configs.check(cfg, given)
+    cfg, given = cli.parse(*ENTRY[script], ["--runs", *words] if script == "report.py" else words)
+    checks.check(cfg, given)
 
 
 def test_every_file_and_preset_is_named():

@@ -19,16 +19,21 @@ from test_multilabel import flags_of, write_rows
 
 pytest.importorskip("matplotlib", reason="reports are drawn with matplotlib: pip install matplotlib")
 
+import bootstrap  # noqa: E402
 import checkpoint  # noqa: E402
+import checks  # noqa: E402
+import cli  # noqa: E402
 import configs  # noqa: E402
-import data  # noqa: E402
 import ddp  # noqa: E402
 import decide  # noqa: E402
-import evaluate  # noqa: E402
+import labelling  # noqa: E402
 import metrics  # noqa: E402
+import predictions  # noqa: E402
 import report  # noqa: E402
 import train  # noqa: E402
-from configs import TrainConfig, UserError  # noqa: E402
+import trained  # noqa: E402
+from configs import TrainConfig  # noqa: E402
+from errors import Untrusted, UserError  # noqa: E402
 from splits import Split  # noqa: E402
 
 pytestmark = forks
@@ -82,20 +87,20 @@ def runs(tmp_path_factory, small_base) -> dict[str, Path]:
 def made(folder: Path, task: str, targets, logits, values=(), texts=None, decision=False, **changes) -> Path:
     """A finished run of given targets and logits, with the files that train.py leaves."""
     folder.mkdir(parents=True)
-    labels = data.Labels(tuple(values), tuple(values)) if values else data.Labels((), ("label",))
+    labels = labelling.Labels(tuple(values), tuple(values)) if values else labelling.Labels((), ("label",))
     texts = texts or [f"text {i}" + "!" * (i % 40) for i in range(len(targets))]
     ids = changes.pop("ids", [f"r{i}" for i in range(len(targets))])
-    answers = [json.dumps(a) if isinstance(a, list) else a for a in data.answers(task, targets, labels)]
+    answers = [json.dumps(a) if isinstance(a, list) else a for a in labelling.answers(task, targets, labels)]
     with open(folder / "rows.csv", "w", encoding="utf-8", newline="") as f:
         csv.writer(f).writerows([["id", "Question", "label"], *zip(ids, texts, answers, strict=True)])
     path = str(folder / "rows.csv")
     own = {"train_data": path, "val_data": path, "task": task, "label_names": tuple(values)}
-    cfg = TrainConfig(**{**own, "metric": configs.METRICS[task][0], **changes})
-    (folder / "config.json").write_text(configs.to_json(cfg), encoding="utf-8")
+    cfg = TrainConfig(**{**own, "metric": checks.METRICS[task][0], **changes})
+    (folder / "config.json").write_text(cli.to_json(cfg), encoding="utf-8")
     (folder / "labels.json").write_text(json.dumps({"values": labels.values, "names": labels.names}))
-    train.write_predictions(folder / "val_predictions.csv", Split([], ids, targets), task, logits, labels)
+    predictions.write_predictions(folder / "val_predictions.csv", Split([], ids, targets), task, logits, labels)
     if decision:
-        fitted = decide.fit_decision(task, logits, targets, evaluate.threshold_kind(cfg))
+        fitted = decide.fit_decision(task, logits, targets, trained.threshold_kind(cfg))
         (folder / "decision.json").write_text(fitted.to_json())
     (folder / "result.json").write_text("{}")
     return folder
@@ -177,7 +182,7 @@ def test_a_report_of_each_task(runs, name, tmp_path):
     result = json.loads((runs[name] / "result.json").read_text())
     assert {k: round(v, 6) for k, v in found["metrics"].items()} == result["metrics"]
     assert f"{result['majority']:.4f}" in page.text and str(runs[name]) in page.text
-    cfg, labels = evaluate.run_facts(runs[name])
+    cfg, labels = trained.run_facts(runs[name])
     assert all(label in page.text for label in labels.names) or cfg.task == "regression"
     assert f"on {result['metrics']['rows']} rows" in page.text and '"lora_dropout": 0.0' in page.text
     if name == "family":
@@ -201,7 +206,7 @@ def test_intervals_are_those_of_metrics(tmp_path):
         targets, logits = drawn(task, 90, classes, 3)
         run = made(tmp_path / f"{task}{classes}", task, targets, logits, names(classes) if classes > 1 else ())
         found = told(run, "--samples", 150, "--seed", 5)
-        want = metrics.intervals(task, logits, targets, list(found["metrics"]), samples=150, seed=5)
+        want = bootstrap.intervals(task, logits, targets, list(found["metrics"]), samples=150, seed=5)
         want = {name: span for name, span in want.items() if name not in ("rows", "ece")}
         assert found["intervals"].keys() == want.keys()
         for name, span in want.items():
@@ -256,7 +261,7 @@ def test_without_resamples_there_are_no_intervals(tmp_path):
 def test_runs_of_a_family_without_a_log_are_left_out_of_its_curves(runs, tmp_path):
     family = tmp_path / "family"
     shutil.copytree(runs["family"], family, ignore=shutil.ignore_patterns("best", "last", ".*", "report"))
-    first, second, third, fourth = (family / name for name in configs.members(evaluate.run_facts(family)[0]))
+    first, second, third, fourth = (family / name for name in configs.members(trained.run_facts(family)[0]))
     (first / "metrics.jsonl").unlink()
     (second / "metrics.jsonl").write_text("")
     (third / "metrics.jsonl").write_text('{"step": 1, "loss": null, "lr": 0.1}\n')
@@ -287,8 +292,8 @@ def test_texts_and_labels_stay_text(runs, tmp_path):
         assert label in page.text
     assert "False positives" in page.text and "False negatives" in page.text and "By group" in page.text
     shown = [text for text in HOSTILE[:7] if text in page.text]
-    cfg, labels = evaluate.run_facts(runs["two"])
-    ids, targets, logits = evaluate.validation_rows(runs["two"], cfg, labels)
+    cfg, labels = trained.run_facts(runs["two"])
+    ids, targets, logits = trained.validation_rows(runs["two"], cfg, labels)
     wrong = {int(i[1:]) % 8 for i in np.array(ids)[logits.argmax(axis=1) != targets]}
     assert len(wrong) > 2 and shown == [text for k, text in enumerate(HOSTILE[:7]) if k in wrong]
 
@@ -324,7 +329,7 @@ def test_a_real_browser_reads_it(runs, tmp_path):
         try:
             browser.get(Path(found["page"]).absolute().as_uri())
             assert browser.get_log("browser") == []
-            assert browser.title == "toy: " + evaluate.run_facts(runs["two"])[0].base
+            assert browser.title == "toy: " + trained.run_facts(runs["two"])[0].base
             images = browser.execute_script("return [...document.images].map(i => [i.complete, i.naturalWidth])")
             assert len(images) == len(found["pictures"]) and all(done and wide > 200 for done, wide in images)
             assert browser.execute_script("return document.scripts.length") == 0
@@ -405,7 +410,7 @@ def test_a_damaged_run_is_not_trusted(tmp_path, damage):
         (run / "val_predictions.csv").write_text(text.replace("logit_class 1", "logit_else"))
     else:
         (run / ("decision.json" if damage == "decision" else "result.json")).write_text("{")
-    with pytest.raises(checkpoint.Untrusted):
+    with pytest.raises(Untrusted):
         told(run)
 
 
@@ -453,9 +458,9 @@ def test_weighted_metrics_are_those_of_the_repeated_rows(task, classes, ties):
     targets, logits = drawn(task, 20, classes, 4)
     logits = np.round(logits) if ties else logits
     targets = (targets > 3).astype(float) if task == "regression" and ties else targets
-    predicted = evaluate.decided(task, None, logits)[0]
-    score = report.scorer(task, logits, targets, predicted, ranking=True)
-    weights = np.concatenate(list(report.resamples(20, 40, seed=1)))
+    predicted = trained.decided(task, None, logits)[0]
+    score = metrics.scorer(task, logits, targets, predicted, ranking=True)
+    weights = np.concatenate(list(bootstrap.resamples(20, 40, seed=1)))
     weights[0] = 1
     found = score(weights)
     for i, w in enumerate(weights.astype(int)):
@@ -478,14 +483,14 @@ def test_resamples_are_those_of_metrics_however_they_are_cut(monkeypatch):
     generator = np.random.default_rng(3)
     want = [np.bincount(generator.integers(17, size=17), minlength=17) for _ in range(23)]
     for block in (1, 17 * 5, 10**6):
-        monkeypatch.setattr(report, "BLOCK", block)
-        assert np.array_equal(np.concatenate(list(report.resamples(17, 23, 3))), want)
+        monkeypatch.setattr(bootstrap, "BLOCK", block)
+        assert np.array_equal(np.concatenate(list(bootstrap.resamples(17, 23, 3))), want)
 
 
 def test_mcnemar_is_scipys():
     stats = pytest.importorskip("scipy.stats")
     for only_a, only_b in [(0, 0), (0, 1), (3, 9), (12, 12), (0, 24), (12, 13), (25, 0), (40, 22), (700, 900)]:
-        p, test = report.mcnemar(only_a, only_b)
+        p, test = bootstrap.mcnemar(only_a, only_b)
         if only_a + only_b < 25:
             want = stats.binomtest(only_a, only_a + only_b, 0.5).pvalue if only_a + only_b else 1.0
             assert test == "exact binomial"
@@ -493,14 +498,14 @@ def test_mcnemar_is_scipys():
             chi = max(0, abs(only_a - only_b) - 1) ** 2 / (only_a + only_b)
             want = stats.chi2.sf(chi, 1)
             assert test.startswith("chi-square")
-        assert p == pytest.approx(want, rel=1e-9) and report.mcnemar(only_b, only_a)[0] == p
+        assert p == pytest.approx(want, rel=1e-9) and bootstrap.mcnemar(only_b, only_a)[0] == p
 
 
 def test_wilson_is_scipys():
     stats = pytest.importorskip("scipy.stats")
     for hits, rows in [(0, 5), (3, 7), (50, 50), (1, 1000)]:
         want = stats.binomtest(hits, rows).proportion_ci(method="wilson")
-        np.testing.assert_allclose(report.wilson(np.array([hits]), np.array([rows]))[:, 0], want, atol=1e-6)
+        np.testing.assert_allclose(bootstrap.wilson(np.array([hits]), np.array([rows]))[:, 0], want, atol=1e-6)
 
 
 def test_counts_above_thresholds_are_plain_counts():
@@ -579,14 +584,14 @@ def test_a_comparison_is_the_paired_bootstrap_done_by_hand(tmp_path, task, class
     if task == "regression":
         assert found["mcnemar"] == {} and "closer" in page.text
         return
-    right = [np.asarray(evaluate.decided(task, None, z)[0] == targets) for z in (x, y)]
+    right = [np.asarray(trained.decided(task, None, z)[0] == targets) for z in (x, y)]
     cases = {"rows": [r.all(axis=1) if r.ndim == 2 else r for r in right]}
     cases |= {"cells": [r.ravel() for r in right]} if task == "multi_label" else {}
     assert found["mcnemar"].keys() == cases.keys()
     for name, (one, two) in cases.items():
         counts = int((one & ~two).sum()), int((two & ~one).sum())
         assert [found["mcnemar"][name][k] for k in ("only_a", "only_b")] == [*counts]
-        assert found["mcnemar"][name]["p"] == report.mcnemar(*counts)[0]
+        assert found["mcnemar"][name]["p"] == bootstrap.mcnemar(*counts)[0]
     one, two = cases["rows"]
     for title, rows in (("Only A is right", one & ~two), ("Only B is right", two & ~one)):
         assert f"{title} ({rows.sum()}" in page.text
@@ -661,7 +666,7 @@ def test_verdicts():
     assert report.verdict("log_loss", 0.1, 0.05, 0.2) == "A is better by 0.1000 log loss (95% 0.0500 to 0.2000)."
     assert report.verdict("mse", -0.1, -0.3, -0.05) == "B is better by 0.1000 mse (95% 0.0500 to 0.3000)."
     assert report.verdict("accuracy", 0.01, -0.01, 0.03).startswith("No difference that these rows can show")
-    assert set(report.LOWER) < {m for known in configs.METRICS.values() for m in known}
+    assert set(metrics.LOWER) < {m for known in checks.METRICS.values() for m in known}
 
 
 def test_the_name_of_a_comparison_tells_b_from_a():

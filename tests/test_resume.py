@@ -13,9 +13,9 @@ import pytest
 from test_ddp import finish, forked, forks, log_of, run_of, shas, start, toy_flags, write_rows
 
 import checkpoint
-import evaluate
 import train
-from configs import UserError
+import trained
+from errors import UserError
 
 pytestmark = forks
 LONG = {"batch_size": 6, "epochs": 3, "save_every": 3, "eval_every": 5, "micro_batches": 2, "metric": "log_loss"}
@@ -143,9 +143,9 @@ def test_sigterm_to_one_of_two_ranks_saves_and_stops_both(whole, tmp_path, small
     status, out, err = forked(train.main, ["--resume", str(run), "--keep", "2"], tmp_path)
     assert status == 0 and f"resumed at step {stopped} of 30" in out, err
     same(run, whole)
-    with pytest.raises(checkpoint.NoRun, match="this run is finished"):
+    with pytest.raises(UserError, match="this run is finished"):
         train.main(["--resume", str(run)])
-    with pytest.raises(checkpoint.NoRun, match="no run folder"):
+    with pytest.raises(UserError, match="no run folder"):
         train.main(["--resume", str(tmp_path / "outputs")])
 
 
@@ -166,7 +166,7 @@ def test_whole_base_and_fp16_resume_too(tmp_path, small_base):
     assert log_of(run) == log_of(one) and shas(run, "model.safetensors") == shas(one, "model.safetensors")
     states = [checkpoint.load_json(r / "last/state.json") for r in (run, one)]
     assert states[0]["scaler"] == states[1]["scaler"] and states[0]["at"]["skipped"] == states[1]["at"]["skipped"]
-    assert evaluate.load_run(run).predict(["What is 2 + 2?"]) == evaluate.load_run(one).predict(["What is 2 + 2?"])
+    assert trained.load_run(run).predict(["What is 2 + 2?"]) == trained.load_run(one).predict(["What is 2 + 2?"])
 
 
 def test_a_run_whose_saves_are_all_corrupted_never_starts_afresh(whole, tmp_path, command):

@@ -9,22 +9,25 @@ import torch
 from test_ddp import forks, toy_flags
 from test_verify import write_pairs, write_rules
 
+import answer_parser
+import bases
 import cpt
 import data
-import evaluate
+import files
 import infer
 import metrics
 import optim
 import prompts
 import train
-from configs import UserError
+import trained
+from errors import Degenerate, UserError
 
 pytestmark = forks
 WORDS = ("False|false", "True|true")
 
 
 def rendered(base: str, name: str, rows: list[dict]) -> tuple[list[str], object]:
-    tokenizer = data.load_tokenizer(base)
+    tokenizer = bases.load_tokenizer(base)
     text = prompts.as_text(prompts.PROMPTS[name], tokenizer)
     return ["".join(piece for _, piece in prompts.render(text, row)) for row in rows], tokenizer
 
@@ -66,18 +69,18 @@ def test_scores_are_the_softmax_over_the_words_of_a_plain_forward(name, tied, qu
         torch.manual_seed(1)
         lm.lm_head.weight = torch.nn.Parameter(torch.randn_like(lm.lm_head.weight) * 0.1)
     lm.save_pretrained(base)
-    data.load_tokenizer(small_base).save_pretrained(base)
+    bases.load_tokenizer(small_base).save_pretrained(base)
     path = write_pairs(tmp_path / "p.jsonl", 20)
     flags = ["--base", base, "--prompt", name, "--head", "label_words", "--label_names", "False,True", "--force"]
     flags += ["--label_column", "is_correct", "--max_length", "1024", "--submission", "", "--input", str(path)]
     flags += ["--quant", quant]
     told = infer.main([*flags, "--output", str(tmp_path / "o.csv")])
-    rows = data.read_rows(str(path), "x")
+    rows = files.read_rows(str(path), "x")
     texts, tokenizer = rendered(base, name, rows)
     got = np.array(
         [
             [float(r[f"probability_{v}"]) for v in ("False", "True")]
-            for r in data.read_rows(str(tmp_path / "o.csv"), "x")
+            for r in files.read_rows(str(tmp_path / "o.csv"), "x")
         ]
     )
     np.testing.assert_allclose(got, plain_shares(base, tokenizer, texts, quant), atol=1e-5)
@@ -93,8 +96,8 @@ def test_a_prompt_trains_is_kept_with_its_hash_and_predicts(small_base, tmp_path
         head="label_words", label_column="is_correct", max_length=512, max_tokens=2048, batch_size=8, head_dropout=None,
     )  # fmt: skip
     told = train.main(flags)
-    cfg, labels = evaluate.run_facts(Path(told["run"]))
-    want = prompts.as_text(prompts.PROMPTS["verify_structured"], data.load_tokenizer(small_base))
+    cfg, labels = trained.run_facts(Path(told["run"]))
+    want = prompts.as_text(prompts.PROMPTS["verify_structured"], bases.load_tokenizer(small_base))
     assert (cfg.text, cfg.kept, cfg.label_words) == (want, ("question",), WORDS) and labels.values == ("False", "True")
     assert told["text_sha256"] == prompts.digest(want)
     found = infer.main(["--runs", told["run"], "--input", str(path), "--output", str(tmp_path / "o.csv"), "--force"])
@@ -115,7 +118,7 @@ def writer(small_base, tmp_path_factory) -> tuple[str, Path]:
     """A base that has learned to answer two questions right, one with a word that cannot be read."""
     folder = tmp_path_factory.mktemp("writer")
     path = write_pairs(folder / "p.jsonl", 24)
-    rows = data.read_rows(str(path), "x")
+    rows = files.read_rows(str(path), "x")
     texts, _ = rendered(small_base, "verify_plain", rows)
     answers = [
         " perhaps" if i % 8 == 7 else " True" if r["is_correct"] == "True" else " False" for i, r in enumerate(rows)
@@ -141,8 +144,8 @@ def answer_flags(base: str, path: Path, target: Path) -> list[str]:
 def test_answers_are_read_and_those_that_cannot_be_are_counted_and_left_empty(writer, tmp_path):
     base, path = writer
     told = infer.main([*answer_flags(base, path, tmp_path / "o.csv"), "--submission", ""])
-    rows, out = data.read_rows(str(path), "x"), data.read_rows(str(tmp_path / "o.csv"), "x")
-    bad = data.read_rows(str(tmp_path / "o.csv.malformed.csv"), "x")
+    rows, out = files.read_rows(str(path), "x"), files.read_rows(str(tmp_path / "o.csv"), "x")
+    bad = files.read_rows(str(tmp_path / "o.csv.malformed.csv"), "x")
     assert [r["id"] for r in out] == [r["id"] for r in rows] and 0 < told["malformed"] == len(bad) < 12
     empty = {r["id"] for r in out if r["prediction"] == "" and r["probability_True"] == ""}
     assert empty == {r["id"] for r in bad} and all(r["why"] and "answer" in r for r in bad)
@@ -157,23 +160,23 @@ def test_the_answers_are_those_of_transformers_generate(writer, tmp_path):
 
     base, path = writer
     infer.main([*answer_flags(base, path, tmp_path / "o.csv"), "--submission", "", "--batch_size", "5"])
-    texts, tokenizer = rendered(base, "verify_plain", data.read_rows(str(path), "x"))
+    texts, tokenizer = rendered(base, "verify_plain", files.read_rows(str(path), "x"))
     lm = AutoModelForCausalLM.from_pretrained(base).eval()
-    for text, row in zip(texts, data.read_rows(str(tmp_path / "o.csv"), "x"), strict=True):
+    for text, row in zip(texts, files.read_rows(str(tmp_path / "o.csv"), "x"), strict=True):
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         out = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0)
-        score, _ = prompts.parse_answer(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), WORDS)
+        score, _ = answer_parser.parse_answer(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), WORDS)
         assert row["probability_True"] == ("" if score is None else str(score))
 
 
 def test_a_model_that_answers_nothing_readable_is_stopped_at_the_first_batch(small_base, tmp_path):
     path = write_pairs(tmp_path / "p.jsonl", 20)
     flags = answer_flags(small_base, path, tmp_path / "o.csv")
-    with pytest.raises(evaluate.Degenerate, match="none of the first 8 answers can be read"):
+    with pytest.raises(Degenerate, match="none of the first 8 answers can be read"):
         infer.main(flags)
     assert not (tmp_path / "o.csv").exists()
     told = infer.main([*flags, "--force"])
-    assert told["malformed"] == 20 and len(data.read_rows(str(tmp_path / "o.csv"), "x")) == 20
+    assert told["malformed"] == 20 and len(files.read_rows(str(tmp_path / "o.csv"), "x")) == 20
 
 
 @pytest.mark.parametrize(
@@ -199,7 +202,7 @@ def test_what_generation_cannot_score_is_refused(small_base, tmp_path, change, w
 
 
 def test_kept_fields_are_cut_last_and_the_templates_words_never(small_base):
-    tokenizer = data.load_tokenizer(small_base)
+    tokenizer = bases.load_tokenizer(small_base)
     text, row = "Q: {question} S: {solution} Right?", {"question": "one two three " * 8, "solution": "four five " * 30}
     whole = len(tokenizer(f"Q: {row['question']} S: {row['solution']} Right?")["input_ids"])
     for limit in (whole, whole - 7, 60, 30, 12):
@@ -214,7 +217,7 @@ def test_kept_fields_are_cut_last_and_the_templates_words_never(small_base):
 
 
 def test_budgets_are_the_most_tokens_of_a_field(small_base):
-    tokenizer = data.load_tokenizer(small_base)
+    tokenizer = bases.load_tokenizer(small_base)
     rows = [{"a": "one two three " * n, "b": "four five " * n} for n in (1, 10, 40)]
     for budget in (3, 10, 50):
         tokens, report = data.tokenize(tokenizer, "A: {a} B: {b} C", rows, 512, budgets=(f"a={budget}",))
@@ -227,7 +230,7 @@ def test_budgets_are_the_most_tokens_of_a_field(small_base):
 
 def test_the_rules_preset_runs_on_a_small_base(small_base, tmp_path):
     """Its prompt, examples, groups and metric from the command line; columns named as the competition has them."""
-    rows = data.read_rows(str(write_rules(tmp_path / "few.csv", 48)), "x")
+    rows = files.read_rows(str(write_rules(tmp_path / "few.csv", 48)), "x")
     path = tmp_path / "rules.jsonl"
     named = [
         {"row_id": r["row_id"], "body": r["body"], "rule": r["rule"], "subreddit": "s",
@@ -251,4 +254,4 @@ def test_the_rules_preset_runs_on_a_small_base(small_base, tmp_path):
     assert told["train_rows"] > 36 and set(told["by_column"]) == {"ads", "law"} and "roc_auc" in told["mean_by_column"]
     out = tmp_path / "s.csv"
     infer.main(["--runs", told["run"], "--submission", "row_id,rule_violation", "--output", str(out), "--force"])
-    assert all(0 <= float(r["rule_violation"]) <= 1 for r in data.read_rows(str(out), "x"))
+    assert all(0 <= float(r["rule_violation"]) <= 1 for r in files.read_rows(str(out), "x"))

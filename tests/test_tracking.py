@@ -12,7 +12,7 @@ from test_resume import wait_for
 import configs
 import cpt
 import train
-from configs import UserError
+from errors import UserError
 
 pytestmark = forks
 

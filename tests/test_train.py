@@ -12,10 +12,11 @@ from test_ddp import forked, forks, log_of, toy_flags
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import checkpoint
-import evaluate
+import loop
 import optim
 import train
-from configs import UserError
+import trained
+from errors import UserError
 
 pytestmark = forks
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -103,7 +104,7 @@ def test_validation_predictions_are_those_of_the_loaded_run_bit_for_bit(done):
     assert list(rows[0]) == ["id", "label", "prediction", *(f"logit_{i}" for i in range(8))]
     assert [(r["id"], r["label"]) for r in rows] == [(v["id"], v["label"]) for v in val]
     saved = np.array([[float(r[f"logit_{i}"]) for i in range(8)] for r in rows], dtype=np.float32)
-    loaded = evaluate.load_run(run)
+    loaded = trained.load_run(run)
     live, _ = loaded.logits(val, max_tokens=256)
     assert np.array_equal(saved, live) and len(np.unique(saved, axis=0)) > 20
     assert [r["prediction"] for r in rows] == [str(z.argmax()) for z in saved]
@@ -133,7 +134,7 @@ def test_without_adapter_the_base_is_trained_saved_and_loads_in_transformers(tmp
     run = Path(train.main(flags)["run"])
     assert names(run / "best") == {"model.safetensors", "config.json", "manifest.json"} | TOKENIZER
     val = rows_of(tmp_path / "val.csv")
-    loaded = evaluate.load_run(run)
+    loaded = trained.load_run(run)
     live, _ = loaded.logits(val, max_tokens=256)
     theirs, info = AutoModelForSequenceClassification.from_pretrained(run / "best", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -143,7 +144,7 @@ def test_without_adapter_the_base_is_trained_saved_and_loads_in_transformers(tmp
         for row, logits in zip(val[:8], live, strict=False):
             ids = torch.tensor([tokenizer(row["Question"])["input_ids"][:64]])
             np.testing.assert_allclose(theirs(input_ids=ids).logits[0].numpy(), logits, atol=2e-6)
-    whole = evaluate.models.load_classifier(small_base, 8, torch.device("cpu"), torch.float32)
+    whole = trained.models.load_classifier(small_base, 8, torch.device("cpu"), torch.float32)
     before = whole.backbone.state_dict()
     after = checkpoint.load_tensors(run / "best/model.safetensors")
     changed = {n for n, t in before.items() if not torch.equal(t, after[f"model.{n}"])}
@@ -250,7 +251,7 @@ def test_a_failing_save_leaves_no_half_written_one(tmp_path, small_base, monkeyp
         return original(path, *args, **kwargs)
 
     monkeypatch.setattr(checkpoint, part, fail)
-    monkeypatch.setattr(train, "better", lambda *a: True)  # every evaluation saves best/
+    monkeypatch.setattr(loop, "better", lambda *a: True)  # every evaluation saves best/
     flags = toy_flags(tmp_path, small_base, eval_every=1, save_every=1, max_steps=5)
     with pytest.raises(OSError, match="No space"):
         train.main(flags)

@@ -15,16 +15,19 @@ import torch
 from test_ddp import ROOT, forked, forks, run_of, toy_flags
 
 import checkpoint
-import data
 import ddp
 import evaluate
+import files
+import foreign
 import infer
+import loop
 import losses
 import metrics
-import resume
 import splits
 import train
-from configs import TrainConfig, UserError
+import trained
+from configs import TrainConfig
+from errors import Degenerate, UserError
 
 pytestmark = forks
 SILENT = lambda *words: None  # noqa: E731
@@ -121,7 +124,7 @@ def test_a_chain_of_slices_has_the_books_of_one_run(slices):
     ]
     assert [r["run"] for r in table] == [r["run"] for r in runs]
     assert [r["metrics"] for r in table] == [r["metrics"] for r in runs]
-    parts = [data.read_rows(str(Path(r["run"]) / "split.csv"), "x") for r in runs]
+    parts = [files.read_rows(str(Path(r["run"]) / "split.csv"), "x") for r in runs]
     trained = [r["id"] for rows in parts for r in rows if r["part"] == "train"]
     cfg = cfg_of(path, balance=True)
     whole, judge, _ = splits.load_rows(cfg, SILENT)
@@ -163,8 +166,8 @@ def test_a_written_split_is_used_again(slices, tmp_path):
     told = train.main(
         toy_flags(tmp_path, base, train_data=path, split=split, train_start=16, train_stop=32, seed=5, **BINARY)
     )
-    theirs = data.read_rows(str(Path(runs[1]["run"]) / "split.csv"), "x")
-    assert data.read_rows(str(Path(told["run"]) / "split.csv"), "x") == theirs
+    theirs = files.read_rows(str(Path(runs[1]["run"]) / "split.csv"), "x")
+    assert files.read_rows(str(Path(told["run"]) / "split.csv"), "x") == theirs
     lines = path.read_text().splitlines()
     (tmp_path / "less.jsonl").write_text("\n".join(lines[10:]) + "\n")
     with pytest.raises(UserError, match="of its ids are not in --train_data"):
@@ -248,8 +251,8 @@ def test_rules_train_with_metrics_for_each_rule_and_predict_probabilities(tmp_pa
     )
     run = Path(told["run"])
     assert told["train_rows"] > 36 and set(told["by_column"]) == {"ads", "law"}
-    cfg, labels = evaluate.run_facts(run)
-    ids, targets, logits = evaluate.validation_rows(run, cfg, labels)
+    cfg, labels = trained.run_facts(run)
+    ids, targets, logits = trained.validation_rows(run, cfg, labels)
     rule = np.array([["ads", "law"][int(i) % 2] for i in ids])
     for name in ("ads", "law"):
         want = metrics.of_task("single_label", logits[rule == name], targets[rule == name])
@@ -269,11 +272,11 @@ def test_rules_train_with_metrics_for_each_rule_and_predict_probabilities(tmp_pa
         "rule",
     ]
     found = infer.main([*flags, "--force"])
-    rows = data.read_rows(str(target), "x")
+    rows = files.read_rows(str(target), "x")
     assert list(rows[0]) == ["row_id", "rule_violation"] and all(0 < float(r["rule_violation"]) < 1 for r in rows)
     assert len({r["rule_violation"] for r in rows}) > 24 and set(found["by_column"]) == {"ads", "law"}
     infer.main([*flags, "--force", "--answer", "label", "--overwrite"])
-    assert {r["rule_violation"] for r in data.read_rows(str(target), "x")} <= {"0", "1"}
+    assert {r["rule_violation"] for r in files.read_rows(str(target), "x")} <= {"0", "1"}
 
 
 # ---- pseudo-labels --------------------------------------------------------------------------------------------------
@@ -291,8 +294,8 @@ def test_soft_targets_are_torchs_and_hard_ones_are_a_special_case():
                 torch.testing.assert_close(one[0], many[0])
             assert float(one[1]) == pytest.approx(float(many[1]))
     for targets in (hard.numpy(), torch.eye(4)[hard].numpy()):
-        assert train.loss_weight("single_label", targets, weights.numpy()) == pytest.approx(float(weights[hard].sum()))
-        assert train.loss_weight("single_label", targets, None) == 7.0
+        assert losses.loss_weight("single_label", targets, weights.numpy()) == pytest.approx(float(weights[hard].sum()))
+        assert losses.loss_weight("single_label", targets, None) == 7.0
 
 
 def test_confident_predictions_become_rows(tmp_path, small_base):
@@ -330,9 +333,9 @@ def test_confident_predictions_become_rows(tmp_path, small_base):
 
 def test_preflight_stops_what_cannot_be_right_within_seconds(slices, tmp_path, monkeypatch):
     runs, path, base = slices
-    rows = data.read_rows(str(path), "x")
+    rows = files.read_rows(str(path), "x")
     known = np.arange(len(rows)) % 3 == 0
-    good = evaluate.load_run(runs[-1]["run"])
+    good = trained.load_run(runs[-1]["run"])
     assert "preflight of 16 rows: the adapter moves the logits" in evaluate.preflight(
         good, rows, known.astype(int), 4096
     )
@@ -341,18 +344,18 @@ def test_preflight_stops_what_cannot_be_right_within_seconds(slices, tmp_path, m
         "the model ignores its input": lambda run: run.model.score.weight.fill_(0.0),
     }
     for words, spoil in cases.items():
-        run = evaluate.load_run(runs[-1]["run"])
+        run = trained.load_run(runs[-1]["run"])
         with torch.no_grad():
             spoil(run)
         started = time.perf_counter()
-        with pytest.raises(evaluate.Degenerate, match=words):
+        with pytest.raises(Degenerate, match=words):
             evaluate.preflight(run, rows, None, 4096)
         assert time.perf_counter() - started < 10
-    run = evaluate.load_run(runs[-1]["run"])
+    run = trained.load_run(runs[-1]["run"])
     for name, tensor in run.model.named_parameters():
         if "lora_B" in name:
             tensor.data.zero_()
-    with pytest.raises(evaluate.Degenerate, match="the adapter does not move the logits"):
+    with pytest.raises(Degenerate, match="the adapter does not move the logits"):
         evaluate.preflight(run, rows, None, 4096)
 
 
@@ -366,7 +369,7 @@ def test_an_adapter_of_another_model_is_stopped_before_any_weight_is_loaded(tmp_
         ("", "Qwen/Qwen2.5-0.5B", False),
     ):
         named = type("Adapter", (), {"base": adapter})
-        assert bool(evaluate.foreign(named, base)) == wrong, (adapter, base)
+        assert bool(foreign.foreign(named, base)) == wrong, (adapter, base)
 
 
 # ---- time limits ----------------------------------------------------------------------------------------------------
@@ -397,10 +400,10 @@ def test_rows_that_are_not_reached_in_time_get_the_shares_of_the_training_rows(s
     infer.main([*flags, "--output", str(tmp_path / "all.csv")])
     ticks = iter(range(10**9))
     monkeypatch.setattr(evaluate.time, "perf_counter", lambda: float(next(ticks)))  # a second passes at every look
-    monkeypatch.setattr(resume, "process_seconds", lambda: 0.0)
+    monkeypatch.setattr(loop, "process_seconds", lambda: 0.0)
     told = infer.main([*flags, "--output", str(tmp_path / "some.csv"), "--time_limit", "16s"])
-    some, every = (data.read_rows(str(tmp_path / f"{n}.csv"), "x") for n in ("some", "all"))
-    left = [r["id"] for r in data.read_rows(str(tmp_path / "some.csv.unscored.csv"), "x")]
+    some, every = (files.read_rows(str(tmp_path / f"{n}.csv"), "x") for n in ("some", "all"))
+    left = [r["id"] for r in files.read_rows(str(tmp_path / "some.csv.unscored.csv"), "x")]
     assert 0 < len(left) == told["unscored"] < 90 == len(some) and [r["id"] for r in some] == [r["id"] for r in every]
     prior = json.loads((Path(runs[-1]["run"]) / "labels.json").read_text())["shares"]
     shares = prior  # as they are, not calibrated
@@ -421,7 +424,7 @@ def test_partial_gathering_keeps_what_came():
 
 @pytest.mark.parametrize("text, seconds", [("", 0), ("60s", 60), ("8.5h", 30600), ("90m", 5400), ("1h30m", 5400)])
 def test_durations(text, seconds):
-    from configs import seconds as read
+    from checks import seconds as read
 
     assert read(text) == seconds
 
@@ -442,7 +445,7 @@ def test_a_run_that_starts_from_another_does_so_after_a_kill_before_its_first_sa
         head_lr=1e-12, init_from=runs[0]["run"], **BINARY,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resume.Log, "write", lambda self, line: (_ for _ in ()).throw(KeyboardInterrupt("killed")))
+        patch.setattr(loop.Log, "write", lambda self, line: (_ for _ in ()).throw(KeyboardInterrupt("killed")))
         with pytest.raises(KeyboardInterrupt):
             train.main(flags)
     told = train.main([*flags, "--resume", "auto"])
@@ -474,15 +477,15 @@ def test_one_seed_is_that_seed(small_base, tmp_path):
     told = train.main(flags)
     alone = train.main(toy_flags(tmp_path, small_base, seed=5, audit="none"))
     assert list(told["runs"]) == ["seed_5"] and told["runs"]["seed_5"] == alone["metrics"]
-    assert evaluate.load_run(told["run"]).predict(["1 + 1"])
+    assert trained.load_run(told["run"]).predict(["1 + 1"])
 
 
 def test_a_limit_is_shared_by_the_runs_of_a_family(small_base, tmp_path, monkeypatch):
     asked = []
-    before = resume.Limit.__init__
-    monkeypatch.setattr(resume.Limit, "__init__", lambda s, end, *a: (asked.append(end), before(s, end, *a))[1])
+    before = loop.Limit.__init__
+    monkeypatch.setattr(loop.Limit, "__init__", lambda s, end, *a: (asked.append(end), before(s, end, *a))[1])
     train.main(toy_flags(tmp_path, small_base, val_data=None, folds=2, time_limit="2h", audit="none", max_steps=2))
-    now = resume.process_seconds()
+    now = loop.process_seconds()
     assert len(asked) == 2 and asked[0] - now == pytest.approx(3600 - now / 2, abs=120)
     assert asked[1] == pytest.approx(7200, abs=5)
 
@@ -492,7 +495,7 @@ def test_a_finished_fold_of_other_texts_is_not_taken(small_base, tmp_path):
     run = Path(train.main(flags)["run"])
     (run / "result.json").unlink()  # as if it had been killed before its end
     path = tmp_path / "train.csv"
-    rows = data.read_rows(str(path), "x")
+    rows = files.read_rows(str(path), "x")
     with open(path, "w", encoding="utf-8", newline="") as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
@@ -602,7 +605,7 @@ def test_two_rounds_as_a_user_runs_them(small_base, tmp_path):
     done = subprocess.run([*start, "--clean", str(clean), "--", *flags], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.strip().splitlines()[-1])
-    assert [r["round"] for r in told["rounds"]] in ([0], [0, 1]) and len(data.read_rows(told["output"], "x")) == 20
+    assert [r["round"] for r in told["rounds"]] in ([0], [0, 1]) and len(files.read_rows(told["output"], "x")) == 20
     for wrong, words in ((test, "no column is_correct"), (path, "some of its rows stand in")):
         done = subprocess.run([*start, "--clean", str(wrong), "--", *flags], capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
@@ -619,12 +622,12 @@ def test_a_regression_and_a_classifier_are_averaged_by_their_ranks(slices, small
     target = tmp_path / "both.csv"
     both = ["--runs", runs[-1]["run"], other, "--ensemble", "rank", "--input", str(path), "--submission", ""]
     infer.main([*both, "--output", str(target), "--force"])
-    rows = data.read_rows(str(path), "x")
-    z, out = (evaluate.load_run(r).logits(rows)[0] for r in (runs[-1]["run"], other))
+    rows = files.read_rows(str(path), "x")
+    z, out = (trained.load_run(r).logits(rows)[0] for r in (runs[-1]["run"], other))
     from scipy.stats import rankdata
 
     mean = (rankdata(z[:, 1] - z[:, 0]) + rankdata(out[:, 0])) / 2
-    got = np.array([float(r["probability_True"]) for r in data.read_rows(str(target), "x")])
+    got = np.array([float(r["probability_True"]) for r in files.read_rows(str(target), "x")])
     assert np.array_equal(rankdata(np.round(got, 9)), rankdata(np.round(mean, 6)))
     with pytest.raises(UserError, match="its task or labels are not those"):
         infer.main([*("mean_logit" if b == "rank" else b for b in both), "--output", str(target)])

@@ -1,4 +1,4 @@
-"""Where a run is, for train and cpt: its folder and state, how they are saved, and how a run goes on."""
+"""The training state and the step."""
 
 import json
 import os
@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import cli
 import configs
 import ddp
 import tracking
-from configs import UserError
+from errors import UserError
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Log:
 
     def __init__(self, run: Path, cfg, world: ddp.World, step: int):
         self.path = run / "metrics.jsonl"
-        self.tracker = tracking.Tracker(cfg.report, run, configs.to_json(cfg), step) if world.rank == 0 else None
+        self.tracker = tracking.Tracker(cfg.report, run, cli.to_json(cfg), step) if world.rank == 0 else None
 
     def write(self, line: dict) -> None:
         if self.tracker:
@@ -130,7 +131,7 @@ def run_to_resume(cfg, given: set[str], world: ddp.World):
     if not found:
         ddp.say(world, "--resume auto: no unfinished run of this base and dataset; a new one starts")
         return cfg, None
-    return configs.resumed(cfg, given, Path(found)), Path(found)
+    return cli.resumed(cfg, given, Path(found)), Path(found)
 
 
 def new_run(cfg, world: ddp.World, facts: dict[str, str], folder: Path | None = None) -> Path:
@@ -144,7 +145,7 @@ def new_run(cfg, world: ddp.World, facts: dict[str, str], folder: Path | None = 
         run.mkdir(exist_ok=True)
         environment = checkpoint.environment(torch.get_num_threads(), world.size, device_name(world))
         texts = {"environment.json": json.dumps(environment, indent=1) + "\n", **facts}
-        for name, text in {**texts, "config.json": configs.to_json(replace(cfg, resume=""))}.items():
+        for name, text in {**texts, "config.json": cli.to_json(replace(cfg, resume=""))}.items():
             checkpoint.write_atomic(run / name, text)
         return run
 
@@ -218,3 +219,9 @@ def peak_memory_gb(world: ddp.World) -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+def better(scores: dict[str, float], best: float | None, metric: str) -> bool:
+    """Whether an evaluation beats the best so far; losses and errors are the smaller the better."""
+    now = scores.get(metric, -1.0)  # pearson is absent while every output is the same
+    return best is None or (now < best if metric in ("log_loss", "hamming_loss", "mse", "rmse", "mae") else now > best)
