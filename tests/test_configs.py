@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,19 +14,20 @@ from hypothesis import strategies as st
 import checks
 import cli
 import configs
+import presets
 from configs import CptConfig, InferConfig, TrainConfig
 from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-ENTRIES = [(TrainConfig, configs.TRAIN_PRESETS), (InferConfig, {}), (CptConfig, configs.CPT_PRESETS)]
+ENTRIES = [(TrainConfig, presets.TRAIN_PRESETS), (InferConfig, {}), (CptConfig, presets.CPT_PRESETS)]
 
 
 def names(cls) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
-def parse(*argv, cls=TrainConfig, presets=configs.TRAIN_PRESETS):
-    return cli.parse(cls, presets, list(argv), "doc")
+def parse(*argv, cls=TrainConfig, named=presets.TRAIN_PRESETS):
+    return cli.parse(cls, named, list(argv), "doc")
 
 
 def refusal(*argv, **kwargs) -> str:
@@ -39,30 +41,128 @@ def refusal(*argv, **kwargs) -> str:
 
 
 @pytest.mark.parametrize("cls", [c for c, _ in ENTRIES])
-def test_every_field_has_a_comment_that_is_its_help(cls):
-    comments = cli.comments(cls)
-    assert list(comments) == names(cls)
-    assert all(len(text) > 8 for text in comments.values())
-    listed = cli.describe(cls, {})
-    for name, text in comments.items():
-        assert f"--{name} " in listed and text in listed
+def test_every_field_has_a_comment_that_is_its_help_and_a_topic(cls):
+    helps = cli.field_help(cls)
+    assert set(helps) == set(names(cls))
+    assert all(len(entry.text) > 8 and entry.topic for entry in helps.values())
+    listed = cli.describe(cls, {}, everything=True)
+    for name, entry in helps.items():
+        assert f"--{name} " in listed and entry.text in listed
+
+
+@pytest.mark.parametrize("cls", [c for c, _ in ENTRIES])
+def test_the_short_help_describes_the_first_fields_and_names_the_rest(cls):
+    first = cls.FIRST.split()
+    short = cli.describe(cls, {})
+    assert set(first) <= set(names(cls)) and len(first) <= 20
+    for name in names(cls):
+        assert (f"\n  --{name} " in short) == (name in first)
+        assert f"--{name}" in short
+
+
+def test_help_shows_the_values_of_the_preset():
+    text = cli.help_text(TrainConfig, presets.TRAIN_PRESETS, ["--cfg", "qwen3b", "--help"], "doc")
+    assert "[Qwen/Qwen2.5-3B]" in text and "[5e-05]" in text
 
 
 def test_python_configs_lists_every_field_and_preset():
     done = subprocess.run([sys.executable, "configs.py"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == ""
-    for cls, presets in ENTRIES:
+    for cls, named in ENTRIES:
         for name in names(cls):
             assert f"  --{name} " in done.stdout
-        for name in presets:
+        for name in named:
             assert f"\n  {name} " in done.stdout
 
 
-def test_train_help_lists_every_field_and_exits_0(command):
-    status, out, err = command("train.py", "--help")
-    assert status == 0, err
-    assert all(f"  --{name} " in out for name in names(TrainConfig))
-    assert all(f"\n  {name} " in out for name in configs.TRAIN_PRESETS)
+SCRIPTS = "train infer cpt generate folds ensemble slices report".split()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_and_typos_are_answered_without_torch(script):
+    """In a fraction of a second: nothing heavy is imported before the command line is known to be fine."""
+    code = (
+        "import runpy, sys\nsys.argv = sys.argv[1:]\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit:\n    print('heavy:', {'torch', 'transformers', 'numpy'} & set(sys.modules))\n    raise"
+    )
+    for flags, status in ((["--help"], 0), (["--help", "all"], 0), (["--no_such_flag", "1"], 2)):
+        line = [sys.executable, "-c", code, f"{script}.py", *flags]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == status and done.stdout.endswith("heavy: set()\n"), done.stderr
+    assert done.stderr.startswith("error: unknown flag --no_such_flag") and done.stderr.count("\n") == 1
+
+
+# ---- what moved to other commands -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cls, flag", [(cls, flag) for cls in (TrainConfig, InferConfig) for flag in cli.MOVED[cls.__name__]]
+)
+def test_a_flag_that_moved_is_named_with_its_new_command(cls, flag):
+    with pytest.raises(UserError, match=f"^--{flag} moved: python [a-z_/]+.py "):
+        cli.parse(cls, {}, [f"--{flag}", "1"])
+    script = re.search(r"python (\S+\.py)", cli.MOVED[cls.__name__][flag])[1]
+    assert (ROOT / script).is_file() and flag not in names(cls)
+
+
+def test_all_folds_and_several_runs_moved_too():
+    assert refusal("--folds", "5", "--val_data", "").startswith("--folds moved: python folds.py --folds 5")
+    assert "--runs a,b moved: python ensemble.py" in refusal("--runs", "a", "b", cls=InferConfig, named={})
+
+
+def test_a_config_from_before_the_move_loads_with_a_note(tmp_path):
+    """Fields that moved are left out; those that had an effect are named with what replaces them."""
+    old = json.loads(cli.to_json(presets.qwen3b()))
+    del old["soft_share"], old["soft_temperature"]
+    old |= {"fold": "all", "folds": 3, "seeds": ["1", "2"], "balance": False, "examples": [], "examples_column": "body"}
+    old |= {"train_start": 0, "train_stop": 0, "split": "", "pseudo_labels": "", "pseudo_min_confidence": 0.9}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert cli.read_config(TrainConfig, tmp_path) == dataclasses.replace(presets.qwen3b(), folds=3)
+    assert cli.moved_note(TrainConfig, tmp_path).endswith('seeds ["1", "2"]: python folds.py --seeds 1,2 ...')
+    (tmp_path / "config.json").write_text(json.dumps({**old, "seeds": [], "folds": 3, "fold": "2"}))
+    assert cli.read_config(TrainConfig, tmp_path).fold == 2 and cli.moved_note(TrainConfig, tmp_path) == ""
+
+
+# ---- what a flag needs ----------------------------------------------------------------------------------------------
+
+
+def given_by_hand(*argv, cls=TrainConfig, named=presets.TRAIN_PRESETS) -> str:
+    with pytest.raises(UserError) as e:
+        checks.check(*cli.parse(cls, named, list(argv)))
+    return str(e.value)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--rank", "0", "--alpha", "8"], "--alpha has no effect: it is used with --rank"),
+        (["--fold", "1"], "--fold has no effect: it is used with --folds"),
+        (["--val_size", "0.2"], "--val_size has no effect: it is used without --val_data"),
+        (["--head_lr", "1", "--head", "label_words"], "--head_lr has no effect: it is used without --head label_words"),
+        (["--cfg", "qwen15b_rules", "--text", "Post: {body}"], "--text has no effect: it is used without --prompt"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(flags, words):
+    assert words in given_by_hand(*flags)
+
+
+def test_a_preset_value_can_be_switched_off():
+    """What a rule judges is the value, not whether the flag was typed."""
+    cfg, by_hand = parse("--cfg", "qwen15b_rules", "--prompt", "", "--text", "Post: {body}")
+    checks.check(cfg, by_hand)
+
+
+@pytest.mark.parametrize("cls", [c for c, _ in ENTRIES])
+def test_every_rule_names_fields_that_exist(cls):
+    fields = set(names(cls))
+    for name, needs in checks.needs_of(cls).items():
+        assert name in fields and checks.in_words(needs)
+        assert {part.strip("!").partition("=")[0] for need in needs.split() for part in need.split("|")} <= fields
+    for message, test in checks.CLASHES[cls.__name__]:
+        test(cls())
+        if isinstance(message, str):
+            assert set(re.findall(r"\{(\w+)\}", message)) <= fields | {"problem"}
 
 
 # ---- presets --------------------------------------------------------------------------------------------------------
@@ -98,7 +198,7 @@ RECIPE = {  # the published recipe of the 3B and the choices beside it, as DESIG
 
 
 def test_qwen3b_is_the_published_recipe():
-    cfg = dataclasses.asdict(configs.TRAIN_PRESETS["qwen3b"]())
+    cfg = dataclasses.asdict(presets.TRAIN_PRESETS["qwen3b"]())
     assert {name: cfg[name] for name in RECIPE} == RECIPE
 
 
@@ -113,16 +213,16 @@ def test_qwen3b_is_the_published_recipe():
 )
 def test_same_recipe_on_other_bases(name, base):
     changed = {"base": base} | ({"quant": "nf4"} if name == "qwen32b" else {})
-    assert configs.TRAIN_PRESETS[name]() == dataclasses.replace(configs.qwen3b(), **changed)
+    assert presets.TRAIN_PRESETS[name]() == dataclasses.replace(presets.qwen3b(), **changed)
 
 
-@pytest.mark.parametrize("name", sorted(configs.TRAIN_PRESETS))
+@pytest.mark.parametrize("name", sorted(presets.TRAIN_PRESETS))
 def test_presets_are_complete_and_valid(name):
     checks.check(parse("--cfg", name)[0])
 
 
 def test_cpt_and_infer_defaults_are_valid():
-    checks.check(configs.cpt_tiny())
+    checks.check(presets.cpt_tiny())
     checks.check(InferConfig())
 
 
@@ -136,13 +236,13 @@ def test_a_flag_of_several_values_takes_them_apart_too():
 
 
 def test_the_default_is_tiny():
-    assert parse()[0] == configs.tiny()
-    assert parse("--cfg", "tiny")[0] == configs.tiny()
+    assert parse()[0] == presets.tiny()
+    assert parse("--cfg", "tiny")[0] == presets.tiny()
 
 
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        configs.tiny().lr = 1.0
+        presets.tiny().lr = 1.0
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -154,7 +254,7 @@ def test_flags_of_every_type():
         "false", "--rslora", "--text={a}={b}", "--train_layers", "-1",
     )  # fmt: skip
     expected = dataclasses.replace(
-        configs.qwen05b(), lr=1e-4, epochs=10, targets=("q_proj", "v_proj"), grad_checkpoint=False, rslora=True,
+        presets.qwen05b(), lr=1e-4, epochs=10, targets=("q_proj", "v_proj"), grad_checkpoint=False, rslora=True,
         text="{a}={b}", train_layers=-1,
     )  # fmt: skip
     assert cfg == expected
@@ -208,7 +308,7 @@ def test_a_value_of_the_wrong_type_names_flag_value_and_expectation(flag, value,
         (["--lr"], ["--lr has no value"]),
         (["--lr", "--epochs", "2"], ["--lr has no value"]),
         (["--lr", "1", "--lr", "2"], ["--lr is given twice"]),
-        (["train.csv"], ["'train.csv' stands alone"]),
+        (["train.csv"], ["'train.csv' is not a flag"]),
         (["--epoch", "1", "--lrr", "2", "x"], ["--epochs?", "--lr?"]),
     ],
 )
@@ -228,7 +328,7 @@ def test_every_contradiction_comes_in_one_message():
     for words in (
         "--bias all with --rank 0", "--warmup_steps 5 and --warmup_ratio 0.1", "--lr -1.0: expected a number above 0",
         "--epochs 0", "--max_tokens 100 is below --max_length 512", "--val_size 0.0 without --val_data",
-        '--text "no column"', "--metric macrof1", "did you mean macro_f1?", "a name stands twice",
+        "--text no column: expected a template", "--metric macrof1", "did you mean macro_f1?", "a name is duplicated",
         "--class_weights 1,-2", "--label_smoothing 1.0", "--train_data is empty",
         "--grad_clip -1.0: expected 0 or more",
     ):  # fmt: skip
@@ -242,7 +342,7 @@ def test_every_contradiction_comes_in_one_message():
         (["--targets", ""], "empty --targets"),
         (["--lr", "nan"], "--lr nan: expected a finite number"),
         (["--lr", "inf"], "--lr inf: expected a finite number"),
-        (["--val_size", "10.5"], "must be whole"),
+        (["--val_size", "10.5"], "expected a whole number of rows"),
         (["--seed", "-1"], "--seed -1: expected 0 or more"),
         (["--label_names", "one"], "at least 2 names"),
         (["--class_weights", "1,inf"], "--class_weights 1,inf"),
@@ -256,14 +356,14 @@ def test_single_contradictions(flags, words):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--submission", "a,b,c"], '--submission "a,b,c": expected two column names'),
+        (["--submission", "a,b,c"], "--submission a,b,c: expected two column names"),
         (["--submission", "a"], "expected two column names"),
         (["--output", "out.txt"], "--output out.txt"),
         (["--max_tokens", "0"], "--max_tokens 0"),
     ],
 )
 def test_infer_contradictions(flags, words):
-    assert words in refusal(*flags, cls=InferConfig, presets={})
+    assert words in refusal(*flags, cls=InferConfig, named={})
 
 
 # ---- config.json ----------------------------------------------------------------------------------------------------
@@ -285,7 +385,7 @@ VALUES = {
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_a_config_survives_its_json(tmp_path_factory, values):
     path = tmp_path_factory.getbasetemp() / "config.json"
-    cfg = dataclasses.replace(configs.qwen3b(), **values)
+    cfg = dataclasses.replace(presets.qwen3b(), **values)
     path.write_text(cli.to_json(cfg), encoding="utf-8")
     assert cli.read_config(TrainConfig, path) == cfg
 
@@ -300,10 +400,10 @@ def test_every_preset_survives_its_json(cls, presets, tmp_path):
 
 
 def test_cfg_takes_a_past_run_and_flags_on_top(tmp_path):
-    (tmp_path / "config.json").write_text(cli.to_json(configs.qwen3b()))
+    (tmp_path / "config.json").write_text(cli.to_json(presets.qwen3b()))
     for given_as in (tmp_path, tmp_path / "config.json"):
         cfg, by_hand = parse("--cfg", str(given_as), "--lr", "1e-3")
-        assert cfg == dataclasses.replace(configs.qwen3b(), lr=1e-3) and by_hand == {"lr"}
+        assert cfg == dataclasses.replace(presets.qwen3b(), lr=1e-3) and by_hand == {"lr"}
 
 
 @pytest.mark.parametrize(
@@ -338,7 +438,7 @@ def test_a_missing_config_json_is_named(tmp_path):
 
 
 def test_to_json_holds_every_field():
-    assert list(json.loads(cli.to_json(configs.tiny()))) == names(TrainConfig)
+    assert list(json.loads(cli.to_json(presets.tiny()))) == names(TrainConfig)
 
 
 # ---- data of the user's own -----------------------------------------------------------------------------------------
@@ -375,11 +475,11 @@ def test_dataset_name(path, expected):
 
 def test_warmup_given_by_hand_takes_the_presets_place():
     """The tiny presets have a warmup_ratio: --warmup_steps alone is no contradiction; both by hand are."""
-    for cls, presets in ((configs.TrainConfig, configs.TRAIN_PRESETS), (configs.CptConfig, configs.CPT_PRESETS)):
-        cfg, by_hand = cli.parse(cls, presets, ["--warmup_steps", "5"])
+    for cls, named in ENTRIES[::2]:
+        cfg, by_hand = cli.parse(cls, named, ["--warmup_steps", "5"])
         assert (cfg.warmup_steps, cfg.warmup_ratio, by_hand) == (5, 0, {"warmup_steps"})
         checks.check(cfg, by_hand)
-        both, _ = cli.parse(cls, presets, ["--warmup_steps", "5", "--warmup_ratio", "0.1"])
+        both, _ = cli.parse(cls, named, ["--warmup_steps", "5", "--warmup_ratio", "0.1"])
         with pytest.raises(UserError, match="give one of the two"):
             checks.check(both)
 
@@ -387,4 +487,4 @@ def test_warmup_given_by_hand_takes_the_presets_place():
 @pytest.mark.parametrize("theirs, ours", [("--lerning_rate", "--lr"), ("--lora_r", "--rank"), ("--epoch", "--epochs")])
 def test_flags_of_other_tools_name_ours(theirs, ours):
     with pytest.raises(UserError, match=rf"unknown flag {theirs} \(did you mean {ours}\?\)"):
-        cli.parse(configs.TrainConfig, configs.TRAIN_PRESETS, [theirs, "1"])
+        cli.parse(configs.TrainConfig, presets.TRAIN_PRESETS, [theirs, "1"])
