@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import trusted, verify
-from errors import Untrusted
+from checkpoint import verify
+from errors import Untrusted, UserError
 
 EVENTS = ("fs_write", "fs_sync", "fs_rename", "fs_remove", "save_file")
 
@@ -29,6 +29,13 @@ def put(target, step: int, keep: int = 1) -> None:
         (folder / "tokenizer.json").write_text(f"words of step {step}")
 
     checkpoint.save(target, write, {"step": step, "base": {"hidden_size": 32}}, keep)
+
+
+def trusted(target):
+    """The folder of the newest save that verifies."""
+    save = checkpoint.trusted(target)
+    assert save is None or save.manifest == verify(save.folder)
+    return save and save.folder
 
 
 def step_of(folder) -> int | None:
@@ -395,9 +402,24 @@ def test_which_run_is_resumed_and_which_is_newest(tmp_path):
     (runs[9] / "config.json").unlink()  # killed before it could write it
     assert checkpoint.find_run("auto", out, "b", "d") == runs[8]
     assert checkpoint.find_run(str(runs[3]), out, "x", "y") == runs[3]
-    for wrong, words in ((runs[9], "no run folder"), (tmp_path / "none", "no run folder"), (runs[10], "finished")):
+    for wrong, words in (
+        (runs[9], "not a run folder"),
+        (tmp_path / "none", "not a run folder"),
+        (runs[10], "finished"),
+    ):
         with pytest.raises(ValueError, match=words):
             checkpoint.find_run(str(wrong), out, "b", "d")
+    for name, text in (("family.json", "{}"), ("config.json", '{"folds": 5, "fold": "all"}')):  # of now, and before
+        (runs[6] / name).write_text(text)
+        assert checkpoint.is_family(runs[6])
+        assert (
+            checkpoint.find_run("auto", out, "b", "d", family=True)
+            == runs[6]
+            != checkpoint.find_run("auto", out, "b", "d")
+        )
+        with pytest.raises(UserError, match="belongs to another command: python folds.py"):
+            checkpoint.find_run(str(runs[6]), out, "b", "d")
+        (runs[6] / "family.json").unlink(missing_ok=True)
     assert checkpoint.newest_finished(out, "labels.json") is None
     for i in (10, 2):
         (runs[i] / "result.json").write_text("{}")
