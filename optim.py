@@ -8,27 +8,24 @@ import torch
 
 
 def parameter_groups(named, lr: float, head_lr: float, weight_decay: float, heads=("score",)) -> list[dict]:
-    """Groups for AdamW from (name, parameter) pairs: head or body, decayed matrices or plain vectors.
+    """Groups for AdamW from (name, parameter) pairs: head or body, with weight decay (matrices) or without (vectors).
 
     heads: names of the head's modules. head_lr 0 means lr. Each group keeps its peak learning rate in `peak_lr`, for
     the schedule.
     """
-    groups: dict[tuple[str, bool], list] = {}
+    parts: dict[tuple[bool, bool], list] = {}
     for name, p in named:
         if p.requires_grad:
-            part = "head" if name.startswith(tuple(f"{h}." for h in heads)) else "body"
-            groups.setdefault((part, p.ndim >= 2), []).append(p)
-    peaks = {"body": lr, "head": head_lr or lr}
-    return [
-        {
-            "params": params,
-            "name": f"{part}{'' if decay else ' (no decay)'}",
-            "lr": peaks[part],
-            "peak_lr": peaks[part],
-            "weight_decay": weight_decay if decay else 0.0,
-        }
-        for (part, decay), params in groups.items()
-    ]
+            is_head = name.startswith(tuple(f"{head}." for head in heads))
+            parts.setdefault((is_head, p.ndim >= 2), []).append(p)
+    groups = []
+    for (is_head, is_matrix), params in parts.items():
+        peak = (head_lr or lr) if is_head else lr
+        name = "head" if is_head else "body"
+        decay = weight_decay if is_matrix else 0.0
+        name += "" if is_matrix else " (no decay)"
+        groups.append({"params": params, "name": name, "lr": peak, "peak_lr": peak, "weight_decay": decay})
+    return groups
 
 
 def adamw(groups: list[dict], kind: str = "adamw") -> torch.optim.Optimizer:
@@ -45,16 +42,20 @@ def adamw(groups: list[dict], kind: str = "adamw") -> torch.optim.Optimizer:
 
 def bitsandbytes():
     """The library, imported without the hub's CPU kernel that it would fetch and run where `kernels` is installed."""
-    before, log = sys.modules.get("kernels"), logging.getLogger("bitsandbytes")
-    sys.modules["kernels"], level = None, log.level
-    log.setLevel(logging.ERROR)  # it would say that the kernel is missing
+    before = sys.modules.get("kernels")
+    sys.modules["kernels"] = None
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it would warn that the kernel is missing
     try:
         import bitsandbytes
 
         return bitsandbytes
     finally:
         log.setLevel(level)
-        sys.modules.pop("kernels") if before is None else sys.modules.update(kernels=before)
+        del sys.modules["kernels"]
+        if before is not None:
+            sys.modules["kernels"] = before
 
 
 def loss_scaler(device: str, enabled: bool) -> torch.amp.GradScaler:
@@ -65,7 +66,7 @@ def loss_scaler(device: str, enabled: bool) -> torch.amp.GradScaler:
 
 
 def lr_factor(update: int, total: int, warmup: int, schedule: str) -> float:
-    """Share of the peak learning rate at optimizer update `update` (from 0) of `total`.
+    """Fraction of the peak learning rate at optimizer update `update` (from 0) of `total`.
 
     Linear warm-up over `warmup` updates that starts above zero, then cosine or linear decay to zero, or constant.
     """
@@ -87,10 +88,11 @@ def warmup_updates(total: int, warmup_steps: int, warmup_ratio: float) -> int:
 def step(optimizer, scaler, factor: float, grad_clip: float, riders: torch.Tensor) -> tuple[float, bool, list[float]]:
     """One optimizer step from gradients already summed over micro-batches and ranks.
 
-    factor: of the schedule; riders: numbers on the device that are read together with the norm, in the step's one host
-    read. Returns the gradient norm before clipping, whether the step was taken, and the riders. A step whose gradients
-    are not finite changes no parameter; with fp16 the scaler then lowers its scale.
+    factor: of the schedule; riders: numbers on the device that are read together with the norm, in the step's only
+    host read. Returns the gradient norm before clipping, whether the step was taken, and the riders. A step whose
+    gradients are not finite changes no parameter; with fp16 the scaler then lowers its scale.
     """
+    # The gradients are still scaled (fp16): their true norm decides whether the step is taken, and is clipped.
     params = [p for group in optimizer.param_groups for p in group["params"]]
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])

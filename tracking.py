@@ -1,4 +1,4 @@
-"""A run's log in TensorBoard or Weights & Biases, where they are installed; metrics.jsonl is there all the same."""
+"""A run's log in TensorBoard or Weights & Biases, if they are installed; metrics.jsonl is written in any case."""
 
 import hashlib
 import json
@@ -8,21 +8,23 @@ from pathlib import Path
 class Tracker:
     """Sends the lines of metrics.jsonl to each of the reports (tensorboard, wandb) too.
 
-    A resumed run goes on in the same curves: the steps after its last save, which it does again, take the place of the
-    old ones. step: the one it goes on from; config: its config as JSON.
+    A resumed run continues the same curves: steps after its last save, which are repeated, replace the old ones.
+    step: the step it continues from; config: its settings as JSON.
     """
 
     def __init__(self, reports: tuple[str, ...], run: Path, config: str, step: int):
-        makers = {"tensorboard": TensorBoard, "wandb": WandB}
-        self.sinks = [makers[name](run, config, step) for name in reports]
+        kinds = {"tensorboard": TensorBoard, "wandb": WandB}
+        self.sinks = [kinds[name](run, config, step) for name in reports]
 
     def log(self, line: dict) -> None:
-        """A step's numbers go to train/, those of a dict within the line under its own name (eval/)."""
-        numbers = {f"train/{k}": v for k, v in line.items() if k != "step"}
+        """The numbers of a step are named train/..., those of a dict within the line by its own name (eval/...)."""
+        values = {f"train/{name}": value for name, value in line.items() if name != "step"}
         for group, scores in line.items():
-            numbers |= {f"{group}/{k}": v for k, v in scores.items()} if isinstance(scores, dict) else {}
+            if isinstance(scores, dict):
+                values |= {f"{group}/{name}": value for name, value in scores.items()}
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         for sink in self.sinks:
-            sink.log({k: v for k, v in numbers.items() if isinstance(v, (int, float))}, line["step"])
+            sink.log(numbers, line["step"])
 
     def close(self) -> None:
         for sink in self.sinks:
@@ -47,18 +49,24 @@ class TensorBoard:
 
 
 class WandB:
-    """A W&B run in the project lasttoken, named and identified by the run's folder. What else W&B wants to know it
-    takes from its own environment: WANDB_MODE=offline, WANDB_PROJECT and so on.
+    """A W&B run in the project lasttoken, named and identified by the run's folder.
+
+    Everything else is W&B's own environment: WANDB_MODE=offline, WANDB_PROJECT and so on.
     """
 
     def __init__(self, run: Path, config: str, step: int):
         import wandb
 
-        name = "/".join(run.absolute().parts[-4:])
-        id = hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:16]
-        how = {"project": wandb.Settings().project or "lasttoken", "config": json.loads(config), "resume": "allow"}
-        self.run = wandb.init(name=name, id=id, dir=run, **how)
-        self.run.define_metric("*", step_metric="at")  # W&B's own step never goes back, a resumed run does
+        folder = run.absolute()
+        self.run = wandb.init(
+            project=wandb.Settings().project or "lasttoken",
+            name="/".join(folder.parts[-4:]),
+            id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
+            dir=run,
+            config=json.loads(config),
+            resume="allow",
+        )
+        self.run.define_metric("*", step_metric="at")  # W&B's own step never goes back, that of a resumed run does
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         self.run.log({**numbers, "at": step})
