@@ -101,17 +101,25 @@ NEEDS = {
         "text": "base|adapter !prompt",
         "label_words": "base|adapter head=label_words",
         "answer": "submission",
+        "runs": "!base !adapter",
     },
+}
+# Fields that have no meaning for a task: they must have their default.
+NO_MEANING = {
+    "regression": "label_smoothing class_weights head label_names label_columns label_delimiter pos_weight soft_share "
+    "soft_temperature",
+    "single_label": "label_columns label_delimiter pos_weight",
+    "multi_label": "class_weights",
 }
 
 
 def holds(cfg, need: str) -> bool:
-    """Whether a config meets one need, such as "rank", "!prompt" or "head=label_words"."""
+    """Whether a config meets one need, such as "rank", "!prompt", "head=label_words" or "base|adapter"."""
     if "|" in need:
         return any(holds(cfg, part) for part in need.split("|"))
     name, equals, value = need.removeprefix("!").partition("=")
     actual = getattr(cfg, name)
-    is_set = actual == value if equals else bool(actual)
+    is_set = str(actual) == value if equals else bool(actual)
     return is_set != need.startswith("!")
 
 
@@ -130,23 +138,9 @@ def needs_of(cls) -> dict[str, str]:
 
 
 # ---- what does not go together --------------------------------------------------------------------------------------
-# Rows of (message, test). {name} in a message is the value of a field. A row applies where the config has the fields.
+# Rows of (message, what must hold), written as a need; or (message, a function that is true where it does not).
+# {name} in a message is the value of a field.
 
-
-def meaningless(task: str, **defaults) -> list[tuple]:
-    """A row for each field that has no meaning for a task: it must have its default."""
-    return [
-        (
-            f"--{name} {{{name}}} has no meaning with --task {task}: leave it out",
-            lambda cfg, name=name, default=default: cfg.task == task and getattr(cfg, name) != default,
-        )
-        for name, default in defaults.items()
-    ]
-
-
-OF_CLASSES = {"label_smoothing": 0.0, "class_weights": "none", "head": "linear", "label_names": ()}
-OF_SETS = {"label_columns": (), "label_delimiter": "|", "pos_weight": "none"}
-SOFT = {"soft_share": 1.0, "soft_temperature": 1.0}
 TRAINING = [
     (
         "--max_tokens {max_tokens} is below --max_length {max_length}: the longest row would not fit in a micro-batch; "
@@ -158,75 +152,59 @@ TRAINING = [
         lambda cfg: cfg.optimizer != "adamw" and not installed("bitsandbytes"),
     ),
     (
-        "--quant {quant} with --rank 0: quantized weights cannot be trained; give a --rank",
-        lambda cfg: cfg.quant != "none" and cfg.rank == 0,
-    ),
-    (
         "--targets {targets}: all-linear cannot be combined with names",
         lambda cfg: "all-linear" in cfg.targets and len(cfg.targets) > 1,
-    ),
-    (
-        "--rank {rank} with empty --targets: name the linears to adapt, or all-linear",
-        lambda cfg: cfg.rank > 0 and not cfg.targets,
     ),
     (
         "--report {report}: not installed: pip install {report}",
         lambda cfg: any(name in ("tensorboard", "wandb") and not installed(name) for name in cfg.report),
     ),
+    ("--quant {quant} with --rank 0: quantized weights cannot be trained; give a --rank", "quant=none|rank"),
+    ("--rank {rank} with empty --targets: name the linears to adapt, or all-linear", "!rank|targets"),
     (
         "--warmup_steps {warmup_steps} and --warmup_ratio {warmup_ratio}: give one of the two",
-        lambda cfg: cfg.warmup_steps and cfg.warmup_ratio,
+        "!warmup_steps|!warmup_ratio",
     ),
 ]
 CLASHES = {
     "TrainConfig": [
         *TRAINING,
-        *meaningless("regression", **OF_CLASSES, **OF_SETS, **SOFT),
-        *meaningless("single_label", **OF_SETS),
-        *meaningless("multi_label", class_weights="none"),
-        ("--train_data is empty: give the CSV, TSV or JSONL file to train on", lambda cfg: not cfg.train_data),
+        ("--train_data is empty: give the CSV, TSV or JSONL file to train on", "train_data"),
         (
             "--folds moved: python folds.py --folds {folds} trains every fold; --fold 0 with it trains one here",
-            lambda cfg: cfg.folds and cfg.fold < 0,
+            "!folds|!fold=-1",
         ),
         (
             "--folds {folds} --fold {fold}: expected 2 or more folds, and one of 0 to folds - 1",
-            lambda cfg: cfg.folds and not (cfg.folds > 1 and cfg.fold < cfg.folds),
+            lambda cfg: cfg.folds and not cfg.fold < cfg.folds > 1,
         ),
-        (
-            "--folds {folds} with --val_data {val_data}: folds validate on training rows; leave one out",
-            lambda cfg: cfg.folds and cfg.val_data,
-        ),
+        ("--folds {folds} with --val_data {val_data}: folds validate on training rows; give one", "!folds|!val_data"),
         (
             "--head {head} with --task multi_label: verbalizers exclude one another; use --head linear",
-            lambda cfg: cfg.task == "multi_label" and cfg.head != "linear",
+            "!task=multi_label|head=linear",
         ),
         (
             "--head label_words with --pooling {pooling}: the next word follows the last token",
-            lambda cfg: cfg.head == "label_words" and cfg.pooling != "last",
+            "!head=label_words|pooling=last",
         ),
         (
             "--head label_words with --rank 0 --train_layers 0: nothing would be trained; give a --rank",
-            lambda cfg: cfg.head == "label_words" and cfg.rank == 0 and cfg.train_layers == 0,
+            "!head=label_words|rank|train_layers",
         ),
         (
             "--train_layers {train_layers} with --rank {rank}: layers are trained with --rank 0 only",
-            lambda cfg: cfg.rank > 0 and cfg.train_layers != -1,
+            "!rank|train_layers=-1",
         ),
-        (
-            "--bias {bias} with --rank 0: biases are trained with an adapter only",
-            lambda cfg: cfg.rank == 0 and cfg.bias != "none",
-        ),
+        ("--bias {bias} with --rank 0: biases are trained with an adapter only", "rank|bias=none"),
         (
             "--val_size {val_size} without --val_data: expected a fraction or a count above 0",
             lambda cfg: not cfg.val_data and cfg.val_size <= 0,
         ),
+        ("--label_names with --label_columns: the columns name the labels; give one", "!label_names|!label_columns"),
         (
-            "--label_names with --label_columns: the columns name the labels; give one of the two",
-            lambda cfg: cfg.label_columns and cfg.label_names,
+            "--label_names {label_names}: expected at least 2 names, each once",
+            lambda cfg: len(cfg.label_names) == 1 or len(set(cfg.label_names)) < len(cfg.label_names),
         ),
-        ("--label_names {label_names}: a name is duplicated", lambda cfg: duplicated(cfg.label_names)),
-        ("--label_names {label_names}: expected at least 2 names", lambda cfg: len(cfg.label_names) == 1),
         (
             lambda cfg: f"--metric {cfg.metric}: expected one of {one_of(cfg.metric, METRICS[cfg.task])}",
             lambda cfg: cfg.task in METRICS and cfg.metric not in METRICS[cfg.task],
@@ -234,35 +212,29 @@ CLASHES = {
     ],
     "CptConfig": [
         *TRAINING,
-        (
-            "--train_data is empty: give the folder or the file of documents to train on",
-            lambda cfg: not cfg.train_data,
-        ),
+        ("--train_data is empty: give the folder or the file of documents to train on", "train_data"),
         (
             "--random_init with --rank: an adapter on a random base learns nothing; give a trained base",
-            lambda cfg: cfg.rank and cfg.random_init,
+            "!random_init|!rank",
         ),
+        ("--modules_to_save with --rank 0: the whole base is trained already", "rank|!modules_to_save"),
+        ("--val_size {val_size}: expected a fraction or a number above 0", lambda cfg: cfg.val_size <= 0),
         (
-            "--modules_to_save with --rank 0: the whole base is trained already",
-            lambda cfg: cfg.rank == 0 and cfg.modules_to_save,
+            lambda cfg: f"--export {cfg.export}: {export_problem(cfg.export, cfg.base)}",
+            lambda cfg: export_problem(cfg.export, cfg.base),
         ),
-        (
-            "--val_size {val_size}: expected a fraction or a number of documents above 0",
-            lambda cfg: cfg.val_size <= 0,
-        ),
-        ("--export {export}: {problem}", lambda cfg: export_problem(cfg.export, cfg.base)),
     ],
     "InferConfig": [
         ("--runs {runs} moved: python ensemble.py --runs A B combines several runs", lambda cfg: len(cfg.runs) > 1),
         (
             "--runs {runs} with --base or --adapter: a run has its own base; give one or the other",
-            lambda cfg: cfg.runs and (cfg.base or cfg.adapter),
+            "!runs|base|!adapter",
         ),
         (
-            "--merge with --quant {quant}: quantized weights cannot take an update; leave --quant out",
-            lambda cfg: cfg.merge and cfg.quant != "none",
+            "--merge with --quant {quant}: an adapter is never merged into quantized weights",
+            "!merge|quant=none",
         ),
-        ("--export {export}: {problem}", lambda cfg: taken_problem(cfg.export)),
+        (lambda cfg: f"--export {cfg.export}: {taken_problem(cfg.export)}", lambda cfg: taken_problem(cfg.export)),
         (
             "--output {output}: expected a name that ends in .csv or .jsonl",
             lambda cfg: not cfg.output.endswith((".csv", ".jsonl")),
@@ -278,10 +250,6 @@ def one_of(value: str, choices) -> str:
 
 def installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
-
-
-def duplicated(names: tuple[str, ...]) -> bool:
-    return len(set(names)) < len(names)
 
 
 def export_problem(folder: str, base: str) -> str:
@@ -318,12 +286,11 @@ def check(cfg, given: set[str] = frozenset(), needs: dict[str, str] | None = Non
     given: fields set by hand, which must have an effect. needs, clashes: the rules of a command that has its own.
     """
     needs = needs_of(type(cfg)) if needs is None else needs
-    problems = idle_fields(cfg, given, needs)
-    problems += field_problems(cfg)
-    for message, test in [*CLASHES.get(type(cfg).__name__, ()), *clashes]:
-        problem = test(cfg)
-        if problem:
-            problems.append(message_of(message, cfg, problem))
+    problems = idle_fields(cfg, given, needs) + field_problems(cfg)
+    for message, rule in [*CLASHES.get(type(cfg).__name__, ()), *clashes]:
+        broken = not holds(cfg, rule) if isinstance(rule, str) else rule(cfg)
+        if broken:
+            problems.append(message_of(message, cfg))
     if problems:
         count = "" if len(problems) == 1 else f"{len(problems)} problems in the settings: "
         raise UserError(count + " | ".join(problems))
@@ -337,6 +304,9 @@ def idle_fields(cfg, given: set[str], needs: dict[str, str]) -> list[str]:
         # A field set to its empty value is how a preset's is switched off: that is no request.
         if missing and getattr(cfg, name) not in ("", (), None):
             problems.append(f"--{name} has no effect: it is used {in_words(' '.join(missing))}")
+    for name in NO_MEANING.get(getattr(cfg, "task", ""), "").split():
+        if hasattr(cfg, name) and getattr(cfg, name) != cfg.__dataclass_fields__[name].default:
+            problems.append(f"--{name} {shown(getattr(cfg, name))} has no meaning with --task {cfg.task}: leave it out")
     if isinstance(cfg, CptConfig) and "embed_lr" in given and not trains_vocabulary(cfg):
         problems.append("--embed_lr has no effect: neither --targets nor --modules_to_save names embedding or LM head")
     return problems
@@ -367,12 +337,12 @@ def field_problems(cfg) -> list[str]:
     return problems
 
 
-def message_of(message, cfg, problem) -> str:
+def message_of(message, cfg) -> str:
     """The text of a rule: a function of the config, or a text in which {name} stands for a field's value."""
     if callable(message):
         return message(cfg)
-    values = {"problem": problem} | {name: shown(value) for name, value in vars(cfg).items()}
-    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), message)
+    values = {name: str(shown(value)) for name, value in vars(cfg).items()}
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), message)
 
 
 def shown(value):
@@ -409,13 +379,14 @@ def own_data(cfg, given: set[str]):
     With training data of the user's own, the preset's validation and test files are dropped; a task takes its first
     metric, and drops settings that have no meaning for it.
     """
-    changes = {}
     if isinstance(cfg, CptConfig):
         return replace(cfg, dataset="") if "train_data" in given and "dataset" not in given else cfg
+    changes = {}
     if "task" in given:
-        if "metric" not in given and cfg.metric not in METRICS.get(cfg.task, [cfg.metric]):
+        if cfg.metric not in METRICS.get(cfg.task, [cfg.metric]):
             changes["metric"] = METRICS[cfg.task][0]
-        changes |= {"regression": OF_CLASSES, "multi_label": {"class_weights": "none"}}.get(cfg.task, {})
+        defaults = cfg.__dataclass_fields__
+        changes |= {name: defaults[name].default for name in NO_MEANING.get(cfg.task, "").split()}
     if "folds" in given:
         changes["val_data"] = ""
     if "train_data" in given:
