@@ -15,6 +15,7 @@ from errors import UserError, nearest
 
 # ---- rules about one field, by its name, in every command -----------------------------------------------------------
 
+# fmt: off
 CHOICES = {
     "head": ("linear", "label_words"),
     "quant": ("none", "nf4"),
@@ -39,22 +40,16 @@ METRICS = {
     "regression": "mse rmse mae r2 pearson roc_auc".split(),
 }
 RANGES = (  # fields, what is expected, test
-    (
-        "lr epochs batch_size max_new_tokens max_tokens micro_batches max_length alpha soft_temperature",
-        "a number above 0",
-        lambda value: value > 0,
-    ),
-    (
-        "rank head_lr embed_lr weight_decay max_steps warmup_steps grad_clip eval_every save_every keep patience seed "
-        "eval_rows limit samples worst folds",
-        "0 or more",
-        lambda value: value >= 0,
-    ),
-    (
-        "lora_dropout head_dropout label_smoothing warmup_ratio",
-        "a fraction from 0 to below 1",
-        lambda value: 0 <= value < 1,
-    ),
+    ("lr epochs batch_size max_new_tokens max_tokens micro_batches max_length alpha soft_temperature",
+     "a number above 0",
+     lambda value: value > 0),
+    ("rank head_lr embed_lr weight_decay max_steps warmup_steps grad_clip eval_every save_every keep patience seed "
+     "eval_rows limit samples worst folds",
+     "0 or more",
+     lambda value: value >= 0),
+    ("lora_dropout head_dropout label_smoothing warmup_ratio",
+     "a fraction from 0 to below 1",
+     lambda value: 0 <= value < 1),
     ("soft_share", "a fraction from 0 to 1", lambda value: 0 <= value <= 1),
     ("top_p", "a fraction above 0, at most 1", lambda value: 0 < value <= 1),
     ("threshold", "a probability below 1, or 0 for the run's own", lambda value: 0 <= value < 1),
@@ -76,6 +71,7 @@ FORMS = {  # field: (regular expression of the value, or of each value of a tupl
     "submission": (r"\s*|[^,]*[^,\s][^,]*,[^,]*[^,\s][^,]*", 'two column names such as "id,label", or empty'),
     "seeds": (r"\d+", "whole numbers of 0 or more"),
 }
+# fmt: on
 
 # ---- what a field that is given by hand needs -----------------------------------------------------------------------
 # "rank": another field must be set; "!prompt": must not be set; "head=label_words": must have this value;
@@ -141,106 +137,69 @@ def needs_of(cls) -> dict[str, str]:
 # Rows of (message, what must hold), written as a need; or (message, a function that is true where it does not).
 # {name} in a message is the value of a field.
 
+# fmt: off
 TRAINING = [
-    (
-        "--max_tokens {max_tokens} is below --max_length {max_length}: the longest row would not fit in a micro-batch; "
-        "raise max_tokens or lower max_length",
-        lambda cfg: cfg.max_tokens < cfg.max_length,
-    ),
-    (
-        "--optimizer {optimizer} needs bitsandbytes: pip install bitsandbytes",
-        lambda cfg: cfg.optimizer != "adamw" and not installed("bitsandbytes"),
-    ),
-    (
-        "--targets {targets}: all-linear cannot be combined with names",
-        lambda cfg: "all-linear" in cfg.targets and len(cfg.targets) > 1,
-    ),
-    (
-        "--report {report}: not installed: pip install {report}",
-        lambda cfg: any(name in ("tensorboard", "wandb") and not installed(name) for name in cfg.report),
-    ),
+    ("--max_tokens {max_tokens} is below --max_length {max_length}: the longest row would not fit in a micro-batch; "
+     "raise max_tokens or lower max_length",
+     lambda cfg: cfg.max_tokens < cfg.max_length),
+    ("--optimizer {optimizer} needs bitsandbytes: pip install bitsandbytes",
+     lambda cfg: cfg.optimizer != "adamw" and not installed("bitsandbytes")),
+    ("--targets {targets}: all-linear cannot be combined with names",
+     lambda cfg: "all-linear" in cfg.targets and len(cfg.targets) > 1),
+    ("--report {report}: not installed: pip install {report}",
+     lambda cfg: any(name in ("tensorboard", "wandb") and not installed(name) for name in cfg.report)),
     ("--quant {quant} with --rank 0: quantized weights cannot be trained; give a --rank", "quant=none|rank"),
     ("--rank {rank} with empty --targets: name the linears to adapt, or all-linear", "!rank|targets"),
-    (
-        "--warmup_steps {warmup_steps} and --warmup_ratio {warmup_ratio}: give one of the two",
-        "!warmup_steps|!warmup_ratio",
-    ),
+    ("--warmup_steps {warmup_steps} and --warmup_ratio {warmup_ratio}: give one of the two",
+     "!warmup_steps|!warmup_ratio"),
 ]
 CLASHES = {
     "TrainConfig": [
         *TRAINING,
         ("--train_data is empty: give the CSV, TSV or JSONL file to train on", "train_data"),
-        (
-            "--folds moved: python folds.py --folds {folds} trains every fold; --fold 0 with it trains one here",
-            "!folds|!fold=-1",
-        ),
-        (
-            "--folds {folds} --fold {fold}: expected 2 or more folds, and one of 0 to folds - 1",
-            lambda cfg: cfg.folds and not cfg.fold < cfg.folds > 1,
-        ),
+        ("--folds moved: python folds.py --folds {folds} trains every fold; --fold 0 with it trains one here",
+         "!folds|!fold=-1"),
+        ("--folds {folds} --fold {fold}: expected 2 or more folds, and one of 0 to folds - 1",
+         lambda cfg: cfg.folds and not cfg.fold < cfg.folds > 1),
         ("--folds {folds} with --val_data {val_data}: folds validate on training rows; give one", "!folds|!val_data"),
-        (
-            "--head {head} with --task multi_label: verbalizers exclude one another; use --head linear",
-            "!task=multi_label|head=linear",
-        ),
-        (
-            "--head label_words with --pooling {pooling}: the next word follows the last token",
-            "!head=label_words|pooling=last",
-        ),
-        (
-            "--head label_words with --rank 0 --train_layers 0: nothing would be trained; give a --rank",
-            "!head=label_words|rank|train_layers",
-        ),
-        (
-            "--train_layers {train_layers} with --rank {rank}: layers are trained with --rank 0 only",
-            "!rank|train_layers=-1",
-        ),
+        ("--head {head} with --task multi_label: verbalizers exclude one another; use --head linear",
+         "!task=multi_label|head=linear"),
+        ("--head label_words with --pooling {pooling}: the next word follows the last token",
+         "!head=label_words|pooling=last"),
+        ("--head label_words with --rank 0 --train_layers 0: nothing would be trained; give a --rank",
+         "!head=label_words|rank|train_layers"),
+        ("--train_layers {train_layers} with --rank {rank}: layers are trained with --rank 0 only",
+         "!rank|train_layers=-1"),
         ("--bias {bias} with --rank 0: biases are trained with an adapter only", "rank|bias=none"),
-        (
-            "--val_size {val_size} without --val_data: expected a fraction or a count above 0",
-            lambda cfg: not cfg.val_data and cfg.val_size <= 0,
-        ),
+        ("--val_size {val_size} without --val_data: expected a fraction or a count above 0",
+         lambda cfg: not cfg.val_data and cfg.val_size <= 0),
         ("--label_names with --label_columns: the columns name the labels; give one", "!label_names|!label_columns"),
-        (
-            "--label_names {label_names}: expected at least 2 names, each once",
-            lambda cfg: len(cfg.label_names) == 1 or len(set(cfg.label_names)) < len(cfg.label_names),
-        ),
-        (
-            lambda cfg: f"--metric {cfg.metric}: expected one of {one_of(cfg.metric, METRICS[cfg.task])}",
-            lambda cfg: cfg.task in METRICS and cfg.metric not in METRICS[cfg.task],
-        ),
+        ("--label_names {label_names}: expected at least 2 names, each once",
+         lambda cfg: len(cfg.label_names) == 1 or len(set(cfg.label_names)) < len(cfg.label_names)),
+        (lambda cfg: f"--metric {cfg.metric}: expected one of {one_of(cfg.metric, METRICS[cfg.task])}",
+         lambda cfg: cfg.task in METRICS and cfg.metric not in METRICS[cfg.task]),
     ],
     "CptConfig": [
         *TRAINING,
         ("--train_data is empty: give the folder or the file of documents to train on", "train_data"),
-        (
-            "--random_init with --rank: an adapter on a random base learns nothing; give a trained base",
-            "!random_init|!rank",
-        ),
+        ("--random_init with --rank: an adapter on a random base learns nothing; give a trained base",
+         "!random_init|!rank"),
         ("--modules_to_save with --rank 0: the whole base is trained already", "rank|!modules_to_save"),
         ("--val_size {val_size}: expected a fraction or a number above 0", lambda cfg: cfg.val_size <= 0),
-        (
-            lambda cfg: f"--export {cfg.export}: {export_problem(cfg.export, cfg.base)}",
-            lambda cfg: export_problem(cfg.export, cfg.base),
-        ),
+        (lambda cfg: f"--export {cfg.export}: {export_problem(cfg.export, cfg.base)}",
+         lambda cfg: export_problem(cfg.export, cfg.base)),
     ],
     "InferConfig": [
         ("--runs {runs} moved: python ensemble.py --runs A B combines several runs", lambda cfg: len(cfg.runs) > 1),
-        (
-            "--runs {runs} with --base or --adapter: a run has its own base; give one or the other",
-            "!runs|base|!adapter",
-        ),
-        (
-            "--merge with --quant {quant}: an adapter is never merged into quantized weights",
-            "!merge|quant=none",
-        ),
+        ("--runs {runs} with --base or --adapter: a run has its own base; give one or the other",
+         "!runs|base|!adapter"),
+        ("--merge with --quant {quant}: an adapter is never merged into quantized weights", "!merge|quant=none"),
         (lambda cfg: f"--export {cfg.export}: {taken_problem(cfg.export)}", lambda cfg: taken_problem(cfg.export)),
-        (
-            "--output {output}: expected a name that ends in .csv or .jsonl",
-            lambda cfg: not cfg.output.endswith((".csv", ".jsonl")),
-        ),
+        ("--output {output}: expected a name that ends in .csv or .jsonl",
+         lambda cfg: not cfg.output.endswith((".csv", ".jsonl"))),
     ],
 }
+# fmt: on
 
 
 def one_of(value: str, choices) -> str:
