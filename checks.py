@@ -17,28 +17,27 @@ from errors import UserError, nearest
 
 # fmt: off
 CHOICES = {
-    "head": ("linear", "label_words"),
-    "quant": ("none", "nf4"),
-    "chat": ("auto", "yes", "no"),
-    "answer": ("auto", "label", "probability"),
-    "audit": ("near", "equal", "none"),
-    "thresholds": ("auto", "per_class", "global", "none"),
-    "ensemble": ("mean_logit", "mean_prob", "rank", "weighted"),
-    "export_dtype": ("bf16", "fp16", "fp32"),
-    "optimizer": ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"),
-    "pooling": ("last", "mean", "cls", "attention"),
-    "bias": ("none", "lora_only", "all"),
-    "schedule": ("cosine", "linear", "constant"),
-    "precision": ("auto", "fp32", "fp16", "bf16"),
-    "task": ("single_label", "multi_label", "regression"),
+    "head": "linear label_words",
+    "quant": "none nf4",
+    "chat": "auto yes no",
+    "answer": "auto label probability",
+    "audit": "near equal none",
+    "thresholds": "auto per_class global none",
+    "ensemble": "mean_logit mean_prob rank weighted",
+    "export_dtype": "bf16 fp16 fp32",
+    "optimizer": "adamw adamw8bit paged_adamw paged_adamw8bit",
+    "pooling": "last mean cls attention",
+    "bias": "none lora_only all",
+    "schedule": "cosine linear constant",
+    "precision": "auto fp32 fp16 bf16",
+    "task": "single_label multi_label regression",
 }
 METRICS = {
-    "single_label": "micro_f1 macro_f1 weighted_f1 accuracy roc_auc log_loss".split(),
-    "multi_label": (
-        "micro_f1 macro_f1 weighted_f1 subset_accuracy hamming_loss roc_auc average_precision log_loss".split()
-    ),
-    "regression": "mse rmse mae r2 pearson roc_auc".split(),
+    "single_label": "micro_f1 macro_f1 weighted_f1 accuracy roc_auc log_loss",
+    "multi_label": "micro_f1 macro_f1 weighted_f1 subset_accuracy hamming_loss roc_auc average_precision log_loss",
+    "regression": "mse rmse mae r2 pearson roc_auc",
 }
+METRICS = {task: names.split() for task, names in METRICS.items()}
 RANGES = (  # fields, what is expected, test
     ("lr epochs batch_size max_new_tokens max_tokens micro_batches max_length alpha soft_temperature",
      "a number above 0",
@@ -202,7 +201,7 @@ CLASHES = {
 # fmt: on
 
 
-def one_of(value: str, choices) -> str:
+def one_of(value: str, choices: list[str]) -> str:
     """The choices, and the one that was probably meant."""
     return ", ".join(choices) + nearest(value, choices)
 
@@ -286,8 +285,8 @@ def field_problems(cfg) -> list[str]:
             problems.append(f"--{name} {value}: expected a finite number")
         elif name in ranges and not ranges[name][1](value):
             problems.append(f"--{name} {value}: expected {ranges[name][0]}")
-        elif name in CHOICES and value not in CHOICES[name]:
-            problems.append(f"--{name} {value}: expected one of {one_of(value, CHOICES[name])}")
+        elif name in CHOICES and value not in CHOICES[name].split():
+            problems.append(f"--{name} {value}: expected one of {one_of(value, CHOICES[name].split())}")
         elif name in FORMS:
             form, expected = FORMS[name]
             values = value if isinstance(value, tuple) else (value,)
@@ -342,8 +341,9 @@ def own_data(cfg, given: set[str]):
         return replace(cfg, dataset="") if "train_data" in given and "dataset" not in given else cfg
     changes = {}
     if "task" in given:
-        if cfg.metric not in METRICS.get(cfg.task, [cfg.metric]):
-            changes["metric"] = METRICS[cfg.task][0]
+        metrics = METRICS.get(cfg.task, [cfg.metric])
+        if cfg.metric not in metrics:
+            changes["metric"] = metrics[0]
         defaults = cfg.__dataclass_fields__
         changes |= {name: defaults[name].default for name in NO_MEANING.get(cfg.task, "").split()}
     if "folds" in given:
