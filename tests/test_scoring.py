@@ -28,7 +28,7 @@ WORDS = ("False|false", "True|true")
 
 def rendered(base: str, name: str, rows: list[dict]) -> tuple[list[str], object]:
     tokenizer = bases.load_tokenizer(base)
-    text = prompts.as_text(prompts.PROMPTS[name], tokenizer)
+    text = prompts.as_text(prompts.find(name), tokenizer)
     return ["".join(piece for _, piece in prompts.render(text, row)) for row in rows], tokenizer
 
 
@@ -97,7 +97,7 @@ def test_a_prompt_trains_is_kept_with_its_hash_and_predicts(small_base, tmp_path
     )  # fmt: skip
     told = train.main(flags)
     cfg, labels = trained.run_facts(Path(told["run"]))
-    want = prompts.as_text(prompts.PROMPTS["verify_structured"], bases.load_tokenizer(small_base))
+    want = prompts.as_text(prompts.find("verify_structured"), bases.load_tokenizer(small_base))
     assert (cfg.text, cfg.kept, cfg.label_words) == (want, ("question",), WORDS) and labels.values == ("False", "True")
     assert told["text_sha256"] == prompts.digest(want)
     found = infer.main(["--runs", told["run"], "--input", str(path), "--output", str(tmp_path / "o.csv"), "--force"])
