@@ -124,8 +124,6 @@ def train_problems(cfg: configs.TrainConfig) -> list[str]:
 def infer_problems(cfg: configs.InferConfig) -> list[str]:
     """Everything wrong with an InferConfig that can be seen without reading data or weights, one line each."""
     found = _range_problems(cfg)
-    if cfg.submission and len([c for c in cfg.submission.split(",") if c.strip()]) != 2:
-        found.append(f'--submission "{cfg.submission}": expected two column names such as "id,label", or empty')
     if len(set(cfg.runs)) < len(cfg.runs):
         found.append(f"--runs {','.join(cfg.runs)}: a run stands twice; weigh runs with --ensemble weighted")
     if len(cfg.runs) > 1 and (cfg.export or cfg.generate):
@@ -144,12 +142,8 @@ def infer_problems(cfg: configs.InferConfig) -> list[str]:
     if held:
         held = [n for n in held if n.endswith(".safetensors")] or held
         found.append(f"--export {cfg.export} already holds {held[0]}: name a new folder")
-    if cfg.temperature != 0 and not cfg.temperature >= 0.01:
-        found.append(f"--temperature {cfg.temperature:g}: expected 0 for greedy, or 0.01 and more")
     if not 0 <= cfg.threshold < 1:
         found.append(f"--threshold {cfg.threshold:g}: expected a probability below 1, or 0 for the run's own")
-    if not 0 < cfg.top_p <= 1:
-        found.append(f"--top_p {cfg.top_p:g}: expected a share above 0 up to 1")
     ends = ("jsonl",) if cfg.generate else ("csv", "jsonl")
     if not cfg.output.endswith(tuple(f".{end}" for end in ends)):
         found.append(f"--output {cfg.output}: expected a name that ends in .{' or .'.join(ends)}")
@@ -247,6 +241,13 @@ def _range_problems(cfg) -> list[str]:
             found.append(f"--{name} {value}: expected a share from 0 up to, not including, 1")
         elif name in CHOICES and value not in CHOICES[name]:
             found.append(f"--{name} {value}: expected one of {', '.join(CHOICES[name])}{nearest(value, CHOICES[name])}")
+    temperature, top_p, submission = values.get("temperature", 0), values.get("top_p", 1), values.get("submission")
+    if temperature != 0 and not temperature >= 0.01:
+        found.append(f"--temperature {temperature:g}: expected 0 for greedy, or 0.01 and more")
+    if not 0 < top_p <= 1:
+        found.append(f"--top_p {top_p:g}: expected a share above 0 up to 1")
+    if submission and len([c for c in submission.split(",") if c.strip()]) != 2:
+        found.append(f'--submission "{submission}": expected two column names such as "id,label", or empty')
     try:
         seconds(values.get("time_limit", ""))
     except ValueError as e:
@@ -281,8 +282,11 @@ def _training_problems(cfg) -> list[str]:
     return found
 
 
-def check(cfg, given: set[str] = frozenset()) -> None:
-    """Raise one UserError with every problem of the config; given: fields set by hand, which must have an effect."""
+def check(cfg, given: set[str] = frozenset(), needs: dict[str, str] | None = None, clashes=()) -> None:
+    """Raise one UserError with every problem of the config; given: fields set by hand, which must have an effect.
+
+    needs: "field": other fields that it needs to be set ("!other": unset); clashes: rows (message, test(cfg)).
+    """
     idle = ["--text has no effect with --prompt, which has its own"] if {"text", "prompt"} <= given else []
     if isinstance(cfg, (configs.TrainConfig, configs.CptConfig)) and cfg.rank == 0:
         adapter = sorted(given & {"alpha", "lora_dropout", "targets", "rslora"})
@@ -317,8 +321,15 @@ def check(cfg, given: set[str] = frozenset()) -> None:
         idle += [f"--{n} has no effect with --head label_words" for n in sorted(given & {"head_lr", "head_dropout"})]
     if isinstance(cfg, configs.InferConfig):
         idle += _idle_infer(cfg, given)
+    for name, others in (needs or {}).items():
+        for other in others.split() if name in given else ():
+            if bool(getattr(cfg, other.lstrip("!"))) == other.startswith("!"):
+                side = "with" if other.startswith("!") else "without"
+                idle.append(f"--{name} has no effect {side} --{other.lstrip('!')}")
+    idle += [message(cfg) if callable(message) else message for message, test in clashes if test(cfg)]
     of = {configs.TrainConfig: train_problems, configs.InferConfig: infer_problems, configs.CptConfig: cpt_problems}
-    problems = idle + of.get(type(cfg), report_problems)(cfg)
+    of[configs.ReportConfig] = report_problems
+    problems = idle + of.get(type(cfg), _range_problems)(cfg)
     if problems:
         head = "" if len(problems) == 1 else f"{len(problems)} problems in the settings: "
         raise UserError(head + " | ".join(problems))

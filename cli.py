@@ -44,6 +44,15 @@ def parse(cls, presets: dict, argv: list[str], doc: str = ""):
     return replace(cfg, **values), given
 
 
+def early(cls, presets: dict, doc: str) -> None:
+    """Answer --help and typos, and leave, before a script loads torch."""
+    try:
+        parse(cls, presets, sys.argv[1:], doc)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
 def _pairs(cls, argv: list[str]) -> dict[str, str]:
     names = [f.name for f in dataclasses.fields(cls)]
     hints = typing.get_type_hints(cls)
