@@ -73,7 +73,7 @@ def vocabulary_head(lm: nn.Module):
 def vocabulary_modules(lm: nn.Module) -> tuple[str, ...]:
     """Names of the embedding and the LM head, adapted or not."""
     ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
-    return tuple(name for name, module in lm.named_modules() if any(module is end for end in ends))
+    return tuple(name for name, module in lm.named_modules() if module in ends)
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------

@@ -66,18 +66,14 @@ def fields(template: str) -> list[str]:
     """The column names of a template, in order. Raises ValueError for a malformed or positional one."""
     where = f'template "{" ".join(template.split())}"'
     try:
-        slots = [slot for slot in string.Formatter().parse(template) if slot[1] is not None]
+        slots = [slot[1:] for slot in string.Formatter().parse(template) if slot[1] is not None]
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from None
-    names = []
-    for _, name, spec, conversion in slots:
-        if spec or conversion:
-            raise ValueError(f"{where}: a column is inserted as it is, without a format (:) or conversion (!)")
-        if name not in names:
-            names.append(name)
-    if not names or any(name == "" or name.isdigit() for name in names):
-        raise ValueError(f"{where}: expected named columns such as {{Question}}")
-    return names
+    wrong = [name for name, spec, conversion in slots if spec or conversion or not name or name.isdigit()]
+    if wrong or not slots:
+        example = "expected named columns such as {Question}, without a format (:) or conversion (!)"
+        raise ValueError(f"{where}: {example}")
+    return list(dict.fromkeys(name for name, _, _ in slots))
 
 
 def render(template: str, row: dict[str, str]) -> list[tuple[bool, str]]:
