@@ -136,14 +136,19 @@ def test_two_ranks_write_the_same_scores(writer, tmp_path):
 
 
 def test_a_run_with_label_words_answers_as_it_was_trained(writer, tmp_path):
-    """Its adapter, its prompt, words, columns and test rows, without a flag."""
+    """Its adapter, its prompt, words, columns and test rows, without a flag; the prompt's file is not needed again."""
     base, path = writer
+    own = tmp_path / "own.txt"
+    own.write_text((ROOT / "prompts/verify_plain.txt").read_text())
     flags = toy_flags(
-        tmp_path, base, train_data=path, val_data=None, val_size=0.3, prompt="verify_plain", head="label_words",
+        tmp_path, base, train_data=path, val_data=None, val_size=0.3, prompt=own, head="label_words",
         label_column="is_correct", metric="roc_auc", max_length=400, max_tokens=2048, batch_size=8, head_dropout=None,
         epochs=1, lr=1e-6, test_data=path,
     )  # fmt: skip
     run = train.main(flags)["run"]
+    stored = json.loads((Path(run) / "config.json").read_text())
+    assert stored["prompt"] == str(own) and stored["text"].endswith("True or False.\n\nAnswer:")
+    own.unlink()
     result = generate.main(
         [
             "--score",
