@@ -119,12 +119,17 @@ def score(cfg) -> dict:
         result |= evaluate.by_value(config, cfg.by_column, [rows[i] for i in good], logits, known[good], say)
     if world.rank == 0:
         Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
-        chosen = ["" if np.isnan(p) else labels.values[int(p > 0.5)] for p in scores]
-        shares = [["", ""] if np.isnan(p) else [1 - p, p] for p in scores]
+        chosen, shares, malformed = [], [], []
+        for i, p in enumerate(scores):
+            if np.isnan(p):
+                chosen.append("")
+                shares.append(["", ""])
+                malformed.append([ids[i], readings[i][1], answers[i]])
+            else:
+                chosen.append(labels.values[int(p > 0.5)])
+                shares.append([1 - p, p])
         predictions.write_records(cfg, config.id_column, labels, ids, chosen, shares, probability)
-        lost = np.flatnonzero(np.isnan(scores))
-        lines = [[ids[i], readings[i][1], answers[i]] for i in lost]
-        predictions.write_lines(cfg, "malformed", ["id", "why", "answer"], lines)
+        predictions.write_lines(cfg, "malformed", ["id", "why", "answer"], malformed)
     return {**result, "examples_per_second": round(len(rows) / seconds, 2), "seconds": round(seconds, 2)}
 
 
