@@ -1,30 +1,43 @@
-"""Read a generated answer as a score."""
+"""Read a generated answer as a score of two classes."""
 
 import math
 import re
 
-# ---- answers --------------------------------------------------------------------------------------------------------
-# words, all in lower case
+Reading = tuple[float | None, str]  # the score of the second class, and the form it has or what is wrong with it
 
+# ---- words, all in lower case ---------------------------------------------------------------------------------------
+
+# What says yes and what says no anywhere in a sentence.
 YES = set("yes yep yeah true correct right accurate valid".split())
 YES |= set("violates violate violated violating violation violations".split())
 NO = set("no nope false incorrect wrong untrue inaccurate invalid complies comply compliant".split())
-ALONE = dict.fromkeys("ja oui sí sì si sim да はい 是 是的 y t".split(), True)  # where they stand alone
+
+# What says so only as a whole sentence.
+ALONE = dict.fromkeys("ja oui sí sì si sim да はい 是 是的 y t".split(), True)
 ALONE |= dict.fromkeys("nein non não нет いいえ 否 不是 n f".split(), False)
 ALONE |= dict.fromkeys(("it does", "it is", "i think so"), True)
 ALONE |= dict.fromkeys(("it doesn't", "it isn't", "i don't think so", "not really", "of course not"), False)
 ALONE |= {f"{word} not": False for word in ("it does", "it is", "absolutely", "definitely", "certainly", "probably")}
+
+# What negates the words after it (so do all that end with n't, and some "no"), and what no negation reaches over.
 NOT = set("not never cannot cant without nothing none hardly neither unlikely fails fail failed doubt non".split())
-NOT |= set("isnt doesnt dont wasnt arent didnt aint".split())  # and all that end with n't; of "no" see _negations
-STOPS = set("but and because since as so although though while".split())  # no negation reaches over them
+NOT |= set("isnt doesnt dont wasnt arent didnt aint".split())
+STOPS = set("but and because since as so although though while".split())
+# After these a "no" is an answer, not the "no" of a noun.
 PRONOUNS = set("it it's its this that that's the he she they there there's i i'm we you".split())
+
+# What makes a word after it half-hearted; what makes it a supposition, or only about a part.
 HALF = set("may might could should potentially partially partly mostly almost nearly somewhat".split())
-SUPPOSED = set("if whether unless check checking verify verifying determine determining".split())  # not said yet, or
-SUPPOSED |= set("step steps line part far".split())  # not of the whole
-OF_RULES = set("rule rules policy policies guideline guidelines terms it them no".split())  # what a post violates
+SUPPOSED = set("if whether unless check checking verify verifying determine determining".split())
+SUPPOSED |= set("step steps line part far".split())
+# What a post violates, where "violates" is an answer.
+OF_RULES = set("rule rules policy policies guideline guidelines terms it them no".split())
+# What may follow a predicate ("correct because"), unlike an attribute's noun ("the correct total").
 GOES_ON = STOPS | set("or nor in for with by at on if when that despite given here overall based due according".split())
 GOES_ON |= set("under from is was were are seems looks i we then therefore too indeed also out".split())
-GOES_ON |= set("found detected exists occurs present".split())  # what follows a predicate, not the noun of an attribute
+GOES_ON |= set("found detected exists occurs present".split())
+
+# Words with a number that says how sure the answer is, and with one that is a score.
 SURE = set("chance likely likelihood probability sure certain confident confidence".split())
 SCORING = SURE | set("say score rate rated rating give assign estimate guess".split())
 SCORING |= set("about around approximately roughly".split())
@@ -34,62 +47,84 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety hundred".split()
 COUNTS |= {word: f"{i}0" for i, word in enumerate(TENS, 2)}
 PARTS = dict(half=2, halves=2, third=3, thirds=3, quarter=4, quarters=4, fourths=4, fifth=5, fifths=5, tenths=10)
 COUNT = "|".join(COUNTS)
-SPELLED = re.compile(  # "zero point eight", "three quarters", "four" before "out of" or a percentage, "five" after
-    rf"\b(?:(?:({COUNT}) )?point((?: (?:{COUNT}))+)|({COUNT}|an?) ({'|'.join(PARTS)})"
-    rf"|({COUNT})(?= out of\b| percent\b| per cent\b)|(?<=out of )({COUNT}))\b"
+SPELLED = re.compile(
+    rf"\b(?:(?:({COUNT}) )?point((?: (?:{COUNT}))+)"  # zero point eight
+    rf"|({COUNT}|an?) ({'|'.join(PARTS)})"  # three quarters
+    rf"|({COUNT})(?= out of\b| percent\b| per cent\b)"  # four, before "out of" or a percentage
+    rf"|(?<=out of )({COUNT}))\b"  # five, after "out of"
 )
 DIGITS = r"[-+]?(?:[0-9]+(?:[.,][0-9]+)*(?:e[-+]?[0-9]+)?|[.,][0-9]+)"
-NUMBER = re.compile(
+NUMBER = re.compile(  # 0.8, 80%, 4/5, 4 out of 5
     rf"(?<![\w.,/%])({DIGITS})(?: ?(?:(%|percent\b|per cent\b)|(?:/|out of|in) ?({DIGITS})))?(?![\w/]|[.,][0-9])"
 )
-THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")  # 1,000.5
+
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 TOKEN = re.compile(rf"{WORD.pattern}|[0-9]+(?:[.,][0-9]+)*|[^\w\s'-]")  # a word, a number, a mark that ends a clause
+SENTENCES = re.compile(r"\n+|(?<=[.!?])\s+")
 
-WIDE = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}  # full-width forms; unicodedata takes quadratic time
+# Full-width forms and typographic marks: unicodedata.normalize would take quadratic time.
+WIDE = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}
 WIDE |= str.maketrans({"。": ". ", "’": "'", "−": "-", "–": "-", "—": " - ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
+
 OUR_RULES = r"(?:the |this |that |these |any |its |no )?(?:subreddit's |community )?rules?\b"
 ADJECTIVES = "correct|incorrect|right|wrong|true|false|valid|invalid|accurate|inaccurate"
-REWRITES = [(re.compile(pattern), new) for pattern, new in (
+
+# Texts are rewritten row by row: (pattern, what stands for it).
+REWRITES = [
+    # LaTeX fractions are numbers, and a box holds the final answer.
     (r"\\[dt]?frac ?\{ ?([0-9.]{1,9}) ?\} ?\{ ?([0-9.]{1,9}) ?\}", r" \1/\2"),
     (r"\\f?boxed ?\{([^{}]{0,99}(?:\{[^{}]{0,99}\}[^{}]{0,99})?)\}", r"\nfinal answer: \1\n"),
-    (r"```\w*|<\|?/?[\w ]{1,30}\|?>", "\n"),  # fences and tags
-    (r"\\[a-z]+|[*_`\"“”„«»‘$#~|\\{}\[\]]", " "),  # markup and quotes
-    (r"(?m)^(?:[^\w\n.,+-]|[-+][ \t]+|[0-9]{1,2}[.)][ \t]+(?=\S))+", ""),  # bullets, numbers of a list, emoji
-    (r"\b(?:true|yes) ?(?:/|or) ?(?:false|no)(?=[ )]{0,3}[:?])", "choice"),  # the prompt's, and its scale
+    # Fences and tags are line breaks; other markup and quotes are spaces.
+    (r"```\w*|<\|?/?[\w ]{1,30}\|?>", "\n"),
+    (r"\\[a-z]+|[*_`\"“”„«»‘$#~|\\{}\[\]]", " "),
+    # A line begins with its words: without bullets, the numbers of a list, emoji.
+    (r"(?m)^(?:[^\w\n.,+-]|[-+][ \t]+|[0-9]{1,2}[.)][ \t]+(?=\S))+", ""),
+    # The prompt's own choice ("True or False:") and its scale ("from 0 to 1") answer nothing.
+    (r"\b(?:true|yes) ?(?:/|or) ?(?:false|no)(?=[ )]{0,3}[:?])", "choice"),
     (r"(?<![\w.,])(?:from |between )?[01](?:\.0+)? ?(?:to|and|-) ?10{0,2}(?:\.0+)?(?![\w%/]|[.,][0-9])", "scale"),
+    # 70-80% is two percentages; "100% correct" is correct.
     (r"\b([0-9]{1,3}) ?(?:-|to) ?([0-9]{1,3} ?%)", r"\1% \2"),
     (rf"\b100 ?% (?=(?:not )?(?:{ADJECTIVES})\b)", ""),
-    (r"\bconfidence(?: level)? ?[:=] ?[0-9.,]+ ?%?", "confidence"),  # in the answer, whichever it is
+    # "Confidence: 90%" is about the answer, whichever it is.
+    (r"\bconfidence(?: level)? ?[:=] ?[0-9.,]+ ?%?", "confidence"),
+    # "Step 2" is no number.
     (r"\b(rule|step|example|question|part|line|equation|case) ?#? ?[0-9]+(?![\w%/]|[.,][0-9])", r"\1"),
+    # The dots of "i.e." end no sentence.
     (r"\b(?:i\.e|e\.g)\.", ","),
+    # Two rows that look like negations and are none, and four that decide what negates ("it is false that ...").
     (r"\b(?:no doubt|without (?:a |any )?doubt|not (?:only|just))\b", ""),
     (r"\bi(?: would|'d)\b", "i"),
     (r"\b(?:far from|anything but)\b", "not"),
     (r"\b(?:0|zero) (?=violations?\b)", "no "),
     (r"\b(?:false|wrong|incorrect|untrue) (?=that\b)", "not "),
     (r"\b(?:true|correct|right) (?=that\b)", ""),
+    # Other words for violating a rule and for keeping to it.
     (rf"\b(?:break(?:s|ing)?|broke|against) (?={OUR_RULES})", "violates "),
     (r"\bviolat(?:es?|ed|ing) (?:nothing\b|none of |no (?=rules?\b|polic|guideline))", "complies with "),
     (rf"\b(?:follow|obey|respect)(?:s|ing)? (?={OUR_RULES})|\badher(?:es?|ing) to (?={OUR_RULES})", "complies with "),
-    (rf"\b(this|that|it|solution|answer)('s| is| was| isn't| wasn't)( not|) (?:an?|the) ({ADJECTIVES})"
-     r" (?:solution|answer|statement|claim)\b", r"\1\2\3 \4"),
+    # "This is a correct solution" says that this is correct.
+    (
+        rf"\b(this|that|it|solution|answer)('s| is| was| isn't| wasn't)( not|) (?:an?|the) ({ADJECTIVES})"
+        r" (?:solution|answer|statement|claim)\b",
+        r"\1\2\3 \4",
+    ),
+    # A dash between words ends a clause.
     (r" -+ ", " , "),
-)]  # fmt: skip
-CERTAIN = re.compile(r"[0-9]%? (?:sure|certain|confident)\b")
-NOTHING = re.compile(r"(?:if|unless|suppose|assume|let|let's|to be|step|line|part)\b")  # a sentence that begins so
-NEXT = re.compile(r"\n[ \t]*(?:question|proposed solution|subreddit|rule|post|user|human) ?:")  # a new question
-LEADS = re.compile(r"\b(?:is|it's|be|an?|of|so|with|as|gets?) $")
-SENTENCES = re.compile(r"\n+|(?<=[.!?])\s+")
+]
+REWRITES = [(re.compile(pattern), new) for pattern, new in REWRITES]
+
+# A new question, after which a model answers that one.
+NEXT = re.compile(r"\n[ \t]*(?:question|proposed solution|subreddit|rule|post|user|human) ?:")
+# What introduces the final answer.
 FINAL = re.compile(
     r"\b(?:answer|verdict|score|rating|probability|likelihood|label|conclusion|decision|judge?ment|classification|"
     r"prediction|assessment)\b(?:(?! is )[^:=]){0,40}?:|\bscore ?=|"
     r"\bfinal (?:answer|verdict|score|decision|judge?ment) (?:is\b|=)|"
     r"^(?:is |rule )?(?:correct|violation|violates|violated)(?: rule)? ?[:=]"
 )
-OTHERS = re.compile(  # a final answer that is not the model's own
-    r"\b(?:correct|right|expected|actual|given|reference|his|her|their|[a-z]{1,20}'s) (?:final )?$"
-)
+# Before it: a final answer that is not the model's own.
+OTHERS = re.compile(r"\b(?:correct|right|expected|actual|given|reference|his|her|their|[a-z]{1,20}'s) (?:final )?$")
 REFUSAL = re.compile(
     r"\bas an? (?:ai|artificial|(?:large )?language model)\b|\b(?:can't|cannot|can not|couldn't|could not|won't|"
     r"will not|unable to|not able to|impossible to|refuse to|decline to) (?:\w+ ){0,2}(?:determined?|decided?|judge|"
@@ -100,14 +135,21 @@ UNSURE = re.compile(
     r"no idea|not enough|insufficient|n/a|either way|(?:it|that) depends|depends on|(?:hard|difficult) to (?:say|tell|"
     r"judge))\b|(?:\bnot|n't) (?:[\w%]+ ){0,2}(?:sure|certain|clear|know|confident)\b"
 )
+NOTHING = re.compile(r"(?:if|unless|suppose|assume|let|let's|to be|step|line|part)\b")  # begins what decides nothing
+CERTAIN = re.compile(r"[0-9]%? (?:sure|certain|confident)\b")  # a number that needs words beside it
+LEADS = re.compile(r"\b(?:is|it's|be|an?|of|so|with|as|gets?) $")  # before a number that is a score
 
 
-def parse_answer(text: str, words: tuple[str, ...]) -> tuple[float | None, str]:
-    """What a generated answer says: (score from 0 to 1 of the second class, or None for a malformed one; how it says).
+# ---- stages ---------------------------------------------------------------------------------------------------------
 
-    words: the two classes', the negative first, aliases apart by "|"; () for numbers alone. Where one of them is a yes
-    or a no, the other words of YES and NO speak too, and as a whole sentence those of ALONE. What follows a first line
-    that answers and a new question is another answer. Stages, of which the first that finds something decides:
+
+def parse_answer(text: str, words: tuple[str, ...]) -> Reading:
+    """What a generated answer says: (score from 0 to 1 of the second class, or None for a malformed one; its form).
+
+    words: verbalizers of the two classes, the negative first, aliases separated by "|"; () for numbers alone. Where
+    one of them is a yes or a no, the other words of YES and NO count too, and as a whole sentence those of ALONE. What
+    follows a first line that answers and a new question is another answer. The first stage that finds something
+    decides:
 
     1. the last explicit final answer ("Answer: ...", "final answer is", a box): "final line"; one out of range leaves
        words to the other stages;
@@ -115,32 +157,34 @@ def parse_answer(text: str, words: tuple[str, ...]) -> tuple[float | None, str]:
     3. refusals and hedges: "refusal", "unsure";
     4. words and numbers within the first and the last sentence (or all of three): "word", "number in text", "percent",
        "fraction". A negation turns the words after it in its clause around ("never wrong" is right); an adjective
-       before a noun ("the correct total") and what stands after "if" say nothing; a number before a noun is a count.
+       before a noun ("the correct total") and what follows "if" say nothing; a number before a noun is a count.
        A number and a word must agree ("90% sure it is wrong" is "ambiguous").
 
     None otherwise: "empty", "ambiguous" (contradictions, several numbers), "out of range", "none". Reasoning in
-    <think> counts for nothing, questions neither. Time is linear in the text. Raises ValueError for one word or three.
+    <think> and questions count for nothing. Time is linear in the text. Raises ValueError for one word or three.
     """
     if len(words) not in (0, 2):
         raise ValueError(f"words: got {words}, expected those of two classes")
-    *_, text = re.split(r"</think(?:ing)?>", text.translate(WIDE).lower())
-    if re.search(r"<think(?:ing)?>", text):
+    text = re.split(r"</think(?:ing)?>", text.translate(WIDE).lower())[-1]
+    if re.search(r"<think(?:ing)?>", text):  # reasoning that was cut off before it ended
         return None, "none"
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    text, sides = SPELLED.sub(_digits, text), _sides(words)
-    score, how, first = None, "empty", _sentences(NEXT.split(text, maxsplit=1)[0])
-    for sentences in (first if len(first) == 1 else [], _sentences(text)):
-        if sentences and score is None:
-            score, how = _final(sentences, sides)
-            if how in ("none", "out of range"):
-                said = _read(sentences, sides)
-                score, how = said if how == "none" or said[1] == "word" else (score, how)
-    return score, how
+    text = SPELLED.sub(_digits, text)
+    sides = _sides(words)
+
+    # A first line that answers stands alone; a model may have continued with another question and its answer.
+    before_next = _sentences(NEXT.split(text, maxsplit=1)[0])
+    if len(before_next) == 1:
+        score, form = _answer(before_next, sides)
+        if score is not None:
+            return score, form
+    sentences = _sentences(text)
+    return _answer(sentences, sides) if sentences else (None, "empty")
 
 
 def _sentences(text: str) -> list[str]:
-    """Its lines and sentences that say something, white space collapsed."""
+    """Its lines and sentences that hold a word, white space collapsed."""
     return [" ".join(part.split()) for part in SENTENCES.split(text) if re.search(r"\w", part)]
 
 
@@ -148,142 +192,219 @@ def _digits(match: re.Match) -> str:
     """A number in words, as SPELLED finds it, in digits."""
     whole, decimals, over, part, left, right = match.groups()
     if decimals:
-        return f"{COUNTS[whole or 'zero']}.{''.join(COUNTS[word] for word in decimals.split())}"
-    return f"{COUNTS.get(over, '1')}/{PARTS[part]}" if part else COUNTS[left or right]
+        digits = "".join(COUNTS[word] for word in decimals.split())
+        return f"{COUNTS[whole or 'zero']}.{digits}"
+    if part:
+        return f"{COUNTS.get(over, '1')}/{PARTS[part]}"
+    return COUNTS[left or right]
 
 
 def _sides(words: tuple[str, ...]) -> dict[str, int]:
     """The class that each word speaks for; English and foreign words where the classes' own are a yes and a no."""
-    own = {" ".join(alias.lower().replace("_", " ").split()): c for c, w in enumerate(words) for alias in w.split("|")}
+    own = {}
+    for side, aliases in enumerate(words):
+        for alias in aliases.split("|"):
+            own[" ".join(alias.lower().replace("_", " ").split())] = side
     own.pop("", None)
     general = {**dict.fromkeys(YES, True), **dict.fromkeys(NO, False), **ALONE}
-    yes = {c if general[word] else 1 - c for word, c in own.items() if word in general}
-    return {word: min(yes) if side else 1 - min(yes) for word, side in general.items() if len(yes) == 1} | own
+    yes_sides = {side if general[word] else 1 - side for word, side in own.items() if word in general}
+    if len(yes_sides) != 1:
+        return own
+    (yes_side,) = yes_sides
+    return {word: yes_side if is_yes else 1 - yes_side for word, is_yes in general.items()} | own
 
 
-def _final(sentences: list[str], sides: dict[str, int]) -> tuple[float | None, str]:
-    """Stage 1: the last explicit final answer that says something, in the next sentence where its own is over.
+def _answer(sentences: list[str], sides: dict[str, int]) -> Reading:
+    """All stages."""
+    score, form = _final(sentences, sides)
+    if form == "none":
+        return _read(sentences, sides)
+    if form == "out of range":
+        reading = _read(sentences, sides)
+        if reading[1] == "word":
+            return reading
+    return score, form
+
+
+def _final(sentences: list[str], sides: dict[str, int]) -> Reading:
+    """Stage 1: the last explicit final answer that says something.
 
     One out of range is the question's own ("Answer: 18") where a word stands before it.
     """
-    wild = False
+    out_of_range = False
     for i in reversed(range(len(sentences))):
-        text, found = sentences[i], set()
-        marks = [m for m in FINAL.finditer(text) if not OTHERS.search(text, max(0, m.start() - 24), m.start())]
-        for mark, end in zip(marks, [*(m.start() for m in marks), len(text)][1:], strict=True):
-            said = text[mark.end() : end]
-            if not re.search(r"\w", said) and end == len(text) and i + 1 < len(sentences):
-                said = sentences[i + 1]
-            found.add(_read([said.strip()], sides, final=True))
-        found = {(score, how) for score, how in found if how != "none"}
-        if len({score for score, _ in found}) > 1:
+        readings = _final_answers(sentences, i, sides)
+        if len({score for score, _ in readings}) > 1:
             return None, "ambiguous"
-        if found:
-            score, how = min(found)
-            if how != "out of range" and (how == "word" or not wild):
-                return score, "final line" if score is not None else how
-            wild = True
-    return None, "out of range" if wild else "none"
+        if readings:
+            score, form = min(readings)
+            if form != "out of range" and (form == "word" or not out_of_range):
+                return score, "final line" if score is not None else form
+            out_of_range = True
+    return None, "out of range" if out_of_range else "none"
 
 
-def _read(sentences: list[str], sides: dict[str, int], final: bool = False) -> tuple[float | None, str]:
-    """Stages 2 to 4. final: all that it says is the answer, so that each number counts."""
-    told = [s for s in sentences if not s.rstrip(" )'").endswith("?")]
-    alone = [_alone(s, sides, number=i in (0, len(told) - 1)) for i, s in enumerate(told)]
-    seen = [n for _, n in alone if n]
-    score, how = _decide({side for side, _ in alone if side is not None}, seen)
-    if how != "none":
-        return score, how
+def _final_answers(sentences: list[str], i: int, sides: dict[str, int]) -> set[Reading]:
+    """What the final answers of one sentence say, each up to the next one, or in the next sentence where it is over."""
+    text = sentences[i]
+    marks = [m for m in FINAL.finditer(text) if not OTHERS.search(text, max(0, m.start() - 24), m.start())]
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    readings = set()
+    for mark, end in zip(marks, ends, strict=False):
+        answer = text[mark.end() : end]
+        if not re.search(r"\w", answer) and end == len(text) and i + 1 < len(sentences):
+            answer = sentences[i + 1]
+        reading = _read([answer.strip()], sides, final=True)
+        if reading[1] != "none":
+            readings.add(reading)
+    return readings
+
+
+def _read(sentences: list[str], sides: dict[str, int], final: bool = False) -> Reading:
+    """Stages 2 to 4. final: the whole text is the answer, so that each number counts."""
+    # Stage 2: words anywhere, numbers at the begin and the end.
+    statements = [sentence for sentence in sentences if not sentence.rstrip(" )'").endswith("?")]
+    alone_sides, alone_numbers = set(), []
+    for i, sentence in enumerate(statements):
+        side, number = _alone(sentence, sides, at_end=i in (0, len(statements) - 1))
+        if side is not None:
+            alone_sides.add(side)
+        if number:
+            alone_numbers.append(number)
+    score, form = _decide(alone_sides, alone_numbers)
+    if form != "none":
+        return score, form
+
+    # Stage 3: of a long text the first and the last sentence.
     if len(sentences) > 3:
         sentences = [sentences[0], sentences[-1]]
-    for pattern, how in ((REFUSAL, "refusal"), (UNSURE, "unsure")):
-        if any(pattern.search(s) for s in sentences):
-            return None, how
-    told = [s for s in sentences if s in told]
-    said = {side for s in told for side in _said(s, sides)}
-    numbers = [n for s in told if said or not CERTAIN.search(s) for n in _numbers(s, sides, final)]
-    score, how = _decide(said, numbers, sure=any(SURE & set(WORD.findall(s)) for s in told))
-    if how == "none":
-        seen = {*seen, *(_number(m) for s in told for m in NUMBER.finditer(s))}
-        how = "ambiguous" if len(seen) > 1 else "out of range" if (None, "out of range") in seen else "none"
-    return score, "number in text" if how == "number" else how
+    for pattern, form in ((REFUSAL, "refusal"), (UNSURE, "unsure")):
+        if any(pattern.search(sentence) for sentence in sentences):
+            return None, form
+
+    # Stage 4: words, and numbers that may be scores.
+    statements = [sentence for sentence in sentences if sentence in statements]
+    spoken, numbers, sure = set(), [], False
+    for sentence in statements:
+        spoken |= _spoken(sentence, sides)
+        sure |= bool(SURE & set(WORD.findall(sentence)))
+    for sentence in statements:
+        if spoken or not CERTAIN.search(sentence):
+            numbers += _numbers(sentence, sides, final)
+    score, form = _decide(spoken, numbers, sure)
+    if form == "none":
+        return None, _why_none(statements, alone_numbers)
+    return score, "number in text" if form == "number" else form
 
 
-def _alone(sentence: str, sides: dict[str, int], number: bool) -> tuple[int | None, tuple[float | None, str] | None]:
-    """Stage 2, of a sentence that is an answer and no more: (its side or None, its number or None)."""
-    words, found = WORD.findall(sentence), NUMBER.search(sentence)
-    key = sentence.strip(" .,;:!()'") if re.search("[0-9]", sentence) else " ".join(words)
+def _why_none(statements: list[str], alone_numbers: list[Reading]) -> str:
+    """What is wrong with a text that says nothing."""
+    readings = set(alone_numbers)
+    for sentence in statements:
+        readings |= {_number(match) for match in NUMBER.finditer(sentence)}
+    if len(readings) > 1:
+        return "ambiguous"
+    return "out of range" if (None, "out of range") in readings else "none"
+
+
+def _alone(sentence: str, sides: dict[str, int], at_end: bool) -> tuple[int | None, Reading | None]:
+    """Stage 2, of a sentence that is an answer and no more: (its side or None, its number or None).
+
+    at_end: of the first and the last sentence, whose numbers count.
+    """
+    key = " ".join(WORD.findall(sentence))
+    if re.search("[0-9]", sentence):
+        key = sentence.strip(" .,;:!()'")
     if key in sides:
         return sides[key], None
-    if number and found and not re.search(r"\w", sentence[: found.start()] + sentence[found.end() :]):
-        return None, _number(found)
-    if number and key in COUNTS:
-        return None, _number(NUMBER.match(COUNTS[key]))
+    if at_end:
+        match = NUMBER.search(sentence)
+        if match and not re.search(r"\w", sentence[: match.start()] + sentence[match.end() :]):
+            return None, _number(match)
+        if key in COUNTS:
+            return None, _number(NUMBER.match(COUNTS[key]))
     return None, (None, "out of range") if key in ("nan", "inf", "infinity") else None
 
 
-def _number(match: re.Match) -> tuple[float | None, str]:
+def _value(digits: str) -> float:
+    """1,000 is a thousand, 0,5 a half; nan for what is neither."""
+    digits = digits.replace(",", "" if THOUSANDS.fullmatch(digits) else ".")
+    return float(digits) if digits.count(".") < 2 else math.nan
+
+
+def _number(match: re.Match) -> Reading:
     """The value of a match of NUMBER, or None, and its form or what is wrong with it."""
-
-    def value(digits: str) -> float:
-        digits = digits.replace(",", "" if THOUSANDS.fullmatch(digits) else ".")
-        return float(digits) if digits.count(".") < 2 else math.nan
-
-    digits, percent, top = match.groups()
     if match[0] in ("50/50", "50 / 50"):
         return None, "unsure"
-    scale = value(top) if top else 100 if percent else 1
-    score = value(digits) / scale if scale > 0 else math.inf
+    digits, percent, whole = match.groups()
+    scale, form = 1.0, "number"
+    if whole:
+        scale, form = _value(whole), "fraction"
+    if percent:
+        scale, form = 100.0, "percent"
+    score = _value(digits) / scale if scale > 0 else math.inf
+    if math.isnan(score):
+        return None, "none"
     if not 0 <= score <= 1:
-        return None, "none" if math.isnan(score) else "out of range"
-    return abs(score), "percent" if percent else "fraction" if top else "number"
+        return None, "out of range"
+    return abs(score), form  # of -0
 
 
-def _numbers(sentence: str, sides: dict[str, int], final: bool) -> list[tuple[float | None, str]]:
+def _numbers(sentence: str, sides: dict[str, int], final: bool) -> list[Reading]:
     """Stage 4: the numbers of a sentence that may be scores, as `_number` gives them.
 
     Not those before a noun. All others of a sentence that speaks of scores, begins with one, or says nothing else;
     elsewhere decimals after words such as "is", and a share of a word ("50% correct").
     """
-    words, first, found = set(WORD.findall(sentence)), WORD.search(sentence), []
+    words = set(WORD.findall(sentence))
+    first_word = WORD.search(sentence)
     no_nouns = GOES_ON | SCORING | {"to"} | sides.keys()
     scoring = final or bool(SCORING & words) or words <= no_nouns
+    readings = []
     for match in NUMBER.finditer(sentence):
-        before, rest = sentence[max(0, match.start() - 8) : match.start()], sentence[match.end() : match.end() + 40]
-        word = re.match(r" ([^\W\d_]+)", rest)
+        before = sentence[max(0, match.start() - 8) : match.start()]
+        after = sentence[match.end() : match.end() + 40]
+        word = re.match(r" ([^\W\d_]+)", after)
         if word and word[1] not in no_nouns:
             continue
-        score, how = _number(match)
-        exact = how != "number" or re.search("[.,]", match[1]) or rest.startswith((",", " (", " because", " since"))
-        scoring |= bool(exact) and (first is None or match.start() < first.start())
-        if scoring or (exact and LEADS.search(before)) or (how != "number" and word and word[1] in sides):
-            found.append((score, how))
-    return found
+        score, form = _number(match)
+        of_word = form != "number" and word and word[1] in sides
+        exact = form != "number" or re.search("[.,]", match[1]) or after.startswith((",", " (", " because", " since"))
+        if exact and (first_word is None or match.start() < first_word.start()):
+            scoring = True
+        if scoring or of_word or (exact and LEADS.search(before)):
+            readings.append((score, form))
+    return readings
 
 
-def _said(sentence: str, sides: dict[str, int]) -> set[int | None]:
+def _spoken(sentence: str, sides: dict[str, int]) -> set[int | None]:
     """Stage 4: the classes that a sentence's words speak for, None for a half-hearted one."""
-    tokens, found = TOKEN.findall(sentence), set()
+    tokens = TOKEN.findall(sentence)
+    spoken = set()
     if NOTHING.match(sentence) or {"if", "would"} <= set(tokens):
-        return found
+        return spoken
     for i, token in enumerate(tokens):
-        if token in sides and (len(token) > 1 or not token.isascii()):
-            before = _clause(tokens[max(0, i - 8) : i][::-1])[::-1]
-            after = _clause(tokens[i + 1 : i + 7])
-            if _counts(token, i == 0, before, after):
-                turned = _negations([*before, token]) % 2
-                found.add(None if HALF & set(before[-3:]) else sides[token] ^ turned)
-    return found
+        if token not in sides or (len(token) == 1 and token.isascii()):
+            continue
+        before = _clause(tokens[max(0, i - 8) : i][::-1])[::-1]
+        after = _clause(tokens[i + 1 : i + 7])
+        if not _counts(token, i == 0, before, after):
+            continue
+        if HALF & set(before[-3:]):
+            spoken.add(None)
+        else:
+            spoken.add(sides[token] ^ _negations([*before, token]) % 2)
+    return spoken
 
 
 def _clause(tokens: list[str]) -> list[str]:
     """The words before the first mark."""
-    end = next((i for i, token in enumerate(tokens) if not token[0].isalnum()), len(tokens))
-    return tokens[:end]
+    marks = [i for i, token in enumerate(tokens) if not token[0].isalnum()]
+    return tokens[: marks[0]] if marks else tokens
 
 
 def _counts(token: str, first: bool, before: list[str], after: list[str]) -> bool:
-    """Whether a word of a side is said of the whole: no attribute of a noun, no supposition, no "no" of a noun."""
+    """Whether a word of a side is about the whole: no attribute of a noun, no supposition, no "no" of a noun."""
     goes_on = not after or after[0] in GOES_ON
     if SUPPOSED & set(before):
         return False
@@ -301,22 +422,28 @@ def _counts(token: str, first: bool, before: list[str], after: list[str]) -> boo
 def _negations(words: list[str]) -> int:
     """How many words negate the last one: those after the last conjunction."""
     start = max((i + 1 for i, word in enumerate(words) if word in STOPS), default=0)
-    pairs = zip(words[start:], words[start + 1 :], strict=False)
-    return sum(
-        word in NOT or word.endswith("n't") or (word == "no" and after not in PRONOUNS | GOES_ON)
-        for word, after in pairs
-    )
+    count = 0
+    for word, after in zip(words[start:], words[start + 1 :], strict=False):
+        no_of_noun = word == "no" and after not in PRONOUNS | GOES_ON
+        if no_of_noun or word in NOT or word.endswith("n't"):
+            count += 1
+    return count
 
 
-def _decide(sides: set[int | None], numbers: list, sure: bool = False) -> tuple[float | None, str]:
-    """(score, how) of the sides that words speak for and of numbers. sure: the numbers say how sure the words are."""
-    scores = {round(score, 9): (score, how) for score, how in reversed(numbers) if score is not None}
+def _decide(sides: set[int | None], numbers: list[Reading], sure: bool = False) -> Reading:
+    """The score and form of the sides that words speak for and of numbers. sure: numbers say how sure the words are."""
     if None in sides or (None, "unsure") in numbers:
         return None, "unsure"
-    if len(sides) > 1 or len(scores) > 1 or (scores and any(score is None for score, _ in numbers)):
+    scores = {round(score, 9): (score, form) for score, form in reversed(numbers) if score is not None}
+    if len(sides) > 1 or len(scores) > 1:
         return None, "ambiguous"
-    if not sides or not scores:
-        return next(iter(scores.values()), (float(min(sides)), "word") if sides else (None, "none"))
-    ((score, how),), (side,) = scores.values(), sides
-    agree = side == 1 if sure else score >= 0.5 if side else score <= 0.5
-    return (score, how) if agree else (None, "ambiguous")
+    if scores and any(score is None for score, _ in numbers):
+        return None, "ambiguous"
+    side = min(sides, default=None)
+    if not scores:
+        return (None, "none") if side is None else (float(side), "word")
+    ((score, form),) = scores.values()
+    if side is None:
+        return score, form
+    agree = side == 1 if sure else abs(side - score) <= 0.5
+    return (score, form) if agree else (None, "ambiguous")

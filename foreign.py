@@ -60,7 +60,7 @@ def given_model(cfg: configs.InferConfig) -> Given:
     labels = labelling.Labels(names if len(names) > 1 else (), names)
     cfg = trained.prompted(cfg, tokenizer) if cfg.prompt else cfg
     same = {n: getattr(cfg, n) for n in ("prompt", "text", "label_column", "id_column", "head", "label_words", "quant")}
-    same |= {"kept": prompts.PROMPTS[cfg.prompt].kept if cfg.prompt else ()}
+    same |= {"kept": prompts.find(cfg.prompt).kept if cfg.prompt else ()}
     same |= {"task": "regression" if len(names) == 1 else "single_label", "max_length": cfg.max_length, "base": base}
     known = TrainConfig(pooling=bases.stored_pooling(base), rank=int(bool(adapter)), train_layers=0, **same)
     trained.check_model(known, labels, tokenizer, adapter, shapes if adapter else None)

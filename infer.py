@@ -27,7 +27,6 @@ import ensemble
 import evaluate
 import files
 import foreign
-import generate
 import loop
 import predictions
 import tables
@@ -42,7 +41,7 @@ def main(argv: list[str]) -> dict:
     cfg = checks.of_generation(cfg, hand)
     checks.check(cfg, hand)
     if cfg.generate:
-        return generate.complete_prompts(cfg, hand)
+        raise UserError("--generate moved: python generate.py")
     given = foreign.given_model(cfg) if cfg.base or cfg.adapter else None
     path = Path(cfg.adapter or cfg.base) if given else trained.find_run(cfg)
     train_cfg, labels = (given.config, given.labels) if given else trained.run_facts(path)
@@ -90,7 +89,7 @@ def main(argv: list[str]) -> dict:
 
     # ---- score ------------------------------------------------------------------------------------------------------
     if cfg.scoring == "generate":
-        return generate.generate_answers(cfg, path, train_cfg, labels, world, rows, ids, known)
+        raise UserError("--scoring generate moved: python generate.py --score")
     csvs = {path: ensemble.csv_member(path, train_cfg, labels, ids) for path in cfg.runs[1:] if path.endswith(".csv")}
     blend = ensemble.blending(cfg, train_cfg, labels) if len(cfg.runs) > 1 else None
     run = load(cfg, path, given, world, "")

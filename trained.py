@@ -24,7 +24,7 @@ import numerics
 import peft_format
 import prompts
 from configs import TrainConfig
-from errors import Untrusted, UserError, nearest
+from errors import Untrusted, UserError
 
 # ---- labels and predictions -----------------------------------------------------------------------------------------
 
@@ -51,11 +51,8 @@ def prompted(cfg, tokenizer):
 
     Raises UserError for a chat template that cannot say it.
     """
-    prompt = prompts.PROMPTS.get(cfg.prompt)
-    if prompt is None:
-        near = nearest(cfg.prompt, prompts.PROMPTS)
-        raise UserError(f"--prompt {cfg.prompt}: expected one of {', '.join(prompts.PROMPTS)}{near}")
     try:
+        prompt = prompts.find(cfg.prompt)
         changes = {"text": prompts.as_text(prompt, tokenizer)}
     except ValueError as e:
         raise UserError(f"--prompt {cfg.prompt}: {e}") from None

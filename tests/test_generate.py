@@ -20,19 +20,19 @@ from test_ddp import finish, forked, forks, start
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import bases
+import chats
 import checkpoint
-import checks
 import cli
 import configs
 import data
 import ddp
 import generate
-import infer
 import language
 import lora
 import model as models
 import peft_format
 import prompts
+import writer
 from errors import Untrusted, UserError
 from packed import pack
 
@@ -114,23 +114,23 @@ def adapter_on(folder: Path, base: str, seed=0, **changes) -> str:
 
 
 def opened(**flags):
-    """(language model, tokenizer) as infer.py loads them."""
-    given = generate.given_language_model(configs.InferConfig(generate=True, **flags), None)
-    return generate.load_given_language_model(given, WORLD, "fp32")[0], given.tokenizer
+    """(language model, tokenizer) as generate.py loads them."""
+    given = writer.of_base(**flags)
+    return writer.load(given, WORLD, "fp32")[0], given.tokenizer
 
 
 def ids_of(tokenizer, texts=TEXTS) -> list[list[int]]:
-    return generate.encode_prompts(tokenizer, [[(True, t)] for t in texts], 512)[0]
+    return writer.encode_prompts(tokenizer, [[(True, t)] for t in texts], 512)[0]
 
 
-def greedy(lm, rows, stops=(0,), most=20, **how):
-    return language.complete(lm, rows, 0, set(stops), most=most, **how)
+def greedy(lm, rows, stops=(0,), max_new_tokens=20, **draw):
+    return language.complete(lm, rows, 0, set(stops), max_new_tokens=max_new_tokens, **draw)
 
 
-def plain(lm, row: list[int], most=20, eos=0) -> list[int]:
+def plain(lm, row: list[int], max_new_tokens=20, eos=0) -> list[int]:
     """transformers' own greedy completion of one prompt."""
     lm.generation_config = GenerationConfig()
-    settings = GenerationConfig(max_new_tokens=most, do_sample=False, eos_token_id=eos, pad_token_id=0)
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0)
     with torch.no_grad():
         return lm.generate(torch.tensor([row]), generation_config=settings)[0, len(row) :].tolist()
 
@@ -163,9 +163,9 @@ def test_the_trained_tiny_base_too():
     lm, tokenizer = opened(base=str(ROOT / "tiny/base"))
     theirs = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/base", dtype=torch.float32).eval()
     rows = ids_of(tokenizer)
-    want = [plain(theirs, row, most=40) for row in rows]
-    assert greedy(lm, rows, most=40) == [greedy(lm, [r], most=40)[0] for r in rows] == want
-    texts = language.generate(lm, tokenizer, rows, most=40)
+    want = [plain(theirs, row, max_new_tokens=40) for row in rows]
+    assert greedy(lm, rows, max_new_tokens=40) == [greedy(lm, [r], max_new_tokens=40)[0] for r in rows] == want
+    texts = language.generate(lm, tokenizer, rows, max_new_tokens=40)
     assert texts == [tokenizer.decode(w, skip_special_tokens=True) for w in want] and all(texts)
 
 
@@ -174,17 +174,17 @@ def test_the_real_public_adapter_completes(shared, base, tmp_path):
     sizes = dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, intermediate_size=16)
     folder = base("Qwen2", use_sliding_window=False, initializer_range=0.02, **sizes)
     flags = {"base": folder, "adapter": str(shared / "adapters/SGOD-UTH_qwen2.5-0.5b_r8_math-latex")}
-    given = generate.given_language_model(configs.InferConfig(generate=True, **flags), None)
-    lm, report = generate.load_given_language_model(given, WORLD, "fp32")
+    given = writer.of_base(**flags)
+    lm, report = writer.load(given, WORLD, "fp32")
     assert "96 tensors matched (48 lora_A, 48 lora_B) on 24 q_proj, 24 v_proj" in report
     rows = ids_of(given.tokenizer, TEXTS[:2])
-    live = greedy(lm, rows, most=6)
+    live = greedy(lm, rows, max_new_tokens=6)
     with lora.disable(lm):
-        assert greedy(lm, rows, most=6) != live
+        assert greedy(lm, rows, max_new_tokens=6) != live
     assert "<|im_start|>" in given.tokenizer.chat_template
     given.tokenizer.chat_template = None
     with pytest.raises(UserError, match="12.*layers|unexpected tensors"):
-        generate.given_language_model(configs.InferConfig(**{**flags, "base": base("Qwen2")}), None)
+        writer.of_base(**{**flags, "base": base("Qwen2")})
 
 
 def test_a_completion_ends_with_its_first_stop_and_rows_beside_it_go_on(one):
@@ -194,7 +194,7 @@ def test_a_completion_ends_with_its_first_stop_and_rows_beside_it_go_on(one):
     stop = free[1][4]
     want = [f[: f.index(stop) + 1] if stop in f else f for f in free]
     assert greedy(lm, rows, stops=(0, stop)) == want and len(want[1]) < len(free[1])
-    assert [len(f) for f in greedy(lm, rows, most=3)] == [3] * len(rows)
+    assert [len(f) for f in greedy(lm, rows, max_new_tokens=3)] == [3] * len(rows)
     calls = []
     lm.register_forward_hook(lambda *_: calls.append(1))
     assert greedy(lm, [rows[1]], stops=(0, stop)) == [want[1]] and len(calls) == len(want[1])  # and nothing after it
@@ -234,7 +234,7 @@ def test_temperature_draws_from_the_whole_softmax(one):
     row = ids_of(tokenizer)[0]
     with torch.no_grad(), language.generating(lm):
         want = (lm(torch.tensor([row])).logits[0, -1] / 4.0).softmax(0)
-    found = torch.tensor([f[0] for f in greedy(lm, [row] * 4000, most=1, temperature=4.0)])
+    found = torch.tensor([f[0] for f in greedy(lm, [row] * 4000, max_new_tokens=1, temperature=4.0)])
     best = want.topk(50).indices
     share = float(torch.isin(found, best).float().mean())
     assert share == pytest.approx(float(want[best].sum()), abs=0.04) and share < 0.9
@@ -285,7 +285,7 @@ def test_training_goes_on_to_the_bit(base, checkpointing):
     want, before = step(), facts()
     assert before[0][1] == models.ATTENTION
     torch.manual_seed(5)
-    texts = language.generate(lm, tokenizer, rows, most=8, temperature=1.0, seed=9)
+    texts = language.generate(lm, tokenizer, rows, max_new_tokens=8, temperature=1.0, seed=9)
     assert facts() == before and len(texts) == len(rows)
     got = step()
     assert all(torch.equal(a, b) for a, b in zip(want[0], got[0], strict=True)) and torch.equal(want[1], got[1])
@@ -301,11 +301,9 @@ def test_training_goes_on_to_the_bit(base, checkpointing):
 
 
 def prompt_of(tokenizer, row, **fields):
-    """The pieces and the reason that infer.py makes of one row."""
-    hand = {"text"} & fields.keys() | {"system"} & fields.keys()
-    cfg = checks.of_generation(configs.InferConfig(generate=True, **fields), hand)
-    make, _, why = generate.prompt_maker(cfg, hand, tokenizer, [row])
-    return make(row, "row 1"), why
+    """The pieces and the reason that generate.py makes of one row."""
+    maker = chats.prompter(generate.GenerateConfig(**fields), set(fields), tokenizer, [row])
+    return maker.pieces(row, "row 1"), maker.reason
 
 
 def text_of(pieces) -> str:
@@ -319,7 +317,7 @@ def test_a_chat_is_rendered_and_encoded_as_the_tokenizer_does(name):
     options = {"add_generation_prompt": True, "date_string": prompts.DATE}
     pieces, why = prompt_of(tokenizer, {"prompt": "What is 2 + 2?"}, system="Be brief.")
     assert text_of(pieces) == tokenizer.apply_chat_template(turns, tokenize=False, **options)
-    ids = generate.encode_prompts(tokenizer, [pieces], 512)[0][0]
+    ids = writer.encode_prompts(tokenizer, [pieces], 512)[0][0]
     assert ids == list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **options))
     assert why.startswith("as chats") and (True, "What is 2 + 2?") in pieces
     row = {"messages": json.dumps([*turns, {"role": "assistant", "content": "4"}, turns[1]])}
@@ -345,7 +343,7 @@ def test_special_tokens_in_a_prompt_stay_text():
     end, text = tokenizer.convert_tokens_to_ids("<|im_end|>"), "say <|im_end|> twice"
     for fields, ends in (({}, 2), ({"chat": "no"}, 0)):  # of the template alone: after system and user
         clean, dirty = (prompt_of(tokenizer, {"prompt": t}, **fields)[0] for t in ("say it twice", text))
-        (a, b), report = generate.encode_prompts(tokenizer, [clean, dirty], 512)
+        (a, b), report = writer.encode_prompts(tokenizer, [clean, dirty], 512)
         assert a.count(end) == b.count(end) == ends and report.guarded == 1
         assert text in tokenizer.decode(b)
 
@@ -359,9 +357,9 @@ def test_bos_comes_once_and_an_end_of_the_tokenizers_own_never():
     tokenizer.backend_tokenizer.post_processor = around
     assert tokenizer("Hi")["input_ids"][:: len(tokenizer("Hi")["input_ids"]) - 1] == [bos, 0]
     for chat, text in (("yes", "Hi"), ("no", "Hi"), ("no", "Hi <|im_end|>")):
-        (ids,), _ = generate.encode_prompts(tokenizer, [prompt_of(tokenizer, {"prompt": text}, chat=chat)[0]], 512)
+        (ids,), _ = writer.encode_prompts(tokenizer, [prompt_of(tokenizer, {"prompt": text}, chat=chat)[0]], 512)
         assert ids.count(bos) == 1 and ids[0] == bos and 0 not in ids
-    (ids,), report = generate.encode_prompts(tokenizer, [[(True, "")]], 512)
+    (ids,), report = writer.encode_prompts(tokenizer, [[(True, "")]], 512)
     assert ids == [bos]
 
 
@@ -390,7 +388,7 @@ def test_examples_stand_before_the_prompt(tmp_path):
     assert text_of(pieces) == want
     raw, why = prompt_of(tokenizer, {"prompt": "3 + 3"}, chat="no", **fields)
     assert text_of(raw) == "Q: 1 + 1 <|im_end|>\nA:two <|im_end|>\n\nQ: 2 + 2\nA:four\n\nQ: 3 + 3\nA:" and "raw" in why
-    (ids, alone), _ = generate.encode_prompts(tokenizer, [raw, raw[-2:]], 512)
+    (ids, alone), _ = writer.encode_prompts(tokenizer, [raw, raw[-2:]], 512)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids
     path.write_text(json.dumps({"prompt": "1"}) + "\n")
     with pytest.raises(UserError, match="--examples .*: no column response"):
@@ -432,20 +430,20 @@ def asked(tmp_path) -> Path:
 
 
 def flags_of(base, asked, out, *more) -> list[str]:
-    flags = ["--generate", "--base", base, "--input", asked, "--output", out, "--max_new_tokens", 9, "--batch_size", 3]
+    flags = ["--base", base, "--input", asked, "--output", out, "--max_new_tokens", 9, "--batch_size", 3]
     return [str(f) for f in (*flags, *more)]
 
 
 def test_the_file_of_completions(one, asked, tmp_path, capsys):
     out = tmp_path / "deep/out.jsonl"
-    result = infer.main(flags_of(one, asked, out))
+    result = generate.main(flags_of(one, asked, out))
     found, rows = records(out), records(asked)
     assert [list(f) for f in found] == [["id", "prompt", "completion"]] * 11
     assert [(f["id"], f["prompt"]) for f in found] == [(r["id"], r["prompt"]) for r in rows]
     lm, tokenizer = opened(base=one)
     ids = ids_of(tokenizer, [r["prompt"] for r in rows])
     stops = language.stop_ids(lm, tokenizer)
-    want = [greedy(lm, [row], stops=stops, most=9)[0] for row in ids]
+    want = [greedy(lm, [row], stops=stops, max_new_tokens=9)[0] for row in ids]
     assert [f["completion"] for f in found] == [
         language.completion_text(tokenizer, *pair) for pair in zip(ids, want, strict=True)
     ]
@@ -455,9 +453,9 @@ def test_the_file_of_completions(one, asked, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "raw (the tokenizer has no chat template): 11 in batches of 3" in said and "greedy" in said
     before = out.read_bytes()
-    infer.main(flags_of(one, asked, out, "--limit", 2))
+    generate.main(flags_of(one, asked, out, "--limit", 2))
     assert len(records(out)) == 2 and (out.parent / "out.jsonl.previous").read_bytes() == before
-    infer.main(flags_of(one, asked, out, "--limit", 3, "--overwrite"))
+    generate.main(flags_of(one, asked, out, "--limit", 3, "--overwrite"))
     assert len(records(out)) == 3 and sorted(p.name for p in out.parent.iterdir()) == [
         "out.jsonl",
         "out.jsonl.previous",
@@ -466,9 +464,9 @@ def test_the_file_of_completions(one, asked, tmp_path, capsys):
 
 def test_long_prompts_are_cut_and_counted(base, asked, tmp_path):
     folder, out = base("Llama", template="qwen2_5"), tmp_path / "out.jsonl"
-    result = infer.main(flags_of(folder, asked, out, "--max_length", 44, "--chat", "yes"))
+    result = generate.main(flags_of(folder, asked, out, "--max_length", 44, "--chat", "yes"))
     assert 0 < result["cut"] < 11 and len(records(out)) == 11
-    other = infer.main(flags_of(folder, asked, out, "--chat", "yes", "--text", "Q: {prompt}"))
+    other = generate.main(flags_of(folder, asked, out, "--chat", "yes", "--text", "Q: {prompt}"))
     assert other["cut"] == 0
     assert result["prompt_hash"] == other["prompt_hash"] != hashlib.sha256(b"").hexdigest()  # a chat's words
 
@@ -477,16 +475,16 @@ def test_each_batch_is_on_disk_before_the_next(one, asked, tmp_path, monkeypatch
     """Stopped in the third batch: what was there is kept, two whole batches are written, nothing else is left."""
     out, calls, complete = tmp_path / "out.jsonl", [], language.complete
 
-    def stopped(lm, batch, *how):
+    def stopped(lm, batch, *options):
         calls.append(out.read_text().count("\n"))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return complete(lm, batch, *how)
+        return complete(lm, batch, *options)
 
     out.write_text("older\n")
     monkeypatch.setattr(language, "complete", stopped)
     with pytest.raises(KeyboardInterrupt):
-        infer.main(flags_of(one, asked, out))
+        generate.main(flags_of(one, asked, out))
     assert calls == [1, 3, 6] and len(records(out)) == 6 and sorted(p.name for p in tmp_path.glob("out*")) == [
         "out.jsonl", "out.jsonl.previous"
     ]  # fmt: skip
@@ -515,12 +513,12 @@ def test_a_full_disk_leaves_whole_lines(tmp_path):
 def test_two_ranks_write_the_same_file(one, asked, tmp_path, draw):
     for ranks in (1, 2, 3):
         out = tmp_path / f"{ranks}.jsonl"
-        status, stdout, err = forked(infer.main, flags_of(one, asked, out, *draw), tmp_path, ranks)
+        status, stdout, err = forked(generate.main, flags_of(one, asked, out, *draw), tmp_path, ranks)
         assert status == 0, err
         assert last_json(stdout)["rows"] == 11
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "3.jsonl").read_bytes()
-    infer.main(flags_of(one, asked, tmp_path / "greedy.jsonl"))
+    generate.main(flags_of(one, asked, tmp_path / "greedy.jsonl"))
     assert ((tmp_path / "1.jsonl").read_bytes() == (tmp_path / "greedy.jsonl").read_bytes()) == (not draw)
 
 
@@ -552,16 +550,16 @@ def run_of_cpt(folder: Path, base: str, save="best", whole=False, **fields) -> P
 @pytest.mark.parametrize("save,whole", [("best", False), ("last", False), ("last", True)])
 def test_a_run_of_cpt_is_found_and_completes(one, asked, tmp_path, save, whole):
     run, out = run_of_cpt(tmp_path, one, save, whole), tmp_path / "out.jsonl"
-    flags = ["--generate", "--outputs", str(tmp_path / "outputs"), "--input", str(asked), "--output", str(out)]
+    flags = ["--outputs", str(tmp_path / "outputs"), "--input", str(asked), "--output", str(out)]
     flags += ["--max_new_tokens", "8", "--limit", "4"]
-    assert infer.main(flags)["run"] == str(run)  # the newest finished one
+    assert generate.main(flags)["run"] == str(run)  # the newest finished one
     found = [r["completion"] for r in records(out)]
-    infer.main([*flags, "--runs", str(run), "--overwrite"])
+    generate.main([*flags, "--runs", str(run), "--overwrite"])
     assert [r["completion"] for r in records(out)] == found
     theirs = ["--base", one] + ([] if whole else ["--adapter", str(run / save)])
-    infer.main([*flags, *theirs, "--overwrite"])
+    generate.main([*flags, *theirs, "--overwrite"])
     assert [r["completion"] for r in records(out)] == found
-    infer.main([*flags, "--base", one, "--overwrite"])
+    generate.main([*flags, "--base", one, "--overwrite"])
     assert ([r["completion"] for r in records(out)] == found) == whole
 
 
@@ -571,23 +569,23 @@ def test_a_run_whose_base_was_swapped_is_refused(one, base, asked, tmp_path):
     tensors = checkpoint.load_tensors(tmp_path / "base/model.safetensors")
     checkpoint.save_tensors(tmp_path / "base/model.safetensors", {n: t + 0.1 for n, t in tensors.items()})
     with pytest.raises(Untrusted, match="is not the one this run was trained on"):
-        infer.main(["--generate", "--runs", str(run), "--input", str(asked), "--output", str(tmp_path / "o.jsonl")])
+        generate.main(["--runs", str(run), "--input", str(asked), "--output", str(tmp_path / "o.jsonl")])
     assert not (tmp_path / "o.jsonl").exists()
 
 
 def test_a_run_of_pairs_is_asked_as_it_was_trained(base, asked, tmp_path):
     folder = base("Llama", template="qwen2_5")
     run = run_of_cpt(tmp_path, folder, whole=True, text="Question: {prompt}\n", system="Be exact.")
-    flags = ["--generate", "--runs", str(run), "--input", str(asked), "--max_new_tokens", "2", "--limit", "1"]
+    flags = ["--runs", str(run), "--input", str(asked), "--max_new_tokens", "2", "--limit", "1"]
     flags += ["--output", str(tmp_path / "o.jsonl"), "--overwrite"]
-    infer.main(flags)
+    generate.main(flags)
     (first,) = records(tmp_path / "o.jsonl")
     assert "system\nBe exact.<" in first["prompt"] and "user\nQuestion: What is é 0" in first["prompt"]
-    infer.main([*flags, "--system", "Other.", "--text", "{prompt}"])
+    generate.main([*flags, "--system", "Other.", "--text", "{prompt}"])
     (second,) = records(tmp_path / "o.jsonl")
     assert "Other." in second["prompt"] and "user\nWhat is é 0" in second["prompt"]
     run_of_cpt(tmp_path, folder, whole=True, text="Q {prompt} A", chat="no")
-    infer.main(flags)
+    generate.main(flags)
     assert records(tmp_path / "o.jsonl")[0]["prompt"] == "Q What is é 0 A"
 
 
@@ -601,14 +599,18 @@ MISTAKES = {
     "nearly 0": (["--temperature", "1e-9"], "expected 0 for greedy"),
     "top_p 0": (["--top_p", "0", "--temperature", "1"], "expected a share above 0"),
     "top_p over 1": (["--top_p", "1.5", "--temperature", "1"], "expected a share above 0"),
-    "top_p greedy": (["--top_p", "0.9"], "--top_p has no effect with --temperature 0"),
-    "seed greedy": (["--seed", "3"], "--seed has no effect with --temperature 0"),
+    "top_p greedy": (["--top_p", "0.9"], "--top_p has no effect with(out)? --temperature"),
+    "seed greedy": (["--seed", "3"], "--seed has no effect with(out)? --temperature"),
     "no batch": (["--batch_size", "0"], "expected a number above 0"),
     "no tokens": (["--max_new_tokens", "0"], "expected a number above 0"),
     "chat": (["--chat", "maybe"], "expected one of auto, yes, no"),
-    "a classifier's": (["--submission", "a,b"], "--submission has no effect with --generate"),
-    "merged": (["--merge"], "--merge has no effect with --generate"),
-    "words": (["--label_words", "a,b"], "--label_words has no effect with --generate"),
+    "a classifier's": (["--submission", "a,b"], "--submission has no effect without --score"),
+    "merged": (["--merge"], "unknown flag --merge"),
+    "words": (["--label_words", "a,b"], "--label_words has no effect without --score"),
+    "chat of scores": (["--chat", "no", "--score", "true"], "--chat has no effect with --score"),
+    "one class": (["--score", "true", "--label_names", "a"], "--label_names a: --score expects the names of two"),
+    "score to text": (["--score", "true", "--output", "o.txt"], "expected a name that ends in .csv or .jsonl"),
+    "run and base": (["--runs", "outputs/x"], "--runs outputs/x with --base or --adapter"),
     "no chat": (["--chat", "yes"], "--chat yes: needs a chat, but the tokenizer has no chat template"),
     "system": (["--system", "Be brief."], "--system: needs a chat"),
     "system, no chat": (["--system", "Be brief.", "--chat", "no"], "--system has no effect with --chat no"),
@@ -637,7 +639,7 @@ def test_mistakes(hollow, asked, tmp_path, case):
             at = flags.index(flag)
             flags[at : at + 2] = []
     with pytest.raises(UserError, match=words) as e:
-        infer.main([*flags, *more])
+        generate.main([*flags, *more])
     assert "\n" not in str(e.value) and not (tmp_path / "o.jsonl").exists()
 
 
@@ -648,7 +650,7 @@ def test_messages_that_are_none(base, tmp_path, messages):
     path = tmp_path / "m.csv"
     path.write_text('messages\n"' + messages.replace('"', '""') + '"\n')
     with pytest.raises(UserError, match="row 1: ") as e:
-        infer.main(flags_of(base("Llama", template="qwen2_5"), path, tmp_path / "o.jsonl"))
+        generate.main(flags_of(base("Llama", template="qwen2_5"), path, tmp_path / "o.jsonl"))
     assert "\n" not in str(e.value)
 
 
@@ -657,19 +659,20 @@ def test_what_writes_no_text_is_refused(one, asked, tmp_path):
     run.mkdir(parents=True)
     for name in ("config.json", "labels.json", "result.json"):
         (run / name).write_text("{}")
-    flags = ["--generate", "--input", str(asked), "--output", str(tmp_path / "o.jsonl")]
+    flags = ["--input", str(asked), "--output", str(tmp_path / "o.jsonl")]
     for more, words in (
         (["--runs", str(run)], "no run of cpt.py"),
         (["--runs", str(tmp_path)], "no run of cpt.py"),
         (["--outputs", str(tmp_path / "outputs")], "no finished run of cpt.py"),
-        (["--runs", str(run), "--quant", "nf4"], "--quant has no effect without --base"),
+        (["--runs", str(run), "--quant", "nf4"], "--quant: no effect without --base"),
+        (["--score", "--runs", str(run), "--text", "{a}"], "--text: no effect without --base"),
     ):
         with pytest.raises(UserError, match=words):
-            infer.main([*flags, *more])
+            generate.main([*flags, *more])
     (run / "labels.json").unlink()
     (run / "config.json").write_text(cli.to_json(configs.CptConfig(base=one)))
     with pytest.raises(UserError, match="holds no save yet"):
-        infer.main([*flags, "--runs", str(run)])
+        generate.main([*flags, "--runs", str(run)])
     transformers.BertModel(
         transformers.BertConfig(vocab_size=4096, hidden_size=12, num_hidden_layers=1)
     ).save_pretrained(tmp_path / "bert")
@@ -680,10 +683,9 @@ def test_what_writes_no_text_is_refused(one, asked, tmp_path):
     for more, words in (
         (["--base", str(tmp_path / "bert")], "bert is an encoder, which writes no text"),
         (["--base", one, "--adapter", adapter], "an adapter of task SEQ_CLS"),
-        (["--base", str(tmp_path / "bert"), "--chat", "no", "--generate=false"], "--chat has no effect without"),
     ):
         with pytest.raises(UserError, match=words):
-            infer.main([*(flags if "--generate=false" not in more else flags[1:]), *more])
+            generate.main([*flags, *more])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -693,11 +695,11 @@ def test_what_writes_no_text_is_refused(one, asked, tmp_path):
 def test_the_command_on_piped_lines(one, tmp_path):
     """On two ranks, of which the first reads; the lines are those of a file with the same prompts."""
     (tmp_path / "asked.csv").write_text("prompt\nWhat is é\nProve that\n")
-    flags = ["--generate", "--base", one, "--max_new_tokens", "5", "--batch_size", "1"]
-    infer.main([*flags, "--input", str(tmp_path / "asked.csv"), "--output", str(tmp_path / "file.jsonl")])
+    flags = ["--base", one, "--max_new_tokens", "5", "--batch_size", "1"]
+    generate.main([*flags, "--input", str(tmp_path / "asked.csv"), "--output", str(tmp_path / "file.jsonl")])
     ranks = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     done = subprocess.run(
-        [sys.executable, *ranks, str(ROOT / "infer.py"), *flags], input="What is é\r\n\n  \nProve that\n".encode(),
+        [sys.executable, *ranks, str(ROOT / "generate.py"), *flags], input="What is é\r\n\n  \nProve that\n".encode(),
         cwd=tmp_path, env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"}, capture_output=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -724,8 +726,8 @@ def test_the_command_says_a_mistake_in_one_line(hollow, tmp_path, text, flags, w
     def pipe():
         sys.stdin = io.TextIOWrapper(io.BytesIO(text))
 
-    flags = ["--generate", "--base", hollow, "--output", str(tmp_path / "o.jsonl"), *flags]
-    status, out, err = finish(start(infer.main, flags, tmp_path, before=pipe), tmp_path)
+    flags = ["--base", hollow, "--output", str(tmp_path / "o.jsonl"), *flags]
+    status, out, err = finish(start(generate.main, flags, tmp_path, before=pipe), tmp_path)
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err, err
     assert not (tmp_path / "o.jsonl").exists() and not out
 
@@ -733,9 +735,9 @@ def test_the_command_says_a_mistake_in_one_line(hollow, tmp_path, text, flags, w
 def test_the_terminal_is_a_loop(base, tmp_path):
     """A pseudo-terminal: a prompt, its completion, a mistake that does not end it, Ctrl-D, and the JSON line."""
     ours, theirs = pty.openpty()
-    flags = ["--generate", "--base", base("Llama", template="qwen2_5"), "--max_new_tokens", "330", "--chat", "no"]
+    flags = ["--base", base("Llama", template="qwen2_5"), "--max_new_tokens", "330", "--chat", "no"]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "infer.py"), *flags],
+        [sys.executable, str(ROOT / "generate.py"), *flags],
         stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, env=ENVIRONMENT, text=True,
     )  # fmt: skip
     os.close(theirs)
@@ -747,6 +749,6 @@ def test_the_terminal_is_a_loop(base, tmp_path):
     assert err.startswith("error: a prompt of ") and err.count("\n") == 1 and "exceed the 400 positions" in err
     result = last_json(out)
     assert result["rows"] == 1 and result["output"] == "" and result["tokens_per_second"] > 0
-    lm, tokenizer = opened(base=flags[2])
-    (want,) = language.generate(lm, tokenizer, ids_of(tokenizer, ["What is 2 + 2?"]), most=330)
+    lm, tokenizer = opened(base=flags[1])
+    (want,) = language.generate(lm, tokenizer, ids_of(tokenizer, ["What is 2 + 2?"]), max_new_tokens=330)
     assert want in out and want.strip()

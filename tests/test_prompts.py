@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import os
 import random
+import re
+import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -18,10 +22,11 @@ import data
 import files
 import prompts
 from answer_parser import parse_answer
-from prompts import PROMPTS, Prompt, as_text, digest
+from prompts import Prompt, as_text, digest, find
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = settings(max_examples=200, deadline=None, derandomize=True)
+PROMPTS = {name: find(name) for name in prompts.names()}
 TRUTH, RULES = ("False|false", "True|true"), ("No|no", "Yes|yes")
 
 # ---- named prompts --------------------------------------------------------------------------------------------------
@@ -258,7 +263,7 @@ CHANGES = ["| upper", "| tojson", "| e", "| truncate(20)", "| length", "| replac
 def test_a_chat_template_that_changes_fields_is_refused(change):
     tokenizer = tokenizer_of("none")
     tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m.content " + change + " }}{% endfor %}"
-    with pytest.raises(ValueError, match="changes what a user's turn holds"):
+    with pytest.raises(ValueError, match="changes the fields of a user's turn"):
         as_text(PROMPTS["verify_plain"], tokenizer)
     tokenizer.chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(ValueError, match="refuses it .never"):
@@ -289,15 +294,79 @@ def test_named_prompts_are_complete():
     assert all(len(PROMPTS[name].shots) == 2 for name in ("verify_few_shot", "rules_few_shot"))
 
 
-def test_a_users_own_prompt_is_five_lines_as_the_docstring_says(monkeypatch):
-    monkeypatch.setattr(prompts, "PROMPTS", dict(PROMPTS))
-    _, _, code = prompts.__doc__.partition("Your own:\n")
-    exec(textwrap.dedent(code), {})
-    prompt = prompts.PROMPTS["polite"]
-    assert len(code.strip().splitlines()) <= 6 and prompt.kept == ("body",)
+def own_file(tmp_path) -> Path:
+    """The example of the docstring, as a user would save it."""
+    path = tmp_path / "polite.txt"
+    path.write_text(textwrap.dedent(re.search(r"\n\n(    \[about\].*?)\n\n\[answer\]", prompts.__doc__, re.DOTALL)[1]))
+    return path
+
+
+def test_a_users_own_prompt_is_a_text_file_as_the_docstring_says(tmp_path):
+    prompt = find(str(own_file(tmp_path)))
+    assert prompt == Prompt(
+        user="Comment:\n{body}\n\nIs this comment polite? Reply with Yes or No.", system="You moderate a forum.",
+        answer="Answer:", words=("No|no", "Yes|yes"), kept=("body",), about="Is a comment polite?",
+    )  # fmt: skip
     text = as_text(prompt, tokenizer_of("own default"))
     assert "Comment:\n{body}\n\nIs this comment polite?" in text and text.endswith("<|assistant|>Answer:")
     assert data.label_word_ids(tokenizer_of("own default"), text, prompt.words)
+
+
+def test_a_prompt_file_is_read_to_the_character(tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_bytes(
+        b"\xef\xbb\xbf\r\n[shot user]\r\n\r\n  {} {{a}}\r\n[shot answer]  \r\nNo\r\n[user]\r\n\r\nIs {x}\r\n"
+        b" [user]\r\n\r\n[1]\r\n\\[ x \\]\r\n{{odd}}?  \r\n\r\n[shot user]\r\nIs 3?\r\n[shot answer]\r\nYes"
+    )
+    prompt = find(str(path))
+    assert prompt.user == "Is {x}\n [user]\n\n[1]\n\\[ x \\]\n{{odd}}?"
+    assert prompt.shots == (("{} {{a}}", "No"), ("Is 3?", "Yes"))
+    assert (prompt.system, prompt.answer, prompt.words, prompt.kept) == ("", "", (), ())
+
+
+USER = "[user]\nIs {x} even?\n"
+BAD_FILES = {
+    "unknown section": (USER + "[anwser]\nAnswer:", r"unknown section \[anwser\] \(did you mean answer\?\)"),
+    "capitals": ("[User]\nIs {x} even?", r"unknown section \[User\]"),
+    "no user": ("[system]\nBe brief.", r"no section \[user\]"),
+    "nothing": ("", r"no section \[user\]"),
+    "twice": (USER + USER, r"2 sections \[user\]: expected one"),
+    "no section": ("Is {x} even?\n" + USER, "text before the first section"),
+    "half a shot": (USER + "[shot user]\nIs 2?", r"1 sections \[shot user\], but 0 \[shot answer\]"),
+    "latin": (USER.encode("utf-16"), "codec can't decode"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_prompt_file_is_one_line(case, tmp_path):
+    content, words = BAD_FILES[case]
+    path = tmp_path / "own.txt"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=words) as error:
+        find(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_prompt_names_those_there_are(tmp_path):
+    for name in ("verify_plan", str(tmp_path / "verify_plain.txt"), str(tmp_path), ""):
+        with pytest.raises(
+            ValueError, match="expected one of .*, verify_plain, .* or the path of a text file"
+        ) as error:
+            find(name)
+        assert ("did you mean verify_plain?" in str(error.value)) == (name == "verify_plan")
+
+
+def test_names_are_found_from_any_folder_and_the_folder_hides_no_module(tmp_path):
+    """A folder of the same name beside prompts.py, or in the working directory, is not imported in its place."""
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/mine.txt").write_text(USER)
+    code = "import prompts as p; print(p.__file__, p.find('rules_plain').kept, p.find('prompts/mine.txt').user)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.strip() == f"{ROOT / 'prompts.py'} ('body', 'rule') Is {{x}} even?", done.stderr
+    assert (ROOT / "prompts").is_dir() and not (ROOT / "prompts/__init__.py").exists()
 
 
 # ---- answers: what a careful reader says ----------------------------------------------------------------------------

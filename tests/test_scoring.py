@@ -1,4 +1,4 @@
-"""Named prompts from the command line, words scored as transformers does, answers written out and read, fields cut."""
+"""Named prompts from the command line, words scored as transformers does, fields cut."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,7 @@ import torch
 from test_ddp import forks, toy_flags
 from test_verify import write_pairs, write_rules
 
-import answer_parser
 import bases
-import cpt
 import data
 import files
 import infer
@@ -20,7 +18,7 @@ import optim
 import prompts
 import train
 import trained
-from errors import Degenerate, UserError
+from errors import UserError
 
 pytestmark = forks
 WORDS = ("False|false", "True|true")
@@ -28,7 +26,7 @@ WORDS = ("False|false", "True|true")
 
 def rendered(base: str, name: str, rows: list[dict]) -> tuple[list[str], object]:
     tokenizer = bases.load_tokenizer(base)
-    text = prompts.as_text(prompts.PROMPTS[name], tokenizer)
+    text = prompts.as_text(prompts.find(name), tokenizer)
     return ["".join(piece for _, piece in prompts.render(text, row)) for row in rows], tokenizer
 
 
@@ -97,7 +95,7 @@ def test_a_prompt_trains_is_kept_with_its_hash_and_predicts(small_base, tmp_path
     )  # fmt: skip
     told = train.main(flags)
     cfg, labels = trained.run_facts(Path(told["run"]))
-    want = prompts.as_text(prompts.PROMPTS["verify_structured"], bases.load_tokenizer(small_base))
+    want = prompts.as_text(prompts.find("verify_structured"), bases.load_tokenizer(small_base))
     assert (cfg.text, cfg.kept, cfg.label_words) == (want, ("question",), WORDS) and labels.values == ("False", "True")
     assert told["text_sha256"] == prompts.digest(want)
     found = infer.main(["--runs", told["run"], "--input", str(path), "--output", str(tmp_path / "o.csv"), "--force"])
@@ -108,94 +106,6 @@ def test_a_prompt_trains_is_kept_with_its_hash_and_predicts(small_base, tmp_path
         )
     with pytest.raises(UserError, match="--text has no effect with --prompt"):
         train.main([*flags, "--text", "{question}"])
-
-
-# ---- answers written out --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def writer(small_base, tmp_path_factory) -> tuple[str, Path]:
-    """A base that has learned to answer two questions right, one with a word that cannot be read."""
-    folder = tmp_path_factory.mktemp("writer")
-    path = write_pairs(folder / "p.jsonl", 24)
-    rows = files.read_rows(str(path), "x")
-    texts, _ = rendered(small_base, "verify_plain", rows)
-    answers = [
-        " perhaps" if i % 8 == 7 else " True" if r["is_correct"] == "True" else " False" for i, r in enumerate(rows)
-    ]
-    pairs = folder / "pairs.jsonl"
-    pairs.write_text(
-        "".join(json.dumps({"prompt": t, "response": a}) + "\n" for t, a in zip(texts, answers, strict=True))
-    )
-    cpt.main(
-        ["--base", small_base, "--train_data", str(pairs), "--text", "{prompt}", "--chat", "no", "--val_size", "2",
-         "--epochs", "60", "--batch_size", "11", "--lr", "1e-2", "--max_length", "400", "--samples", "0",
-         "--outputs", str(folder / "outputs"), "--export", str(folder / "base"), "--export_dtype", "fp32"]
-    )  # fmt: skip
-    return str(folder / "base"), path
-
-
-def answer_flags(base: str, path: Path, target: Path) -> list[str]:
-    flags = ["--base", base, "--prompt", "verify_plain", "--head", "label_words", "--label_names", "False,True"]
-    flags += ["--label_column", "is_correct", "--scoring", "generate", "--max_new_tokens", "4", "--max_length", "400"]
-    return [*flags, "--input", str(path), "--output", str(target)]
-
-
-def test_answers_are_read_and_those_that_cannot_be_are_counted_and_left_empty(writer, tmp_path):
-    base, path = writer
-    told = infer.main([*answer_flags(base, path, tmp_path / "o.csv"), "--submission", ""])
-    rows, out = files.read_rows(str(path), "x"), files.read_rows(str(tmp_path / "o.csv"), "x")
-    bad = files.read_rows(str(tmp_path / "o.csv.malformed.csv"), "x")
-    assert [r["id"] for r in out] == [r["id"] for r in rows] and 0 < told["malformed"] == len(bad) < 12
-    empty = {r["id"] for r in out if r["prediction"] == "" and r["probability_True"] == ""}
-    assert empty == {r["id"] for r in bad} and all(r["why"] and "answer" in r for r in bad)
-    known = {r["id"]: r["is_correct"] for r in rows}
-    right = [known[r["id"]] == r["prediction"] for r in out if r["id"] not in empty]
-    assert told["metrics"]["accuracy"] == pytest.approx(np.mean(right), abs=1e-6) and np.mean(right) > 0.8
-    assert told["metrics"]["accuracy_all"] == pytest.approx(sum(right) / 24, abs=1e-6)
-
-
-def test_the_answers_are_those_of_transformers_generate(writer, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    base, path = writer
-    infer.main([*answer_flags(base, path, tmp_path / "o.csv"), "--submission", "", "--batch_size", "5"])
-    texts, tokenizer = rendered(base, "verify_plain", files.read_rows(str(path), "x"))
-    lm = AutoModelForCausalLM.from_pretrained(base).eval()
-    for text, row in zip(texts, files.read_rows(str(tmp_path / "o.csv"), "x"), strict=True):
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
-        out = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0)
-        score, _ = answer_parser.parse_answer(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), WORDS)
-        assert row["probability_True"] == ("" if score is None else str(score))
-
-
-def test_a_model_that_answers_nothing_readable_is_stopped_at_the_first_batch(small_base, tmp_path):
-    path = write_pairs(tmp_path / "p.jsonl", 20)
-    flags = answer_flags(small_base, path, tmp_path / "o.csv")
-    with pytest.raises(Degenerate, match="none of the first 8 answers can be read"):
-        infer.main(flags)
-    assert not (tmp_path / "o.csv").exists()
-    told = infer.main([*flags, "--force"])
-    assert told["malformed"] == 20 and len(files.read_rows(str(tmp_path / "o.csv"), "x")) == 20
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (["--label_names", "a,b,c"], "expected two classes"),
-        (["--head", "linear"], "expected two classes and --head label_words"),
-        (["--time_limit", "5m"], "--time_limit has no effect with --generate"),
-    ],
-)
-def test_what_generation_cannot_score_is_refused(small_base, tmp_path, change, words):
-    path, flags = write_pairs(tmp_path / "p.jsonl", 20), None
-    flags = answer_flags(small_base, path, tmp_path / "o.csv")
-    if change[0] in flags:
-        at = flags.index(change[0])
-        flags = flags[:at] + flags[at + 2 :]
-    with pytest.raises(UserError):
-        infer.main([*flags, *change])
-    assert not (tmp_path / "o.csv").exists()
 
 
 # ---- fields that are cut --------------------------------------------------------------------------------------------

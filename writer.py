@@ -1,0 +1,181 @@
+"""A language model that writes: a run of cpt.py, a base, or a base with an adapter, opened to complete prompts."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import bases
+import checkpoint
+import cli
+import data
+import ddp
+import foreign
+import language
+import lora
+import numerics
+import peft_format
+import trained
+from configs import CptConfig
+from errors import UserError
+
+# ---- what is on disk: checked by headers, before any weight is loaded -----------------------------------------------
+
+
+def find_run(run: str, outputs: str, script: str = "cpt.py") -> Path:
+    """The named run, or the newest finished one of a script. Raises UserError when there is none."""
+    if run:
+        return Path(run)
+    markers = ("labels.json",) if script == "train.py" else ("config.json", "labels.json")  # that is there; that is not
+    newest = checkpoint.newest_finished(outputs, *markers)
+    if newest is None:
+        raise UserError(f"no finished run of {script} under {outputs}/: train one, or name one with --runs or --base")
+    return newest
+
+
+def of_run(run: Path) -> foreign.Given:
+    """A run of cpt.py by its best save, or else its last.
+
+    Raises UserError for any other folder, Untrusted where no save can be trusted.
+    """
+    if (run / "labels.json").exists() or not (run / "config.json").is_file():
+        raise UserError(f"run {run}: no run of cpt.py, whose models write text; name another")
+    config = cli.read_config(CptConfig, run)
+    save = checkpoint.trusted(run / "best") or checkpoint.trusted(run / "last")
+    if save is None:
+        raise UserError(f"run {run}: it holds no save yet; continue it with python cpt.py --resume {run}")
+    if (save / "model.safetensors").exists():  # the whole base was trained: the save is a base itself
+        return _checked(replace(config, base=str(save), quant="none"), None)
+    return _checked(config, save)
+
+
+def of_base(base: str, adapter: str = "", quant: str = "none") -> foreign.Given:
+    """A base, perhaps with an adapter on it; without a base, the one that the adapter names.
+
+    Raises UserError for what does not fit together.
+    """
+    folder = bases.find_adapter(adapter) if adapter else None
+    return _checked(CptConfig(base=base, quant=quant), folder)
+
+
+def _checked(config: CptConfig, folder: Path | None) -> foreign.Given:
+    """A base and the folder of its adapter as a Given, once they are known to fit each other."""
+    adapter, shapes = None, {}
+    if folder:
+        adapter, shapes = foreign.adapter_header(folder)
+        task = checkpoint.load_json(folder / "adapter_config.json").get("task_type")
+        if task not in (None, "CAUSAL_LM"):
+            raise UserError(f"{folder}: an adapter of task {task}, which writes no text; predict with infer.py")
+    base = config.base or adapter.base
+    where = bases.need_base(base)
+
+    # An adapter may bring its tokenizer, or a chat template alone.
+    if folder and (folder / "tokenizer.json").is_file():
+        where = str(folder)
+    tokenizer = bases.load_tokenizer(where)
+    bases.need_vocabulary(base, len(tokenizer))
+    if folder and bases.own_file(folder / "chat_template.jinja"):
+        tokenizer.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+
+    # The adapter must fit the base's modules, which a model without weights can tell.
+    bare = language.language_skeleton(base)
+    if adapter:
+        try:
+            lora.inject(bare, adapter)
+            peft_format.match_keys(bare, shapes)
+        except ValueError as e:
+            raise UserError(f"--base {base}: {e}") from None
+    return foreign.Given(replace(config, base=base), None, tokenizer, adapter, folder)
+
+
+def load(given: foreign.Given, world: ddp.World, precision: str):
+    """(the language model, ready to write; a report of what matched).
+
+    Raises Untrusted for an adapter of no values, and for a run's on another base than it was trained on.
+    """
+    config = given.config
+    dtype = numerics.weight_dtype(world.device, precision)
+    compute = numerics.DTYPES[precision]
+    lm = language.load_language_model(config.base, world.device, dtype, None, config.quant, compute)
+    report = f"{config.base}, no adapter"
+    if given.adapter:
+        if config.rank:  # of a run, whose save was verified
+            manifest = checkpoint.load_json(given.folder / checkpoint.MANIFEST)
+            trained.check_base(lm, manifest["base"], config.base)
+        lora.inject(lm, given.adapter)
+        lora.train_only(lm)
+        report = foreign.load_adapter(given.folder, given.adapter, lm, config.base)
+    return lm.eval().requires_grad_(False), report
+
+
+# ---- completing prompts ---------------------------------------------------------------------------------------------
+
+
+def encode_prompts(tokenizer, rows: list, max_length: int, chat: bool = True, rules: list = ()):
+    """(ids of each prompt, given as pieces; a report), as data.encode makes them.
+
+    An end that the tokenizer adds by itself is left out, for nothing could follow it. Of a plain prompt (chat=False)
+    over max_length the last tokens are kept: those are to be continued.
+    """
+    tokens, report = data.encode(tokenizer, rows, max_length if chat else 10**9, rules=rules)
+    special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    ends = special[::-1].index(0)  # tokens that the tokenizer adds at the end
+    prompts = []
+    for i in range(len(rows)):
+        ids = tokens.row(i).tolist()
+        ids = ids[: len(ids) - ends] or ids
+        over = len(ids) - max_length
+        if over > 0:
+            bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+            ids = bos + ids[over + len(bos) :]
+            report.cut_rows += 1
+            report.cut_tokens += over
+        prompts.append(ids)
+    return prompts, report
+
+
+def check_room(base: str, longest: int, max_new_tokens: int) -> None:
+    """Raise UserError where a prompt's tokens and a completion's exceed the positions that the base was made for."""
+    room = getattr(bases.load_config(base), "max_position_embeddings", None)
+    if room and longest + max_new_tokens > room:
+        problem = f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens} exceed the {room} positions"
+        shorter = f", or --max_length to {room - max_new_tokens}" if room > max_new_tokens else ""
+        raise UserError(f"{problem} of {base}: lower --max_new_tokens{shorter}")
+
+
+@dataclass
+class Writer:
+    """A loaded language model and how it draws."""
+
+    lm: object
+    tokenizer: object
+    precision: str
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+
+    def __post_init__(self):
+        self.stops = language.stop_ids(self.lm, self.tokenizer)
+        self.pad = data.end_of_text(self.tokenizer, padding=True)
+
+    def complete(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
+        """The ids of a completion for each prompt of a batch."""
+        limits = self.precision, self.max_new_tokens, self.temperature, self.top_p
+        return language.complete(self.lm, prompts, self.pad, self.stops, *limits, seed)
+
+    def text(self, prompt: list[int], ids: list[int]) -> str:
+        return language.completion_text(self.tokenizer, prompt, ids)
+
+
+def in_batches(world: ddp.World, prompts: list[list[int]], size: int, complete):
+    """Yield (first row, completions) of whole rounds, one batch a rank, in the order of the rows, on every rank.
+
+    complete(batch, its number) -> completions. Batches are neighbours in the list: what is drawn depends on the
+    prompts and the batch size, never on the ranks.
+    """
+    for first in range(0, len(prompts), size * world.size):
+        start = first + size * world.rank
+        batch = prompts[start : start + size]
+        mine = complete(batch, start // size) if batch else []
+        completions = []
+        for theirs in ddp.gather_objects(world, mine):
+            completions += theirs
+        yield first, completions
