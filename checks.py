@@ -211,18 +211,6 @@ def cpt_problems(cfg: configs.CptConfig) -> list[str]:
     return found
 
 
-def report_problems(cfg: configs.ReportConfig) -> list[str]:
-    """Everything wrong with a ReportConfig that can be seen without reading a run, one line each."""
-    found = _range_problems(cfg)
-    if len(cfg.runs) > 2 or len(set(cfg.runs)) < len(cfg.runs):
-        found.append(f"--runs {','.join(cfg.runs)}: expected one run, or two different ones")
-    if 0 < cfg.samples < 100:
-        found.append(f"--samples {cfg.samples}: expected 100 or more for 95% intervals")
-    if os.path.isfile(cfg.output):
-        found.append(f"--output {cfg.output} is a file: name a folder")
-    return found
-
-
 # ---- checks shared by all ------------------------------------------------------------------------------------
 
 POSITIVE = ("lr", "epochs", "batch_size", "max_new_tokens", "max_tokens", "micro_batches", "max_length", "alpha")
@@ -281,7 +269,7 @@ def _training_problems(cfg) -> list[str]:
     return found
 
 
-def check(cfg, given: set[str] = frozenset()) -> None:
+def check(cfg, given: set[str] = frozenset(), needs=None, clashes=()) -> None:
     """Raise one UserError with every problem of the config; given: fields set by hand, which must have an effect."""
     idle = ["--text has no effect with --prompt, which has its own"] if {"text", "prompt"} <= given else []
     if isinstance(cfg, (configs.TrainConfig, configs.CptConfig)) and cfg.rank == 0:
@@ -318,7 +306,8 @@ def check(cfg, given: set[str] = frozenset()) -> None:
     if isinstance(cfg, configs.InferConfig):
         idle += _idle_infer(cfg, given)
     of = {configs.TrainConfig: train_problems, configs.InferConfig: infer_problems, configs.CptConfig: cpt_problems}
-    problems = idle + of.get(type(cfg), report_problems)(cfg)
+    problems = idle + of.get(type(cfg), _range_problems)(cfg)
+    problems += [message(cfg) if callable(message) else message for message, test in clashes if test(cfg)]
     if problems:
         head = "" if len(problems) == 1 else f"{len(problems)} problems in the settings: "
         raise UserError(head + " | ".join(problems))

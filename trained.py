@@ -264,6 +264,10 @@ def run_facts(path: Path) -> tuple[TrainConfig, labelling.Labels]:
     return cli.read_config(TrainConfig, path), labelling.Labels(tuple(facts["values"]), tuple(facts["names"]))
 
 
+def members(path: Path) -> dict[str, Path]:
+    return {name: path / name for name in configs.members(run_facts(path)[0])}
+
+
 def load_run(
     path: str | Path, world: ddp.World | None = None, precision: str = "auto", merge: bool = False, quant: str = ""
 ) -> Run:
