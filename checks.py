@@ -307,7 +307,8 @@ def check(cfg, given: set[str] = frozenset(), needs=None, clashes=()) -> None:
         idle += _idle_infer(cfg, given)
     of = {configs.TrainConfig: train_problems, configs.InferConfig: infer_problems, configs.CptConfig: cpt_problems}
     problems = idle + of.get(type(cfg), _range_problems)(cfg)
-    problems += [message(cfg) if callable(message) else message for message, test in clashes if test(cfg)]
+    known = {n: ",".join(v) if isinstance(v, tuple) else v for n, v in vars(cfg).items()}
+    problems += [message.format(**known) for message, test in clashes if test(cfg)]
     if problems:
         head = "" if len(problems) == 1 else f"{len(problems)} problems in the settings: "
         raise UserError(head + " | ".join(problems))

@@ -87,14 +87,11 @@ def compared(pair: Pair, of_a: np.ndarray, of_b: np.ndarray, ranking: bool, seed
 
     of_a, of_b: the predictions that count. Without samples intervals and p are NaN.
     """
-    rows = len(pair.a.ids)
-    score_a, score_b = pair.a.scorer(of_a, ranking), pair.b.scorer(of_b, ranking)
-    whole_a, whole_b = score_a(np.ones((1, rows))), score_b(np.ones((1, rows)))
-    draws_a = bootstrap.bootstrap(score_a, rows, pair.samples, seed)
-    draws_b = bootstrap.bootstrap(score_b, rows, pair.samples, seed)
+    whole_a, draws_a = pair.a.resampled(of_a, ranking, pair.samples, seed)
+    whole_b, draws_b = pair.b.resampled(of_b, ranking, pair.samples, seed)
     scores = {}
     for name in whole_a:
-        a, b = whole_a[name][0], whole_b[name][0]
+        a, b = whole_a[name], whole_b[name]
         if np.isnan(a + b).any():
             continue
         low = high = a * np.nan
@@ -150,7 +147,7 @@ def agreement(pair: Pair) -> dict[str, dict]:
         return {}
     kinds = {"rows": (a.correct, b.correct)}
     if a.cfg.task == "multi_label":
-        kinds["cells"] = ((a.predicted == a.targets).ravel(), (b.predicted == b.targets).ravel())
+        kinds["cells"] = [(run.predicted == run.targets).ravel() for run in (a, b)]
     tests = {}
     for name, (x, y) in kinds.items():
         counts = {"both_right": x & y, "only_a": x & ~y, "only_b": ~x & y, "both_wrong": ~x & ~y}

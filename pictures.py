@@ -4,8 +4,10 @@ import contextlib
 
 import numpy as np
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5d6878", "#a8960c")  # Okabe, Ito 2008
-BLUE, ORANGE, GREY, INK = PALETTE[0], PALETTE[1], "#8a94a0", "#1c2430"
+BLUE, ORANGE = "#0072B2", "#D55E00"  # the palette of Okabe and Ito 2008
+PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5d6878", "#a8960c")
+INK = "#1c2430"
+GREY = "#8a94a0"
 FONTS = (  # for letters that DejaVu Sans lacks
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
@@ -71,7 +73,9 @@ def array(values: list) -> np.ndarray:
 def short(name: str, most: int = 26) -> str:
     """A name as it fits a picture."""
     name = " ".join(str(name).split())
-    return name if len(name) <= most else name[: most - 1] + "…"
+    if len(name) <= most:
+        return name
+    return name[: most - 1] + "…"
 
 
 def count_axis(ax, logarithmic: bool) -> None:
@@ -90,14 +94,16 @@ def count_axis(ax, logarithmic: bool) -> None:
 def curves(members: dict[str, dict], metric: str):
     """Loss, metric and learning rate by step, a colour for each member run."""
     fig, top, middle, bottom = figure(5.2, 3, sharex=True, height_ratios=[3, 2.2, 1.2])
+    alpha = 0.25 if len(members) == 1 else 0.12
     for i, (name, log) in enumerate(members.items()):
         look = {"color": PALETTE[i % len(PALETTE)], "linewidth": 1.2}
-        faint = {**look, "linewidth": 0.8, "alpha": 0.25 if len(members) == 1 else 0.12}
+        faint = {**look, "linewidth": 0.8, "alpha": alpha}
         loss = array(log["loss"])
         top.plot(log["step"], loss, **faint)
         top.plot(log["step"], smoothed(loss), label=name, **look)
         bottom.plot(log["step"], array(log["lr"]), **look)
-        steps, scores = array(log["eval_step"]), array(log["eval"])
+        steps = array(log["eval_step"])
+        scores = array(log["eval"])
         best = steps == log["best_step"]
         middle.plot(steps, scores, "o-", markersize=3, **look)
         middle.plot(steps[best], scores[best], "o", markersize=7, mfc="none", **look)
@@ -121,10 +127,14 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 def confusion(numbers: dict):
     """Counts of rows, true by predicted class, coloured by their share of all rows of the true class."""
-    counts, totals = np.array(numbers["counts"]), np.array(numbers["totals"])
+    counts = np.array(numbers["counts"])
+    totals = np.array(numbers["totals"])
     names = [short(name, 22) for name in numbers["classes"]]
     n = len(names)
-    side, font = (max(2.2, 0.4 * n), 8.5) if n <= 15 else (0.27 * n, 6.5)
+    if n <= 15:
+        side, font = max(2.2, 0.4 * n), 8.5
+    else:
+        side, font = 0.27 * n, 6.5
     fig, ax = figure(side + 1.2, width=side + 2)
     share = counts / np.maximum(totals, 1)[:, None]
     image = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -134,9 +144,11 @@ def confusion(numbers: dict):
     for i, j in np.argwhere(counts > 0):
         size = font if counts[i, j] <= 999 else font - 1.5
         colour = "white" if share[i, j] > 0.55 else INK
-        text = str(counts[i, j])
-        ax.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
-    tilt = {**TILTED, "rotation": 45} if max(map(len, names)) > 3 else {}
+        look = {"ha": "center", "va": "center", "fontsize": size, "color": colour}
+        ax.text(j, i, str(counts[i, j]), **look)
+    tilt = {}
+    if max(map(len, names)) > 3:
+        tilt = {**TILTED, "rotation": 45}
     ax.set_xticks(range(n), names, **tilt)
     ax.set_yticks(range(n), names)
     ax.set(xlabel="predicted", ylabel="true")
@@ -147,15 +159,15 @@ def confusion(numbers: dict):
     return fig
 
 
-def bars(columns: dict[str, list], name: str, label: str, colours=BLUE, dots: list | None = None):
+def bars(columns: dict[str, list], value: str, label: str, colours=BLUE, dots: list | None = None):
     """Horizontal bars of a column by class with its intervals, and perhaps a second value of each as a dot."""
-    names = []
-    for title, rows in zip(columns["class"], columns["rows"], strict=True):
-        names.append(f"{short(title, 34)} ({rows:,})")
+    classes = zip(columns["class"], columns["rows"], strict=True)
+    names = [f"{short(name, 34)} ({rows:,})" for name, rows in classes]
     height = 0.8 + 0.2 * len(names)
     fig, ax = figure(height if dots is None else height + 0.25)
     places = range(len(names))
-    ax.barh(places, columns[name], color=colours, height=0.66, alpha=0.85, label="at probability 0.5")
+    look = {"color": colours, "height": 0.66, "alpha": 0.85}
+    ax.barh(places, columns[value], label="at probability 0.5", **look)
     if "95% interval" in columns:
         spans = array(columns["95% interval"]).T
         ax.hlines(places, *np.nan_to_num(spans), color=INK, linewidth=1)
@@ -178,10 +190,10 @@ def reliability(series: dict[str, dict], x: str, y: str, unit: str):
     top.plot([0, 1], [0, 1], **DASHED)
     for (name, bins), colour in zip(series.items(), PALETTE, strict=False):
         label = f"{name} (ECE {bins['ece']:.4f})"
-        count = bins["count"]
+        mean, count = bins["mean"], bins["count"]
         edges = np.linspace(0, 1, len(count) + 1)
-        top.vlines(bins["mean"], *bins["interval"], color=colour, alpha=0.35, linewidth=1)
-        top.plot(bins["mean"], bins["share"], "o-", color=colour, markersize=3.5, label=label)
+        top.vlines(mean, *bins["interval"], color=colour, alpha=0.35, linewidth=1)
+        top.plot(mean, bins["share"], "o-", color=colour, markersize=3.5, label=label)
         bottom.stairs(count, edges, color=colour, linewidth=1.4)
     fig.legend(loc="outside upper center", ncols=2)
     top.set(ylabel=y, ylim=(-0.02, 1.02), xlim=(-0.01, 1.01))
@@ -220,7 +232,8 @@ def coverage(numbers: dict):
 def histograms(numbers: dict):
     """Histograms of two groups over the same bins, counts logarithmic where one group dwarfs the other."""
     fig, ax = figure(3.2)
-    edges, counts = numbers["edges"], numbers["counts"]
+    edges = numbers["edges"]
+    counts = numbers["counts"]
     for count, name, colour in zip(counts, numbers["names"], PALETTE, strict=False):
         label = f"{short(name)} ({sum(count):,})"
         ax.stairs(count, edges, fill=True, color=colour, alpha=0.4)
@@ -239,8 +252,10 @@ def histograms(numbers: dict):
 def residuals(numbers: dict):
     """Predicted against true numbers, and the residuals."""
     fig, left, right = figure(3.2, 1, 2)
-    predicted, true = array(numbers["predicted"]), array(numbers["true"])
-    low, high = min(*predicted, *true), max(*predicted, *true)
+    predicted = array(numbers["predicted"])
+    true = array(numbers["true"])
+    low = min(predicted.min(), true.min())
+    high = max(predicted.max(), true.max())
     values = np.unique(true)
     jitter = 0.0
     if 1 < len(values) <= 20:  # points of few values would hide one another

@@ -28,24 +28,24 @@ class ReportConfig:
     outputs: str = "outputs"  # folder that holds all runs
 
 
-CLASHES = (
+CLASHES = (  # message, test of the config that holds where something is wrong
     (
-        lambda cfg: f"--runs {','.join(cfg.runs)}: expected one run, or two different ones",
+        "--runs {runs}: expected one run, or two different ones",
         lambda cfg: len(cfg.runs) > 2 or len(set(cfg.runs)) < len(cfg.runs),
     ),
     (
-        lambda cfg: f"--samples {cfg.samples}: expected 100 or more for 95% intervals, or 0 for none",
+        "--samples {samples}: expected 100 or more for 95% intervals, or 0 for none",
         lambda cfg: 0 < cfg.samples < 100,
     ),
     (
-        lambda cfg: f"--output {cfg.output} is a file: name a folder",
+        "--output {output} is a file: name a folder",
         lambda cfg: os.path.isfile(cfg.output),
     ),
 )
 
 
 def split_argv(argv: list[str]) -> tuple[list[str], list[str]]:
-    """(run folders, flags): the words before the first flag are runs, whatever is in their names."""
+    """(run folders, flags): the words before the first flag are runs, even with commas in their names."""
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     return names, argv[len(names) :]
 
@@ -135,6 +135,7 @@ def make_page(known: dict, sections: tuple = SECTIONS) -> Page:
 
 
 def main(argv: list[str]) -> dict:
+    """Write the page of a run or of a comparison; returns its main numbers and where they stand."""
     cfg = config(argv)
     need_matplotlib()
 
@@ -176,8 +177,7 @@ def config(argv: list[str]) -> ReportConfig:
 
 def with_intervals(run: Run, samples: int, seed: int) -> Run:
     """The run with bootstrap intervals of its scores; without samples there are none."""
-    score = run.scorer(run.predicted, run.worth_ranking())
-    draws = bootstrap.bootstrap(score, len(run.ids), samples, seed)
+    _, draws = run.resampled(run.predicted, run.worth_ranking(), samples, seed)
     return replace(run, intervals={name: bootstrap.interval(values) for name, values in draws.items()})
 
 

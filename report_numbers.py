@@ -46,8 +46,7 @@ def overview(run: Run) -> dict:
         "labels": len(run.labels.values),  # 0 of a regression
         "rows": len(run.ids),
         "folds": cfg.folds if run.out_of_fold else 0,
-        "steps": result.get("steps", 0),
-        "train_seconds": round(result.get("train_seconds", 0)),
+        "seconds": round(result.get("train_seconds", 0)),
         "note": run.note,
         "metric": cfg.metric,
         "metrics": scores,
@@ -55,9 +54,7 @@ def overview(run: Run) -> dict:
         "baseline": metrics.majority(cfg.task, run.targets),
         "fitted_thresholds": run.thresholds,
         "with_thresholds": with_thresholds(run),
-        "members": result.get("runs"),
-        "mean": result.get("mean"),
-        "std": result.get("std"),
+        **{name: result.get(name) for name in ("steps", "runs", "mean", "std")},
         "settings": settings(cfg),
         "audit": audit(run),
     }
@@ -67,19 +64,16 @@ def with_thresholds(run: Run) -> dict[str, float]:
     """Scores of predictions by cross-fitted thresholds; empty for a run without thresholds."""
     if not run.thresholds:
         return {}
-    values = run.scorer(run.decided, ranking=False)(np.ones((1, len(run.ids))))
-    del values["f1"]  # of each class
-    return {name: value[0] for name, value in values.items()} | run.scores["after"]
+    scores, _ = run.resampled(run.decided, ranking=False)
+    del scores["f1"]  # of each class
+    return scores | run.scores["after"]
 
 
 def settings(cfg: TrainConfig) -> dict[str, dict]:
     """All settings, and those that are not the default."""
     values, defaults = dataclasses.asdict(cfg), dataclasses.asdict(TrainConfig())
-    changed = {}
-    for name, value in values.items():
-        if value != defaults[name] and name not in ("base", "outputs"):
-            changed[name] = value
-    return {"changed": changed, "all": values}
+    names = [name for name in values if values[name] != defaults[name] and name not in ("base", "outputs")]
+    return {"changed": {name: values[name] for name in names}, "all": values}
 
 
 def audit(run: Run) -> list[list] | None:
@@ -158,8 +152,7 @@ def classes(run: Run) -> dict[str, list] | None:
 
 def class_scores(run: Run, predicted: np.ndarray) -> dict[str, np.ndarray]:
     """Precision, recall and F1 (C,) of each class; 0 where nothing is to be divided by."""
-    true = metrics.one_hot(run.targets, len(run.labels.names))
-    chosen = metrics.one_hot(predicted, len(run.labels.names))
+    true, chosen = (metrics.one_hot(values, len(run.labels.names)) for values in (run.targets, predicted))
     hits = (true * chosen).sum(axis=0)
     true, chosen = true.sum(axis=0), chosen.sum(axis=0)
     return {
@@ -309,22 +302,23 @@ def row_errors(run: Run) -> tuple[np.ndarray, str]:
     return 1.0 - run.correct, name
 
 
-def mean_interval(values: np.ndarray, is_share: bool) -> np.ndarray:
-    """(2,) the 95% interval of a mean: Wilson's of a share, else 1.96 standard errors to both sides."""
-    if is_share:
-        return bootstrap.wilson(values.sum(), np.float64(len(values)))
-    if len(values) < 2:
-        return np.full(2, np.nan)
-    half = 1.96 * values.std(ddof=1) / len(values) ** 0.5
-    return values.mean() + np.array([-half, half])
+def group_means(run: Run, values: np.ndarray, groups: np.ndarray) -> list[list]:
+    """[group, rows, mean, its 95% interval] of values (N,) by group (N,), in the order of the groups.
 
-
-def group_means(values: np.ndarray, groups: np.ndarray, is_share: bool) -> list[list]:
-    """[group, rows, mean, its 95% interval] of values (N,) by group (N,), in the order of the groups."""
+    The interval is Wilson's of a share, and 1.96 standard errors to both sides of a regression's error.
+    """
     rows = []
     for group in np.unique(groups):
         inside = values[groups == group]
-        rows.append([group, len(inside), inside.mean(), mean_interval(inside, is_share)])
+        n, mean = len(inside), inside.mean()
+        if run.cfg.task != "regression":
+            interval = bootstrap.wilson(inside.sum(), np.float64(n))
+        elif n > 1:
+            half = 1.96 * inside.std(ddof=1) / n**0.5
+            interval = [mean - half, mean + half]
+        else:
+            interval = [np.nan, np.nan]
+        rows.append([group, n, mean, interval])
     return rows
 
 
@@ -333,27 +327,24 @@ def lengths(run: Run) -> dict | None:
     if not run.texts:
         return None
     errors, name = row_errors(run)
-    is_share = run.cfg.task != "regression"
     size = np.array([len(text) for text in run.texts])
     edges = np.unique(np.quantile(size, np.linspace(0, 1, 11), method="nearest"))
     tenths = np.searchsorted(edges[1:-1], size, side="right")
-    rows = group_means(errors, tenths, is_share)
+    rows = group_means(run, errors, tenths)
     for row in rows:
         inside = size[tenths == row[0]]
         row[0] = f"{inside.min():,}–{inside.max():,}"
-    method = "Wilson 1927" if is_share else "1.96 standard errors"
-    return {"measure": name, "overall": errors.mean(), "groups": rows, "method": method}
+    return {"measure": name, "overall": errors.mean(), "groups": rows}
 
 
 def groups(run: Run) -> dict[str, dict]:
     """Accuracy, or a regression's error, of the largest groups by each column."""
     values, measure = row_errors(run)
-    is_share = run.cfg.task != "regression"
-    if is_share:
+    if run.cfg.task != "regression":
         values, measure = 1 - values, "accuracy"
     tables = {}
     for column, names in run.groups.items():
-        rows = group_means(values, np.array(names), is_share)
+        rows = group_means(run, values, np.array(names))
         rows.sort(key=lambda row: -row[1])
         tables[column] = {"measure": measure, "groups": rows[:MOST_GROUPS], "of": len(rows)}
     return tables

@@ -1,11 +1,11 @@
 """Read a finished run of train.py: its settings, its results, and what it says about the rows that judge it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+import bootstrap
 import checkpoint
 import decide
 import labelling
@@ -67,9 +67,15 @@ class Run:
         same = self.predicted == self.targets
         return same.all(axis=1) if same.ndim == 2 else same
 
-    def scorer(self, predicted: np.ndarray, ranking: bool) -> Callable:
-        """weights (S, N) -> scores of other predictions: see metrics.scorer."""
-        return metrics.scorer(self.cfg.task, self.logits, self.targets, predicted, ranking)
+    def resampled(self, predicted: np.ndarray, ranking: bool, samples: int = 0, seed: int = 0) -> tuple[dict, dict]:
+        """Scores of predictions by metric, on all rows and on bootstrap resamples (S,); of "f1" (C,) and (S, C).
+
+        ranking: with AUC and average precision. Equal seeds draw equal rows.
+        """
+        score = metrics.scorer(self.cfg.task, self.logits, self.targets, predicted, ranking)
+        whole = score(np.ones((1, len(self.ids))))
+        draws = bootstrap.bootstrap(score, len(self.ids), samples, seed)
+        return {name: values[0] for name, values in whole.items()}, draws
 
     def worth_ranking(self) -> bool:
         """Whether AUC and average precision are resampled: of many columns it takes a while."""

@@ -9,7 +9,7 @@ import pictures
 from page import Html, Page, card, details, shown, span, table, tag
 
 INTERVAL = "95% interval"
-ABOUT = ("run", "base", "data", "finished", "task", "labels", "rows", "steps", "train_seconds")
+ABOUT = ("run", "base", "data", "finished", "task", "labels", "rows", "steps", "seconds")
 MOST_BARS = 40  # of a picture of classes
 BASELINES = {
     "single_label": "Majority-class baseline: accuracy",
@@ -64,8 +64,8 @@ def score_tables(facts: dict) -> list:
             "Predictions are by argmax or probability 0.5. Scores with thresholds are cross-fitted: thresholds are "
             "fitted on four fifths of the rows, as the run's are on all, and scored on the rest."
         )
-    if facts["members"]:
-        rows = [[run, *(scores.get(n) for n in names[:6])] for run, scores in facts["members"].items()]
+    if facts["runs"]:
+        rows = [[run, *(scores.get(n) for n in names[:6])] for run, scores in facts["runs"].items()]
         parts += [tag("h3", f"{len(rows)} runs"), table(["run", *names[:6]], rows)]
     return parts
 
@@ -201,7 +201,8 @@ def outputs(page: Page, facts: dict) -> list:
 def lengths(page: Page, facts: dict) -> list:
     """Errors by length of the text."""
     numbers = facts["lengths"]
-    caption = f"Tenths of the rows by length; lines: 95% intervals ({numbers['method']}); dashed: all rows."
+    method = "1.96 standard errors" if facts["task"] == "regression" else "Wilson 1927"
+    caption = f"Tenths of the rows by length; lines: 95% intervals ({method}); dashed: all rows."
     return [page.picture("length", pictures.lengths(numbers), caption)]
 
 
