@@ -42,7 +42,7 @@ def about(facts: dict) -> Html:
     """What was trained on what, and when."""
     rows = [[name, shown(facts[name])] for name in ABOUT if facts[name]]
     if facts["folds"]:
-        rows.append(["out of fold", f"each row is scored by models trained on the other {facts['folds'] - 1} folds"])
+        rows.append(["folds", f"{facts['folds']}: each row is scored by models trained on the others"])
     return table(["", ""], rows)
 
 
