@@ -360,10 +360,10 @@ def errors(run: Run) -> list[dict]:
     if run.cfg.task == "regression":
         kinds = {"Rows": order}
     elif run.binary:
-        zero, one = run.labels.names
+        negative, positive = run.labels.names
         kinds = {
-            f"False positives: predicted {one}, true {zero}": wrong[run.targets[wrong] == 0],
-            f"False negatives: predicted {zero}, true {one}": wrong[run.targets[wrong] == 1],
+            f"False positives: predicted {positive}, true {negative}": wrong[run.targets[wrong] == 0],
+            f"False negatives: predicted {negative}, true {positive}": wrong[run.targets[wrong] == 1],
         }
     else:
         kinds = {"Wrong rows": wrong}
