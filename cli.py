@@ -90,6 +90,20 @@ def _start(cls, presets: dict, name: str | None):
     raise UserError(f"unknown preset {name}{nearest(name, presets)}: expected one of {known}, or a config.json")
 
 
+def early(cls, presets, doc):
+    if {"--help", "-h"} & set(sys.argv):
+        parse(cls, presets, sys.argv[1:], doc)
+
+
+def raw_config(path) -> dict:
+    """A run's config.json as stored."""
+    return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+
+
+MOVED = set("balance train_start train_stop split examples examples_column".split())
+MOVED |= set("pseudo_labels pseudo_data pseudo_min_confidence pseudo_soft".split())
+
+
 def read_config(cls, path: str | Path):
     """The config of a past run, from its config.json or the run folder that holds it."""
     path = Path(path) / "config.json" if os.path.isdir(path) else Path(path)
@@ -103,6 +117,10 @@ def read_config(cls, path: str | Path):
         raise UserError(f"config {path}: expected an object of fields, got {type(values).__name__}")
     hints, problems, fields = typing.get_type_hints(cls), [], {}
     for name, value in values.items():
+        if name in MOVED:
+            continue
+        if name == "fold" and value == "all":
+            value = -1
         if name not in hints:
             problems.append(f"unknown field {name}{nearest(name, hints)}")
         elif isinstance(value, list) and isinstance(hints[name], types.GenericAlias):

@@ -43,19 +43,11 @@ class TrainConfig:
     group_column: str = ""  # rows with the same value here are never parted by the hold-out or the folds
     val_size: float = 0.1  # hold-out: a fraction below 1, or a number of rows
     folds: int = 0  # cut the training rows into this many parts, each judged by a model of the others; 0: a hold-out
-    fold: str = "all"  # with folds: the one to hold out, 0 to folds - 1, or all, a run each under one folder
+    fold: int = -1  # with folds: the fold that this run holds out
+    soft_share: float = 1.0  # x
+    soft_temperature: float = 1.0  # x
     seeds: tuple[str, ...] = ()  # a run each under one folder, all with the split of seed; empty: one run with seed
-    balance: bool = False  # keep equally many training rows of every class, drawn once from the split's seed
-    train_start: int = 0  # train on a slice of the training rows, from here (their order: seeded, classes mixed evenly)
-    train_stop: int = 0  # up to here, 0: to the end; the validation rows are the same for every slice
-    split: str = ""  # split.csv of an earlier run: its validation rows and its order of training rows, not drawn anew
-    examples: tuple[str, ...] = ()  # columns whose texts are training rows too: column=label, as positive_example_1=1
-    examples_column: str = "body"  # the column that such a text stands in for
     by_column: str = ""  # metrics are also given for each value of this column
-    pseudo_labels: str = ""  # predictions (infer.py --submission "") whose confident rows are trained on too
-    pseudo_data: str = ""  # the rows of those predictions, by id; empty: test_data
-    pseudo_min_confidence: float = 0.9  # least probability of the answer (multi_label: of every label) of such a row
-    pseudo_soft: bool = False  # train on their probabilities instead of the likeliest answer
     audit: str = "near"  # before training: equal and nearly equal rows, conflicts and leaks (near), equal only, or none
     drop_conflicts: bool = False  # leave out training rows whose text also stands there with another label
     eval_rows: int = 0  # most validation rows of a periodic evaluation, 0 for all; the final one always takes all
@@ -240,8 +232,6 @@ def llama8b_verify() -> TrainConfig:
         max_length=2048,
         val_size=5000.0,
         eval_rows=500,
-        balance=True,
-        train_stop=20_000,
         rank=16,
         alpha=16.0,
         lora_dropout=0.0,
@@ -272,9 +262,6 @@ def qwen15b_rules() -> TrainConfig:
         id_column="row_id",
         group_column="body",
         by_column="rule",
-        examples=tuple(
-            f"{kind}_example_{i}={label}" for kind, label in (("positive", 1), ("negative", 0)) for i in (1, 2)
-        ),
         head="label_words",
         max_length=1024,
         rank=16,
@@ -510,14 +497,14 @@ def dataset_name(cfg) -> str:
 
 def members(cfg: TrainConfig) -> dict[str, TrainConfig]:
     """The runs that a config asks for: one for each seed and fold, by the name of its folder; "" for a single run."""
-    folds = [str(i) for i in range(cfg.folds)] if cfg.fold == "all" else []
+    folds = list(range(cfg.folds)) if cfg.fold < 0 else []
     if not folds and not cfg.seeds:
         return {"": cfg}
     found, split = {}, cfg.seed if cfg.split_seed < 0 else cfg.split_seed
     for seed in cfg.seeds or (str(cfg.seed),):
         for fold in folds or [cfg.fold]:
             name = "_".join([f"seed_{seed}"] * bool(cfg.seeds) + [f"fold_{fold}"] * bool(folds))
-            found[name] = replace(cfg, seed=int(seed), seeds=(), fold=fold, split_seed=split)
+            found[name] = replace(cfg, seed=int(seed), seeds=(), fold=int(fold), split_seed=split)
     return found
 
 

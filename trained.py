@@ -391,7 +391,7 @@ def fit_decision(cfg: TrainConfig, run: Path, logits: np.ndarray, labels: np.nda
     if cfg.task == "regression" or len(labels) < 10:
         return {}
     targets, kind = labels.astype(np.int64), threshold_kind(cfg)
-    fitted_on = "out-of-fold" if cfg.folds and cfg.fold == "all" else "validation"
+    fitted_on = "out-of-fold" if cfg.folds and cfg.fold < 0 else "validation"
     decision = decide.fit_decision(cfg.task, logits, targets, kind, fitted_on)
     scores, _, _ = decide.cross_fitted(cfg.task, logits, targets, seed=cfg.seed, kind=kind)
     if world.rank == 0:
