@@ -69,7 +69,7 @@ CSV = {  # name: (bytes, expected rows, or the words of the refusal)
     "missing text column": (b"id,label\n1,x\n", "no column text (there is: id, label)"),
     "missing label column": (b"id,text\n1,a\n", "no column label (there is: id, text)"),
     "missing id column": (b"text,label\na,x\n", [{"text": "a", "label": "x"}]),
-    "duplicate header": (b"id,text,label,text\n1,a,x,b\n", "column 'text' stands twice"),
+    "duplicate header": (b"id,text,label,text\n1,a,x,b\n", "column 'text' is duplicated"),
     "header with spaces": (b"id, text,label\n1,a,x\n", "no column text (there is: id,  text, label)"),
     "header with other case": (b"id,Text,label\n1,a,x\n", "no column text (there is: id, Text, label)"),
     "extra column": (b"id,text,label,more\n1,a,x,m\n", [{"id": "1", "text": "a", "label": "x", "more": "m"}]),
@@ -141,7 +141,7 @@ JSONL = {
     "cut last line": (LINE * 2 + LINE[:-9], "1 lines are not JSON objects (line 3: "),
     "not an object": (LINE + b"[1, 2]\n", "line 2: expected an object, got list"),
     "a bare string": (b'"a"\n', "line 1: expected an object, got str"),
-    "duplicate keys": (LINE + b'{"text": "a", "label": "x", "text": "b"}\n', "line 2: key 'text' stands twice"),
+    "duplicate keys": (LINE + b'{"text": "a", "label": "x", "text": "b"}\n', "line 2: key 'text' is duplicated"),
     "nested text": (
         b'{"text": ["a", {"b": "\\u00e9"}], "label": "x"}\n',
         [{"text": '["a", {"b": "\\u00e9"}]', "label": "x"}],
