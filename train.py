@@ -44,12 +44,13 @@ import trained
 from configs import TrainConfig
 from errors import Degenerate, Untrusted, UserError
 from packed import pack
+from presets import TRAIN_PRESETS
 from splits import Split
 
 
 def main(argv: list[str]) -> dict:
     # ---- config -----------------------------------------------------------------------------------------------------
-    cfg, given = cli.parse(TrainConfig, configs.TRAIN_PRESETS, argv, __doc__)
+    cfg, given = cli.parse(TrainConfig, TRAIN_PRESETS, argv, __doc__)
     cfg = checks.own_data(cfg, given)
     checks.check(cfg, given)
 

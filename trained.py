@@ -406,7 +406,7 @@ def find_run(cfg) -> Path:
     """The run named first by --runs, or the newest finished one. Raises UserError when there is none."""
     if cfg.runs:
         return Path(cfg.runs[0])
-    one, facts = ("cpt", ("config.json", "labels.json")) if cfg.generate else ("train", ("labels.json",))
+    one, facts = ("train", ("labels.json",))
     newest = checkpoint.newest_finished(cfg.outputs, *facts)
     if newest is None:
         found = f"no finished run of {one}.py under {cfg.outputs}/"
