@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import re
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,11 @@ from pathlib import Path
 import prompts
 from errors import UserError, few
 
+csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # texts are longer than its default
+
 LONE = re.compile("[\ud800-\udfff]")  # half a surrogate pair: cannot be encoded, so neither read nor printed
+Rows = list[dict[str, str]]  # of a file: column -> cell
+
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 STARTS = {  # first bytes of files that are no UTF-8 text
     b"PK": "a zip archive; unpack it first",
@@ -26,7 +31,7 @@ STARTS = {  # first bytes of files that are no UTF-8 text
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: str, flag: str) -> list[dict[str, str]]:
+def read_rows(path: str, flag: str) -> Rows:
     """The rows of a CSV, TSV or JSONL file (each also .gz) or Parquet file, all values as strings.
 
     flag: the command-line flag that names the file, for errors. Raises UserError with what is wrong and where.
@@ -81,7 +86,7 @@ def decode_text(raw: bytes, where: str) -> str:
     return text
 
 
-def _csv(text: str, where: str, delimiter: str) -> list[dict[str, str]]:
+def _csv(text: str, where: str, delimiter: str) -> Rows:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows, ragged = [], []
     try:
@@ -104,7 +109,7 @@ def _csv(text: str, where: str, delimiter: str) -> list[dict[str, str]]:
     return rows
 
 
-def _jsonl(text: str, where: str) -> list[dict[str, str]]:
+def _jsonl(text: str, where: str) -> Rows:
     def unique_keys(pairs):
         for key in duplicates(key for key, _ in pairs):
             raise ValueError(f"key {key!r} is duplicated")
@@ -132,7 +137,7 @@ def _jsonl(text: str, where: str) -> list[dict[str, str]]:
     return rows
 
 
-def _parquet(path: str, where: str) -> list[dict[str, str]]:
+def _parquet(path: str, where: str) -> Rows:
     try:
         import pyarrow.parquet as pq
     except ImportError:
@@ -166,7 +171,7 @@ def template_columns(template: str) -> list[str]:
         raise UserError(f"--text: {e}") from None
 
 
-def need_columns(rows: list[dict[str, str]], columns: list[str], path: str, flag: str) -> None:
+def need_columns(rows: Rows, columns: list[str], path: str, flag: str) -> None:
     """Raise UserError unless every row has all columns; names what exists."""
     for number, row in enumerate(rows, 1):
         missing = [c for c in columns if c not in row]
@@ -179,7 +184,7 @@ def need_columns(rows: list[dict[str, str]], columns: list[str], path: str, flag
             raise UserError(f"--{flag} {path}: no column {names} (there is: {', '.join(row)}){hint}")
 
 
-def decode_bytes_literals(rows: list[dict[str, str]], columns: list[str]) -> int:
+def decode_bytes_literals(rows: Rows, columns: list[str]) -> int:
     """Turn fields that are Python bytes literals (b'Solve ...\\n') into the text they stand for, in place.
 
     Returns how many rows were changed.
@@ -197,6 +202,6 @@ def decode_bytes_literals(rows: list[dict[str, str]], columns: list[str]) -> int
     return len(changed)
 
 
-def empty_rows(rows: list[dict[str, str]], columns: list[str]) -> list[int]:
+def empty_rows(rows: Rows, columns: list[str]) -> list[int]:
     """Indices of rows whose text columns are all blank."""
     return [i for i, row in enumerate(rows) if not any(row[c].strip() for c in columns)]

@@ -9,6 +9,7 @@ import numpy as np
 
 import cli
 from errors import UserError, few
+from files import Rows
 
 TEACHER = "probability_"  # columns probability_<label> hold soft targets
 TRAIN_ONLY = "train_only"  # this column marks rows that are trained on and never judge
@@ -61,7 +62,7 @@ def answers(task: str, predicted: np.ndarray, labels: Labels) -> list:
 # ---- targets --------------------------------------------------------------------------------------------------------
 
 
-def encode_targets(cfg, rows: list[dict[str, str]], labels: Labels, where: str) -> np.ndarray:
+def encode_targets(cfg, rows: Rows, labels: Labels, where: str) -> np.ndarray:
     """The targets of a TrainConfig's rows: classes (N,) int64, 0 and 1 (N, C) float32, or numbers (N,) float32.
 
     Raises UserError naming what is malformed or unknown. where: the file, for errors.
@@ -70,39 +71,39 @@ def encode_targets(cfg, rows: list[dict[str, str]], labels: Labels, where: str) 
         sets = label_sets(rows, cfg.label_column, cfg.label_columns, cfg.label_delimiter, where)
         return encode_label_sets(sets, labels, where)
     column = [row.get(cfg.label_column, "") for row in rows]
-    return encode_numbers(column, where) if cfg.task == "regression" else encode_labels(column, labels, where)
+    if cfg.task == "regression":
+        return encode_numbers(column, where)
+    return encode_labels(column, labels, where)
 
 
 def encode_labels(column: list[str], labels: Labels, path: str) -> np.ndarray:
     """Class indices (N,) int64 of a label column. Raises UserError naming unknown labels and their rows."""
-    index = _index([[value] for value in column], labels, path)
-    return np.array([index[value] for value in column], dtype=np.int64)
+    index = {value: c for c, value in enumerate(labels.values)}
+    classes = _parsed(column, index.__getitem__, path, "unknown labels", f"one of {few(list(index), 20)}")
+    return np.array(classes, np.int64)
 
 
 def encode_label_sets(sets: list[list[str]], labels: Labels, path: str) -> np.ndarray:
     """Targets (N, C) float32 of 0 and 1. Raises UserError naming unknown labels and their rows."""
-    index = _index(sets, labels, path)
+    index = {value: c for c, value in enumerate(labels.values)}
+
+    def classes(values: list[str]) -> list[int]:
+        return [index[value] for value in values]
+
     targets = np.zeros((len(sets), len(index)), np.float32)
-    for target, values in zip(targets, sets, strict=True):
-        target[[index[value] for value in values]] = 1
+    chosen = _parsed(sets, classes, path, "unknown labels", f"some of {few(list(index), 20)}")
+    for target, row in zip(targets, chosen, strict=True):
+        target[row] = 1
     return targets
 
 
-def _index(sets: list[list[str]], labels: Labels, path: str) -> dict[str, int]:
-    """The class of each label. Raises UserError naming those of the sets that it lacks, and their rows."""
-    index = {value: c for c, value in enumerate(labels.values)}
-    unknown = {}
-    for number, values in enumerate(sets, 1):
-        for value in values:
-            if value not in index:
-                unknown.setdefault(value, []).append(str(number))
-    if unknown:
-        named = few([f"{value!r} (rows {few(rows, 3)})" for value, rows in unknown.items()], 3)
-        raise UserError(f"{path}: unknown labels {named}: expected one of {few(list(index), 20)}")
-    return index
-
-
-def label_sets(rows: list[dict], column: str, columns: tuple[str, ...], delimiter: str, where: str) -> list[list[str]]:
+def label_sets(
+    rows: Rows,
+    column: str,
+    columns: tuple[str, ...],
+    delimiter: str,
+    where: str,
+) -> list[list[str]]:
     """The labels of each row: names of `columns` that hold 1, or the parts of one column, delimited or a JSON list.
 
     Raises UserError naming rows whose columns hold neither 0 nor 1, or whose list is no list of strings or numbers.
@@ -124,10 +125,10 @@ def label_sets(rows: list[dict], column: str, columns: tuple[str, ...], delimite
 
     if columns:
         cells = [[row[name] for name in columns] for row in rows]
-        sets = _parsed(cells, of_columns, where, "labels", "0 or 1 in every label column")
+        sets = _parsed(cells, of_columns, where, "malformed labels", "0 or 1 in every label column")
     else:
         cells = [row.get(column, "").strip() for row in rows]
-        sets = _parsed(cells, of_list, where, "labels", "a JSON list of strings")
+        sets = _parsed(cells, of_list, where, "malformed labels", "a JSON list of strings")
     return [list(dict.fromkeys(labels)) for labels in sets]
 
 
@@ -135,24 +136,27 @@ def encode_numbers(column: list[str], path: str) -> np.ndarray:
     """The numbers (N,) float32 of a regression's label column. Raises UserError naming rows that hold none."""
 
     def number(text: str) -> float:
-        if not np.isfinite(np.float32(text)):
+        value = float(text)
+        if not abs(value) <= np.finfo(np.float32).max:
             raise ValueError
-        return float(text)
+        return value
 
-    return np.array(_parsed(column, number, path, "numbers", "finite ones"), np.float32)
+    return np.array(_parsed(column, number, path, "no number", "finite ones"), np.float32)
 
 
 # ---- columns that any training file may have ------------------------------------------------------------------------
 
 
-def train_only(rows: list[dict[str, str]], where: str) -> np.ndarray | None:
+def train_only(rows: Rows, where: str) -> np.ndarray | None:
     """(N,) bool: the rows marked in column train_only, None where there are none. UserError for odd cells."""
     cells = [row.get(TRAIN_ONLY, "").strip() or "0" for row in rows]
-    marks = np.array(_parsed(cells, lambda cell: cli.convert(cell, bool), where, TRAIN_ONLY, "1 or 0"), bool)
+    marks = np.array(
+        _parsed(cells, lambda cell: cli.convert(cell, bool), where, "a malformed train_only", "1 or 0"), bool
+    )
     return marks if marks.any() else None
 
 
-def soft_targets(cfg, rows: list[dict[str, str]], labels: Labels, where: str) -> np.ndarray | None:
+def soft_targets(cfg, rows: Rows, labels: Labels, where: str) -> np.ndarray | None:
     """(N, C) float32 of the columns probability_<label>, None without them; rows whose cells are empty are NaN.
 
     The rows of classes sum to 1. Raises UserError for columns that are missing or of unknown labels, and naming rows
@@ -177,17 +181,19 @@ def soft_targets(cfg, rows: list[dict[str, str]], labels: Labels, where: str) ->
 
     cells = [[row.get(name, "").strip() for name in names] for row in rows]
     expected = "sums of 1 or empty cells" if cfg.task == "single_label" else "numbers from 0 to 1"
-    return np.array(_parsed(cells, probabilities, where, "probabilities", expected), np.float32)
+    return np.array(_parsed(cells, probabilities, where, "malformed probabilities", expected), np.float32)
 
 
-def _parsed(cells: list, read: Callable, where: str, kind: str, expected: str) -> list:
-    """read(cell) of every cell. Raises UserError that names the rows where it raises ValueError."""
-    values, wrong = [], []
+def _parsed(cells: list, read: Callable, where: str, problem: str, expected: str) -> list:
+    """read(cell) of every cell. Raises UserError naming the cells, and their rows, where it raises ValueError."""
+    values, wrong = [], {}
     for number, cell in enumerate(cells, 1):
         try:
             values.append(read(cell))
-        except (ValueError, RecursionError):
-            wrong.append(f"row {number}: {cell!r:.60}")
+        except (ValueError, KeyError, RecursionError):
+            wrong.setdefault(f"{cell!r:.60}", []).append(str(number))
     if wrong:
-        raise UserError(f"{where}: {len(wrong)} rows have malformed {kind} ({few(wrong, 3)}): expected {expected}")
+        count = len(cells) - len(values)
+        named = few([f"{cell} in row {few(rows, 3)}" for cell, rows in wrong.items()], 3)
+        raise UserError(f"{where}: {count} rows have {problem} ({named}): expected {expected}")
     return values

@@ -25,6 +25,8 @@ import prompts
 import strata
 from configs import TrainConfig
 from errors import UserError, few
+from files import Rows
+from labelling import Labels
 
 DRAWN = ("balance", "split", "train_start", "train_stop")  # fields of old runs that chose among the rows
 ADDED = {"examples": "example_rows.py", "pseudo_labels": "pseudo_labels.py"}  # those that added rows: what does so now
@@ -40,7 +42,7 @@ NEEDS = {  # what a metric needs of the rows that it is computed on
 class Split:
     """Rows to train on or to validate with."""
 
-    rows: list[dict[str, str]]
+    rows: Rows
     ids: list[str]
     labels: np.ndarray  # (N,) int64 classes, (N, C) float32 of 0 and 1 for multi_label, or (N,) float32 numbers
     tokens: data.Tokens | None = None
@@ -49,20 +51,21 @@ class Split:
     train_only: np.ndarray | None = None  # (N,) bool: rows that never judge
 
     def take(self, chosen: np.ndarray) -> "Split":
-        """Some rows, in the given order."""
+        """Some rows: those of a mask (N,) bool, or of indices in the given order."""
+        indices = np.arange(len(self.ids))[chosen]
 
         def pick(values):
-            if values is None:
-                return None
             if isinstance(values, list):
-                return [values[i] for i in chosen]
-            return values.take(chosen) if isinstance(values, data.Tokens) else values[chosen]
+                return [values[i] for i in indices]
+            if isinstance(values, data.Tokens):
+                return values.take(indices)
+            return None if values is None else values[indices]
 
         return Split(**{name: pick(values) for name, values in vars(self).items()})
 
     def judging(self) -> "Split":
         """The rows that may judge."""
-        return self if self.train_only is None else self.take(np.flatnonzero(~self.train_only))
+        return self if self.train_only is None else self.take(~self.train_only)
 
     def digest(self) -> str:
         """sha256 over tokens and targets: a resumed run must see the same."""
@@ -73,7 +76,7 @@ class Split:
 # ---- from files to rows ---------------------------------------------------------------------------------------------
 
 
-def read(cfg: TrainConfig, say: Callable) -> tuple[Split, Split | None, labelling.Labels]:
+def read(cfg: TrainConfig, say: Callable) -> tuple[Split, Split | None, Labels]:
     """All rows of train_data and val_data (None without one) with their targets, and the classes.
 
     Raises UserError for everything that is wrong with the files, before the base is touched.
@@ -98,13 +101,13 @@ def read(cfg: TrainConfig, say: Callable) -> tuple[Split, Split | None, labellin
     return train, val, labels
 
 
-def load_rows(cfg: TrainConfig, say: Callable) -> tuple[Split, Split, labelling.Labels]:
+def load_rows(cfg: TrainConfig, say: Callable) -> tuple[Split, Split, Labels]:
     """(training rows, validation rows, classes) of one run."""
     rows, val, labels = read(cfg, say)
     return *cut(cfg, rows, val, say=say), labels
 
 
-def _labelled_rows(cfg: TrainConfig, path: str, flag: str, say: Callable) -> tuple[list[dict[str, str]], str]:
+def _labelled_rows(cfg: TrainConfig, path: str, flag: str, say: Callable) -> tuple[Rows, str]:
     """(rows with text, label and groups, how messages name the file). Raises UserError for missing columns and, with
     their numbers, empty texts.
     """
@@ -121,10 +124,10 @@ def _labelled_rows(cfg: TrainConfig, path: str, flag: str, say: Callable) -> tup
     return rows, where
 
 
-def labels_of(cfg, rows: list[dict[str, str]], where: str) -> labelling.Labels:
+def labels_of(cfg, rows: Rows, where: str) -> Labels:
     """The classes of a config's training rows; of a regression its label column is the name."""
     if cfg.task == "regression":
-        return labelling.Labels((), (cfg.label_column,))
+        return Labels((), (cfg.label_column,))
     if cfg.task == "single_label":
         return labelling.find_labels([row[cfg.label_column] for row in rows], cfg.label_names, where)
     sets = labelling.label_sets(rows, cfg.label_column, cfg.label_columns, cfg.label_delimiter, where)
@@ -132,24 +135,28 @@ def labels_of(cfg, rows: list[dict[str, str]], where: str) -> labelling.Labels:
     return labelling.find_labels(column, cfg.label_columns or cfg.label_names, where)
 
 
-def _encoded(cfg: TrainConfig, rows: list[dict[str, str]], labels: labelling.Labels, where: str) -> Split:
-    """Rows with their ids (the id column, or the index in the file) and targets."""
-    ids = [row.get(cfg.id_column, str(i)) for i, row in enumerate(rows)]
+def _encoded(cfg: TrainConfig, rows: Rows, labels: Labels, where: str) -> Split:
+    """Rows with their ids and targets."""
     targets = labelling.encode_targets(cfg, rows, labels, where)
-    return Split(rows, ids, targets, train_only=labelling.train_only(rows, where))
+    return Split(rows, _ids(cfg, rows), targets, train_only=labelling.train_only(rows, where))
 
 
-def texts(cfg: TrainConfig, rows: list[dict[str, str]]) -> list[str]:
+def _ids(cfg: TrainConfig, rows: Rows) -> list[str]:
+    """The cells of the id column, or where there is none the index in the file."""
+    return [row.get(cfg.id_column, str(i)) for i, row in enumerate(rows)]
+
+
+def texts(cfg: TrainConfig, rows: Rows) -> list[str]:
     """Each row's rendered text, as the model reads it."""
     return ["".join(piece for _, piece in prompts.render(cfg.text, row)) for row in rows]
 
 
-def digest_of(rows: list[dict[str, str]]) -> str:
+def digest_of(rows: Rows) -> str:
     """sha256 of rows: whether two runs were judged on the same ones."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def class_shares(rows: Split, labels: labelling.Labels) -> np.ndarray:
+def class_shares(rows: Split, labels: Labels) -> np.ndarray:
     """(C,) the share of each class among the rows that may judge."""
     classes = rows.judging().labels
     return np.bincount(classes, minlength=len(labels.values)) / len(classes)
@@ -159,7 +166,11 @@ def class_shares(rows: Split, labels: labelling.Labels) -> np.ndarray:
 
 
 def cut(
-    cfg: TrainConfig, rows: Split, val: Split | None, recorded: Path | None = None, say: Callable = lambda line: None
+    cfg: TrainConfig,
+    rows: Split,
+    val: Split | None,
+    recorded: Path | None = None,
+    say: Callable = lambda line: None,
 ) -> tuple[Split, Split]:
     """(training rows, validation rows) of one run: val_data's, or the run's fold, or the hold-out.
 
@@ -177,7 +188,7 @@ def cut(
     dropped = np.count_nonzero(part == "left out")
     if dropped:
         say(f"train_only: {dropped:,} rows left out, whose text or group is among the validation rows")
-    return rows.take(np.flatnonzero(part == "train")), val or rows.take(np.flatnonzero(part == "validation"))
+    return rows.take(part == "train"), val or rows.take(part == "validation")
 
 
 def parts(cfg: TrainConfig, rows: Split, val: Split | None) -> np.ndarray:
@@ -187,7 +198,7 @@ def parts(cfg: TrainConfig, rows: Split, val: Split | None) -> np.ndarray:
     held = np.zeros(len(rows.ids), bool) if val else held_out(cfg, rows)
     part = np.where(held, "validation", "train")
     if rows.train_only is not None:
-        judges = val or rows.take(np.flatnonzero(held))
+        judges = val or rows.take(held)
         known = set().union(*_keys(cfg, judges.rows))
         for i, keys in enumerate(_keys(cfg, rows.rows)):
             if rows.train_only[i] and keys & known:
@@ -195,7 +206,7 @@ def parts(cfg: TrainConfig, rows: Split, val: Split | None) -> np.ndarray:
     return part
 
 
-def _keys(cfg: TrainConfig, rows: list[dict[str, str]]) -> Iterator[set]:
+def _keys(cfg: TrainConfig, rows: Rows) -> Iterator[set]:
     """What each row is recognized by: its text and its group."""
     for row, text in zip(rows, texts(cfg, rows), strict=True):
         keys = {("text", audit.normal_form(text))}
@@ -253,40 +264,45 @@ def _recorded(rows: Split, val: Split | None, run: Path) -> tuple[Split, Split]:
     perhaps of a balanced pool. Raises UserError unless it names rows of the file, each by an id of its own.
     """
     recorded = files.read_rows(str(Path(run) / "split.csv"), "resume")
-    index, ids = {id: i for i, id in enumerate(rows.ids)}, [row["id"] for row in recorded]
-    wrong = files.duplicates(rows.ids) + files.duplicates(ids) + sorted(set(ids) - set(index))
-    if wrong:
-        problem = f"ids of its split.csv are duplicated or not in --train_data ({few(wrong)})"
+    ids = [row["id"] for row in recorded]
+    place = {id: i for i, id in enumerate(ids)}
+    order = np.array([place.get(id, -1) for id in rows.ids])  # (N,) where a row is in split.csv
+    listed = np.flatnonzero(order >= 0)
+    if len(place) < len(ids) or sorted(rows.ids[i] for i in listed) != sorted(ids):
+        problem = "its split.csv needs unique ids that --train_data has too"
         raise UserError(f"--resume {run}: {problem}: give it the file it began with, or start a new run")
 
-    # the old run read no other rows, in the order of the file they came from; its digest is over all their tokens
-    order = [index[id] for id in ids]
-    if not cli.raw_config(run).get("split"):
-        order.sort()
-    pool = rows.take(np.array(order))
+    # the old run read these rows alone, in the order of the file they came from: its digest is over all their tokens
+    if cli.raw_config(run).get("split"):
+        listed = listed[np.argsort(order[listed])]
+    pool = rows.take(listed)
     if pool.tokens:
-        pool.tokens = data.join_tokens([pool.tokens.row(i) for i in range(len(order))])
-    place = {id: i for i, id in enumerate(pool.ids)}
-
-    def part(name: str) -> Split:
-        return pool.take(np.array([place[row["id"]] for row in recorded if row["part"] == name]))
-
-    return part("train"), val or part("validation")
+        pool.tokens = data.join_tokens([pool.tokens.row(i) for i in range(len(ids))])
+    order = np.argsort(order[listed])
+    part = np.array([row["part"] for row in recorded])
+    return pool.take(order[part == "train"]), val or pool.take(order[part == "validation"])
 
 
 # ---- what is wrong with the rows ------------------------------------------------------------------------------------
 
 
-def without_conflicts(cfg: TrainConfig, rows: Split, labels: labelling.Labels, say: Callable) -> Split:
+def without_conflicts(cfg: TrainConfig, rows: Split, labels: Labels, say: Callable) -> Split:
     """The rows but for those whose text also has another label."""
     answers = labelling.answers(cfg.task, rows.labels, labels)
-    groups = audit.audit(texts(cfg, rows.rows), answers, ["train"] * len(answers), near=False).conflicts
+    findings = audit.audit(texts(cfg, rows.rows), answers, ["train"] * len(answers), near=False)
+    groups = findings.conflicts
     drop = [i for group in groups for i in group]
     say(f"--drop_conflicts: {len(drop)} rows dropped, of {len(groups)} texts that had different labels")
     return rows.take(np.setdiff1d(np.arange(len(answers)), drop))
 
 
-def audit_rows(cfg: TrainConfig, labels: labelling.Labels, train: Split, val: Split | None, say: Callable) -> dict:
+def audit_rows(
+    cfg: TrainConfig,
+    labels: Labels,
+    train: Split,
+    val: Split | None,
+    say: Callable,
+) -> dict:
     """Print label counts, lengths and what is wrong with the rows: see audit.py.
 
     val: None where every training row is judged in turn. Returns the groups of rows by their names, to be kept.
@@ -298,7 +314,8 @@ def audit_rows(cfg: TrainConfig, labels: labelling.Labels, train: Split, val: Sp
         splits += [split] * len(part.ids)
     if cfg.task != "regression":
         say(audit.label_counts(answers, splits, labels.values))
-    say(audit.length_table(np.concatenate([part.uncut for part in parts.values()]), splits, cfg.max_length))
+    lengths = np.concatenate([part.uncut for part in parts.values()])
+    say(audit.length_table(lengths, splits, cfg.max_length))
     if cfg.audit == "none":
         return {}
 
@@ -307,7 +324,7 @@ def audit_rows(cfg: TrainConfig, labels: labelling.Labels, train: Split, val: Sp
     splits += ["test"] * len(parts["test"].ids)
     for split, part in parts.items():
         rows += part.rows
-        names += [_name(cfg, split, row, id) for row, id in zip(part.rows, part.ids, strict=True)]
+        names += [_name(cfg, split, *pair) for pair in zip(part.rows, part.ids, strict=True)]
     findings = audit.audit(texts(cfg, rows), answers, splits, near=cfg.audit == "near")
     warnings = audit.said(findings, answers, splits, names)
     alike = len(findings.duplicates) + len(findings.near)
@@ -331,7 +348,7 @@ def _test_rows(cfg: TrainConfig, say: Callable) -> Split:
         except UserError as e:
             say(f"audit: test rows are left out: {e}")
             rows = []
-    return Split(rows, [row.get(cfg.id_column, str(i)) for i, row in enumerate(rows)], np.zeros(len(rows)))
+    return Split(rows, _ids(cfg, rows), np.zeros(len(rows)))
 
 
 def _name(cfg: TrainConfig, split: str, row: dict, id: str) -> str:
@@ -355,7 +372,8 @@ def periodic_rows(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndar
     """
     rows = np.arange(len(labels))
     if 0 < cfg.eval_rows < len(labels):
-        rows = np.sort(np.random.default_rng([cfg.seed, 0xE7A1]).permutation(len(labels))[: cfg.eval_rows])
+        order = np.random.default_rng([cfg.seed, 0xE7A1]).permutation(len(labels))
+        rows = np.sort(order[: cfg.eval_rows])
     # any outputs will do that differ: a metric that the labels cannot define is absent
     outputs = np.arange(len(rows) * classes, dtype=np.float64).reshape(len(rows), classes)
     scores = metrics.of_task(cfg.task, outputs, labels[rows], ranking=cfg.metric in metrics.RANKING)

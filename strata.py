@@ -10,7 +10,13 @@ from errors import UserError, few
 DRAW = 0x5B11  # with the seed: the stream of random numbers that rows are drawn from
 
 
-def folds(task: str, labels: np.ndarray, parts: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
+def folds(
+    task: str,
+    labels: np.ndarray,
+    parts: int,
+    seed: int,
+    groups: np.ndarray | None = None,
+) -> np.ndarray:
     """(N,) the fold of each row, 0 to parts - 1, stratified by class, by every label, or by quantiles of numbers.
 
     Sizes, and a class's rows, differ by at most one between folds, where neither groups nor several labels a row
@@ -23,7 +29,8 @@ def folds(task: str, labels: np.ndarray, parts: int, seed: int, groups: np.ndarr
         raise UserError(f"--folds {parts}: there are only {units} {kind}")
     strata = of_targets(task, labels)
     if strata.ndim == 2 or groups is not None:
-        return stratify(_one_hot(strata), [1 / parts] * parts, seed, groups)
+        return stratify(strata, [1 / parts] * parts, seed, groups)
+
     # the rows of each class in a random order, one class after the other, are dealt like cards
     chance = np.random.default_rng([seed, DRAW]).random(units)
     fold = np.zeros(units, int)
@@ -31,7 +38,13 @@ def folds(task: str, labels: np.ndarray, parts: int, seed: int, groups: np.ndarr
     return fold
 
 
-def hold_out(task: str, labels: np.ndarray, val_size: float, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
+def hold_out(
+    task: str,
+    labels: np.ndarray,
+    val_size: float,
+    seed: int,
+    groups: np.ndarray | None = None,
+) -> np.ndarray:
     """(N,) bool: the rows held out, stratified as `folds` are. val_size: a fraction below 1 or a count.
 
     Raises UserError where none would be left to train on or to validate with.
@@ -42,7 +55,7 @@ def hold_out(task: str, labels: np.ndarray, val_size: float, seed: int, groups: 
     share = val_size if val_size < 1 else val_size / rows
     held = np.zeros(rows, bool)
     if 0 < share < 1:
-        held = stratify(_one_hot(strata), [1 - share, share], seed, groups) == 1
+        held = stratify(strata, [1 - share, share], seed, groups) == 1
     if held.all() or not held.any():
         among = "" if groups is None else f" in {len(np.unique(groups))} groups"
         raise UserError(f"--val_size {val_size:g} of {rows} rows{among} leaves none to train on or to validate with")
@@ -56,15 +69,13 @@ def of_targets(task: str, labels: np.ndarray) -> np.ndarray:
 
 def quantiles(values: np.ndarray, most: int = 10) -> np.ndarray:
     """Strata (N,) int64 of numbers: the values where they are few, or else quantiles."""
-    distinct, stratum, counts = np.unique(values, return_inverse=True, return_counts=True)
-    if len(distinct) <= most and counts.min() > 1:
+    _, stratum, counts = np.unique(values, return_inverse=True, return_counts=True)
+    if len(counts) <= most and counts.min() > 1:
         return stratum
-    ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
-    return ranks * min(most, max(1, len(values) // 2)) // len(values)
-
-
-def _one_hot(strata: np.ndarray) -> np.ndarray:
-    return strata if strata.ndim == 2 else np.eye(strata.max() + 1, dtype=np.float32)[strata]
+    order = np.argsort(values, kind="stable")
+    ranks = np.argsort(order, kind="stable")
+    parts = min(most, max(1, len(values) // 2))
+    return ranks * parts // len(values)
 
 
 def stratified(labels: np.ndarray, val_size: float, seed: int) -> np.ndarray:
@@ -87,12 +98,12 @@ def stratified(labels: np.ndarray, val_size: float, seed: int) -> np.ndarray:
     # the smallest
     exact = counts * (total / rows)
     take = np.clip(np.floor(exact).astype(int), 1, counts - 1)
-    while take.sum() != total:
-        step, room = 1, take < counts - 1
-        if take.sum() > total:
-            step, room = -1, take > 1
-        gain = np.where(room, step * (exact - take), -np.inf)
-        take[int(gain.argmax())] += step
+    while take.sum() < total:
+        missing = np.where(take < counts - 1, exact - take, -np.inf)
+        take[missing.argmax()] += 1
+    while take.sum() > total:
+        excess = np.where(take > 1, take - exact, -np.inf)
+        take[excess.argmax()] -= 1
 
     rng = np.random.default_rng([seed, DRAW])
     held = np.zeros(rows, bool)
@@ -101,18 +112,28 @@ def stratified(labels: np.ndarray, val_size: float, seed: int) -> np.ndarray:
     return held
 
 
-def stratify(targets: np.ndarray, shares: list[float], seed: int, groups: np.ndarray | None = None) -> np.ndarray:
-    """(N,) which part each row of multi-label targets (N, C) goes to, so that each part gets its share of every label.
+def stratify(
+    targets: np.ndarray,
+    shares: list[float],
+    seed: int,
+    groups: np.ndarray | None = None,
+) -> np.ndarray:
+    """(N,) which part each row goes to, so that each part gets its share of every label.
+
+    targets: 0 and 1 (N, C), or classes (N,). groups (N,): numbers from 0; the rows of a group go to the same part.
 
     Iterative stratification (Sechidis, Tsoumakas, Vlahavas 2011): the rarest label that is left is dealt out first,
-    each row to the part that wants it most. Rows without labels fill the parts up. groups (N,): numbers from 0; the
-    rows of a group go to the same part, the largest groups of the label first, each to the part that it brings nearest
-    to its shares of all labels and of rows (by chi-squared).
+    each row to the part that wants it most. Rows without labels fill the parts up. Of groups, those with most rows of
+    the label come first, each to the part that it brings nearest to its shares of all labels and of rows (chi-squared).
     """
+    if targets.ndim == 1:
+        targets = np.eye(targets.max() + 1, dtype=np.float32)[targets]
     rng = np.random.default_rng([seed, DRAW])
-    unit_of = np.arange(len(targets)) if groups is None else groups  # what is dealt: groups, or single rows
+
+    # what is dealt: groups, or single rows; how many rows each has, and how many with each label (0 once it is dealt)
+    unit_of = np.arange(len(targets)) if groups is None else groups
     rows = np.bincount(unit_of)
-    count = np.zeros((len(rows), targets.shape[1]))  # (units, C) rows with each label, 0 once the unit is dealt
+    count = np.zeros((len(rows), targets.shape[1]))  # (units, C)
     np.add.at(count, unit_of, targets > 0)
     order = rng.permutation(len(rows))
     rows, count = rows[order], count[order]
@@ -120,7 +141,8 @@ def stratify(targets: np.ndarray, shares: list[float], seed: int, groups: np.nda
 
     # what each part still wants: rows (parts,), and rows with each label (parts, C)
     total = count.sum(axis=0)
-    room, want = np.array(shares) * len(targets), np.outer(shares, total)
+    room = np.array(shares) * len(targets)
+    want = np.outer(shares, total)
     scale = np.maximum(total, 1)
 
     def deal(unit: int, to: int) -> None:
@@ -134,15 +156,17 @@ def stratify(targets: np.ndarray, shares: list[float], seed: int, groups: np.nda
         units = np.argsort(-count[:, rare], kind="stable")
         for unit in units[: np.count_nonzero(count[:, rare])]:
             if groups is None:
-                to = int(np.lexsort((rng.random(len(shares)), room, want[:, rare]))[-1])
+                tie_break = rng.random(len(shares))
+                to = np.lexsort((tie_break, room, want[:, rare]))[-1]
             else:
-                labels = (count[unit] * (2 * want - count[unit]) / scale).sum(axis=1)
-                nearer = labels + rows[unit] * (2 * room - rows[unit]) / len(targets)
-                to = int((nearer / shares).argmax())
+                by_label = count[unit] * (2 * want - count[unit]) / scale
+                by_rows = rows[unit] * (2 * room - rows[unit]) / len(targets)
+                nearer = by_label.sum(axis=1) + by_rows
+                to = (nearer / shares).argmax()
             deal(unit, to)
         total = count.sum(axis=0)
 
     rest = np.flatnonzero(part < 0)
     for unit in rest[np.argsort(-rows[rest], kind="stable")]:
-        deal(unit, int(room.argmax()))
+        deal(unit, room.argmax())
     return part[np.argsort(order)][unit_of]

@@ -60,8 +60,7 @@ def best_round(rounds: list[dict], metric: str) -> dict:
     """The round with the best metric, of equal ones the first."""
     best = rounds[0]
     for later in rounds[1:]:
-        lower = later[metric] < best[metric]
-        if later[metric] != best[metric] and lower == (metric in metrics.LOWER):
+        if metrics.better(later[metric], best[metric], metric):
             best = later
     return best
 
