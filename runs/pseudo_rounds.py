@@ -74,7 +74,7 @@ def next_flags(options, flags: list[str], cfg, predictions: str, number: int) ->
     # other training data drop a preset's validation and test files, and name another folder: keep those of round 0
     own = {"train_data": output, "dataset": configs.dataset_name(cfg), "val_data": cfg.val_data}
     own = {name: value for name, value in own.items() if value}
-    same = [[flag, *words] for flag, words in cli.grouped(flags) if flag.removeprefix("--") not in own]
+    same = [[flag, *words] for flag, words in cli.grouped(flags) if flag[2:].replace("-", "_") not in own]
     return [word for group in same for word in group] + [f"--{name}={value}" for name, value in own.items()]
 
 
@@ -116,7 +116,7 @@ def why_stop(rounds: list[dict], metric: str, options) -> str:
     """Why the next round should not be trained, or an empty string."""
     now, best = rounds[-1], best_round(rounds, metric)
     if abs(best[metric] - now[metric]) > options.fall:
-        return f"{metric} on the clean rows fell from {best[metric]:.4f} to {now[metric]:.4f}"
+        return f"{metric} on the clean rows worsened from {best[metric]:.4f} to {now[metric]:.4f}"
     if now["drift"] > options.drift:
         return f"the shares of predicted classes drifted by {now['drift']:.3f} from those of the training rows"
     if now["confident"] == 0:
