@@ -38,13 +38,7 @@ def folds(
     return fold
 
 
-def hold_out(
-    task: str,
-    labels: np.ndarray,
-    val_size: float,
-    seed: int,
-    groups: np.ndarray | None = None,
-) -> np.ndarray:
+def hold_out(task: str, labels: np.ndarray, val_size: float, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
     """(N,) bool: the rows held out, stratified as `folds` are. val_size: a fraction below 1 or a count.
 
     Raises UserError where none would be left to train on or to validate with.

@@ -37,7 +37,7 @@ SILENT = lambda *words: None  # noqa: E731
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
 def test_what_is_written_is_read_again_as_it_was(tmp_path, name):
     """A carriage return alone, too: csv would write it unquoted, and read it as the end of the row."""
-    own = [{"text": 'a\rb, "c"\t\r\n é\u2028', "label": "1"}, {"text": " ", "label": ""}]
+    own = [{"text": 'a\rb, "c"\t\r\n é\u2028', "label": "1"}, {"text": " \rx", "label": ""}]
     path = str(tmp_path / "new" / name)
     summary = training_file.write(path, own, [{"text": "more", "train_only": "1"}])
     assert files.read_rows(path, "x") == [
