@@ -137,7 +137,7 @@ def encode_numbers(column: list[str], path: str) -> np.ndarray:
 
     def number(text: str) -> float:
         value = float(text)
-        if not abs(value) <= np.finfo(np.float32).max:
+        if not abs(value) <= float(np.finfo(np.float32).max):
             raise ValueError
         return value
 
