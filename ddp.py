@@ -1,7 +1,7 @@
-"""Data parallel by hand: one process per device, gradients summed once per step, ranks that decide together.
+"""Data parallel by hand: one process a device, gradients summed once a step, ranks that decide together.
 
-Started by torchrun (RANK, WORLD_SIZE, LOCAL_RANK set) or alone. The number of ranks changes who computes a
-micro-batch, never what is computed: see the batch plan in data.py.
+Started by torchrun (RANK, WORLD_SIZE, LOCAL_RANK set) or alone. Nothing here depends on the number of ranks except
+who computes what: see the batch semantics in data.py.
 """
 
 import json
@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from errors import UserError
 
-WAIT = timedelta(hours=12)  # the others wait while rank 0 encodes a corpus; torchrun ends them if it dies
+WAIT = timedelta(hours=12)  # others wait while rank 0 encodes a corpus; torchrun ends them when one is gone
 FP64_LIMIT = 200_000_000  # trained parameters up to which gradients are summed in fp64
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, the number of ranks, its device."""
+    """This process among all: its rank, their number, its device."""
 
     rank: int
     size: int
@@ -36,7 +36,7 @@ class World:
 def setup() -> World:
     """Join torchrun's process group (nccl on GPUs, gloo on CPUs), or be a world of one.
 
-    On GPUs, deterministic kernels are chosen where there is a choice. Raises UserError for more ranks than GPUs.
+    On GPUs, kernels are chosen to be deterministic where there is a choice. Raises TooFewGPUs.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -44,7 +44,7 @@ def setup() -> World:
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             gpus = torch.cuda.device_count()
-            raise UserError(f"local rank {local} has no GPU of its own: use --nproc_per_node={gpus}")
+            raise UserError(f"local rank {local} has no GPU of its own: take --nproc_per_node={gpus}")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         device = torch.device("cuda", local)
@@ -61,7 +61,7 @@ def micro_seed(seed: int, step: int, micro_batch: int) -> int:
 
 
 def say(world: World, *words) -> None:
-    """Print on rank 0, unless all words are empty."""
+    """Print on rank 0, if there is anything to say."""
     if world.rank == 0 and any(words):
         print(*words, flush=True)
 
@@ -69,8 +69,8 @@ def say(world: World, *words) -> None:
 def launch(main) -> None:
     """Run an entry point's main(argv) -> dict, print the dict as the last line of stdout, leave with the exit status.
 
-    0 done, 1 failure or stopped, 4 numbers not finite; otherwise an exception's own `exit_status` (2 the user's
-    mistake, 3 untrusted checkpoint, 5 degenerate scores). Errors that are meant for the user are one line.
+    0 done, 1 failure or stopped, 4 numbers not finite; an exception's own `exit_status` otherwise (2 the user's
+    mistake, 3 untrusted checkpoint, 5 degenerate scores). Those that speak to the user come as one line.
     """
     rank = int(os.environ.get("RANK", 0))
     try:
@@ -80,18 +80,15 @@ def launch(main) -> None:
         code = 0
     except (Exception, KeyboardInterrupt) as e:
         code = 4 if isinstance(e, FloatingPointError) else getattr(e, "exit_status", 1)
-        one_line = isinstance(e, (KeyboardInterrupt, FloatingPointError, OSError)) or hasattr(e, "exit_status")
-        # Rank 0 reports an error that all ranks share; it ends the others meanwhile.
-        if rank > 0:
+        spoken = isinstance(e, (KeyboardInterrupt, FloatingPointError, OSError)) or hasattr(e, "exit_status")
+        if rank > 0:  # let rank 0 say it, unless it is this rank's alone
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
-        if one_line:
+        if spoken:
             tqdm.write(f"error: {e}" if str(e) else "interrupted", file=sys.stderr)  # on a line of its own
         else:
             traceback.print_exc()
-
-    # destroy_process_group hangs now and then (gloo, torch 2.13; pytorch#190489): leave without it.
-    if dist.is_initialized():
+    if dist.is_initialized():  # destroy_process_group hangs now and then (gloo, torch 2.13; pytorch#190489)
         if code == 0:
             dist.barrier()
         sys.stdout.flush()
@@ -101,9 +98,9 @@ def launch(main) -> None:
 
 
 class StopRequest:
-    """SIGTERM and SIGINT set a flag; training polls it, and all ranks stop together after the step.
+    """SIGTERM and SIGINT set a flag; training polls it and all ranks stop together after the step.
 
-    A second signal acts as usual, and so does any signal after `close`.
+    A second signal acts as it did before, and so does any after `close`.
     """
 
     def __init__(self):
@@ -124,9 +121,9 @@ class GradientSum:
     """The gradients of one optimizer step as one flat buffer, whatever the number of micro-batches and ranks.
 
     Every trained parameter's .grad is a view into one flat fp32 tensor, so a backward pass writes there directly.
-    `add` adds that to an fp64 buffer: fp32 values are summed in fp64 almost without rounding, so the sum does not
-    depend on the order. `reduce` sums over ranks and writes the result back into the .grad views; the loss and the
-    stop requests are reduced with it. Above FP64_LIMIT parameters everything is fp32, equal to rounding only.
+    `add` puts that into an fp64 buffer: fp32 values add up in fp64 almost without rounding, so the sum does not depend
+    on who added what first. `reduce` sums over ranks and writes the result back into the .grad views; the loss and the
+    stop requests ride along. Above FP64_LIMIT parameters everything is fp32, equal to rounding only.
     """
 
     def __init__(self, params: list[torch.nn.Parameter], world: World, flags: int = 1):
@@ -153,7 +150,7 @@ class GradientSum:
                 self.total[self.count + i].add_(1.0)
 
     def reduce(self) -> torch.Tensor:
-        """Sum over ranks into the .grad views and reset; returns (loss, number of ranks per flag) on the device."""
+        """Sum over ranks into the .grad views and start at zero; returns (loss, ranks' flags counted) on the device."""
         if self.world.size > 1:
             dist.all_reduce(self.total)
         self.flat.copy_(self.total[: self.count])
@@ -163,11 +160,11 @@ class GradientSum:
 
 
 def gather_rows(world: World, rows: np.ndarray, values: np.ndarray, count: int, partial: bool = False) -> np.ndarray:
-    """Rows scored by any rank, in order, on every rank.
+    """Rows scored by any rank, put in order on every rank.
 
     rows (n,) int64 indices that this rank scored, values (n, C) fp32 -> (count, C) fp32. Each rank fills its own rows
-    of a zero matrix, and the sum over ranks is exact. partial: a row that no rank scored is NaN. Raises
-    AssertionError unless every row was scored exactly once.
+    of a zero matrix and the sum puts them together exactly. partial: a row that did not come is NaN. Raises
+    AssertionError unless every row came exactly once.
     """
     width = values.shape[1]
     full = torch.zeros(count, width + 1, dtype=torch.float32)
@@ -196,21 +193,21 @@ def sum_over_ranks(world: World, values: list[float]) -> list[float]:
 
 
 def gather_objects(world: World, value) -> list:
-    """The value of each rank, in the order of ranks, on every rank."""
-    values = [value] * world.size
+    """What each rank gives, in the order of ranks, on every rank."""
+    found = [value] * world.size
     if world.size > 1:
-        dist.all_gather_object(values, value)
-    return values
+        dist.all_gather_object(found, value)
+    return found
 
 
 def barrier(world: World) -> None:
-    """Wait for every rank."""
+    """Wait until every rank is here."""
     if world.size > 1:
         dist.barrier()
 
 
 def from_rank0(world: World, make) -> str:
-    """The result of make() on rank 0, as a string on every rank; None becomes an empty string."""
+    """What make() returns on rank 0, as a string on every rank; None becomes an empty one."""
     box = [str(make() or "") if world.rank == 0 else ""]
     if world.size > 1:
         dist.broadcast_object_list(box, src=0)

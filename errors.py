@@ -1,6 +1,12 @@
-"""The exceptions with their exit statuses, and helpers for messages. Every file may import this one."""
+"""The exceptions with their exit statuses, and helpers for messages."""
 
 import difflib
+
+
+class Untrusted(Exception):
+    """A checkpoint that cannot be trusted."""
+
+    exit_status = 3
 
 
 class UserError(ValueError):
@@ -9,10 +15,22 @@ class UserError(ValueError):
     exit_status = 2
 
 
-class Untrusted(Exception):
-    """A checkpoint or adapter that cannot be trusted."""
+ELSEWHERE = {  # what other tools call our fields
+    "learning_rate": "lr", "lora_r": "rank", "lora_alpha": "alpha", "target_modules": "targets", "model": "base",
+    "model_name_or_path": "base", "num_train_epochs": "epochs", "train_file": "train_data",
+    "max_seq_length": "max_length",
+    "gradient_checkpointing": "grad_checkpoint", "max_grad_norm": "grad_clip", "lr_scheduler_type": "schedule",
+}  # fmt: skip
 
-    exit_status = 3
+
+def nearest(name: str, known, prefix: str = "") -> str:
+    theirs = difflib.get_close_matches(str(name), [n for n in ELSEWHERE if ELSEWHERE[n] in known], n=1, cutoff=0.8)
+    close = [ELSEWHERE[n] for n in theirs] or difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""
+
+
+def few(items: list[str], most: int = 5) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 class Degenerate(RuntimeError):
@@ -21,38 +39,6 @@ class Degenerate(RuntimeError):
     exit_status = 5
 
 
-# What other tools call our settings.
-ELSEWHERE = {
-    "learning_rate": "lr",
-    "lora_r": "rank",
-    "lora_alpha": "alpha",
-    "target_modules": "targets",
-    "model": "base",
-    "model_name_or_path": "base",
-    "num_train_epochs": "epochs",
-    "train_file": "train_data",
-    "max_seq_length": "max_length",
-    "gradient_checkpointing": "grad_checkpoint",
-    "max_grad_norm": "grad_clip",
-    "lr_scheduler_type": "schedule",
-}
-
-
-def nearest(name: str, known, prefix: str = "") -> str:
-    """ " (did you mean --lr?)" for a name that resembles a known one, also by another tool's word; else nothing."""
-    theirs = [other for other in ELSEWHERE if ELSEWHERE[other] in known]
-    close = [ELSEWHERE[other] for other in difflib.get_close_matches(str(name), theirs, n=1, cutoff=0.8)]
-    close += difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" (did you mean {prefix}{close[0]}?)" if close else ""
-
-
-def few(items: list[str], most: int = 5) -> str:
-    """The first items of a list, and how many more there are."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
-
-
 def one_line(error) -> str:
-    """The first line of a foreign text, printable and of readable length."""
-    first = str(error).strip().split("\n")[0][:200]
-    return "".join(letter if letter.isprintable() else " " for letter in first)
+    """A foreign text's first line, cut to a readable length."""
+    return "".join(c if c.isprintable() else " " for c in (str(error).strip().split("\n") or [""])[0][:200])

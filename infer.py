@@ -27,6 +27,7 @@ import ensemble
 import evaluate
 import files
 import foreign
+import generate
 import loop
 import predictions
 import tables
@@ -38,7 +39,10 @@ from errors import Degenerate, UserError
 def main(argv: list[str]) -> dict:
     # ---- config and run ---------------------------------------------------------------------------------------------
     cfg, hand = cli.parse(InferConfig, {}, argv, __doc__)
+    cfg = checks.of_generation(cfg, hand)
     checks.check(cfg, hand)
+    if cfg.generate:
+        return generate.complete_prompts(cfg, hand)
     given = foreign.given_model(cfg) if cfg.base or cfg.adapter else None
     path = Path(cfg.adapter or cfg.base) if given else trained.find_run(cfg)
     train_cfg, labels = (given.config, given.labels) if given else trained.run_facts(path)
@@ -85,6 +89,8 @@ def main(argv: list[str]) -> dict:
     Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
 
     # ---- score ------------------------------------------------------------------------------------------------------
+    if cfg.scoring == "generate":
+        return generate.generate_answers(cfg, path, train_cfg, labels, world, rows, ids, known)
     csvs = {path: ensemble.csv_member(path, train_cfg, labels, ids) for path in cfg.runs[1:] if path.endswith(".csv")}
     blend = ensemble.blending(cfg, train_cfg, labels) if len(cfg.runs) > 1 else None
     run = load(cfg, path, given, world, "")

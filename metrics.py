@@ -271,11 +271,6 @@ def majority(task: str, labels: np.ndarray) -> float:
 LOWER = ("log_loss", "hamming_loss", "mse", "rmse", "mae")  # metrics of which less is better
 
 
-def better(now, best, metric: str) -> bool:  # in this tree only
-    now = -1.0 if now is None else now
-    return best is None or (now < best if metric in LOWER else now > best)
-
-
 def one_hot(values: np.ndarray, classes: int) -> np.ndarray:
     """(N, C) of 0 and 1, from class ids or from the same."""
     return values.astype(np.float64) if values.ndim == 2 else np.eye(classes)[values]

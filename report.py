@@ -538,7 +538,7 @@ def worth_ranking(run: Run) -> bool:
 
 def overview(page: Page, run: Run, scores: dict, spans: dict) -> None:
     """What the run is and what it reaches."""
-    cfg, result, metric, folded = run.cfg, run.result, run.cfg.metric, bool(run.cfg.folds) and run.cfg.fold < 0
+    cfg, result, metric, folded = run.cfg, run.result, run.cfg.metric, bool(run.cfg.folds) and run.cfg.fold == "all"
     after = {}
     if run.thresholds:
         own = metrics.scorer(cfg.task, run.logits, run.targets, run.decided, ranking=False)(np.ones((1, len(run.ids))))

@@ -44,13 +44,12 @@ import trained
 from configs import TrainConfig
 from errors import Degenerate, Untrusted, UserError
 from packed import pack
-from presets import TRAIN_PRESETS
 from splits import Split
 
 
 def main(argv: list[str]) -> dict:
     # ---- config -----------------------------------------------------------------------------------------------------
-    cfg, given = cli.parse(TrainConfig, TRAIN_PRESETS, argv, __doc__)
+    cfg, given = cli.parse(TrainConfig, configs.TRAIN_PRESETS, argv, __doc__)
     cfg = checks.own_data(cfg, given)
     checks.check(cfg, given)
 
@@ -74,18 +73,20 @@ def main(argv: list[str]) -> dict:
     tokenizer.model_max_length = cfg.max_length  # as others read it from a save
 
     # ---- one run, or one for each fold and seed ---------------------------------------------------------------------
-    todo = [(name, one, *splits.cut(one, rows, val, run if not name else None)) for name, one in configs.members(cfg).items()]
+    todo = [(name, one, *splits.cut(one, rows, val)) for name, one in configs.members(cfg).items()]
     for _, one, train, judge in todo:  # what is wrong with the last of them is said before the first one starts
         losses.weights_of_config(one, train.labels, len(labels.names))
         splits.periodic_rows(one, judge.labels, len(labels.names))
         ddp.say(world, trained.check_chain(one, train.ids, judge.ids))
-    shares = rows.judging().labels.mean(axis=0) if cfg.task != "single_label" else splits.class_shares(rows, labels)
+        short = one.train_stop - one.train_start > len(train.own().ids)
+        ddp.say(world, f"note: this slice has only {len(train.own().ids):,} rows" if short else "")
+    shares = rows.own().labels.mean(axis=0) if cfg.task != "single_label" else splits.class_shares(rows, labels)
     shares = np.atleast_1d(shares).tolist()
     facts = {"labels.json": json.dumps({"values": labels.values, "names": labels.names, "shares": shares}, indent=1)}
     books = {name: splits.split_csv(one, rows, val) for name, one in configs.members(cfg).items()}
     facts |= {"split.csv": books[""]} if "" in books else {}
     if world.rank == 0:
-        parts = (rows.judging(), None) if cfg.folds and cfg.fold < 0 else todo[0][2:]
+        parts = (rows.own(), None) if cfg.folds and cfg.fold == "all" else todo[0][2:]
         found = splits.audit_rows(cfg, labels, *parts, print)
         facts |= {"audit.json": json.dumps(found, ensure_ascii=False, indent=1) + "\n"} if found else {}
     if "" in configs.members(cfg):
@@ -144,7 +145,7 @@ def together(cfg: TrainConfig, run: Path, labels: labelling.Labels, judged: Spli
         if ids != val.ids or not np.array_equal(targets, val.labels):
             raise Untrusted(f"{run / name}: val_predictions.csv does not hold this run's validation rows")
         whole = seeds.setdefault(one.seed, np.full((len(judged.ids), logits.shape[1]), np.nan, np.float32))
-        whole[splits.held_out(one, judged) if cfg.folds and cfg.fold < 0 else slice(None)] = logits
+        whole[splits.held_out(one, judged) if cfg.folds and cfg.fold == "all" else slice(None)] = logits
         results[name] = checkpoint.load_json(run / name / "result.json")
     logits = np.mean(list(seeds.values()), axis=0)
     scores = {n: v for n, v in metrics.of_task(cfg.task, logits, judged.labels).items() if n != "rows"}
@@ -278,13 +279,13 @@ def fit(
                 train.tokens.lengths, cfg.batch_size, cfg.max_tokens, at.micro_batches, cfg.seed, epoch
             )
         rows_of_step = np.concatenate(plan[index])
-        denominator = losses.loss_weight(cfg.task, train.labels[rows_of_step], weights)
+        denominator = losses.loss_weight(cfg.task, train.targets[rows_of_step], weights)
         factor = optim.lr_factor(at.updates, total, warmup, cfg.schedule)
         for j, rows in enumerate(plan[index]):
             if j % world.size != world.rank:
                 continue
             torch.manual_seed(ddp.micro_seed(cfg.seed, at.step, j))
-            target = torch.from_numpy(train.labels[rows]).to(world.device)
+            target = torch.from_numpy(train.targets[rows]).to(world.device)
             with numerics.autocast(world.device, precision):
                 logits = model(pack(train.tokens, rows, world.device))
             loss = losses.loss_sum(cfg.task, logits, target, cfg.label_smoothing, of_classes) / denominator
@@ -407,6 +408,8 @@ def chain_table(cfg: TrainConfig, result: dict, world) -> list[dict]:
     found = [
         {
             "run": str(run),
+            "train_start": c.train_start,
+            "train_stop": c.train_stop,
             "train_rows": told.get("train_rows", 0),
             "metrics": told.get("metrics", {}),
         }
@@ -415,7 +418,7 @@ def chain_table(cfg: TrainConfig, result: dict, world) -> list[dict]:
     shown = [n for n in dict.fromkeys((cfg.metric, "accuracy", "roc_auc", "log_loss")) if n in result["metrics"]]
     lines = [f"{'slice':<20} {'rows':>9} " + " ".join(f"{n:>10}" for n in shown) + "  run"]
     for one in found:
-        stretch = Path(one["run"]).name
+        stretch = f"{one['train_start']:,} to {one['train_stop'] or 'the end'}"
         numbers = " ".join(f"{one['metrics'].get(n, float('nan')):10.4f}" for n in shown)
         lines.append(f"{stretch:<20} {one['train_rows']:>9,} {numbers}  {one['run']}")
     ddp.say(world, "\n".join(lines))

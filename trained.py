@@ -391,7 +391,7 @@ def fit_decision(cfg: TrainConfig, run: Path, logits: np.ndarray, labels: np.nda
     if cfg.task == "regression" or len(labels) < 10:
         return {}
     targets, kind = labels.astype(np.int64), threshold_kind(cfg)
-    fitted_on = "out-of-fold" if cfg.folds and cfg.fold < 0 else "validation"
+    fitted_on = "out-of-fold" if cfg.folds and cfg.fold == "all" else "validation"
     decision = decide.fit_decision(cfg.task, logits, targets, kind, fitted_on)
     scores, _, _ = decide.cross_fitted(cfg.task, logits, targets, seed=cfg.seed, kind=kind)
     if world.rank == 0:
@@ -406,7 +406,7 @@ def find_run(cfg) -> Path:
     """The run named first by --runs, or the newest finished one. Raises UserError when there is none."""
     if cfg.runs:
         return Path(cfg.runs[0])
-    one, facts = ("train", ("labels.json",))
+    one, facts = ("cpt", ("config.json", "labels.json")) if cfg.generate else ("train", ("labels.json",))
     newest = checkpoint.newest_finished(cfg.outputs, *facts)
     if newest is None:
         found = f"no finished run of {one}.py under {cfg.outputs}/"
