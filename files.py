@@ -1,4 +1,4 @@
-"""From files to rows."""
+"""From files to rows: CSV, TSV, JSONL and Parquet, every value a string, nothing guessed."""
 
 import ast
 import csv
@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import re
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -13,113 +14,130 @@ from pathlib import Path
 import prompts
 from errors import UserError, few
 
+csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # texts are longer than its default
+
 LONE = re.compile("[\ud800-\udfff]")  # half a surrogate pair: cannot be encoded, so neither read nor printed
+Rows = list[dict[str, str]]  # of a file: column -> cell
+
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+STARTS = {  # first bytes of files that are no UTF-8 text
+    b"PK": "a zip archive; unpack it first",
+    b"PAR1": "a Parquet file; name it .parquet",
+    b"\xff\xfe": "UTF-16; save it as UTF-8",
+    b"\xfe\xff": "UTF-16; save it as UTF-8",
+}
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: str, flag: str) -> list[dict[str, str]]:
-    """The rows of a CSV, TSV or JSONL file (each also .gz) or Parquet file, all values as strings, nothing guessed.
+def read_rows(path: str, flag: str) -> Rows:
+    """The rows of a CSV, TSV or JSONL file (each also .gz) or Parquet file, all values as strings.
 
     flag: the command-line flag that names the file, for errors. Raises UserError with what is wrong and where.
     """
-    p = Path(path)
-    suffix = Path(p.stem).suffix.lower() if p.suffix.lower() == ".gz" else p.suffix.lower()
-    if not p.is_file():
-        raise UserError(f"--{flag} {path}: no such file; give the path of a CSV, TSV or JSONL file with --{flag} PATH")
-    if suffix not in FORMATS:
-        raise UserError(f"--{flag} {path}: expected a name ending in {', '.join(FORMATS)} (.gz too), got '{suffix}'")
     where = f"--{flag} {path}"
+    suffix = format_of(path)
+    if not Path(path).is_file():
+        raise UserError(f"{where}: no such file; give the path of a CSV, TSV or JSONL file with --{flag} PATH")
+    if suffix not in FORMATS:
+        raise UserError(f"{where}: expected a name ending in {', '.join(FORMATS)} (.gz too), got '{suffix}'")
     if suffix == ".parquet":
         rows = _parquet(path, where)
+    elif suffix == ".jsonl":
+        rows = _jsonl(read_text(path, where), where)
     else:
-        try:
-            raw = gzip.decompress(p.read_bytes()) if p.suffix.lower() == ".gz" else p.read_bytes()
-        except (OSError, EOFError, zlib.error) as e:
-            raise UserError(f"{where}: cannot be read ({e})") from None
-        text = decode_text(raw, where)
-        rows = _jsonl(text, where) if suffix == ".jsonl" else _csv(text, where, suffix)
+        rows = _csv(read_text(path, where), where, "\t" if suffix == ".tsv" else ",")
     if not rows:
         raise UserError(f"{where}: no rows")
     return rows
 
 
+def format_of(path: str) -> str:
+    """The suffix that names a file's format, .gz aside."""
+    name = Path(path.lower())
+    return Path(name.stem).suffix if name.suffix == ".gz" else name.suffix
+
+
+def read_text(path: str, where: str) -> str:
+    """The text of a UTF-8 file, unpacked. Raises UserError, beginning with `where`, for anything else."""
+    try:
+        raw = Path(path).read_bytes()
+        if path.lower().endswith(".gz"):
+            raw = gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"{where}: cannot be read ({e})") from None
+    return decode_text(raw, where)
+
+
 def decode_text(raw: bytes, where: str) -> str:
-    if raw[:2] == b"PK":
-        raise UserError(f"{where}: this is a zip archive; unpack it first")
-    if raw[:4] == b"PAR1":
-        raise UserError(f"{where}: this is a Parquet file; name it .parquet")
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{where}: this is UTF-16; save it as UTF-8")
+    """The bytes as text, without a BOM. Raises UserError that names what the file is, or the line that is no UTF-8."""
+    for start, problem in STARTS.items():
+        if raw.startswith(start):
+            raise UserError(f"{where}: this is {problem}")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        line = e.object.count(b"\n", 0, e.start) + 1  # e.object: the bytes without their BOM
-        raise UserError(
-            f"{where}: not UTF-8 (byte 0x{e.object[e.start]:02x} in line {line}); save it as UTF-8"
-        ) from None
-    if "\0" in text:
-        raise UserError(f"{where}: line {text.count(chr(10), 0, text.index(chr(0))) + 1} holds a NUL character")
+        byte, line = e.object[e.start], e.object.count(b"\n", 0, e.start) + 1
+        raise UserError(f"{where}: not UTF-8 (byte 0x{byte:02x} in line {line}); save it as UTF-8") from None
+    before, nul, _ = text.partition("\0")
+    if nul:
+        raise UserError(f"{where}: line {before.count(chr(10)) + 1} holds a NUL character")
     return text
 
 
-def _csv(text: str, where: str, suffix: str) -> list[dict[str, str]]:
-    delimiter = "\t" if suffix == ".tsv" else ","
+def _csv(text: str, where: str, delimiter: str) -> Rows:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows, odd = [], []
+    rows, ragged = [], []
     try:
         header = next(reader, None)
         if header is None:
             raise UserError(f"{where}: the file is empty")
-        twice = [name for name, n in Counter(header).items() if n > 1]
-        if twice:
-            raise UserError(f"{where}: column {', '.join(map(repr, twice))} stands twice in the header")
+        for name in duplicates(header):
+            raise UserError(f"{where}: column {name!r} is duplicated in the header")
         for values in reader:
             if not values:
                 continue  # a blank line
             if len(values) != len(header):
-                odd.append(f"line {reader.line_num} has {len(values)}")
+                ragged.append(f"line {reader.line_num} has {len(values)}")
             else:
                 rows.append(dict(zip(header, values, strict=True)))
     except csv.Error as e:
         raise UserError(f"{where}: line {reader.line_num}: {e} (an unclosed or stray quote?)") from None
-    if odd:
-        raise UserError(f"{where}: {len(odd)} rows do not have the header's {len(header)} columns ({few(odd)})")
+    if ragged:
+        raise UserError(f"{where}: {len(ragged)} rows do not have the header's {len(header)} columns ({few(ragged)})")
     return rows
 
 
-def _jsonl(text: str, where: str) -> list[dict[str, str]]:
-    def once(pairs):
-        twice = [k for k, n in Counter(k for k, _ in pairs).items() if n > 1]
-        if twice:
-            raise ValueError(f"key {twice[0]!r} stands twice")
+def _jsonl(text: str, where: str) -> Rows:
+    def unique_keys(pairs):
+        for key in duplicates(key for key, _ in pairs):
+            raise ValueError(f"key {key!r} is duplicated")
         return dict(pairs)
 
     def refuse(word):
         raise ValueError(f"{word} is no JSON value; write null or leave the key out")
 
-    rows, bad = [], []
+    rows, problems = [], []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=once, parse_constant=refuse)
+            row = json.loads(line, object_pairs_hook=unique_keys, parse_constant=refuse)
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, got {type(row).__name__}")
-            row = {k: _text(v) for k, v in row.items()}
-            if "\\u" in line and any(LONE.search(part) for pair in row.items() for part in pair):
+            row = {key: _text(value) for key, value in row.items()}
+            if "\\u" in line and LONE.search("".join(key + value for key, value in row.items())):
                 raise ValueError("it holds a lone surrogate, which is no text")
             rows.append(row)
         except (ValueError, RecursionError) as e:
-            bad.append(f"line {number}: {e}")
-    if bad:
-        raise UserError(f"{where}: {len(bad)} lines are not JSON objects ({few(bad)})")
+            problems.append(f"line {number}: {e}")
+    if problems:
+        raise UserError(f"{where}: {len(problems)} lines are not JSON objects ({few(problems)})")
     return rows
 
 
-def _parquet(path: str, where: str) -> list[dict[str, str]]:
+def _parquet(path: str, where: str) -> Rows:
     try:
         import pyarrow.parquet as pq
     except ImportError:
@@ -128,13 +146,21 @@ def _parquet(path: str, where: str) -> list[dict[str, str]]:
         rows = pq.read_table(path).to_pylist()
     except (OSError, ValueError) as e:
         raise UserError(f"{where}: cannot be read as Parquet ({str(e).splitlines()[0]})") from None
-    return [{k: _text(v) for k, v in row.items()} for row in rows]
+    return [{key: _text(value) for key, value in row.items()} for row in rows]
 
 
 def _text(value) -> str:
-    if isinstance(value, str):
-        return value
-    return "" if value is None else json.dumps(value) if isinstance(value, (list, dict)) else str(value)
+    if value is None:
+        return ""
+    return json.dumps(value) if isinstance(value, (list, dict)) else str(value)
+
+
+def duplicates(values) -> list[str]:
+    """The values that are there more than once."""
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+# ---- columns --------------------------------------------------------------------------------------------------------
 
 
 def template_columns(template: str) -> list[str]:
@@ -145,40 +171,37 @@ def template_columns(template: str) -> list[str]:
         raise UserError(f"--text: {e}") from None
 
 
-def need_columns(rows: list[dict[str, str]], columns: list[str], path: str, flag: str) -> None:
+def need_columns(rows: Rows, columns: list[str], path: str, flag: str) -> None:
     """Raise UserError unless every row has all columns; names what exists."""
-    missing = [c for c in columns if any(c not in row for row in rows)]
-    if missing:
-        exists = list(rows[0])
-        hint = ""
-        if len(exists) == 1 and re.search(r"[;\t|]", exists[0]):
-            hint = "; the header is a single column: is the file separated by commas?"
-        names = ", ".join(missing)
-        if any(c in exists for c in missing):  # JSON lines need not have the same keys
-            first = next(i for i, row in enumerate(rows) if any(c not in row for c in missing))
-            names, exists = f"{names} in row {first + 1}", list(rows[first])
-        raise UserError(f"--{flag} {path}: no column {names} (there is: {', '.join(exists)}){hint}")
+    for number, row in enumerate(rows, 1):
+        missing = [c for c in columns if c not in row]
+        if missing:
+            names, hint = ", ".join(missing), ""
+            if number > 1:  # JSON lines need not have the same keys
+                names += f" in row {number}"
+            elif len(row) == 1 and re.search(r"[;\t|]", next(iter(row))):
+                hint = "; the header is a single column: is the file separated by commas?"
+            raise UserError(f"--{flag} {path}: no column {names} (there is: {', '.join(row)}){hint}")
 
 
-def decode_bytes_literals(rows: list[dict[str, str]], columns: list[str]) -> int:
+def decode_bytes_literals(rows: Rows, columns: list[str]) -> int:
     """Turn fields that are Python bytes literals (b'Solve ...\\n') into the text they stand for, in place.
 
     Returns how many rows were changed.
     """
-    changed = 0
-    for row in rows:
-        before = changed
+    changed = set()
+    for i, row in enumerate(rows):
         for column in columns:
             value = row[column]
             if value[:2] in ("b'", 'b"') and value[-1:] == value[1]:
                 try:
                     row[column] = ast.literal_eval(value).decode("utf-8")
-                    changed = before + 1
+                    changed.add(i)
                 except (ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
                     pass  # ordinary text that merely looks like one
-    return changed
+    return len(changed)
 
 
-def empty_rows(rows: list[dict[str, str]], columns: list[str]) -> list[int]:
+def empty_rows(rows: Rows, columns: list[str]) -> list[int]:
     """Indices of rows whose text columns are all blank."""
     return [i for i, row in enumerate(rows) if not any(row[c].strip() for c in columns)]

@@ -578,10 +578,10 @@ def test_predictions_are_the_raw_outputs(small_base, tmp_path):
 def test_labels_that_are_no_numbers_are_refused_with_their_rows(small_base, tmp_path, text):
     """In training and in validation rows; 1e60 is infinite in fp32."""
     flags = regression_flags(tmp_path, small_base, lambda c, i: text if i in (4, 16) else c)
-    with pytest.raises(UserError, match=r"2 labels are no finite numbers \(row 5: .*, row 17: "):
+    with pytest.raises(UserError, match=r"2 rows have no number \(.* in row 5, 17"):
         train.main(flags)
     numbers(tmp_path / "numbers.csv", 58, lambda c, i: c)
-    with pytest.raises(UserError, match=r"--val_data .*held_out.csv: 2 labels are no finite numbers \(row 5: "):
+    with pytest.raises(UserError, match=r"--val_data .*held_out.csv: 2 rows have no number \(.* in row 5, 17"):
         train.main(flags)
 
 
@@ -593,7 +593,7 @@ def test_labels_that_are_no_numbers_are_refused_with_their_rows(small_base, tmp_
         ({"label_names": "a,b"}, "--label_names .* with --task regression"),
         ({"head": "label_words", "head_dropout": None}, "--head label_words with --task regression"),
         ({"metric": "macro_f1"}, "--metric macro_f1: expected one of mse"),
-        ({"metric": "roc_auc"}, "--metric roc_auc needs labels 0 and 1"),
+        ({"metric": "roc_auc"}, "--metric roc_auc needs rows with and without every label"),
     ],
 )
 def test_settings_that_a_regression_does_not_have(small_base, tmp_path, changes, said):

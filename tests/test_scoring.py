@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from test_ddp import forks, toy_flags
-from test_verify import write_pairs, write_rules
+from test_more_rows import write_rules
+from test_slices import write_pairs
 
 import bases
 import data

@@ -1,0 +1,166 @@
+"""Which rows judge: folds and hold-outs that each have their share of every class, and never part of a group.
+
+Everything is a pure function of targets, groups and seed, the same in any process and on any number of ranks.
+"""
+
+import numpy as np
+
+from errors import UserError, few
+
+DRAW = 0x5B11  # with the seed: the stream of random numbers that rows are drawn from
+
+
+def folds(
+    task: str,
+    labels: np.ndarray,
+    parts: int,
+    seed: int,
+    groups: np.ndarray | None = None,
+) -> np.ndarray:
+    """(N,) the fold of each row, 0 to parts - 1, stratified by class, by every label, or by quantiles of numbers.
+
+    Sizes, and a class's rows, differ by at most one between folds, where neither groups nor several labels a row
+    forbid it (see `stratify`); the rows of a group share a fold. Raises UserError for too few rows or groups.
+    """
+    units, kind = len(labels), "rows"
+    if groups is not None:
+        units, kind = len(np.unique(groups)), "groups"
+    if units < parts:
+        raise UserError(f"--folds {parts}: there are only {units} {kind}")
+    strata = of_targets(task, labels)
+    if strata.ndim == 2 or groups is not None:
+        return stratify(strata, [1 / parts] * parts, seed, groups)
+
+    # the rows of each class in a random order, one class after the other, are dealt like cards
+    chance = np.random.default_rng([seed, DRAW]).random(units)
+    fold = np.zeros(units, int)
+    fold[np.lexsort((chance, strata))] = np.arange(units) % parts
+    return fold
+
+
+def hold_out(task: str, labels: np.ndarray, val_size: float, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """(N,) bool: the rows held out, stratified as `folds` are. val_size: a fraction below 1 or a count.
+
+    Raises UserError where none would be left to train on or to validate with.
+    """
+    strata, rows = of_targets(task, labels), len(labels)
+    if strata.ndim == 1 and groups is None:
+        return stratified(strata, val_size, seed)
+    share = val_size if val_size < 1 else val_size / rows
+    held = np.zeros(rows, bool)
+    if 0 < share < 1:
+        held = stratify(strata, [1 - share, share], seed, groups) == 1
+    if held.all() or not held.any():
+        among = "" if groups is None else f" in {len(np.unique(groups))} groups"
+        raise UserError(f"--val_size {val_size:g} of {rows} rows{among} leaves none to train on or to validate with")
+    return held
+
+
+def of_targets(task: str, labels: np.ndarray) -> np.ndarray:
+    """What is stratified by: classes (N,), 0 and 1 (N, C) of several labels, or quantiles (N,) of numbers."""
+    return quantiles(labels) if task == "regression" else labels
+
+
+def quantiles(values: np.ndarray, most: int = 10) -> np.ndarray:
+    """Strata (N,) int64 of numbers: the values where they are few, or else quantiles."""
+    _, stratum, counts = np.unique(values, return_inverse=True, return_counts=True)
+    if len(counts) <= most and counts.min() > 1:
+        return stratum
+    order = np.argsort(values, kind="stable")
+    ranks = np.argsort(order, kind="stable")
+    parts = min(most, max(1, len(values) // 2))
+    return ranks * parts // len(values)
+
+
+def stratified(labels: np.ndarray, val_size: float, seed: int) -> np.ndarray:
+    """(N,) bool: the rows held out; each class gives its share, at least one row, and keeps at least one.
+
+    Raises UserError for a class with one row, or a count that cannot be met.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    if (counts < 2).any():
+        lone = [f"class {c} (row {int(np.flatnonzero(labels == c)[0]) + 1})" for c in classes[counts < 2]]
+        problem = f"a stratified split needs 2 rows of every class, but {few(lone)} has one"
+        raise UserError(f"{problem}: give --val_data, or drop it")
+    rows, least = len(labels), len(classes)
+    total = int(val_size) if val_size >= 1 else int(round(rows * val_size))
+    if not least <= total <= rows - least:
+        problem = f"--val_size {val_size:g} asks for {total} of {rows} rows"
+        raise UserError(f"{problem}, expected {least} to {rows - least}: one row a class on each side")
+
+    # each class's share, rounded down; what is missing goes to the largest remainders, what is too much comes from
+    # the smallest
+    exact = counts * (total / rows)
+    take = np.clip(np.floor(exact).astype(int), 1, counts - 1)
+    while take.sum() < total:
+        missing = np.where(take < counts - 1, exact - take, -np.inf)
+        take[missing.argmax()] += 1
+    while take.sum() > total:
+        excess = np.where(take > 1, take - exact, -np.inf)
+        take[excess.argmax()] -= 1
+
+    rng = np.random.default_rng([seed, DRAW])
+    held = np.zeros(rows, bool)
+    for c, count in zip(classes, take, strict=True):
+        held[rng.permutation(np.flatnonzero(labels == c))[:count]] = True
+    return held
+
+
+def stratify(
+    targets: np.ndarray,
+    shares: list[float],
+    seed: int,
+    groups: np.ndarray | None = None,
+) -> np.ndarray:
+    """(N,) which part each row goes to, so that each part gets its share of every label.
+
+    targets: 0 and 1 (N, C), or classes (N,). groups (N,): numbers from 0; the rows of a group go to the same part.
+
+    Iterative stratification (Sechidis, Tsoumakas, Vlahavas 2011): the rarest label that is left is dealt out first,
+    each row to the part that wants it most. Rows without labels fill the parts up. Of groups, those with most rows of
+    the label come first, each to the part that it brings nearest to its shares of all labels and of rows (chi-squared).
+    """
+    if targets.ndim == 1:
+        targets = np.eye(targets.max() + 1, dtype=np.float32)[targets]
+    rng = np.random.default_rng([seed, DRAW])
+
+    # what is dealt: groups, or single rows; how many rows each has, and how many with each label (0 once it is dealt)
+    unit_of = np.arange(len(targets)) if groups is None else groups
+    rows = np.bincount(unit_of)
+    count = np.zeros((len(rows), targets.shape[1]))  # (units, C)
+    np.add.at(count, unit_of, targets > 0)
+    order = rng.permutation(len(rows))
+    rows, count = rows[order], count[order]
+    part = np.full(len(rows), -1)
+
+    # what each part still wants: rows (parts,), and rows with each label (parts, C)
+    total = count.sum(axis=0)
+    room = np.array(shares) * len(targets)
+    want = np.outer(shares, total)
+    scale = np.maximum(total, 1)
+
+    def deal(unit: int, to: int) -> None:
+        part[unit] = to
+        room[to] -= rows[unit]
+        want[to] -= count[unit]
+        count[unit] = 0
+
+    while total.any():
+        rare = int(np.where(total > 0, total, len(targets) + 1).argmin())
+        units = np.argsort(-count[:, rare], kind="stable")
+        for unit in units[: np.count_nonzero(count[:, rare])]:
+            if groups is None:
+                tie_break = rng.random(len(shares))
+                to = np.lexsort((tie_break, room, want[:, rare]))[-1]
+            else:
+                by_label = count[unit] * (2 * want - count[unit]) / scale
+                by_rows = rows[unit] * (2 * room - rows[unit]) / len(targets)
+                nearer = by_label.sum(axis=1) + by_rows
+                to = (nearer / shares).argmax()
+            deal(unit, to)
+        total = count.sum(axis=0)
+
+    rest = np.flatnonzero(part < 0)
+    for unit in rest[np.argsort(-rows[rest], kind="stable")]:
+        deal(unit, room.argmax())
+    return part[np.argsort(order)][unit_of]
