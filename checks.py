@@ -281,7 +281,19 @@ def _training_problems(cfg) -> list[str]:
     return found
 
 
-def check(cfg, given: set[str] = frozenset()) -> None:
+def _own_rules(cfg, given, needs: dict, clashes) -> list[str]:
+    """Stand-in: the rules of a script's own dataclass."""
+    found = []
+    for name, others in needs.items():
+        for other in others.split():
+            wrong = not getattr(cfg, other.lstrip("!")) if not other.startswith("!") else getattr(cfg, other[1:])
+            if name in given and wrong:
+                side = "with" if other.startswith("!") else "without"
+                found.append(f"--{name} has no effect {side} --{other.lstrip('!')}")
+    return found + [words(cfg) if callable(words) else words for words, test in clashes if test(cfg)]
+
+
+def check(cfg, given: set[str] = frozenset(), needs: dict = {}, clashes=()) -> None:  # noqa: B006
     """Raise one UserError with every problem of the config; given: fields set by hand, which must have an effect."""
     idle = ["--text has no effect with --prompt, which has its own"] if {"text", "prompt"} <= given else []
     if isinstance(cfg, (configs.TrainConfig, configs.CptConfig)) and cfg.rank == 0:
@@ -318,7 +330,8 @@ def check(cfg, given: set[str] = frozenset()) -> None:
     if isinstance(cfg, configs.InferConfig):
         idle += _idle_infer(cfg, given)
     of = {configs.TrainConfig: train_problems, configs.InferConfig: infer_problems, configs.CptConfig: cpt_problems}
-    problems = idle + of.get(type(cfg), report_problems)(cfg)
+    of |= {configs.ReportConfig: report_problems}
+    problems = idle + of.get(type(cfg), _range_problems)(cfg) + _own_rules(cfg, given, needs, clashes)
     if problems:
         head = "" if len(problems) == 1 else f"{len(problems)} problems in the settings: "
         raise UserError(head + " | ".join(problems))

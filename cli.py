@@ -44,6 +44,12 @@ def parse(cls, presets: dict, argv: list[str], doc: str = ""):
     return replace(cfg, **values), given
 
 
+def early(cls, presets: dict, doc: str) -> None:
+    """Stand-in: help before torch is loaded."""
+    if "--help" in sys.argv or "-h" in sys.argv:
+        parse(cls, presets, sys.argv[1:], doc)
+
+
 def _pairs(cls, argv: list[str]) -> dict[str, str]:
     names = [f.name for f in dataclasses.fields(cls)]
     hints = typing.get_type_hints(cls)

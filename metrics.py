@@ -159,6 +159,19 @@ def _log_odds(logits: np.ndarray, k: int) -> np.ndarray:
     return logits[:, k] - top[:, 0] - np.log(np.exp(others - top).sum(axis=1))
 
 
+def log_softmax(z: np.ndarray) -> np.ndarray:
+    """Stand-in, as in calibrate.py."""
+    shifted = z - z.max(axis=-1, keepdims=True)
+    others = np.exp(shifted)
+    np.put_along_axis(others, shifted.argmax(axis=-1)[..., None], 0, axis=-1)
+    return shifted - np.log1p(others.sum(axis=-1, keepdims=True))
+
+
+def log_sigmoid(z: np.ndarray) -> np.ndarray:
+    """Stand-in, as in calibrate.py."""
+    return -np.logaddexp(0, -z)
+
+
 RANKING = ("roc_auc", "average_precision")  # those that sort all rows
 
 

@@ -26,6 +26,15 @@ CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 THINK = re.compile(r"(\s*</?think>\s*)")  # where templates take an answer apart
 
 
+def find(name: str) -> "Prompt":
+    """Stand-in: the named prompt."""
+    from errors import nearest
+
+    if name not in PROMPTS:
+        raise ValueError(f"expected one of {', '.join(PROMPTS)}{nearest(name, PROMPTS)}")
+    return PROMPTS[name]
+
+
 def fields(template: str) -> list[str]:
     """The column names of a template, in order. Raises ValueError for a malformed or positional one."""
     try:

@@ -128,7 +128,7 @@ def digest_of(rows: list[dict[str, str]]) -> str:
 # ---- who judges -----------------------------------------------------------------------------------------------------
 
 
-def cut(cfg: TrainConfig, rows: Split, val: Split | None) -> tuple[Split, Split]:
+def cut(cfg: TrainConfig, rows: Split, val: Split | None, recorded=None) -> tuple[Split, Split]:
     """(training rows, validation rows) of one run: val_data's, or the run's fold, or the hold-out; of the training rows
     its slice, and what was added to it.
     """
