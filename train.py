@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import bases
 import bootstrap
+import chains
 import checkpoint
 import checks
 import cli
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> dict:
     for _, one, train, judge in todo:  # what is wrong with the last of them is said before the first one starts
         losses.weights_of_config(one, train.labels, len(labels.names))
         splits.periodic_rows(one, judge.labels, len(labels.names))
-        ddp.say(world, trained.check_chain(one, train.ids, judge.ids))
+        ddp.say(world, chains.check_chain(one, train, judge))
         short = one.train_stop - one.train_start > len(train.own().ids)
         ddp.say(world, f"note: this slice has only {len(train.own().ids):,} rows" if short else "")
     shares = rows.own().labels.mean(axis=0) if cfg.task != "single_label" else splits.class_shares(rows, labels)
@@ -223,7 +224,7 @@ def fit(
     ddp.say(world, lora.trainable_table(model))
     saved = run and any((run / name).exists() for name in ("last", ".last.1"))
     if cfg.init_from and not saved:
-        ddp.say(world, trained.start_from(Path(cfg.init_from), cfg, labels, model))
+        ddp.say(world, chains.start_from(Path(cfg.init_from), cfg, labels, model))
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
     groups = optim.parameter_groups(model.named_parameters(), cfg.lr, cfg.head_lr, cfg.weight_decay, model.heads)
@@ -403,7 +404,7 @@ def chain_table(cfg: TrainConfig, result: dict, world) -> list[dict]:
     """The runs that this one goes on from and itself, with their slices and metrics, printed as a table."""
     past = [
         (run, trained.run_facts(run)[0], checkpoint.load_json(run / "result.json") if checkpoint.finished(run) else {})
-        for run in trained.chain(cfg.init_from)
+        for run in chains.chain(cfg.init_from)
     ]
     found = [
         {
