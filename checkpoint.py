@@ -1,11 +1,11 @@
-"""Run folders, and saves that are either whole or not there.
+"""Run folders, and saves that are either complete or absent.
 
-A save is written into a hidden sibling folder; each file is fsynced, then a manifest with every file's size and
-sha256, then the folder is renamed into place; the save before it stays as a hidden fallback. Loading verifies the
-manifest and falls back with a warning; it never goes on with files that do not match.
+A save is written into a hidden sibling folder: each file is fsynced, then a manifest with the size and sha256 of every
+file, then the folder is renamed into place. The previous save is kept as a hidden fallback. Loading verifies the
+manifest and falls back with a warning; it never continues with files that do not match.
 
     outputs/<base>/<dataset>/run_<i>/   best/ last/           the newest saves
-                                        .best.1/ .last.1/     the saves before them
+                                        .best.1/ .last.1/     the previous ones
 """
 
 import glob
@@ -19,6 +19,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +30,7 @@ from errors import Untrusted, UserError
 MANIFEST = "manifest.json"
 
 
-# ---- every change to the disk goes through these, so that tests can stop the world at each of them ------------------
+# ---- every change to the disk goes through these functions, so that tests can interrupt each of them ----------------
 
 
 def fs_write(path: Path, data: bytes) -> None:
@@ -59,7 +60,7 @@ def fs_remove(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a whole file beside its place, fsync it, then rename: readers see the old one or the new one."""
+    """Write a file beside its place, fsync it, then rename: readers see the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -82,9 +83,13 @@ def runs_of(outputs: str, base: str, dataset: str) -> list[Path]:
 
 
 def run_parent(outputs: str, base: str, dataset: str) -> Path:
-    """outputs/<base>/<dataset>; a base's "/" becomes "__", and nothing climbs out of outputs."""
-    safe = re.sub(r"[^\w.+-]", "_", base.strip("/").replace("/", "__")).lstrip(".") or "base"
-    return Path(outputs) / safe / (re.sub(r"[^\w.+-]", "_", dataset).lstrip(".") or "data")
+    """outputs/<base>/<dataset>; a base's "/" becomes "__", and no name can leave the outputs folder."""
+    return Path(outputs) / _safe(base.strip("/").replace("/", "__"), "base") / _safe(dataset, "data")
+
+
+def _safe(name: str, otherwise: str) -> str:
+    """A name as that of one folder."""
+    return re.sub(r"[^\w.+-]", "_", name).lstrip(".") or otherwise
 
 
 def new_run(outputs: str, base: str, dataset: str) -> Path:
@@ -92,8 +97,8 @@ def new_run(outputs: str, base: str, dataset: str) -> Path:
     parent = run_parent(outputs, base, dataset)
     parent.mkdir(parents=True, exist_ok=True)
     while True:
-        past = runs_of(outputs, base, dataset)
-        run = parent / f"run_{int(past[-1].name[4:]) + 1 if past else 0}"
+        numbers = [int(run.name[4:]) for run in runs_of(outputs, base, dataset)]
+        run = parent / f"run_{max(numbers, default=-1) + 1}"
         try:
             run.mkdir()
             return run
@@ -102,17 +107,19 @@ def new_run(outputs: str, base: str, dataset: str) -> Path:
 
 
 def finished(run: Path) -> bool:
-    """Whether the run came to its end: result.json is the last file it writes."""
+    """Whether a run is complete: result.json is the last file it writes."""
     return (run / "result.json").is_file()
 
 
 def newest_finished(outputs: str, marker: str, without: str = "") -> Path | None:
-    """The run under outputs that ended last and holds the file `marker` but not `without`, or None."""
-    ended = []
-    for result in map(Path, glob.glob(f"{glob.escape(outputs)}/*/*/run_*/result.json")):  # bears folders that go
-        if (result.parent / marker).is_file() and not (without and (result.parent / without).exists()):
-            ended.append((result.stat().st_mtime_ns, result.parent))
-    return max(ended)[1] if ended else None
+    """The run under outputs that finished last and holds the file `marker` but not `without`, or None."""
+    runs = []
+    # glob, unlike Path.glob, tolerates folders that disappear meanwhile.
+    for result in map(Path, glob.glob(f"{glob.escape(outputs)}/*/*/run_*/result.json")):
+        excluded = without and (result.parent / without).exists()
+        if (result.parent / marker).is_file() and not excluded:
+            runs.append((result.stat().st_mtime_ns, result.parent))
+    return max(runs)[1] if runs else None
 
 
 # ---- saves ----------------------------------------------------------------------------------------------------------
@@ -133,12 +140,13 @@ def save_json(path: Path, value) -> None:
 def save(target: Path, write, about: dict, keep: int = 1) -> None:
     """Put a new save at `target`: `write(folder)` fills a hidden sibling, a manifest seals it, a rename publishes it.
 
-    about: facts for the manifest (step, base fingerprint, versions). keep: earlier saves that stay as fallbacks.
+    about: entries of the manifest (step, base fingerprint, versions). keep: earlier saves that are kept as fallbacks.
     If anything fails, `target` is as it was and the half-written sibling is removed.
     """
     target = Path(target)
     hidden = target.with_name(f".{target.name}.new")
-    spare = [target.with_name(f".{target.name}.{i}") for i in range(max(keep, 1) + 1)]  # [0] is not used
+    # Newest first: each save moves one place down, the last one is removed.
+    places = [target, *(target.with_name(f".{target.name}.{i}") for i in range(1, max(keep, 1) + 1))]
     moved = []
     try:
         if hidden.exists():
@@ -147,22 +155,21 @@ def save(target: Path, write, about: dict, keep: int = 1) -> None:
         write(hidden)
         seal(hidden, about)
         if target.exists():
-            for i in range(len(spare) - 1, 0, -1):
-                older = target if i == 1 else spare[i - 1]
-                if older.exists():
-                    if spare[i].exists():
-                        fs_remove(spare[i])
-                    fs_rename(older, spare[i])
-                    moved.append((older, spare[i]))
+            for newer, older in reversed(list(zip(places, places[1:], strict=False))):
+                if newer.exists():
+                    if older.exists():
+                        fs_remove(older)
+                    fs_rename(newer, older)
+                    moved.append((newer, older))
         fs_rename(hidden, target)
     except BaseException:
-        for older, newer in reversed(moved):
-            os.replace(newer, older)
+        for newer, older in reversed(moved):
+            os.replace(older, newer)
         shutil.rmtree(hidden, ignore_errors=True)
         raise
     fs_sync(target.parent)
-    if keep == 0 and spare[1].exists():
-        fs_remove(spare[1])
+    if keep == 0 and places[1].exists():
+        fs_remove(places[1])
 
 
 def seal(folder: Path, about: dict) -> None:
@@ -177,7 +184,7 @@ def seal(folder: Path, about: dict) -> None:
 
 
 def seal_of(manifest: dict) -> str:
-    """sha256 of a manifest's own facts, so that a flipped bit in them is seen too."""
+    """sha256 of a manifest's own entries, so that a flipped bit in them is noticed too."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
@@ -214,27 +221,34 @@ def verify(folder: Path) -> dict:
     return manifest
 
 
-def trusted(target: Path) -> Path | None:
-    """The newest save of `target` that verifies: itself or, with a warning, one before it. None if none was ever made.
+class Save(NamedTuple):
+    """A save that was verified."""
+
+    folder: Path
+    manifest: dict
+
+
+def trusted(target: Path) -> Save | None:
+    """The newest save of `target` that verifies: itself or, with a warning, an earlier one. None if there is none.
 
     Raises Untrusted when there are saves but none verifies.
     """
     target = Path(target)
-    older = sorted(target.parent.glob(f".{target.name}.[0-9]*"), key=lambda p: int(p.name.rsplit(".", 1)[-1]))
+    older = sorted(target.parent.glob(f".{target.name}.[0-9]*"), key=lambda path: int(path.name.rsplit(".", 1)[-1]))
     reasons = []
+    if older and not target.exists():
+        reasons.append(f"{target} is missing: its last save was interrupted")
     for folder in [target, *older]:
-        if folder == target and not folder.exists():
-            if older:
-                reasons.append(f"{folder} is missing: its last save was cut short")
+        if not folder.exists():
             continue
         try:
-            verify(folder)
+            manifest = verify(folder)
         except Untrusted as e:
             reasons.append(str(e))
             continue
         for reason in reasons:
-            print(f"warning: {reason}; falling back to the save before it", file=sys.stderr, flush=True)
-        return folder
+            print(f"warning: {reason}; falling back to the previous save", file=sys.stderr, flush=True)
+        return Save(folder, manifest)
     if reasons:
         raise Untrusted("no save can be trusted: " + "; ".join(reasons))
     return None
@@ -250,12 +264,12 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file, from its header alone. Raises Untrusted when the file is not one."""
+    """Names and shapes of a safetensors file, read from its header. Raises Untrusted when the file is not one."""
     try:
         with safe_open(path, framework="pt") as f:
             return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118 (as above)
     except (SafetensorError, OSError, ValueError) as e:
-        raise Untrusted(f"{path}: {e}; it is damaged or cut short, get it again") from None
+        raise Untrusted(f"{path}: {e}; it is damaged or incomplete, download it again") from None
 
 
 def load_json(path: Path) -> dict:
@@ -270,16 +284,16 @@ def load_json(path: Path) -> dict:
 
 
 def environment(threads: int, world: int, device: str) -> dict:
-    """What a run ran on: versions, commit, hardware, threads."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "command": sys.argv}
+    """Versions, commit, hardware and threads of a run."""
+    versions = {"python": platform.python_version(), "platform": platform.platform(), "command": sys.argv}
     for name in ("torch", "transformers", "safetensors", "numpy", "tqdm"):
-        found[name] = version(name)
+        versions[name] = version(name)
     try:
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        found["commit"] = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        versions["commit"] = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        found["commit"] = "unknown"
-    return {**found, "device": device, "world_size": world, "threads": threads, "cores": os.cpu_count()}
+        versions["commit"] = "unknown"
+    return {**versions, "device": device, "world_size": world, "threads": threads, "cores": os.cpu_count()}
 
 
 # ---- optimizer state as tensors -------------------------------------------------------------------------------------
@@ -287,72 +301,94 @@ def environment(threads: int, world: int, device: str) -> dict:
 
 def optimizer_tensors(optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's state as `group.index.key` -> tensor, in the order of its parameters."""
-    found = {}
+    tensors = {}
+    for prefix, p in _numbered(optimizer):
+        for key, value in optimizer.state.get(p, {}).items():
+            if not key.startswith("qmap"):  # bitsandbytes' constant tables, shared by all parameters
+                tensors[prefix + key] = torch.as_tensor(value).detach().cpu().contiguous()
+    return tensors
+
+
+def _numbered(optimizer):
+    """(group.index., parameter) of every parameter of an optimizer."""
     for g, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
-            for key, value in optimizer.state.get(p, {}).items():
-                if not key.startswith("qmap"):  # bitsandbytes' constant tables, shared by all
-                    found[f"{g}.{i}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    return found
+            yield f"{g}.{i}.", p
 
 
 def load_optimizer_tensors(optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Give an optimizer over the same parameters its state back. Raises Untrusted when it does not fit.
+    """Restore the state of an optimizer over the same parameters. Raises Untrusted when it does not fit.
 
-    bitsandbytes makes its own state first, paged or in 8 bits, and the saved values go into it.
+    bitsandbytes makes its own state first, paged or in 8 bits, and the saved values are copied into it.
     """
-    own = getattr(optimizer, "init_state", None)
-    if own:
+    init_state = getattr(optimizer, "init_state", None)
+    if init_state:
         optimizer.check_overrides()
-    for g, group in enumerate(optimizer.param_groups):
-        for i, p in enumerate(group["params"]):
-            prefix = f"{g}.{i}."
-            state = {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
-            if not state:
-                continue
-            if own:
-                own(group, p, g, i)
-            fresh = optimizer.state[p] if own else {"exp_avg": p, "exp_avg_sq": p, "step": None}
-            wanted = {k for k in fresh if not k.startswith("qmap")}
-            if state.keys() != wanted:
-                raise Untrusted(f"optimizer state {prefix}* has {sorted(state)}, expected {sorted(wanted)}")
-            for key, value in state.items():
-                want = fresh[key]
-                if torch.is_tensor(want) and value.shape != want.shape:
-                    shapes = f"{tuple(value.shape)}, expected {tuple(want.shape)}"
-                    raise Untrusted(f"optimizer state {prefix}{key} is {shapes}")
-                if own:
-                    optimizer.state[p][key] = want.copy_(value) if torch.is_tensor(want) else int(value)
-                else:
-                    optimizer.state[p][key] = value.to(p.device)
+    for prefix, p in _numbered(optimizer):
+        saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if not saved:
+            continue
+        fresh = {"exp_avg": p, "exp_avg_sq": p, "step": None}
+        if init_state:
+            g, i = map(int, prefix.split(".")[:2])
+            init_state(optimizer.param_groups[g], p, g, i)
+            fresh = optimizer.state[p]
+        expected = {key for key in fresh if not key.startswith("qmap")}
+        if saved.keys() != expected:
+            raise Untrusted(f"optimizer state {prefix}* has {sorted(saved)}, expected {sorted(expected)}")
+        for key, value in saved.items():
+            own = fresh[key]
+            if torch.is_tensor(own) and value.shape != own.shape:
+                raise Untrusted(f"optimizer state {prefix}{key} is {tuple(value.shape)}, expected {tuple(own.shape)}")
+            if not init_state:
+                optimizer.state[p][key] = value.to(p.device)
+            elif torch.is_tensor(own):
+                optimizer.state[p][key] = own.copy_(value)
+            else:
+                optimizer.state[p][key] = int(value)
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------
 
 
-def find_run(resume: str, outputs: str, base: str, dataset: str) -> Path | None:
+def is_family(run: Path) -> bool:
+    """Whether a folder holds the runs of folds.py, also of the time before: one for each fold and seed."""
+    if (run / "family.json").exists():
+        return True
+    try:
+        config = json.loads((run / "config.json").read_bytes())
+        return bool(config.get("seeds") or (config.get("folds") and config.get("fold") == "all"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def find_run(resume: str, outputs: str, base: str, dataset: str, family: bool = False) -> Path | None:
     """The run that `--resume auto|RUN` means, or None when auto finds no unfinished one.
 
-    Raises NoRun when RUN is no run folder, or already finished.
+    family: of folds.py. Raises UserError when RUN is no such run, or already finished.
     """
     if resume == "auto":
-        unfinished = [r for r in runs_of(outputs, base, dataset) if (r / "config.json").is_file() and not finished(r)]
+        begun = [run for run in runs_of(outputs, base, dataset) if (run / "config.json").is_file()]
+        unfinished = [run for run in begun if not finished(run) and is_family(run) == family]
         return unfinished[-1] if unfinished else None
     run = Path(resume)
     if not (run / "config.json").is_file():
-        raise UserError(f"--resume {resume}: no run folder (expected config.json in it)")
+        raise UserError(f"--resume {resume}: not a run folder (expected config.json in it)")
+    if is_family(run) != family:
+        script = "folds.py" if is_family(run) else "train.py"
+        raise UserError(f"--resume {resume}: this run belongs to another command: python {script} --resume {resume}")
     if finished(run):
         raise UserError(f"--resume {resume}: this run is finished; start a new one, or predict with infer.py")
     return run
 
 
-def last_state(run: Path) -> tuple[Path, dict] | None:
-    """The folder of the newest trusted save of last/ and its state.json; None when nothing was saved yet.
+def last_state(run: Path) -> tuple[Save, dict] | None:
+    """The newest trusted save of last/ and its state.json; None when nothing was saved yet.
 
     Raises Untrusted when there are saves but none can be trusted.
     """
-    folder = trusted(run / "last")
-    return (folder, load_json(folder / "state.json")) if folder else None
+    save = trusted(run / "last")
+    return (save, load_json(save.folder / "state.json")) if save else None
 
 
 def append_line(path: Path, line: dict) -> None:
@@ -362,16 +398,16 @@ def append_line(path: Path, line: dict) -> None:
 
 
 def append_whole(path: Path, text: str) -> None:
-    """Append whole lines in one write; where the disk takes only a part of them, none stay."""
+    """Append whole lines in one write; if the disk takes only a part of them, none of them."""
     with open(path, "ab", buffering=0) as f:
         before, data = f.seek(0, os.SEEK_END), text.encode()
         if f.write(data) != len(data):
             f.truncate(before)
-            raise OSError(f"{path}: the disk took only a part of {len(data)} bytes; is it full?")
+            raise OSError(f"{path}: the disk took only a part of {len(data)} bytes (is it full?)")
 
 
 def cut_log(path: Path, size: int) -> None:
-    """Cut a log back to `size` bytes: lines written after the save that a run resumes from are written again."""
+    """Truncate a log to `size` bytes: lines after the save that a run resumes from will be written again."""
     if path.exists() and path.stat().st_size > size:
         with open(path, "r+b") as f:
             f.truncate(size)

@@ -281,19 +281,23 @@ def _training_problems(cfg) -> list[str]:
     return found
 
 
-def _own_rules(cfg, given, needs: dict, clashes) -> list[str]:
+def _own_rules(cfg, given, clashes) -> list[str]:
     """Stand-in: the rules of a script's own dataclass."""
     found = []
-    for name, others in needs.items():
+    for name, others in getattr(type(cfg), "NEEDS", {}).items():
         for other in others.split():
-            wrong = not getattr(cfg, other.lstrip("!")) if not other.startswith("!") else getattr(cfg, other[1:])
+            wrong = bool(getattr(cfg, other.lstrip("!"))) == other.startswith("!")
             if name in given and wrong:
-                side = "with" if other.startswith("!") else "without"
-                found.append(f"--{name} has no effect {side} --{other.lstrip('!')}")
-    return found + [words(cfg) if callable(words) else words for words, test in clashes if test(cfg)]
+                found.append(f"--{name} has no effect: it goes with --{other}")
+    values = {n: ",".join(v) if isinstance(v, tuple) else v for n, v in vars(cfg).items()}
+    if clashes and not 0 <= cfg.threshold < 1:
+        found.append(f"--threshold {cfg.threshold:g}: expected a probability below 1, or 0 for the run's own")
+    if clashes and cfg.submission and len([c for c in cfg.submission.split(",") if c.strip()]) != 2:
+        found.append(f'--submission {cfg.submission}: expected two column names such as "id,label", or empty')
+    return found + [words(cfg) if callable(words) else words.format(**values) for words, test in clashes if test(cfg)]
 
 
-def check(cfg, given: set[str] = frozenset(), needs: dict = {}, clashes=()) -> None:  # noqa: B006
+def check(cfg, given: set[str] = frozenset(), needs=None, clashes=()) -> None:
     """Raise one UserError with every problem of the config; given: fields set by hand, which must have an effect."""
     idle = ["--text has no effect with --prompt, which has its own"] if {"text", "prompt"} <= given else []
     if isinstance(cfg, (configs.TrainConfig, configs.CptConfig)) and cfg.rank == 0:
@@ -331,7 +335,7 @@ def check(cfg, given: set[str] = frozenset(), needs: dict = {}, clashes=()) -> N
         idle += _idle_infer(cfg, given)
     of = {configs.TrainConfig: train_problems, configs.InferConfig: infer_problems, configs.CptConfig: cpt_problems}
     of |= {configs.ReportConfig: report_problems}
-    problems = idle + of.get(type(cfg), _range_problems)(cfg) + _own_rules(cfg, given, needs, clashes)
+    problems = idle + of.get(type(cfg), _range_problems)(cfg) + _own_rules(cfg, given, clashes)
     if problems:
         head = "" if len(problems) == 1 else f"{len(problems)} problems in the settings: "
         raise UserError(head + " | ".join(problems))

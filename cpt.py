@@ -182,7 +182,7 @@ def main(argv: list[str]) -> dict:
     # ---- end: the best save, on everything held out -----------------------------------------------------------------
     ddp.barrier(world)  # rank 0 has written best/
     if at.best_step != at.step:
-        read_save(checkpoint.trusted(run / "best"), lm)
+        read_save(checkpoint.trusted(run / "best").folder, lm)
         ddp.say(world, f"best held-out loss: step {at.best_step}, which is what is kept and exported")
     if at.best_step != at.step or texts.periodic is not texts.val:
         held_out(at.best_step, texts.val)
@@ -367,7 +367,7 @@ def export(cfg: CptConfig, lm, tokenizer, run: Path) -> None:
     if cfg.quant != "none":
         lm = language.load_language_model(cfg.base, torch.device("cpu"), dtype)
         lora.inject(lm, adapter_of(cfg))
-        trained.read_classifier(checkpoint.trusted(run / "best"), lm)
+        trained.read_classifier(checkpoint.trusted(run / "best").folder, lm)
     lora.merge(lm)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as hidden:

@@ -90,7 +90,8 @@ def _run_of_cpt(run: Path) -> tuple[configs.CptConfig, Path | None]:
     if (run / "labels.json").exists() or not (run / "config.json").is_file():
         raise UserError(f"run {run}: no run of cpt.py, whose models write text; leave --generate out or name another")
     known = cli.read_config(configs.CptConfig, run)
-    folder = checkpoint.trusted(run / "best") or checkpoint.trusted(run / "last")
+    save = checkpoint.trusted(run / "best") or checkpoint.trusted(run / "last")
+    folder = save and save.folder
     if folder is None:
         raise UserError(f"run {run}: it holds no save yet; go on with python cpt.py --resume {run}")
     whole = (folder / "model.safetensors").exists()

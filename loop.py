@@ -185,7 +185,7 @@ def restore(run: Path, world, read, optimizer, scaler, digest: str) -> State | N
     if not found:
         ddp.say(world, f"{run} has no save yet: it starts at step 0")
         return None
-    folder, saved = found
+    folder, saved = found[0].folder, found[1]
     if saved["digest"] != digest:
         raise UserError(f"--resume {run}: the training rows or their tokens changed since this run began")
     if saved["threads"] != torch.get_num_threads():

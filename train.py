@@ -344,7 +344,7 @@ def fit(
         why = f"--time_limit {cfg.time_limit}" if late else f"{cfg.patience} evaluations without a better {cfg.metric}"
         ddp.say(world, f"stopped early, at step {at.step} of {total}: {why}")
     ddp.barrier(world)  # rank 0 has written best/
-    trained.read_classifier(checkpoint.trusted(run / "best"), model)
+    trained.read_classifier(checkpoint.trusted(run / "best").folder, model)
     logits = evaluate.score(model, val.tokens, world, precision, cfg.max_tokens)
     scores = metrics.of_task(cfg.task, logits, val.labels)
     reached, room = scores.get(cfg.metric, -1.0), 0.02 * max(1.0, abs(at.best))  # other hardware may flip a few rows
