@@ -18,14 +18,14 @@ def start_from(path: Path, cfg: TrainConfig, labels: labelling.Labels, model) ->
     Raises UserError where that run has other labels, another shape or another base.
     """
     other, other_labels = trained.run_facts(path)
-    folder = checkpoint.trusted(path / "best") if "" in trained.members(path) else None
-    if folder is None:
+    save = checkpoint.trusted(path / "best") if "" in trained.members(path) else None
+    if save is None:
         raise UserError(f"--init_from {path}: it holds no best/ save (of a family name one of its runs)")
     if (other.task, other_labels.values) != (cfg.task, labels.values):
         raise UserError(f"--init_from {path}: it has another task or other labels: {other.task} {other_labels.values}")
     try:
-        trained.check_base(model, trained.base_of(folder), cfg.base)
-        return f"starts from {folder}: {trained.read_classifier(folder, model)}"
+        trained.check_base(model, save.manifest["base"], cfg.base)
+        return f"starts from {save.folder}: {trained.read_classifier(save.folder, model)}"
     except Untrusted as e:
         raise UserError(f"--init_from {path}: it does not fit these settings: {e}") from None
 

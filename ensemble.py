@@ -9,6 +9,7 @@ writes with --submission "". Runs that were validated on the same rows fit weigh
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import cli
 
@@ -19,44 +20,35 @@ ENSEMBLES = ("mean_logit", "mean_prob", "rank", "weighted")
 class EnsembleConfig:
     """Combine the predictions of several runs, families of runs, or other systems."""
 
+    NEEDS: ClassVar[dict] = {"answer": "submission"}
+
+    # members
     runs: tuple[str, ...] = ()  # the members: run folders, families of runs, and CSV or JSONL files of other systems
     ensemble: str = "mean_logit"  # mean_logit, mean_prob, rank, or weighted (fitted on shared validation rows)
+
+    # input and output
     input: str = ""  # rows to predict; default: the first run's test_data, or without a run the rows of the first file
     output: str = "submission.csv"  # where predictions go; CSV, or JSONL by its extension
     submission: str = "id,label"  # names of the two columns id and label; empty: id, prediction and all probabilities
-    answer: str = "auto"  # of a submission: label, probability (of the last of two), auto: by the first run's metric
+    answer: str = "auto"  # in a submission: label, probability (of the last of two), auto: by the first run's metric
+    overwrite: bool = False  # replace an existing output; otherwise it is kept beside it as NAME.previous
     by_column: str = ""  # metrics are also given for each value of this column
     threshold: float = 0.0  # a probability that decides instead of the fitted thresholds; 0: those
+
+    # run
     time_limit: str = ""  # as in infer.py, shared out among the runs
     max_tokens: int = 8192  # token budget of one micro-batch
     limit: int = 0  # only the first rows, 0 for all
     precision: str = "auto"  # as in train.py
-    task: str = "single_label"  # of CSV files alone: single_label or multi_label (regression: by its one column)
-    label_names: tuple[str, ...] = ()  # of CSV files alone: the labels in order; default: those of the first columns
-    label_column: str = "label"  # of CSV files alone: column of the label in input, where there is one
-    label_delimiter: str = "|"  # of CSV files alone, multi_label: separates the labels of label_column
-    id_column: str = "id"  # of CSV files alone: id column
-    force: bool = False  # write the output even when the scores are degenerate
-    overwrite: bool = False  # replace an existing output; otherwise it is kept beside it as NAME.previous
-    outputs: str = "outputs"  # folder that holds all runs, as in every command; members are named by --runs
+    force: bool = False  # write the output even if the scores are degenerate
+    outputs: str = "outputs"  # folder of all runs, as in every command; members are named by --runs
 
-
-NEEDS = {"answer": "submission"}
-CLASHES = (
-    ("--runs: name two or more runs or files (one run alone: python infer.py)", lambda c: len(c.runs) < 2),
-    (
-        "--runs: a member is duplicated; weigh members with --ensemble weighted",
-        lambda c: len(set(c.runs)) < len(c.runs),
-    ),
-    ("--submission: expected two column names such as id,label, or empty", lambda c: bad_submission(c.submission)),
-    ("--output: expected a name that ends in .csv or .jsonl", lambda c: not c.output.endswith((".csv", ".jsonl"))),
-    ("--threshold: expected a probability below 1, or 0 for the fitted ones", lambda c: not 0 <= c.threshold < 1),
-    ("--task regression: it is seen by its one column, prediction", lambda c: c.task == "regression"),
-)
-
-
-def bad_submission(names: str) -> bool:
-    return bool(names) and len([name for name in names.split(",") if name.strip()]) != 2
+    # files alone, where no member is a run
+    task: str = "single_label"  # single_label or multi_label (regression: by its one column)
+    label_names: tuple[str, ...] = ()  # the labels in order; default: those of the first columns
+    label_column: str = "label"  # column of the label in input, where there is one
+    label_delimiter: str = "|"  # multi_label: separates the labels of label_column
+    id_column: str = "id"  # id column of the files
 
 
 if __name__ == "__main__":  # help and typos are answered before torch is loaded, which takes seconds
@@ -82,7 +74,15 @@ import trained
 from configs import TrainConfig
 from errors import Degenerate, UserError, few
 
-
+CLASHES = (
+    ("--runs {runs}: name two or more members (python infer.py --runs A predicts with one)", lambda c: len(c.runs) < 2),
+    (
+        "--runs {runs}: a member is duplicated; weigh members with --ensemble weighted",
+        lambda c: len(set(c.runs)) < len(c.runs),
+    ),
+    ("--output {output}: expected a name that ends in .csv or .jsonl", lambda c: not is_file(c.output)),
+    ("--task regression: it is known by its one column, prediction; leave it out", lambda c: c.task == "regression"),
+)
 FOR_FILES = ("task", "label_names", "label_column", "label_delimiter", "id_column")  # a run has its own
 FOR_RUNS = ("time_limit", "max_tokens", "precision")  # a file is not scored
 
@@ -90,7 +90,7 @@ FOR_RUNS = ("time_limit", "max_tokens", "precision")  # a file is not scored
 def main(argv: list[str]) -> dict:
     # Settings: everything wrong with them is reported at once.
     cfg, given = cli.parse(EnsembleConfig, {}, argv, __doc__)
-    checks.check(cfg, given, NEEDS, CLASHES)
+    checks.check(cfg, given, clashes=CLASHES)
     world = ddp.setup()
 
     def say(*words) -> None:

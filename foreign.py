@@ -83,8 +83,8 @@ def load_given(given: Given, world: ddp.World, precision: str = "auto", merge: b
     missing = [name for name in model.fresh if not lora.within(name, saved)]
     if missing:
         raise UserError(
-            f"{len(missing)} tensors of the head ({', '.join(missing[:3])}) are neither in the base nor in the adapter: "
-            "train a head with train.py, or score words with --head label_words"
+            f"{len(missing)} tensors of the head ({', '.join(missing[:3])}) are neither in the base nor in the "
+            "adapter: train a head with train.py, or score words with --head label_words"
         )
     if adapter:
         report = load_adapter(given.folder, adapter, model, cfg.base)

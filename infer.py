@@ -7,8 +7,7 @@
     python infer.py --base FacebookAI/roberta-base --adapter folder/of/peft --input new.csv --text "{body}"
     python infer.py --base Qwen/Qwen2.5-0.5B --head label_words --label_names yes,no --text "{q}" --input new.csv
 
-The output keeps the order of the input. `python infer.py --help` lists every field. Several runs or systems are combined
-by ensemble.py; prompts are completed by generate.py.
+The output keeps the order of the input. ensemble.py combines several runs or systems; generate.py completes prompts.
 """
 
 import cli

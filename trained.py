@@ -325,12 +325,12 @@ def members(path: Path) -> dict[str, Path]:
     return {name: path / name for name in names}
 
 
-def best_save(run: Path) -> Path:
+def best_save(run: Path) -> checkpoint.Save:
     """The best save of a single run. Raises UserError where it has none, Untrusted where none can be trusted."""
-    folder = checkpoint.trusted(run / "best")
-    if folder is None:
+    save = checkpoint.trusted(run / "best")
+    if save is None:
         raise UserError(f"run {run}: it holds no best/ save yet; continue with python train.py --resume {run}")
-    return folder
+    return save
 
 
 def load_run(
@@ -347,19 +347,20 @@ def load_run(
     runs = list(members(path).values())
     if merge and len(runs) > 1:
         raise UserError(f"--merge: {path} is {len(runs)} runs; name one of them, such as {runs[0]}")
-    saves = tuple(best_save(run) for run in runs)
+    saves = [best_save(run) for run in runs]
+    first, folders = saves[0].folder, tuple(save.folder for save in saves)
     cfg = replace(cfg, quant=quant or cfg.quant)
-    tokenizer = bases.load_tokenizer(str(saves[0]))
+    tokenizer = bases.load_tokenizer(str(first))
     precision, _ = numerics.choose_precision(precision, world.device)
     adapter = None
     if cfg.rank:
-        adapter = peft_format.read_adapter_config(checkpoint.load_json(saves[0] / "adapter_config.json"))
+        adapter = peft_format.read_adapter_config(checkpoint.load_json(first / "adapter_config.json"))
     decision = read_decision(path, cfg.task, len(labels.names))
     model = new_classifier(cfg, labels, tokenizer, world.device, precision, adapter)
     for save in saves:
-        check_base(model, base_of(save), cfg.base)
-    read_classifier(saves[0], model)
-    return ready(Run(path, cfg, labels, model, tokenizer, world, precision, saves, decision), merge)
+        check_base(model, save.manifest["base"], cfg.base)
+    read_classifier(first, model)
+    return ready(Run(path, cfg, labels, model, tokenizer, world, precision, folders, decision), merge)
 
 
 def ready(run: Run, merge: bool) -> Run:
@@ -368,11 +369,6 @@ def ready(run: Run, merge: bool) -> Run:
         lora.merge(run.model)
     run.model.eval().requires_grad_(False)
     return run
-
-
-def base_of(save: Path) -> dict:
-    """The fingerprint of the base that a save was trained on, from its manifest."""
-    return checkpoint.load_json(save / checkpoint.MANIFEST)["base"]
 
 
 def check_base(model, saved: dict, base: str) -> None:
