@@ -156,7 +156,7 @@ def test_validation_rows_that_an_earlier_run_learned_are_refused(slices, tmp_pat
         train.main(toy_flags(tmp_path, base, split_seed=99, val_size=0.2, **same, **BINARY))
     with pytest.raises(UserError, match="it does not fit these settings"):
         train.main(toy_flags(tmp_path, base, val_size=0.2, **same, **{**BINARY, "rank": 2}))
-    with pytest.raises(UserError, match="its task or labels are others"):
+    with pytest.raises(UserError, match="it has another task or other labels"):
         train.main(toy_flags(tmp_path, base, init_from=runs[0]["run"]))
 
 
