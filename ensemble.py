@@ -56,6 +56,7 @@ if __name__ == "__main__":  # help and typos are answered before torch is loaded
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -92,9 +93,7 @@ def main(argv: list[str]) -> dict:
     cfg, given = cli.parse(EnsembleConfig, {}, argv, __doc__)
     checks.check(cfg, given, clashes=CLASHES)
     world = ddp.setup()
-
-    def say(*words) -> None:
-        ddp.say(world, *words)
+    say = partial(ddp.say, world)
 
     # The first run says what the rows and labels are; without a run, the columns of the first file.
     runs = [Path(member) for member in cfg.runs if not is_file(member)]

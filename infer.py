@@ -18,6 +18,7 @@ if __name__ == "__main__":  # help and typos are answered before torch is loaded
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +38,17 @@ def main(argv: list[str]) -> dict:
     cfg, hand = cli.parse(InferConfig, {}, argv, __doc__)
     checks.check(cfg, hand)
     world = ddp.setup()
-
-    def say(*words) -> None:
-        ddp.say(world, *words)
+    say = partial(ddp.say, world)
 
     # What predicts, from its config and headers alone: a mistake is found before any weight is loaded.
-    given = foreign.given_model(cfg) if cfg.base or cfg.adapter else None
-    path = Path(cfg.adapter or cfg.base) if given else trained.find_run(cfg)
-    train_cfg, labels = (given.config, given.labels) if given else trained.run_facts(path)
+    given = None
+    if cfg.base or cfg.adapter:
+        given = foreign.given_model(cfg)
+        path = Path(cfg.adapter or cfg.base)
+        train_cfg, labels = given.config, given.labels
+    else:
+        path = trained.find_run(cfg)
+        train_cfg, labels = trained.run_facts(path)
     refuse(cfg, path, given, train_cfg)
     predictions.as_probability(cfg, train_cfg, labels)
     say(f"run {path}")
@@ -55,7 +59,8 @@ def main(argv: list[str]) -> dict:
         raise UserError(f"{path} names no test_data: give the rows to predict with --input FILE")
     rows, ids = [], []
     if source:
-        rows, ids = predictions.read_input(cfg, train_cfg, source, files.template_columns(train_cfg.text), say)
+        columns = files.template_columns(train_cfg.text)
+        rows, ids = predictions.read_input(cfg, train_cfg, source, columns, say)
     if cfg.export:
         return export(cfg, path, given, world, rows[:16])
     known = predictions.known_labels(rows, train_cfg, labels, say)
@@ -64,7 +69,7 @@ def main(argv: list[str]) -> dict:
     # A few rows first: what cannot be right shows in seconds, not after hours.
     run = load(cfg, path, given, world)
     if cfg.threshold:
-        run.decision = predictions.decision_at(train_cfg.task, run.model.outputs, run.decision, cfg.threshold)
+        run.decision = predictions.decision_at(run.config.task, len(labels.names), run.decision, cfg.threshold)
     if not cfg.force:
         say(evaluate.preflight(run, rows, known, cfg.max_tokens))
 
@@ -84,22 +89,25 @@ def main(argv: list[str]) -> dict:
 
 def refuse(cfg: InferConfig, path: Path, given: foreign.Given | None, train_cfg) -> None:
     """Raise for what can be seen to be wrong before any weight is loaded."""
-    mismatch = foreign.base_mismatch(given.adapter, train_cfg.base) if given else ""
-    if mismatch and not (cfg.force or cfg.export):
-        raise Degenerate(f"{mismatch}: nothing was scored (--force where it is the same model by another name)")
     if cfg.merge and train_cfg.quant != "none":
         raise UserError(f"--merge: run {path} is quantized, which takes no update; --export DIR merges its 16-bit base")
-    members = [] if given else list(trained.members(path).values())
-    if cfg.export and len(members) > 1:
-        raise UserError(f"--export: {path} is {len(members)} runs; name one of them, such as {members[0]}")
+    if given:
+        mismatch = foreign.base_mismatch(given.adapter, train_cfg.base)
+        if mismatch and not (cfg.force or cfg.export):
+            raise Degenerate(f"{mismatch}: nothing was scored (--force where it is the same model by another name)")
+    elif cfg.export:
+        members = list(trained.members(path).values())
+        if len(members) > 1:
+            raise UserError(f"--export: {path} is {len(members)} runs; name one of them, such as {members[0]}")
 
 
 def load(cfg: InferConfig, path: Path, given: foreign.Given | None, world: ddp.World, quant: str = "") -> trained.Run:
     """The run, or the given base and adapter; quant: another way to store the base, or an empty string."""
     if not given:
         return trained.load_run(path, world, cfg.precision, cfg.merge, quant)
-    known = replace(given, config=replace(given.config, quant=quant or given.config.quant))
-    run, report = foreign.load_given(known, world, cfg.precision, cfg.merge)
+    if quant:
+        given = replace(given, config=replace(given.config, quant=quant))
+    run, report = foreign.load_given(given, world, cfg.precision, cfg.merge)
     ddp.say(world, report)
     return run
 
@@ -112,15 +120,16 @@ def export(cfg: InferConfig, path: Path, given: foreign.Given | None, world: ddp
     if world.size > 1:
         raise UserError("--export runs in one process: python infer.py --export DIR")
     run = load(cfg, path, given, world)
-    before = run.logits(rows)[0] if rows else np.zeros((0, 1))
+    if rows:
+        before, _ = run.logits(rows)
     if run.config.quant != "none":  # quantized weights take no update
         run = load(cfg, path, given, world, "none")
     name = trained.export_run(Path(cfg.export), run)
-    after = run.logits(rows)[0] if rows else before
-    drift = float(np.abs(after - before).max(initial=0))
-    flips = int((after.argmax(axis=1) != before.argmax(axis=1)).sum())
-    note = "not compared: no rows (name some with --input)"
+    drift, note = 0.0, "not compared: no rows (name some with --input)"
     if rows:
+        after, _ = run.logits(rows)
+        drift = float(np.abs(after - before).max())
+        flips = (after.argmax(axis=1) != before.argmax(axis=1)).sum()
         note = f"logits of {len(rows)} rows moved by at most {drift:.2g}, {flips} predictions changed"
     ddp.say(world, f"{cfg.export}: {name}; {note}")
     return {"run": str(path), "export": cfg.export, "architecture": name, "rows": len(rows), "drift": drift}

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,14 @@ from splits import Split
 def read_input(cfg, train_cfg, source: str, columns: list[str], say) -> tuple[list[dict[str, str]], list[str]]:
     """(rows, ids) of the file to predict, up to --limit. Raises UserError unless every row has all columns."""
     rows = files.read_rows(source, "input")[: cfg.limit or None]
-    files.need_columns(rows, columns + ([cfg.by_column] if cfg.by_column else []), source, "input")
+    needed = [*columns, cfg.by_column] if cfg.by_column else columns
+    files.need_columns(rows, needed, source, "input")
+    say(f"{len(rows):,} rows of {source}")
     decoded = files.decode_bytes_literals(rows, columns)
-    empty = files.empty_rows(rows, columns) if columns else []
-    say(f"{len(rows):,} rows of {source}" + (f", {decoded} decoded bytes literals" if decoded else ""))
-    if empty:
+    if decoded:
+        say(f"{decoded} rows were Python bytes literals (b'...') and are decoded")
+    empty = files.empty_rows(rows, columns)
+    if empty and columns:
         say(f"warning: {len(empty)} rows have an empty text (first: row {empty[0] + 1}); they are scored as such")
     return rows, [row.get(train_cfg.id_column, str(i)) for i, row in enumerate(rows)]
 
@@ -66,7 +70,9 @@ def known_labels(rows: list[dict[str, str]], train_cfg, labels: labelling.Labels
 
 def time_left(limit: float, members: int = 1) -> float:
     """Seconds for the next of some members to score all rows within the limit, less those for writing; 0: no limit."""
-    return max(1e-3, (limit - loop.process_seconds() - 1.0) / members) if limit else 0.0
+    if not limit:
+        return 0.0
+    return max(1e-3, (limit - loop.process_seconds() - 1.0) / members)
 
 
 def class_shares(path: Path, labels: labelling.Labels) -> np.ndarray:
@@ -119,13 +125,13 @@ def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, w
     shares (C,): what rows that were left out get. Raises Degenerate, before anything is written, for scores that cannot
     be right.
     """
-
-    def say(*words) -> None:
-        ddp.say(world, *words)
-
-    task, result = train_cfg.task, {"rows": len(rows), "output": cfg.output}
-    unscored = np.flatnonzero(np.isnan(logits).any(axis=1)) if cfg.time_limit else []
-    reason = evaluate.degenerate(np.delete(logits, unscored, axis=0)) if len(unscored) < len(rows) else ""
+    task, say = train_cfg.task, partial(ddp.say, world)
+    result = {"rows": len(rows), "output": cfg.output}
+    scored = np.full(len(rows), True)
+    if cfg.time_limit:
+        scored = ~np.isnan(logits).any(axis=1)
+    unscored = np.flatnonzero(~scored)
+    reason = evaluate.degenerate(logits[scored])
     logits[unscored] = prior_logits(task, shares)
     say(tables.distribution(logits, list(labels.names), task))
     if reason and not cfg.force:
