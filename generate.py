@@ -188,7 +188,7 @@ def check_answers(found: list[tuple], count: int) -> None:
 def complete_prompts(cfg: InferConfig, hand: set[str]) -> dict:
     """The story of --generate: prompts of a file, a pipe or a terminal, completed in batches, written as they come."""
     world, name = ddp.setup(), cfg.adapter or cfg.base
-    run = None if name else trained.find_run(cfg, "cpt")
+    run = None if name else trained.find_run(cfg.runs[0] if cfg.runs else "", cfg.outputs, "cpt.py")
     given = given_language_model(cfg, run)
     cfg, tokenizer = as_trained(cfg, hand, given.config, run) if run else cfg, given.tokenizer
     precision, _ = numerics.choose_precision(cfg.precision, world.device)
