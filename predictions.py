@@ -113,10 +113,8 @@ def decided_metrics(task: str, decision: decide.Decision | None, logits: np.ndar
     plain = metrics.of_task(task, logits, known)
     if not decision or not decision.thresholds:
         return {"metrics": plain}
-    if task == "multi_label":
-        return {"metrics": metrics.multilabel(logits, known, decision.thresholds), "undecided": plain}
-    shifted = logits - np.array([0.0, decision.thresholds[0]])  # then class 1 wins where z1 - z0 is above it
-    return {"metrics": metrics.classification(shifted, known), "undecided": plain}
+    predicted, _ = decide.apply(decision, logits)
+    return {"metrics": metrics.of_task(task, logits, known, predicted=predicted), "undecided": plain}
 
 
 def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, world: ddp.World) -> dict:

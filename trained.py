@@ -378,18 +378,16 @@ def check_base(model, saved: dict, base: str) -> None:
         raise Untrusted(f"base {base} is not the one this run was trained on: {'; '.join(differs[:3])}")
 
 
-def find_run(cfg, script: str = "train") -> Path:
-    """The run that --runs names, or the newest finished one of train.py or cpt.py under --outputs.
-
-    Raises UserError when there is none.
-    """
-    if cfg.runs:
-        return Path(cfg.runs[0])
-    marker, without = ("labels.json", "") if script == "train" else ("config.json", "labels.json")
-    newest = checkpoint.newest_finished(cfg.outputs, marker, without)
+def find_run(run: str, outputs: str, script: str = "train.py") -> Path:
+    """The named run, or the newest finished one of a script under `outputs`. Raises UserError when there is none."""
+    if run:
+        return Path(run)
+    markers = ("labels.json",) if script == "train.py" else ("config.json", "labels.json")  # present; absent
+    newest = checkpoint.newest_finished(outputs, *markers)
     if newest is None:
-        train = f"train one (python {script}.py), or name one with --runs"
-        raise UserError(f"no finished run of {script}.py under {cfg.outputs}/: {train}")
+        raise UserError(
+            f"no finished run of {script} under {outputs}/: train one (python {script}), or name one with --runs"
+        )
     return newest
 
 

@@ -235,7 +235,7 @@ def test_an_ensemble_is_that_of_its_members_logits(three, tmp_path, how):
     z = ensemble.combine(logits, how, weights, "multi_label").astype(np.float32)
     both = ensemble.combine([k[2] for k in known], how, weights, "multi_label")
     plain, fitted = decide.plain("multi_label", 3), decide.fit_decision("multi_label", both, known[0][1], "global")
-    np.testing.assert_allclose(shares, decide.calibrated(z, plain if how == "rank" else fitted), atol=1e-6)
+    np.testing.assert_allclose(shares, decide.apply(plain if how == "rank" else fitted, z)[1], atol=1e-6)
     assert result["rows"] == 80 and result["runs"] == runs and "micro_f1" in result["metrics"]
 
 
@@ -314,7 +314,7 @@ def test_families_are_members_and_weighed_on_their_validation_rows(family, tmp_p
     both = ensemble.combine(z, "weighted", weights).astype(np.float32)
     fitted = ensemble.combine([k[2] for k in known], "weighted", weights)
     decision = decide.fit_decision("single_label", fitted, known[0][1], "none")
-    np.testing.assert_allclose(shares_in(target, range(8)), decide.calibrated(both, decision), atol=1e-6)
+    np.testing.assert_allclose(shares_in(target, range(8)), decide.apply(decision, both)[1], atol=1e-6)
 
 
 def test_rows_that_a_member_does_not_reach_in_time_get_the_shares_of_the_training_rows(three, tmp_path, monkeypatch):
