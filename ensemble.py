@@ -96,7 +96,8 @@ def main(argv: list[str]) -> dict:
     say = partial(ddp.say, world)
 
     # The first run says what the rows and labels are; without a run, the columns of the first file.
-    runs = [Path(member) for member in cfg.runs if not is_file(member)]
+    folders = {member: Path(member) for member in cfg.runs if not is_file(member)}
+    runs = list(folders.values())
     refuse_idle(given, runs)
     train_cfg, labels = trained.run_facts(runs[0]) if runs else described(cfg)
     predictions.as_probability(cfg, train_cfg, labels)
@@ -119,14 +120,15 @@ def main(argv: list[str]) -> dict:
     # Score the rows with each run in turn; a row that one of them did not reach in time counts as not scored.
     started = time.perf_counter()
     shares = predictions.class_shares(runs[0] if runs else Path(), labels)
-    members |= score_runs(cfg, runs, rows, known, world)
+    members |= score_runs(cfg, folders, rows, known, world)
     logits = blended([members[name] for name in cfg.runs], cfg, blend, train_cfg.task, shares)
     seconds = time.perf_counter() - started
     say(blend.report)
 
     # Decide, measure where labels are known, and write.
     result = predictions.finish(cfg, train_cfg, labels, blend.decision, rows, ids, known, logits, shares, world)
-    return {"runs": list(cfg.runs), **result, "seconds": round(seconds, 2)}
+    rate = round(len(rows) / seconds, 2)
+    return {"runs": list(cfg.runs), **result, "examples_per_second": rate, "seconds": round(seconds, 2)}
 
 
 # ---- the members ----------------------------------------------------------------------------------------------------
@@ -202,13 +204,13 @@ def csv_member(path: str, cfg: TrainConfig, labels: labelling.Labels, ids: list[
     return logits.astype(np.float32)
 
 
-def score_runs(cfg: EnsembleConfig, runs: list[Path], rows: list, known, world: ddp.World) -> dict[str, np.ndarray]:
-    """Name -> fp32 logits (N, C) of each run; with a time limit, rows that it did not reach are NaN.
+def score_runs(cfg: EnsembleConfig, runs: dict[str, Path], rows: list, known, world: ddp.World) -> dict:
+    """Name -> fp32 logits (N, C) of each run, NaN in rows that it did not reach in time. runs: name -> folder.
 
     Raises Degenerate for scores that are not finite, or that a few rows first show to be wrong.
     """
     limit, scores = checks.seconds(cfg.time_limit), {}
-    for done, path in enumerate(runs):
+    for done, (name, path) in enumerate(runs.items()):
         run = trained.load_run(path, world, cfg.precision)
         if not cfg.force:
             ddp.say(world, f"run {path}: {evaluate.preflight(run, rows, known, cfg.max_tokens)}")
@@ -217,7 +219,7 @@ def score_runs(cfg: EnsembleConfig, runs: list[Path], rows: list, known, world: 
         ddp.say(world, f"run {path}: tokens: {report}")
         if not limit and not np.isfinite(logits).all():
             raise Degenerate(f"run {path}: {evaluate.degenerate(logits)}; nothing was written")
-        scores[str(path)] = logits
+        scores[name] = logits
     return scores
 
 

@@ -27,13 +27,16 @@ class Given:
     folder: Path | None  # of the adapter
 
 
+SAME = ("prompt", "text", "label_column", "id_column", "head", "label_words", "quant", "max_length")
+
+
 def given_model(cfg) -> Given:
     """The classifier that --base and --adapter name. Raises UserError for what does not fit together."""
     adapter, folder, shapes = None, None, None
     if cfg.adapter:
         folder = bases.find_adapter(cfg.adapter)
         adapter, shapes = adapter_header(folder)
-    base = cfg.base or (adapter.base if adapter else "")
+    base = cfg.base or adapter.base
     tokenizer = given_tokenizer(base, folder)
     names = cfg.label_names or bases.stored_labels(base, head_rows(shapes or {}))
     if not names:
@@ -51,9 +54,6 @@ def given_model(cfg) -> Given:
         known = trained.prompted(known, tokenizer)
     trained.check_model(known, labels, tokenizer, adapter, shapes)
     return Given(known, labels, tokenizer, adapter, folder)
-
-
-SAME = ("prompt", "text", "label_column", "id_column", "head", "label_words", "quant", "max_length")
 
 
 def given_tokenizer(base: str, adapter: Path | None):

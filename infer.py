@@ -83,8 +83,12 @@ def main(argv: list[str]) -> dict:
     # Decide, measure where labels are known, and write: nothing is written where the scores cannot be right.
     shares = predictions.class_shares(path, labels)
     result = predictions.finish(cfg, train_cfg, labels, run.decision, rows, ids, known, logits, shares, world)
-    rate = round(len(rows) / seconds, 2)
-    return {"run": str(path), **result, "examples_per_second": rate, "seconds": round(seconds, 2)}
+    return {
+        "run": str(path),
+        **result,
+        "examples_per_second": round(len(rows) / seconds, 2),
+        "seconds": round(seconds, 2),
+    }
 
 
 def refuse(cfg: InferConfig, path: Path, given: foreign.Given | None, train_cfg) -> None:

@@ -125,6 +125,8 @@ def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, w
     """
     task, say = train_cfg.task, partial(ddp.say, world)
     result = {"rows": len(rows), "output": cfg.output}
+
+    # Rows that were left out get the class frequencies of the training rows, once the others have been checked.
     scored = np.full(len(rows), True)
     if cfg.time_limit:
         scored = ~np.isnan(logits).any(axis=1)
@@ -134,6 +136,8 @@ def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, w
     say(tables.distribution(logits, list(labels.names), task))
     if reason and not cfg.force:
         raise Degenerate(f"{reason}; nothing was written (--force writes it all the same)")
+
+    # Metrics, where every row has a label: of what is written, and of plain argmax where thresholds decide.
     if known is None and cfg.by_column:
         say(f"--by_column {cfg.by_column}: the rows have no labels, so there are no metrics")
     if known is not None and np.isfinite(logits).all():
@@ -144,10 +148,12 @@ def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, w
     if cfg.time_limit:
         result["unscored"] = len(unscored)
         say(f"--time_limit {cfg.time_limit}: {len(unscored):,} of {len(rows):,} rows were not scored in time")
+
+    # One rank writes; calibration has nothing to say about rows that were not scored.
     if world.rank == 0:
         predicted, probabilities = trained.decided(task, decision, logits)
         if task != "regression":
-            probabilities[unscored] = shares  # as they are: nothing calibrates a row that was not scored
+            probabilities[unscored] = shares
         write_output(cfg, train_cfg, labels, ids, predicted, probabilities)
         write_lines(cfg, "unscored", ["id"], [[ids[i]] for i in unscored])
     return result

@@ -306,7 +306,8 @@ def test_families_are_members_and_weighed_on_their_validation_rows(family, tmp_p
     known = [trained.validation_rows(Path(run), cfg, labels) for run in (folder, other)]
     weights = ensemble.fit_weights([k[2] for k in known], known[0][1], "single_label")
     target = tmp_path / "w.csv"
-    combined("--runs", folder, other, "--ensemble", "weighted", "--input", path, "--submission", "", "--output", target)
+    members = ["--runs", f"{folder}/", other]  # as completion in a shell writes it
+    combined(*members, "--ensemble", "weighted", "--input", path, "--submission", "", "--output", target)
     rows = files.read_rows(str(path), "x")
     each = [trained.load_run(run).logits(rows)[0] for run in trained.members(folder).values()]
     z = [trained.load_run(run).logits(rows)[0] for run in (folder, other)]
