@@ -194,12 +194,11 @@ def read_classifier(folder: Path, model) -> str:
 
 
 def export(folder: Path, model, tokenizer, config: dict, dtype: torch.dtype, about: dict) -> None:
-    """Merge a model's adapter and write it for others to load, sealed by a manifest with the facts `about`.
+    """Write a plain model, its adapter merged, for others to load; sealed by a manifest with the facts `about`.
 
     A new or empty folder appears whole. In one that holds files, such as a base's config and tokenizer, they are
     replaced one by one, the weights last.
     """
-    lora.merge(model)
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = not folder.is_dir() or not any(folder.iterdir())
@@ -220,6 +219,7 @@ def export_run(folder: Path, run: "Run") -> str:
     poolings = models.transformers_pooling(model)
     if model.pooling not in poolings:
         raise UserError(f"--export: {model.architecture} pools {' or '.join(poolings)}, this run {model.pooling}")
+    lora.merge(model)
     tokenizer.model_max_length = run.config.max_length
     config = models.classifier_config(model, run.labels.names, pad=data.end_of_text(tokenizer, padding=True))
     dtype = model.backbone.get_input_embeddings().weight.dtype

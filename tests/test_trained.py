@@ -92,7 +92,7 @@ def test_rows_that_no_save_of_a_family_reached_are_nan_and_others_a_mean(fitted,
 
 
 def test_an_export_keeps_the_files_of_a_folder_and_writes_weights_last(fitted, tmp_path, monkeypatch):
-    run = trained.load_run(fitted)
+    run = trained.load_run(fitted, merge=True)
     names = []
     rename = checkpoint.fs_rename
     monkeypatch.setattr(checkpoint, "fs_rename", lambda old, new: (names.append(new.name), rename(old, new)))
