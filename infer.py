@@ -47,7 +47,8 @@ def main(argv: list[str]) -> dict:
         path = Path(cfg.adapter or cfg.base)
         train_cfg, labels = given.config, given.labels
     else:
-        path = trained.find_run(",".join(cfg.runs), cfg.outputs)
+        named = cfg.runs[0] if cfg.runs else ""
+        path = trained.find_run(named, cfg.outputs)
         train_cfg, labels = trained.run_facts(path)
     refuse(cfg, path, given, train_cfg)
     predictions.as_probability(cfg, train_cfg, labels)
