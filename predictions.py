@@ -1,154 +1,245 @@
-"""Write predictions."""
+"""Rows to predict, and predictions as files: what infer.py, ensemble.py, generate.py and train.py share."""
 
 import csv
 import io
 import itertools
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import checkpoint
+import ddp
+import decide
+import evaluate
+import files
 import labelling
+import loop
 import metrics
+import tables
 import trained
-from configs import InferConfig
-from errors import UserError, few
+from errors import Degenerate, UserError, few
 from splits import Split
 
-
-def shares_of(path: Path, cfg, labels: labelling.Labels) -> np.ndarray:
-    """(C,) shares of the training rows that have each label, or a regression's mean; equal ones without a run."""
-    facts = checkpoint.load_json(path / "labels.json") if (path / "labels.json").is_file() else {}
-    count = max(1, len(labels.values))
-    return np.array(facts.get("shares") or [1 / count] * count)
+# ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def prior_logits(cfg, shares: np.ndarray) -> np.ndarray:
-    """(C,) logits that say these shares."""
-    if cfg.task == "regression":
-        return shares.astype(np.float32)
-    p = np.clip(shares, 1e-6, 1 - 1e-6)
-    return (np.log(p) - (np.log1p(-p) if cfg.task == "multi_label" else 0)).astype(np.float32)
-
-
-def write_lines(cfg: InferConfig, what: str, header: list[str], lines: list[list]) -> None:
-    """A CSV beside the output, OUTPUT.what.csv, of rows that went wrong; without any an older one is removed."""
-    path = Path(f"{cfg.output}.{what}.csv")
-    path.unlink(missing_ok=True)
-    if lines:
-        out = io.StringIO(newline="")
-        csv.writer(out, lineterminator="\n").writerows([header, *lines])
-        checkpoint.write_atomic(path, out.getvalue())
-        print(f"{len(lines):,} rows {what}: {path}")
-
-
-def as_probability(cfg: InferConfig, train_cfg, labels: labelling.Labels) -> bool:
-    """Whether a submission holds the probability of the last of two classes, as rankings are judged by."""
-    two = train_cfg.task == "single_label" and len(labels.values) == 2
-    wanted = two and train_cfg.metric == "roc_auc" if cfg.answer == "auto" else cfg.answer == "probability"
-    if wanted and not two:
-        raise UserError(f"--answer probability: it is that of the last of two classes; this run has {labels.values}")
-    return wanted
+def read_input(cfg, train_cfg, source: str, columns: list[str], say) -> tuple[list[dict[str, str]], list[str]]:
+    """(rows, ids) of the file to predict, up to --limit. Raises UserError unless every row has all columns."""
+    rows = files.read_rows(source, "input")[: cfg.limit or None]
+    needed = [*columns, cfg.by_column] if cfg.by_column else columns
+    files.need_columns(rows, needed, source, "input")
+    say(f"{len(rows):,} rows of {source}")
+    decoded = files.decode_bytes_literals(rows, columns)
+    if decoded:
+        say(f"{decoded} rows were Python bytes literals (b'...') and are decoded")
+    empty = files.empty_rows(rows, columns)
+    if empty and columns:
+        say(f"warning: {len(empty)} rows have an empty text (first: row {empty[0] + 1}); they are scored as such")
+    return rows, [row.get(train_cfg.id_column, str(i)) for i, row in enumerate(rows)]
 
 
 def known_labels(rows: list[dict[str, str]], train_cfg, labels: labelling.Labels, say) -> np.ndarray | None:
-    """Labels of the rows where every row has one that this run knows, else None. Of several labels a row the unknown
-    ones are left out, and named.
+    """The targets of the rows where every row has labels of this run, else None.
+
+    multi_label: labels that the run does not know are left out of their rows, and named in a warning.
     """
     columns = train_cfg.label_columns or (train_cfg.label_column,)
-    if not all(c in rows[0] for c in columns):
+    if not all(column in rows[0] for column in columns):
         return None
     try:
         if train_cfg.task != "multi_label":
             return labelling.encode_targets(train_cfg, rows, labels, "input")
-        sets = labelling.label_sets(
-            rows, train_cfg.label_column, train_cfg.label_columns, train_cfg.label_delimiter, "input"
-        )
-        unknown = sorted({v for one in sets for v in one} - set(labels.values))
-        if unknown:
-            say(f"warning: this run does not know the labels {few(unknown, 10)}: metrics are over those it knows")
-        return labelling.encode_label_sets([[v for v in one if v not in unknown] for one in sets], labels, "input")
+        delimiter = train_cfg.label_delimiter
+        sets = labelling.label_sets(rows, train_cfg.label_column, train_cfg.label_columns, delimiter, "input")
     except (UserError, KeyError):
+        if any(row.get(column, "").strip() for row in rows for column in columns):
+            say(f"column {', '.join(columns)} does not hold this run's labels in every row: no metrics")
         return None
+    unknown = sorted(set().union(*sets) - set(labels.values))
+    if unknown:
+        say(f"warning: this run does not know the labels {few(unknown, 10)}: metrics are over those it knows")
+    sets = [[label for label in own if label not in unknown] for own in sets]
+    return labelling.encode_label_sets(sets, labels, "input")
 
 
-def decided_metrics(run: trained.Run, logits: np.ndarray, known: np.ndarray) -> dict[str, dict[str, float]]:
+# ---- rows that a time limit leaves out ------------------------------------------------------------------------------
+
+
+def time_left(limit: float, members: int = 1) -> float:
+    """Seconds for the next of some members to score all rows within the limit, less those for writing; 0: no limit."""
+    if not limit:
+        return 0.0
+    return max(1e-3, (limit - loop.process_seconds() - 1.0) / members)
+
+
+def class_shares(path: Path, labels: labelling.Labels) -> np.ndarray:
+    """(C,) shares of the training rows of a run that have each label, or a regression's mean; equal ones without it."""
+    stored = {}
+    if (path / "labels.json").is_file():
+        stored = checkpoint.load_json(path / "labels.json")
+    classes = max(1, len(labels.values))
+    return np.array(stored.get("shares") or [1 / classes] * classes)
+
+
+def prior_logits(task: str, shares: np.ndarray) -> np.ndarray:
+    """(C,) logits whose softmax (multi_label: sigmoid) equals these shares; a regression's mean as it is."""
+    if task == "regression":
+        return shares.astype(np.float32)
+    p = np.clip(shares, 1e-6, 1 - 1e-6)
+    logits = np.log(p)
+    if task == "multi_label":
+        logits = logits - np.log1p(-p)
+    return logits.astype(np.float32)
+
+
+# ---- scores, decisions, metrics -------------------------------------------------------------------------------------
+
+
+def decision_at(task: str, classes: int, decision: decide.Decision | None, probability: float) -> decide.Decision:
+    """A decision with one probability as its threshold. Raises UserError where argmax or a number decides."""
+    if task == "regression":
+        raise UserError(f"--threshold {probability:g}: a regression's output is no probability; leave it out")
+    try:
+        return (decision or decide.plain(task, classes)).with_threshold(probability)
+    except ValueError as e:
+        raise UserError(f"--threshold {probability:g}: {e}") from None
+
+
+def decided_metrics(task: str, decision: decide.Decision | None, logits: np.ndarray, known: np.ndarray) -> dict:
     """`metrics` of what is written; where a threshold of the run or the user decides, `undecided` without it."""
-    plain, task, decision = metrics.of_task(run.config.task, logits, known), run.config.task, run.decision
+    plain = metrics.of_task(task, logits, known)
     if not decision or not decision.thresholds:
         return {"metrics": plain}
-    if task == "multi_label":
-        return {"metrics": metrics.multilabel(logits, known, decision.thresholds), "undecided": plain}
-    shifted = logits - np.array([0.0, decision.thresholds[0]])  # then class 1 wins where z1 - z0 is above it
-    return {"metrics": metrics.classification(shifted, known), "undecided": plain}
+    predicted, _ = decide.apply(decision, logits)
+    return {"metrics": metrics.of_task(task, logits, known, predicted=predicted), "undecided": plain}
 
 
-def write_output(
-    cfg: InferConfig, ids: list[str], run: trained.Run, logits: np.ndarray, missing: np.ndarray, prior: np.ndarray
-) -> None:
-    """Write predictions in one piece: two named columns, or id, prediction and a probability for each class.
+def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, world: ddp.World) -> dict:
+    """From logits (N, C), NaN where a time limit left a row out, to the output file; returns what to report of it.
+
+    shares (C,): what rows that were left out get. Raises Degenerate, before anything is written, for scores that cannot
+    be right.
+    """
+    task, say = train_cfg.task, partial(ddp.say, world)
+    result = {"rows": len(rows), "output": cfg.output}
+
+    # Rows that were left out get the class frequencies of the training rows, once the others have been checked.
+    scored = np.full(len(rows), True)
+    if cfg.time_limit:
+        scored = ~np.isnan(logits).any(axis=1)
+    unscored = np.flatnonzero(~scored)
+    reason = evaluate.degenerate(logits[scored])
+    logits[unscored] = prior_logits(task, shares)
+    say(tables.distribution(logits, list(labels.names), task))
+    if reason and not cfg.force:
+        raise Degenerate(f"{reason}; nothing was written (--force writes it all the same)")
+
+    # Metrics, where every row has a label: of what is written, and of plain argmax where thresholds decide.
+    if known is None and cfg.by_column:
+        say(f"--by_column {cfg.by_column}: the rows have no labels, so there are no metrics")
+    if known is not None and np.isfinite(logits).all():
+        say(tables.summary(task, logits, known, labels.names))
+        for name, scores in decided_metrics(task, decision, logits, known).items():
+            result[name] = {score: round(value, 6) for score, value in scores.items()}
+        result |= evaluate.by_value(train_cfg, cfg.by_column, rows, logits, known, say)
+    if cfg.time_limit:
+        result["unscored"] = len(unscored)
+        say(f"--time_limit {cfg.time_limit}: {len(unscored):,} of {len(rows):,} rows were not scored in time")
+
+    # One rank writes; calibration has nothing to say about rows that were not scored.
+    if world.rank == 0:
+        predicted, probabilities = trained.decided(task, decision, logits)
+        if task != "regression":
+            probabilities[unscored] = shares
+        write_output(cfg, train_cfg, labels, ids, predicted, probabilities)
+        write_lines(cfg, "unscored", ["id"], [[ids[i]] for i in unscored])
+    return result
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def as_probability(cfg, train_cfg, labels: labelling.Labels) -> bool:
+    """Whether a submission holds the probability of the last of two classes, as rankings are judged by."""
+    two = train_cfg.task == "single_label" and len(labels.values) == 2
+    if cfg.answer == "probability" and not two:
+        raise UserError(f"--answer probability: it is that of the last of two classes; this run has {labels.values}")
+    return cfg.answer == "probability" or (cfg.answer == "auto" and two and train_cfg.metric == "roc_auc")
+
+
+def write_output(cfg, train_cfg, labels: labelling.Labels, ids, predicted: np.ndarray, probabilities) -> None:
+    """Write predictions and probabilities (N, C) of decided rows: see `write_records`.
 
     A regression's prediction is its output as it is, neither cut to a range nor rounded: ranks would be lost. Several
-    labels are a list in JSONL, and stand between the run's delimiters in CSV.
+    labels are a list in JSONL, and joined by the run's delimiter in CSV.
     """
-    labels, id_column = run.labels, run.config.id_column
-    predicted, shares = run.decided(logits)
-    if run.config.task != "regression":
-        shares[missing] = prior  # as they are: nothing calibrates a row that was not scored
-    chosen = labelling.answers(run.config.task, predicted, labels)
-    if run.config.task == "multi_label" and not cfg.output.endswith(".jsonl"):
-        chosen = [run.config.label_delimiter.join(row) for row in chosen]
-    write_records(cfg, id_column, labels, ids, chosen, shares.tolist(), as_probability(cfg, run.config, labels))
+    answers = labelling.answers(train_cfg.task, predicted, labels)
+    if train_cfg.task == "multi_label" and not cfg.output.endswith(".jsonl"):
+        answers = [train_cfg.label_delimiter.join(own) for own in answers]
+    probability = as_probability(cfg, train_cfg, labels)
+    write_records(cfg, train_cfg.id_column, labels, ids, answers, probabilities.tolist(), probability)
 
 
-def write_records(
-    cfg: InferConfig, id_column: str, labels: labelling.Labels, ids, chosen, shares, probability: bool
-) -> None:
+def write_records(cfg, id_column: str, labels: labelling.Labels, ids, answers, shares, probability: bool) -> None:
     """Write the two columns of a submission, or id, prediction and a probability for each class, in one piece."""
     if cfg.submission:
-        header = [c.strip() for c in cfg.submission.split(",")]
-        answers = [share[-1] for share in shares] if probability else chosen
-        records = [dict(zip(header, pair, strict=True)) for pair in zip(ids, answers, strict=True)]
+        header = [column.strip() for column in cfg.submission.split(",")]
+        values = [share[-1] for share in shares] if probability else answers
+        table = list(zip(ids, values, strict=True))
     else:
-        names = [f"probability_{v}" for v in labels.values]
-        records = [
-            {id_column: i, "prediction": c, **dict(zip(names, p, strict=True))}
-            for i, c, p in zip(ids, chosen, shares, strict=True)
-        ]
+        header = [id_column, "prediction", *(f"probability_{value}" for value in labels.values)]
+        table = [[id_, answer, *share] for id_, answer, share in zip(ids, answers, shares, strict=True)]
     out = Path(cfg.output)
     if out.suffix == ".jsonl":
-        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+        records = [dict(zip(header, row, strict=True)) for row in table]
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     else:
-        buffer = io.StringIO(newline="")
-        writer = csv.DictWriter(buffer, list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-        text = buffer.getvalue()
+        text = csv_text([header, *table])
     keep_previous(out, cfg.overwrite)
     checkpoint.write_atomic(out, text)
-    print(f"wrote {len(records):,} predictions to {out}")
+    print(f"wrote {len(table):,} predictions to {out}")
 
 
-def keep_previous(out: Path, overwrite: bool) -> None:
-    """Copy an existing output beside it; the old file stays in place until the new one is there."""
-    if out.exists() and not overwrite:
-        names = (out.with_name(f"{out.name}.previous{i or ''}") for i in itertools.count())
-        kept = next(name for name in names if not name.exists())
-        shutil.copyfile(out, kept)
-        print(f"{out} existed: it is kept as {kept}")
+def write_lines(cfg, what: str, header: list[str], lines: list[list]) -> None:
+    """A CSV beside the output, OUTPUT.what.csv, of rows that went wrong; without any an older one is removed."""
+    path = Path(f"{cfg.output}.{what}.csv")
+    path.unlink(missing_ok=True)
+    if lines:
+        checkpoint.write_atomic(path, csv_text([header, *lines]))
+        print(f"{len(lines):,} rows {what}: {path}")
 
 
 def write_predictions(path: Path, val: Split, task: str, logits: np.ndarray, labels: labelling.Labels) -> None:
     """val_predictions.csv: id, label, prediction (without thresholds: those are fitted here), and a logit a class."""
+    predicted, _ = trained.decided(task, None, logits)
+    if not labels.values:
+        logits = logits[:, :0]  # a regression's prediction is its output
+    known, answers = labelling.answers(task, val.labels, labels), labelling.answers(task, predicted, labels)
+    lines = [["id", "label", "prediction", *(f"logit_{value}" for value in labels.values)]]
+    for id_, label, answer, row in zip(val.ids, known, answers, logits.tolist(), strict=True):
+        if task == "multi_label":
+            label, answer = json.dumps(label, ensure_ascii=False), json.dumps(answer, ensure_ascii=False)
+        lines.append([id_, label, answer, *row])
+    checkpoint.write_atomic(path, csv_text(lines))
+
+
+def csv_text(lines) -> str:
+    """Lines of cells as CSV."""
     out = io.StringIO(newline="")
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["id", "label", "prediction", *(f"logit_{v}" for v in labels.values)])
-    known, predicted = (
-        labelling.answers(task, rows, labels) for rows in (val.labels, trained.decided(task, None, logits)[0])
-    )
-    for i, label, prediction, z in zip(val.ids, known, predicted, logits, strict=True):
-        cells = [json.dumps(c, ensure_ascii=False) if isinstance(c, list) else c for c in (label, prediction)]
-        writer.writerow([i, *cells, *(repr(float(x)) for x in z if labels.values)])
-    checkpoint.write_atomic(path, out.getvalue())
+    csv.writer(out, lineterminator="\n").writerows(lines)
+    return out.getvalue()
+
+
+def keep_previous(out: Path, overwrite: bool) -> None:
+    """Copy an existing output beside it; the old file stays in place until the new one is there."""
+    if not out.exists() or overwrite:
+        return
+    for number in itertools.count():
+        kept = out.with_name(f"{out.name}.previous{number or ''}")
+        if not kept.exists():
+            break
+    shutil.copyfile(out, kept)
+    print(f"{out} existed: it is kept as {kept}")

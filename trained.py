@@ -1,7 +1,13 @@
-"""A trained model on disk."""
+"""A trained model on disk: build it, save it, load it, predict with it, export it.
 
-import os
+from trained import load_run
+run = load_run("outputs/tiny__base/tiny/run_0")
+run.predict(["What is 2 + 2?"])            # [{"label": "0", "name": "0", "probabilities": [...], "logits": [...]}]
+"""
+
+import itertools
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +17,6 @@ import torch
 import bases
 import checkpoint
 import cli
-import configs
 import data
 import ddp
 import decide
@@ -26,43 +31,28 @@ import prompts
 from configs import TrainConfig
 from errors import Untrusted, UserError
 
-# ---- labels and predictions -----------------------------------------------------------------------------------------
+# ---- what a config means for a model --------------------------------------------------------------------------------
 
 
-def threshold_kind(cfg: TrainConfig) -> str:
-    """The thresholds that are fitted: a label's own raise macro-F1 but lower micro-F1; a shared one raises both."""
-    if cfg.thresholds != "auto":
-        return cfg.thresholds
-    return "none" if cfg.task != "multi_label" else "per_class" if cfg.metric == "macro_f1" else "global"
+def prompted(cfg: TrainConfig, tokenizer) -> TrainConfig:
+    """The config with the text of its named prompt, and the prompt's kept fields and words where it has none.
 
-
-def decided(task: str, decision: decide.Decision | None, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(predictions, probabilities (N, C)) of logits (N, C), by a decision, or else by argmax or probability 0.5."""
-    if task == "regression":
-        return logits[:, 0], np.zeros((len(logits), 0))
-    return decide.apply(decision or decide.plain(task, logits.shape[1]), logits)
-
-
-# ---- classifiers on disk --------------------------------------------------------------------------------------------
-
-
-def prompted(cfg, tokenizer):
-    """A config with its named prompt as text, its words where a head of label words has none, its kept fields.
-
-    Raises UserError for a chat template that cannot say it.
+    Raises UserError for an unknown prompt and for a chat template that cannot render it.
     """
     try:
         prompt = prompts.find(cfg.prompt)
         changes = {"text": prompts.as_text(prompt, tokenizer)}
     except ValueError as e:
         raise UserError(f"--prompt {cfg.prompt}: {e}") from None
-    changes |= {"kept": prompt.kept} if not getattr(cfg, "kept", True) else {}
-    changes |= {"label_words": prompt.words} if cfg.head == "label_words" and not cfg.label_words else {}
+    if not cfg.kept:
+        changes["kept"] = prompt.kept
+    if cfg.head == "label_words" and not cfg.label_words:
+        changes["label_words"] = prompt.words
     return replace(cfg, **changes)
 
 
 def words_of(cfg: TrainConfig, labels: labelling.Labels, tokenizer) -> tuple[tuple[int, ...], ...]:
-    """The token ids of each class's words for a head of label words; empty for a linear head."""
+    """The token ids of each class's verbalizer for a head of label words; empty for a linear head."""
     if cfg.head != "label_words":
         return ()
     words = cfg.label_words or labels.names
@@ -75,27 +65,36 @@ def adapter_of(cfg: TrainConfig, saved: tuple[str, ...]) -> lora.Adapter | None:
     """The adapter that a config describes, None with rank 0. saved: modules of the head that it trains whole."""
     if not cfg.rank:
         return None
-    task = "CAUSAL_LM" if cfg.head == "label_words" else "SEQ_CLS"
-    plain = cfg.targets, cfg.rank, cfg.alpha, cfg.lora_dropout, cfg.bias, cfg.rslora
-    return lora.Adapter(*plain, saved=saved, task=task, base=cfg.base)
+    return lora.Adapter(
+        cfg.targets,
+        cfg.rank,
+        cfg.alpha,
+        cfg.lora_dropout,
+        cfg.bias,
+        cfg.rslora,
+        saved=saved,
+        task="CAUSAL_LM" if cfg.head == "label_words" else "SEQ_CLS",
+        base=cfg.base,
+    )
 
 
 def check_model(cfg: TrainConfig, labels: labelling.Labels, tokenizer, adapter=None, shapes=None) -> None:
     """Check a config's base, head and adapter on a skeleton, before any weight is loaded.
 
-    adapter, shapes: an adapter of its own and the shapes of its tensors. Raises UserError for what does not fit.
+    adapter, shapes: an adapter read from a file, and the shapes of its tensors. Raises UserError for what does not fit.
     """
     bases.need_vocabulary(cfg.base, len(tokenizer))
     bare = models.skeleton(cfg.base, len(labels.names), cfg.pooling, words_of(cfg, labels, tokenizer))
     models.check_structure(bare, cfg.train_layers, cfg.max_length)
+    flag = f"--base {cfg.base}" if adapter else f"--targets {','.join(cfg.targets)}"
     try:
-        mine = adapter or adapter_of(cfg, models.head_to_save(bare))
-        if mine:
-            lora.inject(bare, mine)
+        wanted = adapter or adapter_of(cfg, models.head_to_save(bare))
+        if wanted:
+            lora.inject(bare, wanted)
         if shapes is not None:
             peft_format.match_keys(bare, shapes)
     except ValueError as e:
-        raise UserError(f"--base {cfg.base}: {e}" if adapter else f"--targets {','.join(cfg.targets)}: {e}") from None
+        raise UserError(f"{flag}: {e}") from None
 
 
 def new_classifier(
@@ -103,7 +102,7 @@ def new_classifier(
 ) -> models.Classifier:
     """The classifier that a config describes, with fresh adapters and head drawn from its seed, on its device.
 
-    adapter: one read from a file, in the place of the config's.
+    adapter: one read from a file, instead of the config's.
     """
     model = models.load_classifier(
         cfg.base,
@@ -123,26 +122,61 @@ def new_classifier(
             models.add_adapter(model, adapter)
         else:
             models.train_layers(model, cfg.train_layers)
-    except ValueError as e:  # what only the weights tell: a part of the head that the base lacks is trained whole
+    except ValueError as e:  # known from the weights only: a part of the head that the base lacks is trained whole
         raise UserError(f"--targets {','.join(cfg.targets)}: {e}") from None
     return model
 
 
-def write_classifier(folder: Path, model: models.Classifier, tokenizer, labels: labelling.Labels) -> None:
-    """All that a save needs to be loaded alone: an adapter in PEFT's format or the whole model, and the tokenizer."""
-    if lora.adapters(model):
-        checkpoint.save_json(folder / "adapter_config.json", peft_format.adapter_config(model.adapter))
-        checkpoint.save_tensors(folder / "adapter_model.safetensors", peft_format.adapter_state(model))
-    else:
-        tensors = {n: t.cpu().contiguous() for n, t in models.state(model).items()}
-        checkpoint.save_tensors(folder / "model.safetensors", tensors)
-        pad = data.end_of_text(tokenizer, padding=True)
-        checkpoint.save_json(folder / "config.json", models.classifier_config(model, labels.names, pad=pad))
+def threshold_kind(cfg: TrainConfig) -> str:
+    """The thresholds to fit: one for each label raises macro-F1 but lowers micro-F1; a shared one raises both."""
+    if cfg.thresholds != "auto":
+        return cfg.thresholds
+    if cfg.task != "multi_label":
+        return "none"
+    return "per_class" if cfg.metric == "macro_f1" else "global"
+
+
+def decided(task: str, decision: decide.Decision | None, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(predictions, probabilities (N, C)) of logits (N, C), by a decision, or else by argmax or probability 0.5.
+
+    Of a regression: its numbers (N,), and probabilities without columns.
+    """
+    if task == "regression":
+        return logits[:, 0], np.zeros((len(logits), 0))
+    return decide.apply(decision or decide.plain(task, logits.shape[1]), logits)
+
+
+# ---- models as files ------------------------------------------------------------------------------------------------
+
+
+def write_whole(folder: Path, model, tokenizer, config: dict, dtype: torch.dtype | None = None) -> None:
+    """A whole model as transformers loads it: safetensors in `dtype` (None: each as it is), config.json, tokenizer."""
+    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in models.state(model).items()}
+    checkpoint.save_tensors(folder / "model.safetensors", tensors)
+    if dtype:
+        config = {**config, "dtype": str(dtype).removeprefix("torch.")}
+    checkpoint.save_json(folder / "config.json", config)
     tokenizer.save_pretrained(folder)
 
 
-def read_classifier(folder: Path, model: models.Classifier) -> str:
-    """Load what write_classifier wrote into a model of the same config, strictly; returns a report of an adapter's.
+def write_adapter(folder: Path, model, tokenizer) -> None:
+    """An adapter in PEFT's format, and the tokenizer."""
+    checkpoint.save_json(folder / "adapter_config.json", peft_format.adapter_config(model.adapter))
+    checkpoint.save_tensors(folder / "adapter_model.safetensors", peft_format.adapter_state(model))
+    tokenizer.save_pretrained(folder)
+
+
+def write_classifier(folder: Path, model: models.Classifier, tokenizer, labels: labelling.Labels) -> None:
+    """Everything that a save needs to be loaded alone: the adapter or the whole model, and the tokenizer."""
+    if lora.adapters(model):
+        write_adapter(folder, model, tokenizer)
+        return
+    pad = data.end_of_text(tokenizer, padding=True)
+    write_whole(folder, model, tokenizer, models.classifier_config(model, labels.names, pad=pad))
+
+
+def read_classifier(folder: Path, model) -> str:
+    """Load a save into a model of the same config, strictly; returns a report of what matched.
 
     Raises Untrusted when anything is missing, left over, misshapen or not finite.
     """
@@ -159,28 +193,37 @@ def read_classifier(folder: Path, model: models.Classifier) -> str:
         raise Untrusted(f"{folder}: {e}") from None
 
 
-def export(path: Path, run: "Run") -> str:
-    """Write a run as a plain transformers model into a folder: its adapter merged, in the dtype that it ran in.
+def export(folder: Path, model, tokenizer, config: dict, dtype: torch.dtype, about: dict) -> None:
+    """Write a plain model, its adapter merged, for others to load; sealed by a manifest with the facts `about`.
 
-    Raises UserError where transformers' own class could not give the same logits. Returns the class that loads it.
+    A new or empty folder appears whole. In one that holds files, such as a base's config and tokenizer, they are
+    replaced one by one, the weights last.
     """
-    model, pooling = run.model, models.transformers_pooling(run.model)
-    if model.pooling not in pooling:
-        raise UserError(f"--export: {model.architecture} pools {' or '.join(pooling)}, this run {model.pooling}")
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not folder.is_dir() or not any(folder.iterdir())
+    target = folder if fresh else folder / ".export"
+    checkpoint.save(target, lambda hidden: write_whole(hidden, model, tokenizer, config, dtype), about, keep=0)
+    if not fresh:
+        for path in sorted(target.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            checkpoint.fs_rename(path, folder / path.name)
+        target.rmdir()
+
+
+def export_run(folder: Path, run: "Run") -> str:
+    """Export a run as transformers' own classifier, in the dtype that it ran in; returns the name of that class.
+
+    Raises UserError where transformers' class would not give the same logits.
+    """
+    model, tokenizer = run.model, run.tokenizer
+    poolings = models.transformers_pooling(model)
+    if model.pooling not in poolings:
+        raise UserError(f"--export: {model.architecture} pools {' or '.join(poolings)}, this run {model.pooling}")
     lora.merge(model)
-    run.tokenizer.model_max_length = run.config.max_length
+    tokenizer.model_max_length = run.config.max_length
+    config = models.classifier_config(model, run.labels.names, pad=data.end_of_text(tokenizer, padding=True))
     dtype = model.backbone.get_input_embeddings().weight.dtype
-    pad = data.end_of_text(run.tokenizer, padding=True)
-    config = models.classifier_config(model, run.labels.names, str(dtype).removeprefix("torch."), pad)
-
-    def write(folder: Path) -> None:
-        tensors = {n: t.to("cpu", dtype).contiguous() for n, t in models.state(model).items()}
-        checkpoint.save_tensors(folder / "model.safetensors", tensors)
-        checkpoint.save_json(folder / "config.json", config)
-        run.tokenizer.save_pretrained(folder)
-
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(path.absolute(), write, {"exported": str(run.path)}, keep=0)
+    export(folder, model, tokenizer, config, dtype, {"exported": str(run.path)})
     return model.architecture
 
 
@@ -201,29 +244,32 @@ class Run:
     saves: tuple[Path, ...] = ()  # of a family of runs: the best save of each, whose logits are averaged
     decision: decide.Decision | None = None  # thresholds and calibration; None: argmax, or probability 0.5
 
-    def decided(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(predictions, probabilities (N, C)) of logits (N, C); of a regression its numbers (N,), and no columns."""
-        return decided(self.config.task, self.decision, logits)
-
     def logits(self, rows: list[dict[str, str]], max_tokens: int = 8192, seconds: float = 0.0):
-        """fp32 logits (N, C) of rows that have the template's columns, and what tokenization did to them.
+        """fp32 logits (N, C) of rows that have the template's columns, and a report of their tokenization.
 
-        seconds: a limit, 0 for none; rows that no save reached in time are NaN.
+        seconds: a time limit, 0 for none; rows that no save reached in time are NaN.
         """
         end = time.perf_counter() + seconds
         cfg = self.config
         tokens, report = data.tokenize(self.tokenizer, cfg.text, rows, cfg.max_length, cfg.kept, cfg.budgets)
-        found, saves = [], self.saves if len(self.saves) > 1 else (None,)
-        for left, save in zip(range(len(saves), 0, -1), saves, strict=True):
+        # a single save stays loaded, and may be merged; the saves of a family take turns in one model
+        saves = self.saves if len(self.saves) > 1 else (None,)
+        scores = []
+        for done, save in enumerate(saves):
+            share = 0.0
             if save:
                 read_classifier(save, self.model)
-            share = max(1e-3, (end - time.perf_counter()) / left) if seconds else 0.0
-            found.append(evaluate.score(self.model, tokens, self.world, self.precision, max_tokens, share))
-        if not seconds:
-            return np.mean(found, axis=0, dtype=np.float32), report
-        known = np.isfinite(found)
-        sums = np.where(known, found, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-        return np.where(known.any(axis=0), sums, np.nan).astype(np.float32), report
+            if seconds:
+                share = max(1e-3, (end - time.perf_counter()) / (len(saves) - done))
+            scores.append(evaluate.score(self.model, tokens, self.world, self.precision, max_tokens, share))
+        reached = np.isfinite(scores) if seconds else True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of rows that no save reached: their mean is NaN
+            return np.mean(scores, axis=0, dtype=np.float32, where=reached), report
+
+    def decided(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(predictions, probabilities (N, C)) of logits (N, C): see `decided`."""
+        return decided(self.config.task, self.decision, logits)
 
     def predict(self, texts: list, max_tokens: int = 8192) -> list[dict]:
         """Label and display name (multi_label: lists of them), probabilities and logits (both in the order of `labels`)
@@ -231,34 +277,60 @@ class Run:
 
         texts: strings, where the template has one column, or rows as dicts of its columns.
         """
-        columns = prompts.fields(self.config.text)
-        if len(columns) > 1 and any(isinstance(t, str) for t in texts):
+        task, columns = self.config.task, prompts.fields(self.config.text)
+        if len(columns) > 1 and any(isinstance(text, str) for text in texts):
             raise UserError(f"this run reads the columns {', '.join(columns)}: give a dict of them for each row")
-        rows = [{columns[0]: t} if isinstance(t, str) else dict(t) for t in texts]
+        rows = [{columns[0]: text} if isinstance(text, str) else dict(text) for text in texts]
         if not rows:
             return []
         files.need_columns(rows, columns, "texts", "input")
         files.decode_bytes_literals(rows, columns)
         logits, _ = self.logits(rows, max_tokens)
-        if self.config.task == "regression":
+        if task == "regression":
             return [{"score": float(z)} for z in logits[:, 0]]
         predicted, probabilities = self.decided(logits)
-        shown = labelling.Labels(self.labels.names, self.labels.names)
-        values, names = (labelling.answers(self.config.task, predicted, known) for known in (self.labels, shown))
-        words = ("labels", "names") if self.config.task == "multi_label" else ("label", "name")
-        return [
-            {words[0]: value, words[1]: name, "probabilities": p.tolist(), "logits": z.tolist()}
-            for value, name, p, z in zip(values, names, probabilities, logits, strict=True)
-        ]
+        value, name = ("labels", "names") if task == "multi_label" else ("label", "name")
+        display = labelling.Labels(self.labels.names, self.labels.names)
+        columns = {
+            value: labelling.answers(task, predicted, self.labels),
+            name: labelling.answers(task, predicted, display),
+            "probabilities": probabilities.tolist(),
+            "logits": logits.tolist(),
+        }
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def run_facts(path: Path) -> tuple[TrainConfig, labelling.Labels]:
     """The config and labels of a run, before any weight is loaded. Raises UserError when it is no classifier."""
     if not (path / "config.json").is_file() or not (path / "labels.json").is_file():
-        hint = "; a run of cpt.py writes text: --generate" if (path / "texts.json").is_file() else ""
+        hint = ""
+        if (path / "texts.json").is_file():
+            hint = f"; a run of cpt.py writes text: python generate.py --runs {path}"
         raise UserError(f"run {path}: no classification run (expected config.json and labels.json in it){hint}")
-    facts = checkpoint.load_json(path / "labels.json")
-    return cli.read_config(TrainConfig, path), labelling.Labels(tuple(facts["values"]), tuple(facts["names"]))
+    stored = checkpoint.load_json(path / "labels.json")
+    return cli.read_config(TrainConfig, path), labelling.Labels(tuple(stored["values"]), tuple(stored["names"]))
+
+
+def members(path: Path) -> dict[str, Path]:
+    """Name -> folder of each run of a family over folds or seeds; {"": path} for a single run."""
+    if (path / "family.json").is_file():
+        folders = checkpoint.load_json(path / "family.json")["members"]
+        return {name: path / folder for name, folder in folders.items()}
+    # families made before there was a family.json are described by their config alone
+    config = checkpoint.load_json(path / "config.json")
+    axes = [[f"seed_{seed}" for seed in config.get("seeds", ())]]
+    if config.get("fold") == "all":
+        axes.append([f"fold_{fold}" for fold in range(config["folds"])])
+    names = ["_".join(parts) for parts in itertools.product(*filter(None, axes))]
+    return {name: path / name for name in names}
+
+
+def best_save(run: Path) -> checkpoint.Save:
+    """The best save of a single run. Raises UserError where it has none, Untrusted where none can be trusted."""
+    save = checkpoint.trusted(run / "best")
+    if save is None:
+        raise UserError(f"run {run}: it holds no best/ save yet; continue with python train.py --resume {run}")
+    return save
 
 
 def load_run(
@@ -272,140 +344,101 @@ def load_run(
     """
     path, world = Path(path), world or ddp.setup()
     cfg, labels = run_facts(path)
-    names = configs.members(cfg)
-    saves = tuple(checkpoint.trusted(path / name / "best") for name in names)
-    if None in saves:
-        lacks = path / list(names)[saves.index(None)]
-        raise UserError(f"run {lacks}: it holds no best/ save yet; go on with python train.py --resume {path}")
-    if len(saves) > 1 and merge:
-        raise UserError(f"--merge: {path} is {len(saves)} runs; name one of them, such as {path / list(names)[0]}")
-    folder = saves[0]
-    cfg, tokenizer = replace(cfg, quant=quant or cfg.quant), bases.load_tokenizer(str(folder))
+    runs = list(members(path).values())
+    if merge and len(runs) > 1:
+        raise UserError(f"--merge: {path} is {len(runs)} runs; name one of them, such as {runs[0]}")
+    saves = [best_save(run) for run in runs]
+    first, folders = saves[0].folder, tuple(save.folder for save in saves)
+    cfg = replace(cfg, quant=quant or cfg.quant)
+    tokenizer = bases.load_tokenizer(str(first))
     precision, _ = numerics.choose_precision(precision, world.device)
-    adapter = (
-        peft_format.read_adapter_config(checkpoint.load_json(folder / "adapter_config.json")) if cfg.rank else None
-    )
+    adapter = None
+    if cfg.rank:
+        adapter = peft_format.read_adapter_config(checkpoint.load_json(first / "adapter_config.json"))
     decision = read_decision(path, cfg.task, len(labels.names))
     model = new_classifier(cfg, labels, tokenizer, world.device, precision, adapter)
     for save in saves:
-        check_base(model, checkpoint.verify(save)["base"], cfg.base)
-    read_classifier(folder, model)
-    return _ready(Run(path, cfg, labels, model, tokenizer, world, precision, saves, decision), merge)
+        check_base(model, save.manifest["base"], cfg.base)
+    read_classifier(first, model)
+    return ready(Run(path, cfg, labels, model, tokenizer, world, precision, folders, decision), merge)
 
 
-def validation_rows(path: Path, cfg: TrainConfig, labels: labelling.Labels) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """(ids, targets, logits (N, C)) of a run's val_predictions.csv. Raises UserError when it has none."""
-    rows = files.read_rows(str(path / "val_predictions.csv"), "runs")
-    flat, where = replace(cfg, label_column="label", label_columns=()), str(path / "val_predictions.csv")
-    columns = [f"logit_{v}" for v in labels.values] or ["prediction"]
-    lost = [c for c in ("id", "label", *columns) if c not in rows[0]]
-    if lost:
-        raise Untrusted(f"{where}: no column {', '.join(lost)}")
-    logits = [labelling.encode_numbers([row[c] for row in rows], where) for c in columns]
-    targets = labelling.encode_targets(flat, rows, labels, where)
-    targets = targets if cfg.task == "regression" else targets.astype(np.int64)
-    return [row["id"] for row in rows], targets, np.stack(logits, axis=1)
-
-
-def read_decision(path: Path, task: str, classes: int) -> decide.Decision | None:
-    """The decision of a run, None where it has none. Raises Untrusted for a file that is not one of this run's."""
-    try:
-        found = decide.Decision.from_json((path / "decision.json").read_text(encoding="utf-8"))
-        if (found.task, found.classes) != (task, classes):
-            raise ValueError(f"it is of {found.classes} classes of {found.task}, expected {classes} of {task}")
-        return found
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as e:
-        raise Untrusted(f"{path / 'decision.json'}: {e}") from None
-
-
-def _ready(run: Run, merge: bool) -> Run:
+def ready(run: Run, merge: bool) -> Run:
+    """The run with its model frozen for prediction, its adapter merged where asked for."""
     if merge:
         lora.merge(run.model)
     run.model.eval().requires_grad_(False)
     return run
 
 
-def start_from(path: Path, cfg: TrainConfig, labels: labelling.Labels, model: models.Classifier) -> str:
-    """Give a new model the best adapter and head of another run (--init_from), strictly; returns a report.
-
-    Raises UserError where that run has other labels, another shape or another base.
-    """
-    other, theirs = run_facts(path)
-    folder = checkpoint.trusted(path / "best") if len(configs.members(other)) == 1 else None
-    if folder is None:
-        raise UserError(f"--init_from {path}: it holds no best/ save (of a family name one of its runs)")
-    if (other.task, theirs.values) != (cfg.task, labels.values):
-        raise UserError(f"--init_from {path}: its task or labels are others: {other.task} {theirs.values}")
-    try:
-        check_base(model, checkpoint.verify(folder)["base"], cfg.base)
-        return f"starts from {folder}: {read_classifier(folder, model)}"
-    except Untrusted as e:
-        raise UserError(f"--init_from {path}: it does not fit these settings: {e}") from None
-
-
-def chain(path: str) -> list[Path]:
-    """The runs that a run started from one after the other, oldest first, itself last; empty for an empty path."""
-    found = []
-    while path and Path(path) not in found:
-        found.append(Path(path))
-        path = run_facts(found[-1])[0].init_from
-    return found[::-1]
-
-
-def check_chain(cfg: TrainConfig, train: list[str], judges: list[str]) -> str:
-    """Raise UserError where rows that judge (by ids) were trained on by a run that this one starts from; returns a note
-    on those that it trains on again.
-    """
-    again, here = set(), os.path.realpath(cfg.train_data)
-    for run in chain(cfg.init_from):
-        if not (run / "split.csv").is_file() or len(set(judges)) < len(judges):
-            return f"warning: whether {run} was trained on validation rows of this run cannot be told by its ids"
-        if os.path.realpath(run_facts(run)[0].train_data) != here or cfg.val_data:
-            continue
-        seen = {row["id"] for row in files.read_rows(str(run / "split.csv"), "init_from") if row["part"] == "train"}
-        if seen & set(judges):
-            raise UserError(
-                f"--init_from {run}: {len(seen & set(judges)):,} validation rows of this run were trained on there: "
-                f"keep its split (--split {run / 'split.csv'}, or the same --balance, --val_size and --split_seed)"
-            )
-        again |= seen & set(train)
-    return f"note: {len(again):,} training rows were seen before by --init_from {cfg.init_from}" if again else ""
-
-
-def check_base(model: models.Classifier, saved: dict, base: str) -> None:
-    """Raise Untrusted when the base is not the one that the save was trained on."""
+def check_base(model, saved: dict, base: str) -> None:
+    """Raise Untrusted when the base is not the one that the save was trained on. saved: that one's fingerprint."""
     differs = bases.compare_fingerprints(saved, model.base_fingerprint)
     if differs:
         raise Untrusted(f"base {base} is not the one this run was trained on: {'; '.join(differs[:3])}")
 
 
-def fit_decision(cfg: TrainConfig, run: Path, logits: np.ndarray, labels: np.ndarray, world) -> dict:
-    """Fit thresholds and calibration on the validation logits and keep them in the run; scores that no row's own label
-    had a part in (5 folds), without and with them. Nothing for a regression, or where there are too few rows.
+def find_run(run: str, outputs: str, script: str = "train.py") -> Path:
+    """The named run, or the newest finished one of a script under `outputs`. Raises UserError when there is none."""
+    if run:
+        return Path(run)
+    markers = ("labels.json",) if script == "train.py" else ("config.json", "labels.json")  # present; absent
+    newest = checkpoint.newest_finished(outputs, *markers)
+    if newest is None:
+        raise UserError(
+            f"no finished run of {script} under {outputs}/: train one (python {script}), or name one with --runs"
+        )
+    return newest
+
+
+# ---- validation rows and the decision fitted on them ----------------------------------------------------------------
+
+
+def validation_rows(path: Path, cfg: TrainConfig, labels: labelling.Labels) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(ids, targets, logits (N, C)) of a run's val_predictions.csv. Raises UserError when it has none."""
+    where = str(path / "val_predictions.csv")
+    rows = files.read_rows(where, "runs")
+    columns = [f"logit_{value}" for value in labels.values] or ["prediction"]
+    missing = [column for column in ("id", "label", *columns) if column not in rows[0]]
+    if missing:
+        raise Untrusted(f"{where}: no column {', '.join(missing)}")
+    logits = [labelling.encode_numbers([row[column] for row in rows], where) for column in columns]
+    flat = replace(cfg, label_column="label", label_columns=())
+    targets = labelling.encode_targets(flat, rows, labels, where)
+    if cfg.task != "regression":
+        targets = targets.astype(np.int64)
+    return [row["id"] for row in rows], targets, np.stack(logits, axis=1)
+
+
+def read_decision(path: Path, task: str, classes: int) -> decide.Decision | None:
+    """The decision of a run, None where it has none. Raises Untrusted for a file that is not one of this run's."""
+    try:
+        decision = decide.Decision.from_json((path / "decision.json").read_text(encoding="utf-8"))
+        if (decision.task, decision.classes) != (task, classes):
+            got = f"{decision.classes} classes of {decision.task}"
+            raise ValueError(f"it is of {got}, expected {classes} of {task}")
+        return decision
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as e:
+        raise Untrusted(f"{path / 'decision.json'}: {e}") from None
+
+
+def fit_decision(cfg: TrainConfig, run: Path, logits: np.ndarray, labels: np.ndarray, world: ddp.World) -> dict:
+    """Fit thresholds and calibration on the validation logits, and keep them in the run.
+
+    Returns scores without and with them, cross-fitted over 5 folds: no row is decided by a fit on its own label.
+    Nothing for a regression, or where there are too few rows.
     """
     if cfg.task == "regression" or len(labels) < 10:
         return {}
     targets, kind = labels.astype(np.int64), threshold_kind(cfg)
-    fitted_on = "out-of-fold" if cfg.folds and cfg.fold == "all" else "validation"
-    decision = decide.fit_decision(cfg.task, logits, targets, kind, fitted_on)
+    out_of_fold = cfg.folds and cfg.fold in (-1, "all")
+    decision = decide.fit_decision(cfg.task, logits, targets, kind, "out-of-fold" if out_of_fold else "validation")
     scores, _, _ = decide.cross_fitted(cfg.task, logits, targets, seed=cfg.seed, kind=kind)
     if world.rank == 0:
         checkpoint.write_atomic(run / "decision.json", decision.to_json())
-    for name, values in scores.items():
-        when = "argmax or probability 0.5" if name == "before" else "thresholds and calibration of the other folds"
-        ddp.say(world, f"{when}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+    titles = ("plain argmax or probability 0.5", "thresholds and calibration, cross-fitted over 5 folds")
+    for title, values in zip(titles, scores.values(), strict=True):
+        ddp.say(world, f"{title}: " + ", ".join(f"{score} {value:.4f}" for score, value in values.items()))
     return {"undecided": scores["before"], "decided": scores["after"]}
-
-
-def find_run(cfg) -> Path:
-    """The run named first by --runs, or the newest finished one. Raises UserError when there is none."""
-    if cfg.runs:
-        return Path(cfg.runs[0])
-    one, facts = ("cpt", ("config.json", "labels.json")) if cfg.generate else ("train", ("labels.json",))
-    newest = checkpoint.newest_finished(cfg.outputs, *facts)
-    if newest is None:
-        found = f"no finished run of {one}.py under {cfg.outputs}/"
-        raise UserError(f"{found}: train one (python {one}.py), or name one with --runs")
-    return newest

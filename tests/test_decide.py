@@ -1,4 +1,4 @@
-"""From logits to decisions: weights, thresholds, calibration, ensembles, the alarm for scores that cannot be right."""
+"""From logits to decisions: weights, thresholds, calibration, the alarm for scores that cannot be right."""
 
 import json
 import warnings
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import calibrate
 import decide
-import ensemble
 import evaluate
 import losses
 import tables
@@ -596,16 +595,6 @@ def test_json_that_is_no_decision_is_refused():
         (lambda: calibrate.f1_threshold([0.0, np.inf], [0, 1]), "1 of 2 rows that are not finite"),
         (lambda: calibrate.fit_platt([0.0, 1.0], [0]), "labels: got shape"),
         (lambda: decide.cross_fitted("single_label", [[0.0, 1.0]], [0]), "got 1 rows and 5 folds"),
-        (lambda: ensemble.ensemble([], "mean_prob"), "got members of shapes"),
-        (lambda: ensemble.ensemble([np.zeros((2, 2)), np.zeros((3, 2))], "mean_prob"), r"\(2, 2\), \(3, 2\)"),
-        (lambda: ensemble.ensemble([[[0.0, np.nan]]], "mean_prob"), "finite logits"),
-        (lambda: ensemble.ensemble([[[0.0, 1.0]]], "median"), "got 'median'"),
-        (lambda: ensemble.ensemble([[[0.0, 1.0]]], "weighted"), "takes weights"),
-        (lambda: ensemble.ensemble([[[0.0, 1.0]]], "rank", [1.0]), "takes weights"),
-        (lambda: ensemble.ensemble([[[0.0, 1.0]]] * 2, "weighted", [0.5, 0.6]), "sum to 1"),
-        (lambda: ensemble.ensemble([[[0.0, 1.0]]] * 2, "weighted", [-0.5, 1.5]), "0 or more"),
-        (lambda: ensemble.ensemble([[[0.0, 1.0]]] * 2, "weighted", [1.0]), "expected 2 numbers"),
-        (lambda: ensemble.fit_weights([[[0.0, 1.0]]], [0, 1], "single_label"), "labels: got shape"),
     ],
 )
 def test_errors_say_what_was_got_and_expected(call, message):
@@ -617,126 +606,3 @@ def test_a_decision_refuses_logits_of_another_width():
     decision = decide.fit_decision("multi_label", *rows_of("multi_label"))
     with pytest.raises(ValueError, match=r"got shape \(3, 5\), expected \(N, 4\)"):
         decide.apply(decision, np.zeros((3, 5)))
-
-
-# ---- ensembles ------------------------------------------------------------------------------------------------------
-
-
-def probabilities(task, z):
-    return calibrate.softmax(z) if task == "single_label" else 1 / (1 + np.exp(-z))
-
-
-def loss_of(task, z, y):
-    return single_loss(z, y) if task == "single_label" else float(np.logaddexp(0, np.where(y, -z, z)).mean())
-
-
-def members_of(task, classes, seed, rows=80, count=3):
-    """Members that saw the labels through noise of different strengths."""
-    z, y = rows_of(task, rows=rows, classes=classes, seed=seed)
-    rng = np.random.default_rng(seed + 1)
-    return [z * rng.uniform(0.2, 2) + rng.normal(size=z.shape) * rng.uniform(0, 4) for _ in range(count)], y
-
-
-@pytest.mark.parametrize("task, classes", [("single_label", 2), ("single_label", 4), ("multi_label", 3)])
-def test_ensembles_are_the_means_their_names_say(task, classes):
-    members, _ = members_of(task, classes, 0)
-    np.testing.assert_allclose(ensemble.ensemble(members, "mean_logit", task=task), np.mean(members, axis=0))
-    each = np.array([probabilities(task, z) for z in members])
-    got = probabilities(task, ensemble.ensemble(members, "mean_prob", task=task))
-    np.testing.assert_allclose(got, each.mean(axis=0), rtol=1e-9)
-    weights = np.array([0.7, 0.0, 0.3])
-    got = probabilities(task, ensemble.ensemble(members, "weighted", weights, task))
-    np.testing.assert_allclose(got, np.tensordot(weights, each, 1), rtol=1e-9)
-    for how in ("mean_logit", "mean_prob"):  # one member is itself, up to a row's shift, however large
-        alone, big = ensemble.ensemble([members[0] * 1e3], how, task=task), members[0] * 1e3
-        shift = (alone - big)[:, :1] if task == "single_label" else 0
-        np.testing.assert_allclose(alone - shift, big, atol=1e-8)
-
-
-def test_rank_ensemble_is_the_mean_of_midranks():
-    rank = pytest.importorskip("scipy.stats").rankdata
-    members, _ = members_of("multi_label", 3, 1)
-    members[1] = np.round(members[1])  # ties
-    want = np.mean([(rank(z, axis=0) - 0.5) / 80 for z in members], axis=0)
-    got = probabilities("multi_label", ensemble.ensemble(members, "rank", task="multi_label"))
-    np.testing.assert_allclose(got, want, rtol=1e-12)
-    two, _ = members_of("single_label", 2, 1)
-    want = np.mean([(rank(z[:, 1] - z[:, 0]) - 0.5) / 80 for z in two], axis=0)
-    np.testing.assert_allclose(calibrate.softmax(ensemble.ensemble(two, "rank"))[:, 1], want, rtol=1e-9)
-    assert (ensemble.ensemble([z[:1] for z in members], "rank", task="multi_label") == 0).all(), "one row has no rank"
-
-
-MAPS = [lambda x: x**3 + 2 * x, lambda x: np.arctan(x), lambda x: 5 * x - 3, lambda x: np.exp(x / 9)]
-
-
-@QUICK
-@given(SEEDS, st.lists(st.sampled_from(MAPS), min_size=9, max_size=9))
-def test_rank_ensemble_is_blind_to_increasing_maps(seed, maps):
-    members, _ = members_of("multi_label", 3, seed, rows=25)
-    members = [np.round(z, 2) for z in members]  # far enough apart to stay distinct, some tied
-    before = ensemble.ensemble(members, "rank", task="multi_label")
-    mapped = [np.stack([maps[3 * m + c](z[:, c]) for c in range(3)], axis=1) for m, z in enumerate(members)]
-    np.testing.assert_array_equal(ensemble.ensemble(mapped, "rank", task="multi_label"), before)
-    two = [z[:, :2] for z in members]
-    margins = [np.round(z[:, 1] - z[:, 0], 2) for z in two]
-    plain = ensemble.ensemble([np.stack([0 * d, d], axis=1) for d in margins], "rank")
-    shifted = [np.stack([0 * d, maps[m](d)], axis=1) for m, d in enumerate(margins)]
-    np.testing.assert_array_equal(ensemble.ensemble(shifted, "rank"), plain)
-
-
-@QUICK
-@given(SEEDS, st.sampled_from([("single_label", 2), ("single_label", 4), ("multi_label", 3)]), st.integers(1, 5))
-def test_fitted_weights_are_never_worse_than_the_best_member(seed, case, count):
-    task, classes = case
-    members, y = members_of(task, classes, seed, count=count)
-    weights = ensemble.fit_weights(members, y, task)
-    assert weights.shape == (count,) and (weights >= 0).all() and weights.sum() == pytest.approx(1)
-    fitted = loss_of(task, ensemble.ensemble(members, "weighted", weights, task), y)
-    assert fitted <= min(loss_of(task, z, y) for z in members) + 1e-14
-    rng = np.random.default_rng(seed)
-    for other in [np.full(count, 1 / count), *rng.dirichlet(np.ones(count), 20)]:
-        assert fitted <= loss_of(task, ensemble.ensemble(members, "weighted", other, task), y) + 1e-8
-
-
-def test_fitted_weights_find_the_optimum_of_scipy():
-    minimize = pytest.importorskip("scipy.optimize").minimize
-    for task, classes in (("single_label", 4), ("multi_label", 3)):
-        z, y = rows_of(task, rows=600, classes=classes, scale=1.0)
-        rng = np.random.default_rng(5)
-        members = [z + rng.normal(size=z.shape) * 1.5 for _ in range(4)]
-        got = ensemble.fit_weights(members, y, task)
-
-        def loss(free, members=members, task=task, y=y):
-            weights = np.append(free, 0)
-            weights = np.exp(weights - weights.max())
-            return loss_of(task, ensemble.ensemble(members, "weighted", weights / weights.sum(), task), y)
-
-        best = minimize(loss, np.zeros(3), tol=1e-12)
-        want = np.append(best.x, 0)
-        want = np.exp(want - want.max()) / np.exp(want - want.max()).sum()
-        np.testing.assert_allclose(got, want, atol=2e-3)
-        fitted = loss_of(task, ensemble.ensemble(members, "weighted", got, task), y)
-        assert fitted <= best.fun + 1e-8
-        assert fitted < min(loss_of(task, m, y) for m in members) - 0.01, "a mixture is better than each here"
-
-
-def test_fitted_weights_at_the_edges():
-    members, y = members_of("single_label", 4, 2)
-    assert ensemble.fit_weights(members[:1], y, "single_label").tolist() == [1]
-    assert ensemble.fit_weights([members[0]] * 3, y, "single_label").tolist() == [1, 0, 0], (
-        "equal members: one is enough"
-    )
-    perfect = np.eye(4)[y] * 50
-    assert ensemble.fit_weights([members[0], perfect], y, "single_label").tolist() == [0, 1]
-    sure_and_wrong = np.eye(4)[(y + 1) % 4] * 1e5  # its probabilities underflow to 0
-    assert ensemble.fit_weights([sure_and_wrong, members[0]], y, "single_label").tolist() == [0, 1]
-    half = np.arange(len(y)) < 40
-    a, b = np.where(half[:, None], perfect, sure_and_wrong), np.where(half[:, None], sure_and_wrong, perfect)
-    np.testing.assert_allclose(ensemble.fit_weights([a, b], y, "single_label"), 0.5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        weights = ensemble.fit_weights([*members, sure_and_wrong], y, "single_label")
-    np.testing.assert_allclose(weights[:3], ensemble.fit_weights(members, y, "single_label"), atol=1e-3)
-    assert weights[3] == 0, "a hopeless member is dropped, without a warning"
-    constant = [np.zeros((5, 2)), np.zeros((5, 2))]
-    assert ensemble.fit_weights(constant, np.zeros((5, 2)), "multi_label").sum() == 1

@@ -15,7 +15,6 @@ from test_ddp import forked, forks, run_of, shas, start, toy_flags, write_rows
 import bootstrap
 import configs
 import decide
-import ensemble
 import files
 import infer
 import metrics
@@ -177,26 +176,6 @@ def test_a_family_predicts_the_mean_of_its_runs(family, tmp_path):
     assert told["rows"] == 58
     once = trained.load_run(family).predict([judged.rows[0]["Question"]])[0]
     np.testing.assert_allclose(once["logits"], logits[0], atol=1e-5)
-
-
-def test_families_are_weighed_on_their_out_of_fold_rows(family, tmp_path, small_base):
-    other = train.main(toy_flags(tmp_path, small_base, folds=3, seed=0, lr=1e-2, **QUICK))["run"]
-    cfg, labels, judged = facts_of(family)
-    known = [trained.validation_rows(Path(r), cfg, labels)[2] for r in (family, other)]
-    weights = ensemble.fit_weights(known, judged.labels, "single_label")
-    loss = [
-        metrics.of_task("single_label", z, judged.labels)["log_loss"]
-        for z in (ensemble.ensemble(known, "weighted", weights), *known)
-    ]
-    assert loss[0] <= min(loss[1:]) + 1e-12
-    target = tmp_path / "w.csv"
-    flags = ["--runs", str(family), other, "--ensemble", "weighted", "--input", cfg.train_data, "--submission", ""]
-    infer.main([*flags, "--output", str(target)])
-    z = [trained.load_run(r).logits(judged.rows)[0] for r in (family, other)]
-    both = ensemble.ensemble(z, "weighted", weights).astype(np.float32)
-    fitted = decide.fit_decision("single_label", ensemble.ensemble(known, "weighted", weights), judged.labels, "none")
-    shares = [[float(r[f"probability_{c}"]) for c in range(8)] for r in files.read_rows(str(target), "x")]
-    np.testing.assert_allclose(shares, decide.calibrated(both, fitted), atol=1e-6)
 
 
 def test_one_run_is_exported_or_merged_never_a_family(family, tmp_path):

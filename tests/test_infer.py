@@ -75,7 +75,7 @@ def test_named_columns_row_index_limit_and_the_kept_output(fitted, rows, tmp_pat
     assert read(tmp_path / "out.csv.previous") == nine
 
 
-def test_empty_texts_are_scored_and_told(fitted, rows, tmp_path, capsys):
+def test_empty_texts_are_scored_with_a_warning(fitted, rows, tmp_path, capsys):
     given = read(rows)
     given[4]["Question"], given[7]["Question"] = "", "  \n"
     with open(tmp_path / "gaps.csv", "w", newline="") as f:
@@ -169,7 +169,7 @@ def test_a_broken_best_falls_back_with_a_warning(fitted, rows, tmp_path, capsys)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     flags = ["--runs", str(run), "--input", str(rows), "--output", str(tmp_path / "o.csv")]
     assert infer.main(flags)["rows"] == 31
-    assert "falling back to the save before it" in capsys.readouterr().err
+    assert "falling back to the previous save" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import checkpoint
 import checks
 import configs
 import decide
-import ensemble
 import files
 import infer
 import labelling
@@ -291,70 +290,3 @@ def test_the_preset_has_the_published_values():
     }  # fmt: skip
     assert {name: getattr(cfg, name) for name in want} == want
     checks.check(cfg)
-
-
-# ---- ensembles ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def three(small_base, tmp_path_factory) -> tuple[list[str], Path]:
-    """Runs of three seeds of the weights on the same validation rows."""
-    out = tmp_path_factory.mktemp("three")
-    path, rest = write_rows(out / "rows.jsonl", rows=80), write_rows(out / "val.jsonl", rows=40)
-    flags = [flags_of(out, small_base, path, val_data=rest, val_size=None, max_steps=9, seed=s) for s in (1, 2, 3)]
-    return [train.main(f)["run"] for f in flags], path
-
-
-def predicted(flags: list[str], target: Path) -> tuple[dict, np.ndarray]:
-    told = infer.main([*flags, "--output", str(target), "--submission", ""])
-    rows = files.read_rows(str(target), "input")
-    return told, np.array([[float(r[f"probability_{n}"]) for n in NAMES] for r in rows])
-
-
-@pytest.mark.parametrize("how", ["mean_logit", "mean_prob", "rank", "weighted"])
-def test_an_ensemble_is_that_of_its_members_logits(three, tmp_path, how):
-    runs, path = three
-    told, shares = predicted(["--runs", *runs, "--input", str(path), "--ensemble", how], tmp_path / "o.jsonl")
-    rows = files.read_rows(str(path), "input")
-    logits = [trained.load_run(r).logits(rows)[0] for r in runs]
-    cfg, labels = trained.run_facts(Path(runs[0]))
-    known = [trained.validation_rows(Path(r), cfg, labels) for r in runs]
-    weights = ensemble.fit_weights([k[2] for k in known], known[0][1], "multi_label") if how == "weighted" else None
-    z = ensemble.ensemble(logits, how, weights, "multi_label").astype(np.float32)
-    both = ensemble.ensemble([k[2] for k in known], how, weights, "multi_label")
-    plain, fitted = decide.plain("multi_label", 3), decide.fit_decision("multi_label", both, known[0][1], "global")
-    np.testing.assert_allclose(shares, decide.calibrated(z, plain if how == "rank" else fitted), atol=1e-6)
-    assert told["rows"] == 80
-
-
-def test_a_csv_of_another_system_is_a_member(three, tmp_path):
-    runs, path = three
-    alone, shares = predicted(["--runs", runs[1], "--input", str(path)], tmp_path / "one.jsonl")
-    z = trained.load_run(runs[1]).logits(files.read_rows(str(path), "input"))[0].astype(np.float64)
-    for name, values in (("logit", z), ("probability", 1 / (1 + np.exp(-z)))):
-        with open(tmp_path / "other.csv", "w", encoding="utf-8", newline="") as f:
-            writer = csv.writer(f)
-            writer.writerow(["id", *(f"{name}_{n}" for n in NAMES)])
-            writer.writerows([i, *map(repr, map(float, row))] for i, row in reversed(list(enumerate(values))))
-        members = ["--runs", runs[0], str(tmp_path / "other.csv"), "--input", str(path)]
-        _, got = predicted(members, tmp_path / "o.jsonl")
-        first = trained.load_run(runs[0]).logits(files.read_rows(str(path), "input"))[0]
-        np.testing.assert_allclose(got, 1 / (1 + np.exp(-(first + z) / 2)), atol=1e-5)
-        with pytest.raises(UserError, match="not validated on the same rows"):
-            infer.main([*members, "--ensemble", "weighted"])
-    (tmp_path / "other.csv").write_text("id,logit_algebra,logit_geometry,logit_rare\n0,1,2,3\n")
-    with pytest.raises(UserError, match="79 of 80 ids are not in it"):
-        infer.main(["--runs", runs[0], str(tmp_path / "other.csv"), "--input", str(path)])
-
-
-def test_members_must_fit_together(three, done, small_base, tmp_path):
-    runs, path = three
-    other = train.main(toy_flags(tmp_path, small_base, max_steps=2, eval_every=2))["run"]
-    for flags, words in (
-        (["--runs", runs[0], other], "its task or labels are not those"),
-        (["--runs", runs[0], runs[0]], "stands twice"),
-        (["--runs", runs[0], "--ensemble", "rank"], "--ensemble has no effect on one run"),
-        (["--runs", *runs, "--export", str(tmp_path / "e")], "--export takes one run"),
-    ):
-        with pytest.raises(UserError, match=words):
-            infer.main([*flags, "--input", str(path)])

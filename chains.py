@@ -1,0 +1,82 @@
+"""Runs that start from other runs (--init_from): what they take over, and whether their validation rows are unseen."""
+
+from pathlib import Path
+
+import audit
+import checkpoint
+import files
+import labelling
+import splits
+import trained
+from configs import TrainConfig
+from errors import Untrusted, UserError
+
+
+def start_from(path: Path, cfg: TrainConfig, labels: labelling.Labels, model) -> str:
+    """Give a new model the best adapter and head of another run (--init_from), strictly; returns a report.
+
+    Raises UserError where that run has other labels, another shape or another base.
+    """
+    other, other_labels = trained.run_facts(path)
+    save = checkpoint.trusted(path / "best") if "" in trained.members(path) else None
+    if save is None:
+        raise UserError(f"--init_from {path}: it holds no best/ save (of a family name one of its runs)")
+    if (other.task, other_labels.values) != (cfg.task, labels.values):
+        raise UserError(f"--init_from {path}: it has another task or other labels: {other.task} {other_labels.values}")
+    try:
+        trained.check_base(model, save.manifest["base"], cfg.base)
+        return f"starts from {save.folder}: {trained.read_classifier(save.folder, model)}"
+    except Untrusted as e:
+        raise UserError(f"--init_from {path}: it does not fit these settings: {e}") from None
+
+
+def chain(path: str) -> list[Path]:
+    """The runs that a run started from one after the other, oldest first, itself last; empty for an empty path."""
+    runs = []
+    while path and Path(path) not in runs:
+        runs.append(Path(path))
+        path = trained.run_facts(runs[-1])[0].init_from
+    return runs[::-1]
+
+
+def check_chain(cfg: TrainConfig, train: splits.Split, judges: splits.Split) -> str:
+    """Raise UserError where texts that judge this run were trained on by a run that it starts from (--init_from).
+
+    Returns a note on texts that it trains on again, or a warning where the earlier rows cannot be read any more.
+    """
+    own, judging, seen = normal_texts(cfg, train), normal_texts(cfg, judges), set()
+    for run in chain(cfg.init_from):
+        try:
+            learned, judged = texts_of(run, cfg)
+        except (OSError, ValueError) as e:
+            return f"warning: cannot check whether {run} was trained on validation rows of this run: {e}"
+        leaked = len(learned & judging)
+        if leaked and judged != judging:
+            raise UserError(
+                f"--init_from {run}: {leaked:,} validation rows of this run were trained on there: keep its split "
+                "(the same --val_data, or the same --val_size, --split_seed and --group_column)"
+            )
+        seen |= learned & own
+    return f"note: {len(seen):,} training rows were seen before by --init_from {cfg.init_from}" if seen else ""
+
+
+def texts_of(run: Path, cfg: TrainConfig) -> tuple[set[str], set[str]]:
+    """The texts that a run was trained on and those that judged it, read again and rendered as `cfg` does.
+
+    Raises UserError where the files are gone, or hold other rows or columns by now.
+    """
+    other, _ = trained.run_facts(run)
+    rows, val, _ = splits.read(other, lambda *words: None)
+    train, judges = splits.cut(other, rows, val, recorded=run)
+    recorded = {row["id"] for row in files.read_rows(str(run / "split.csv"), "init_from") if row["part"] == "train"}
+    if not recorded <= set(train.ids):
+        raise UserError(f"{other.train_data} has changed since")
+    columns = files.template_columns(cfg.text)
+    for part, path in ((train, other.train_data), (judges, other.val_data or other.train_data)):
+        files.need_columns(part.rows, columns, path, "init_from")
+    return normal_texts(cfg, train), normal_texts(cfg, judges)
+
+
+def normal_texts(cfg: TrainConfig, part: splits.Split) -> set[str]:
+    """The different texts of some rows, but for case and white space."""
+    return {audit.normal_form(text) for text in splits.texts(cfg, part.rows)}
