@@ -45,7 +45,7 @@ def subject(cfg) -> Subject:
     """
     if cfg.base or cfg.adapter:
         given = writer.of_base(cfg.base, cfg.adapter, cfg.quant)
-        mismatch = foreign.foreign(given.adapter, given.config.base)
+        mismatch = foreign.base_mismatch(given.adapter, given.config.base)
         if mismatch and not cfg.force:
             raise Degenerate(f"{mismatch}: nothing was scored (--force where it is the same model by another name)")
         same = ("prompt", "text", "label_words", "label_column", "id_column", "max_length")
@@ -56,7 +56,7 @@ def subject(cfg) -> Subject:
         labels = Labels(cfg.label_names, cfg.label_names)
         name = cfg.adapter or cfg.base
     else:
-        name = writer.find_run(cfg.runs, cfg.outputs, "train.py")
+        name = trained.find_run(cfg.runs, cfg.outputs)
         config, labels = trained.run_facts(name)
         if len(labels.values) != 2 or config.head != "label_words":
             raise UserError(f"run {name}: expected two classes and --head label_words, whose words an answer says")

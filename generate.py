@@ -159,7 +159,7 @@ def complete(cfg: GenerateConfig, given: set[str]) -> dict:
         name = cfg.adapter or cfg.base
         source = writer.of_base(cfg.base, cfg.adapter, cfg.quant)
     else:
-        name = writer.find_run(cfg.runs, cfg.outputs)
+        name = trained.find_run(cfg.runs, cfg.outputs, "cpt.py")
         source = writer.of_run(name)
         cfg = as_trained(cfg, given, source.config, name)
     precision, _ = numerics.choose_precision(cfg.precision, world.device)

@@ -20,17 +20,6 @@ from errors import UserError
 # ---- what is on disk: checked by headers, before any weight is loaded -----------------------------------------------
 
 
-def find_run(run: str, outputs: str, script: str = "cpt.py") -> Path:
-    """The named run, or the newest finished one of a script. Raises UserError when there is none."""
-    if run:
-        return Path(run)
-    markers = ("labels.json",) if script == "train.py" else ("config.json", "labels.json")  # that is there; that is not
-    newest = checkpoint.newest_finished(outputs, *markers)
-    if newest is None:
-        raise UserError(f"no finished run of {script} under {outputs}/: train one, or name one with --runs or --base")
-    return newest
-
-
 def of_run(run: Path) -> foreign.Given:
     """A run of cpt.py by its best save, or else its last.
 
@@ -42,9 +31,9 @@ def of_run(run: Path) -> foreign.Given:
     save = checkpoint.trusted(run / "best") or checkpoint.trusted(run / "last")
     if save is None:
         raise UserError(f"run {run}: it holds no save yet; continue it with python cpt.py --resume {run}")
-    if (save / "model.safetensors").exists():  # the whole base was trained: the save is a base itself
-        return _checked(replace(config, base=str(save), quant="none"), None)
-    return _checked(config, save)
+    if (save.folder / "model.safetensors").exists():  # the whole base was trained: the save is a base itself
+        return _checked(replace(config, base=str(save.folder), quant="none"), None)
+    return _checked(config, save.folder)
 
 
 def of_base(base: str, adapter: str = "", quant: str = "none") -> foreign.Given:
