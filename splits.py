@@ -474,7 +474,7 @@ def audit_rows(cfg: TrainConfig, labels: labelling.Labels, train: Split, val: Sp
     splits, known = splits + ["test"] * tested, known + [None] * tested
     names = [_name(cfg, name, *row) for name, part in parts.items() for row in zip(part.rows, part.ids, strict=True)]
     found = audit.audit(texts(cfg, rows), known, splits, near=cfg.audit == "near")
-    warnings, twice = audit.said(found, known, splits, names), len(found.duplicates) + len(found.near)
+    warnings, twice = audit.warnings_of(found, known, splits, names), len(found.duplicates) + len(found.near)
     if val is None and twice and not cfg.group_column:
         equal = f"{twice} groups of equal or nearly equal rows may stand in different folds"
         warnings.append(f"{equal}, which flatters their scores: keep such rows together with --group_column")
