@@ -196,7 +196,7 @@ def _fitted(task: str, z: Array, y: Array, kind: str) -> Decision:
 
 
 def _lines(cells: Array, targets: Array, least: int) -> Array:
-    """Platt's a > 0 and b (K, 2) of each column of cells (N, K); too few positives, or a slope below 0: of all cells."""
+    """Platt's a > 0 and b (K, 2) of columns (N, K); those with few positives, or a slope below 0, take that of all."""
     columns = zip(cells.T, targets.T, strict=True)
     lines = np.array([calibrate.fit_platt(*column) for column in columns])
     weak = (lines[:, 0] <= 0) | (targets.sum(axis=0) < least)

@@ -12,6 +12,7 @@ import checkpoint
 import decide
 import files
 import labelling
+import metrics
 import trained
 from configs import InferConfig
 from errors import UserError
@@ -60,15 +61,15 @@ def ensemble(
         return z.mean(axis=0)
     if how == "rank":
         if single:
-            z = (z - z[..., ::-1]) if z.shape[-1] == 2 else calibrate._log_softmax(z)
+            z = (z - z[..., ::-1]) if z.shape[-1] == 2 else metrics.log_softmax(z)
         ranks = np.apply_along_axis(_midranks, 1, z).mean(axis=0)
         return np.log(ranks) - (0 if single else np.log1p(-ranks))
     z, logs = z[share > 0], np.log(share[share > 0])[:, None, None]
 
     if single:
-        return np.logaddexp.reduce(calibrate._log_softmax(z) + logs, axis=0)
-    return np.logaddexp.reduce(calibrate._log_sigmoid(z) + logs, axis=0) - np.logaddexp.reduce(
-        calibrate._log_sigmoid(-z) + logs, axis=0
+        return np.logaddexp.reduce(metrics.log_softmax(z) + logs, axis=0)
+    return np.logaddexp.reduce(metrics.log_sigmoid(z) + logs, axis=0) - np.logaddexp.reduce(
+        metrics.log_sigmoid(-z) + logs, axis=0
     )
 
 
@@ -80,9 +81,9 @@ def fit_weights(members: Sequence[ArrayLike], labels: ArrayLike, task: str) -> n
     Never worse than the best member, which is returned alone unless the mixture is better.
     """
     z = _stacked(members)
-    y = calibrate._checked(task, z[0], labels)[1]
+    y = metrics.checked(task, z[0], labels)[1]
     single = task == "single_label"
-    log_p = calibrate._log_softmax(z)[:, np.arange(len(y)), y] if single else calibrate._log_sigmoid(np.where(y, z, -z))
+    log_p = metrics.log_softmax(z)[:, np.arange(len(y)), y] if single else metrics.log_sigmoid(np.where(y, z, -z))
     log_p = log_p.reshape(len(z), -1)  # (M, N) of what happened, or (M, N * C)
     top = log_p.max(axis=0)
     p = np.exp(log_p - top)  # one scale for all members of a row moves no weight

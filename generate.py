@@ -155,7 +155,7 @@ def generate_answers(cfg: InferConfig, path: Path, train_cfg, labels, world, row
     p = np.clip(scores, 1e-6, 1 - 1e-6)
     logits = np.stack([np.zeros(len(p)), np.log(p / (1 - p))], axis=1).astype(np.float32)
     if known is not None and len(good):
-        told = metrics.classification(logits[good], known[good])
+        told = metrics.of_task("single_label", logits[good], known[good])
         result["metrics"] = {k: round(v, 6) for k, v in told.items()}
         result["metrics"]["accuracy_all"] = round(told["accuracy"] * len(good) / len(rows), 6)  # malformed: wrong
         result |= evaluate.by_value(

@@ -80,9 +80,10 @@ def decided_metrics(run: trained.Run, logits: np.ndarray, known: np.ndarray) -> 
     if not decision or not decision.thresholds:
         return {"metrics": plain}
     if task == "multi_label":
-        return {"metrics": metrics.multilabel(logits, known, decision.thresholds), "undecided": plain}
+        scores = metrics.of_task(task, logits, known, predicted=logits > decision.thresholds)
+        return {"metrics": scores, "undecided": plain}
     shifted = logits - np.array([0.0, decision.thresholds[0]])  # then class 1 wins where z1 - z0 is above it
-    return {"metrics": metrics.classification(shifted, known), "undecided": plain}
+    return {"metrics": metrics.of_task(task, shifted, known), "undecided": plain}
 
 
 def write_output(

@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 
 import bootstrap
-import calibrate
 import checkpoint
 import checks
 import cli
@@ -648,8 +647,7 @@ def classes(page: Page, run: Run, spans: np.ndarray | None) -> None:
 def class_scores(run: Run, predicted: np.ndarray) -> np.ndarray:
     """(3, C) precision, recall and F1 of each class."""
     true, chosen = (metrics.one_hot(values, len(run.labels.names)) for values in (run.targets, predicted))
-    found = metrics._from_counts((true * chosen).sum(axis=0), chosen.sum(axis=0), true.sum(axis=0))
-    return np.stack([found[name] for name in ("precision", "recall", "f1")])
+    return np.stack(metrics.of_counts((true * chosen).sum(axis=0), chosen.sum(axis=0), true.sum(axis=0)))
 
 
 def calibration(page: Page, run: Run) -> None:
@@ -658,7 +656,7 @@ def calibration(page: Page, run: Run) -> None:
     for name, p in (("as trained", run.probabilities), ("calibrated", run.calibrated)):
         if p is not None:
             pair = (p.ravel(), run.targets.ravel()) if multi else (p.max(axis=1), p.argmax(axis=1) == run.targets)
-            series[f"{name} (ECE {calibrate.ece(*pair):.4f})"] = pair
+            series[f"{name} (ECE {metrics.ece(*pair):.4f})"] = pair
     words = "probability of a label", "share that has it", "cells (rows x labels)"
     words = words if multi else ("probability of the predicted class", "share that is right", "rows")
     said = "On the dashed line a probability is what it says. 15 bins; lines: 95% intervals (Wilson 1927); below: the "

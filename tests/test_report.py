@@ -450,64 +450,6 @@ def test_nothing_is_written_where_a_picture_cannot_be_drawn(tmp_path, monkeypatc
 # ---- the numbers ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "task, classes", [("single_label", 5), ("single_label", 2), ("multi_label", 4), ("regression", 1)]
-)
-@pytest.mark.parametrize("ties", [False, True])
-def test_weighted_metrics_are_those_of_the_repeated_rows(task, classes, ties):
-    targets, logits = drawn(task, 20, classes, 4)
-    logits = np.round(logits) if ties else logits
-    targets = (targets > 3).astype(float) if task == "regression" and ties else targets
-    predicted = trained.decided(task, None, logits)[0]
-    score = metrics.scorer(task, logits, targets, predicted, ranking=True)
-    weights = np.concatenate(list(bootstrap.resamples(20, 40, seed=1)))
-    weights[0] = 1
-    found = score(weights)
-    for i, w in enumerate(weights.astype(int)):
-        rows = np.repeat(np.arange(20), w)
-        want = metrics.of_task(task, logits[rows], targets[rows])
-        for name, values in found.items():
-            if name == "f1":
-                each = range(classes)
-                true, said = (v if v.ndim == 2 else np.eye(classes)[v] for v in (targets[rows], predicted[rows]))
-                counts = [metrics.confusion_matrix(true[:, k].astype(int), said[:, k].astype(int), 2) for k in each]
-                np.testing.assert_allclose(values[i], [metrics.per_class(c)["f1"][1] for c in counts])
-            elif name in want:
-                np.testing.assert_allclose(values[i], want[name], rtol=1e-6, atol=1e-7, err_msg=name)
-            else:
-                assert np.isnan(values[i]), name
-        assert set(want) - set(found) <= {"rows", "ece"}
-
-
-def test_resamples_are_those_of_metrics_however_they_are_cut(monkeypatch):
-    generator = np.random.default_rng(3)
-    want = [np.bincount(generator.integers(17, size=17), minlength=17) for _ in range(23)]
-    for block in (1, 17 * 5, 10**6):
-        monkeypatch.setattr(bootstrap, "BLOCK", block)
-        assert np.array_equal(np.concatenate(list(bootstrap.resamples(17, 23, 3))), want)
-
-
-def test_mcnemar_is_scipys():
-    stats = pytest.importorskip("scipy.stats")
-    for only_a, only_b in [(0, 0), (0, 1), (3, 9), (12, 12), (0, 24), (12, 13), (25, 0), (40, 22), (700, 900)]:
-        p, test = bootstrap.mcnemar(only_a, only_b)
-        if only_a + only_b < 25:
-            want = stats.binomtest(only_a, only_a + only_b, 0.5).pvalue if only_a + only_b else 1.0
-            assert test == "exact binomial"
-        else:
-            chi = max(0, abs(only_a - only_b) - 1) ** 2 / (only_a + only_b)
-            want = stats.chi2.sf(chi, 1)
-            assert test.startswith("chi-square")
-        assert p == pytest.approx(want, rel=1e-9) and bootstrap.mcnemar(only_b, only_a)[0] == p
-
-
-def test_wilson_is_scipys():
-    stats = pytest.importorskip("scipy.stats")
-    for hits, rows in [(0, 5), (3, 7), (50, 50), (1, 1000)]:
-        want = stats.binomtest(hits, rows).proportion_ci(method="wilson")
-        np.testing.assert_allclose(bootstrap.wilson(np.array([hits]), np.array([rows]))[:, 0], want, atol=1e-6)
-
-
 def test_counts_above_thresholds_are_plain_counts():
     rng = np.random.default_rng(0)
     p, y, grid = np.round(rng.random((50, 3)), 2), (rng.random((50, 3)) < 0.4).astype(int), np.linspace(0.1, 0.9, 9)
