@@ -296,12 +296,7 @@ def test_few_rows_and_short_texts():
     assert of_train(["half a \ud83d pair", "half A \ud83d pair", "\ud83d"]).duplicates == [[0, 1]]
 
 
-def test_bad_input_is_refused():
-    for columns in (["a"], ["x"], ["train", "test"]), (["a", "b"], ["x"], ["train"]), (["a"], [], ["train"]):
-        with pytest.raises(ValueError, match="expected as many of each"):
-            audit.audit(*columns)
-    with pytest.raises(ValueError, match="'dev'.*expected as many of each, and splits of train, validation, test"):
-        audit.audit(["a"], ["x"], ["dev"])
+def test_labels_and_splits_of_other_lengths_are_refused():
     with pytest.raises(ValueError):
         audit.label_counts(["x"], ["train", "test"], ["x"])
 
@@ -447,7 +442,7 @@ def test_length_table():
     assert len({len(line) for line in table.splitlines()}) == 1
 
 
-def test_what_is_said():
+def test_warnings_name_rows_and_give_advice():
     long = "Find the largest n for which the sum of the digits of n is prime, and show that there is no larger one."
     rows = [
         ("same", "x", "train"), ("same", "x", "train"), ("same", "x", "train"), ("Same", "y", "validation"),
