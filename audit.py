@@ -86,13 +86,21 @@ def audit(texts: list[str], labels: list, splits: list[str], near: bool = True) 
 
 
 def _conflicts(groups: Groups, labels: list) -> Groups:
-    return [group for group in groups if len({_key(labels[row]) for row in group} - {None}) > 1]
+    conflicts = []
+    for group in groups:
+        different = {_key(labels[row]) for row in group}
+        if len(different - {None}) > 1:
+            conflicts.append(group)
+    return conflicts
 
 
 def _leaks(groups: Groups, splits: list[str]) -> dict[str, Groups]:
-    leaks = {}
-    for a, b in combinations(SPLITS, 2):
-        leaks[f"{a}-{b}"] = [group for group in groups if {a, b} <= {splits[row] for row in group}]
+    leaks = {f"{a}-{b}": [] for a, b in combinations(SPLITS, 2)}
+    for group in groups:
+        present = {splits[row] for row in group}
+        for sides in leaks:
+            if present.issuperset(sides.split("-")):
+                leaks[sides].append(group)
     return leaks
 
 
@@ -114,7 +122,8 @@ def _near(texts: Sequence[str]) -> Groups:
 
     @cache
     def shingles(row: int) -> Array:
-        hashes = np.sort(_shingles([texts[row]])[0])
+        hashes, _ = _shingles([texts[row]])
+        hashes.sort()
         return hashes[np.append(True, hashes[1:] != hashes[:-1])]  # np.unique is ten times as slow
 
     for a, b in _candidates(signatures, width):
@@ -131,8 +140,9 @@ def _near(texts: Sequence[str]) -> Groups:
             if _jaccard(shingles(i), shingles(j)) < NEAR:
                 vain[[i, j]] += 1
                 continue
-            pair = group_of[[i, j]].tolist()
-            small, large = sorted(pair, key=lambda group: len(members[group]))
+            small, large = group_of[[i, j]].tolist()
+            if len(members[small]) > len(members[large]):
+                small, large = large, small
             group_of[members[small]] = large
             members[large] += members.pop(small)
     return [group for group in members.values() if len(group) > 1]
@@ -188,7 +198,8 @@ def _candidates(signatures: Array, width: int) -> Iterator[tuple[Array, Array]]:
 
 def _jaccard(a: Array, b: Array) -> float:
     """The similarity of two sets, each sorted."""
-    common = np.count_nonzero(b.take(np.searchsorted(b, a), mode="clip") == a)
+    nearest = b.take(np.searchsorted(b, a), mode="clip")
+    common = np.count_nonzero(nearest == a)
     return common / (len(a) + len(b) - common)
 
 
@@ -228,12 +239,13 @@ def length_table(lengths: Array, splits: list[str], max_length: int) -> str:
     """
     rows = [["tokens", "rows", "min", "median", "90%", "99%", "max", f"over {max_length}", "lost"]]
     for split in SPLITS:
-        own = np.asarray(lengths)[np.asarray(splits) == split]
+        own = lengths[np.asarray(splits) == split]
         if len(own) == 0:
             continue
         quantiles = np.quantile(own, (0, 0.5, 0.9, 0.99, 1), method="inverted_cdf")
-        counts = [len(own), *quantiles.astype(int), (own > max_length).sum()]
-        lost = np.maximum(own - max_length, 0).sum() / max(1, own.sum())
+        cut = np.maximum(own - max_length, 0)
+        counts = [len(own), *quantiles.astype(int), np.count_nonzero(cut)]
+        lost = cut.sum() / max(1, own.sum())
         rows.append([split, *(f"{count:,}" for count in counts), f"{lost:.2%}"])
     return "\n".join(aligned(rows))
 
@@ -263,11 +275,12 @@ def warnings_of(findings: Findings, labels: list, splits: list[str], rows_of: li
     for groups, finding, advice in kinds:
         if not groups:
             continue
-        examples = "; ".join(_examples(group, labels, splits, rows_of) for group in groups[:3])
+        examples = [_examples(group, labels, splits, rows_of) for group in groups[:3]]
         if len(groups) > 3:
-            examples += f"; and {len(groups) - 3:,} more"
-        count = f"{sum(map(len, groups)):,} rows in {len(groups):,} group{'s' if len(groups) > 1 else ''}"
-        lines.append(f"{count} {finding}: {examples}. {advice}")
+            examples.append(f"and {len(groups) - 3:,} more")
+        plural = "s" if len(groups) > 1 else ""
+        count = f"{sum(map(len, groups)):,} rows in {len(groups):,} group{plural}"
+        lines.append(f"{count} {finding}: {'; '.join(examples)}. {advice}")
     return lines
 
 

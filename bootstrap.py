@@ -10,16 +10,28 @@ from metrics import Array
 
 
 def intervals(
-    task: str, logits: Array, labels: Array, names: Sequence[str], samples: int = 1000, seed: int = 0
+    task: str,
+    logits: Array,
+    labels: Array,
+    names: Sequence[str],
+    samples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
     """95% percentile intervals of the named metrics of a task, all from the same resamples.
 
     A metric that less than half of the resamples define is left out.
     """
-    score = metrics.scorer(task, logits, labels, ranking=not set(metrics.RANKING).isdisjoint(names))
+    ranking = any(name in metrics.RANKING for name in names)
+    score = metrics.scorer(task, logits, labels, ranking=ranking)
     draws = bootstrap(score, len(labels), samples, seed)
-    spans = {name: interval(draws[name]) for name in names if name in draws}
-    return {name: tuple(span.tolist()) for name, span in spans.items() if not np.isnan(span).any()}
+    spans = {}
+    for name in names:
+        if name not in draws:
+            continue
+        low, high = interval(draws[name]).tolist()
+        if not math.isnan(low):
+            spans[name] = low, high
+    return spans
 
 
 def resamples(rows: int, samples: int, seed: int) -> Iterator[Array]:
@@ -27,7 +39,8 @@ def resamples(rows: int, samples: int, seed: int) -> Iterator[Array]:
     generator = np.random.default_rng(seed)
     for _ in range(samples):
         draw = generator.integers(rows, size=rows)
-        yield np.bincount(draw, minlength=rows)[None].astype(np.float64)
+        counts = np.bincount(draw, minlength=rows)
+        yield counts[None].astype(np.float64)
 
 
 def bootstrap(score: Callable, rows: int, samples: int, seed: int) -> dict[str, Array]:
@@ -35,13 +48,15 @@ def bootstrap(score: Callable, rows: int, samples: int, seed: int) -> dict[str, 
     draws = [score(weights) for weights in resamples(rows, samples, seed)]
     if not draws:
         return {}
-    return {name: np.concatenate([draw[name] for draw in draws]) for name in draws[0]}
+    names = draws[0]
+    return {name: np.concatenate([draw[name] for draw in draws]) for name in names}
 
 
 def interval(draws: Array) -> Array:
     """(2, ...) the 95% percentile interval of draws (S, ...); NaN where less than half of them are defined."""
     undefined = np.isnan(draws).mean(axis=0) > 0.5
-    ends = np.nanquantile(np.where(undefined, 0.0, draws), [0.025, 0.975], axis=0)
+    known = np.where(undefined, 0.0, draws)
+    ends = np.nanquantile(known, [0.025, 0.975], axis=0)
     return np.where(undefined, np.nan, ends)
 
 
@@ -51,8 +66,10 @@ def p_value(differences: Array) -> float:
     One is added to both counts (Davison and Hinkley 1997, 4.2): no p is below 2 / (S + 1).
     """
     known = differences[~np.isnan(differences)]
-    beyond = min((known <= 0).sum(), (known >= 0).sum())
-    return float(min(1.0, 2 * (beyond + 1) / (len(known) + 1)))
+    below = (known <= 0).sum()
+    above = (known >= 0).sum()
+    p = 2 * (min(below, above) + 1) / (len(known) + 1)
+    return float(min(1.0, p))
 
 
 def mcnemar(only_a: int, only_b: int) -> tuple[float, str]:
@@ -63,9 +80,11 @@ def mcnemar(only_a: int, only_b: int) -> tuple[float, str]:
     """
     n = only_a + only_b
     if n < 25:
-        tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+        least = min(only_a, only_b)
+        tail = sum(math.comb(n, k) for k in range(least + 1))
         return min(1.0, 2 * tail / 2**n), "exact binomial"
-    chi = max(0, abs(only_a - only_b) - 1) ** 2 / n
+    difference = abs(only_a - only_b)
+    chi = max(0, difference - 1) ** 2 / n
     return math.erfc(math.sqrt(chi / 2)), f"chi-square {chi:.2f}"
 
 

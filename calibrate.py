@@ -26,7 +26,8 @@ def probabilities(task: str, logits: Array) -> Array:
 def scores(task: str, logits: Array, predicted: Array, labels: Array) -> dict[str, float]:
     """What a decision can change: metrics of predictions and calibrated logits (N, C). f1: of class 1 of two."""
     p = probabilities(task, logits)
-    score = metrics.scorer(task, logits, labels, predicted, ranking=False)(np.ones((1, len(labels))))
+    once = np.ones((1, len(labels)))
+    score = metrics.scorer(task, logits, labels, predicted, ranking=False)(once)
     if task == "multi_label":
         plain = {name: score[name][0] for name in ("micro_f1", "macro_f1")}
         calibration = metrics.ece(p.ravel(), labels.ravel())
@@ -49,21 +50,21 @@ def best_f1(scores: Array, targets: Array) -> float:
     steps = np.flatnonzero(np.diff(scores[order]))
     last = np.append(steps, len(scores) - 1)  # row of each distinct score
     hits = np.cumsum(targets[order])[last]
-    return float((2 * hits / (last + 1 + targets.sum())).max())
+    sizes = last + 1 + targets.sum()
+    return float((2 * hits / sizes).max())
 
 
 def fit_thresholds(log_odds: Array, targets: Array, kind: str) -> Array:
     """Thresholds (C,) on calibrated log-odds (N, C) against targets (N, C) of 0 and 1; predicted where they are above.
 
-    none: 0, a probability of 0.5. Else half of the best F1 that any cut reaches, as a probability: optimal where
-    probabilities are calibrated, and less noisy than the place of that cut (Lipton et al. 2014, arXiv:1402.1892).
+    Half of the best F1 that any cut reaches, as a probability: optimal where probabilities are calibrated, and less
+    noisy than the place of that cut (Lipton et al. 2014, arXiv:1402.1892).
     global: the micro-F1 of all cells with one cut; per_class: each label's own F1, for labels with fewer than LEAST
     positives the global one. NEVER where nothing is positive.
     """
     classes = targets.shape[1]
-    if kind == "none":
-        return np.zeros(classes)
-    best = np.full(classes, best_f1(log_odds.ravel(), targets.ravel()))
+    shared = best_f1(log_odds.ravel(), targets.ravel())
+    best = np.full(classes, shared)
     if kind == "per_class":
         for c in np.flatnonzero(targets.sum(axis=0) >= LEAST):
             best[c] = best_f1(log_odds[:, c], targets[:, c])
@@ -118,7 +119,8 @@ def fit_platt(scores: Array, targets: Array) -> tuple[float, float]:
     centre, scale = scores[0], 1.0
     if np.ptp(scores) > 0:
         centre, scale = scores.mean(), scores.std()
-    x = np.stack([(scores - centre) / scale, np.ones(rows)])  # (2, N)
+    standardized = (scores - centre) / scale
+    x = np.stack([standardized, np.ones(rows)])  # (2, N)
 
     def loss(line):
         z = line @ x
@@ -126,14 +128,17 @@ def fit_platt(scores: Array, targets: Array) -> tuple[float, float]:
 
     line = np.array([0.0, math.log((positives + 1) / (negatives + 1))])
     for _ in range(100):
-        p = np.exp(metrics.log_sigmoid(line @ x))
+        p = np.exp(metrics.log_sigmoid(line @ x))  # (N,)
         gradient = x @ (p - smoothed) / rows
         if np.abs(gradient).max() < 1e-11:
             break
-        hessian = (x * p * (1 - p)) @ x.T / rows + 1e-12 * np.eye(2)
-        step = -np.linalg.solve(hessian, gradient)
+        hessian = (x * p * (1 - p)) @ x.T / rows
+        step = -np.linalg.solve(hessian + 1e-12 * np.eye(2), gradient)
         value = loss(line)
-        while loss(line + step) > value + 1e-4 * (gradient @ step) and np.abs(step).max() > 1e-12:
+        while np.abs(step).max() > 1e-12:
+            if loss(line + step) <= value + 1e-4 * (gradient @ step):
+                break
             step = step / 2
         line = line + step
-    return float(line[0] / scale), float(line[1] - line[0] * centre / scale)
+    slope, shift = line
+    return float(slope / scale), float(shift - slope * centre / scale)

@@ -43,8 +43,10 @@ class Decision:
         lines = self.classes if multi else int(self.classes == 2)
         cuts = lines if multi or self.thresholds else 0
         numbers = [self.temperature, *self.thresholds]
-        for group in (*self.platt, *map(dict.values, self.scores.values())):
-            numbers += group
+        for line in self.platt:
+            numbers += line
+        for scores in self.scores.values():
+            numbers += scores.values()
         finite = [type(number) in (int, float) and math.isfinite(number) for number in numbers]
         rules = [  # field, whether it is right, what is expected
             ("task", self.task in calibrate.TASKS, f"one of {', '.join(calibrate.TASKS)}"),
@@ -65,7 +67,9 @@ class Decision:
 
     def to_json(self) -> str:
         """One field a line."""
-        lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in asdict(self).items()]
+        lines = []
+        for key, value in asdict(self).items():
+            lines.append(f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}")
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
@@ -88,7 +92,8 @@ class Decision:
         if not 0 < probability < 1:
             raise ValueError(f"threshold: got {probability}, expected a probability in (0, 1)")
         log_odds = math.log(probability / (1 - probability))
-        return replace(self, kind="given", thresholds=[(log_odds - b) / a for a, b in self.platt])
+        thresholds = [(log_odds - b) / a for a, b in self.platt]
+        return replace(self, kind="given", thresholds=thresholds)
 
 
 def plain(task: str, classes: int) -> Decision:
@@ -96,8 +101,9 @@ def plain(task: str, classes: int) -> Decision:
     lines, thresholds = int(classes == 2), []
     if task == "multi_label":
         lines, thresholds = classes, [0.0] * classes
+    platt = [[1.0, 0.0]] * lines
     empty = {"before": {}, "after": {}}
-    return Decision(task, classes, "none", thresholds, 1.0, [[1.0, 0.0]] * lines, "nothing", 1, empty)
+    return Decision(task, classes, "none", thresholds, 1.0, platt, "nothing", 1, empty)
 
 
 def apply(decision: Decision, logits: Array) -> tuple[Array, Array]:
@@ -119,10 +125,11 @@ def _decide(decision: Decision, logits: Array) -> tuple[Array, Array]:
     margin = _margin(decision.task, z)
     slopes, shifts = np.array(decision.platt).T
     line = margin * slopes + shifts
-    above = (margin > decision.thresholds).astype(np.int64) if decision.thresholds else predicted
+    if decision.thresholds:
+        predicted = (margin > decision.thresholds).astype(np.int64)
     if decision.task == "multi_label":
-        return above, line
-    return above.reshape(len(z)), np.hstack([0 * line, line])
+        return predicted, line
+    return predicted.reshape(len(z)), np.hstack([0 * line, line])
 
 
 def _margin(task: str, z: Array) -> Array:
@@ -142,7 +149,8 @@ def fit_decision(
     """
     z, y = metrics.checked(task, logits, labels)
     decision = _fitted(task, z, y, kind)
-    scores = _before_and_after(task, z, y, *_decide(decision, z))
+    predicted, calibrated = _decide(decision, z)
+    scores = _before_and_after(task, z, y, predicted, calibrated)
     return replace(decision, fitted_on=fitted_on, rows=len(z), scores=scores)
 
 
@@ -155,13 +163,12 @@ def cross_fitted(
     what the thresholds give on new rows. At most one fold a row; ValueError for a single row.
     """
     z, y = metrics.checked(task, logits, labels)
-    rows = np.arange(len(z))
     if len(z) == 1:
         raise ValueError("cross_fitted: got 1 row, expected two or more")
     order = np.random.default_rng(seed).permutation(len(z))
     predicted, calibrated = np.zeros_like(y), np.zeros_like(z)
     for held_out in np.array_split(order, min(FOLDS, len(z))):
-        others = np.setdiff1d(rows, held_out)
+        others = np.setdiff1d(order, held_out)
         decision = _fitted(task, z[others], y[others], kind)
         predicted[held_out], calibrated[held_out] = _decide(decision, z[held_out])
     scores = _before_and_after(task, z, y, predicted, calibrated)
@@ -169,10 +176,9 @@ def cross_fitted(
 
 
 def _before_and_after(task: str, z: Array, y: Array, predicted: Array, calibrated: Array) -> dict:
-    return {
-        "before": calibrate.scores(task, z, None, y),
-        "after": calibrate.scores(task, calibrated, predicted, y),
-    }
+    before = calibrate.scores(task, z, None, y)
+    after = calibrate.scores(task, calibrated, predicted, y)
+    return {"before": before, "after": after}
 
 
 def _fitted(task: str, z: Array, y: Array, kind: str) -> Decision:
@@ -204,6 +210,7 @@ def _lines(cells: Array, targets: Array, least: int) -> Array:
         slope, shift = calibrate.fit_platt(cells.ravel(), targets.ravel())
         if slope <= 0:  # the scores know nothing: nearly the share of positives for every cell
             positives = targets.sum()
-            slope, shift = 1e-6, math.log((positives + 1) / (targets.size - positives + 1))
+            negatives = targets.size - positives
+            slope, shift = 1e-6, math.log((positives + 1) / (negatives + 1))
         lines[weak] = slope, shift
     return lines

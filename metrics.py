@@ -61,13 +61,15 @@ def one_hot(values: Array, classes: int) -> Array:
 def softmax(logits: Array) -> Array:
     """(..., C) logits -> probabilities in float64."""
     z = logits.astype(np.float64)
-    powers = np.exp(z - z.max(axis=-1, keepdims=True))
+    top = z.max(axis=-1, keepdims=True)
+    powers = np.exp(z - top)
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def log_softmax(logits: Array) -> Array:
     """(..., C) logits -> log-probabilities."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
+    top = logits.max(axis=-1, keepdims=True)
+    shifted = logits - top
     total = np.exp(shifted).sum(axis=-1, keepdims=True)
     return shifted - np.log(total)
 
@@ -95,7 +97,8 @@ def ece(probabilities: Array, correct: Array, weights: Array | float = 1.0) -> f
     """
     weights = weights * np.ones(len(probabilities))
     bins = np.ceil(probabilities * 15).astype(int) - 1
-    gaps = np.bincount(bins.clip(0, 14), weights * (correct - probabilities), minlength=15)
+    gaps = weights * (correct - probabilities)
+    gaps = np.bincount(bins.clip(0, 14), gaps, minlength=15)  # rows * (accuracy - mean probability)
     return float(np.abs(gaps).sum() / weights.sum())
 
 
@@ -103,10 +106,10 @@ def brier(probabilities: Array, labels: Array) -> float:
     """Brier score (1950) of probabilities (N, C): for class ids (N,) the squared errors summed over classes, from 0 to
     2, mean over rows; for 0 and 1 (N, C) their mean over cells, from 0 to 1.
     """
-    classes = probabilities.shape[1]
-    squares = (probabilities - one_hot(labels, classes)) ** 2
-    cells = 1 if labels.ndim == 2 else classes
-    return float(squares.mean() * cells)
+    squares = (probabilities - one_hot(labels, probabilities.shape[1])) ** 2
+    if labels.ndim == 1:
+        squares = squares.sum(axis=1)
+    return float(squares.mean())
 
 
 # ---- precision, recall, F1 ------------------------------------------------------------------------------------------
@@ -193,17 +196,29 @@ def average_precision(scores: Array, labels: Array) -> float:
 
 
 def of_task(
-    task: str, logits: Array, labels: Array, ranking: bool = True, predicted: Array | None = None
+    task: str,
+    logits: Array,
+    labels: Array,
+    ranking: bool = True,
+    predicted: Array | None = None,
 ) -> dict[str, float]:
     """The metrics of a task that the rows define, and the number of rows; see `scorer`."""
     rows = len(labels)
-    scores = scorer(task, logits, labels, predicted, ranking)(np.ones((1, rows)))
-    scores.pop("f1", None)
-    known = {name: float(value[0]) for name, value in scores.items() if not np.isnan(value[0])}
+    score = scorer(task, logits, labels, predicted, ranking)
+    known = {}
+    for name, values in score(np.ones((1, rows))).items():
+        if name != "f1" and not np.isnan(values[0]):
+            known[name] = float(values[0])
     return known | {"rows": rows}
 
 
-def scorer(task: str, logits: Array, targets: Array, predicted: Array | None = None, ranking: bool = True) -> Callable:
+def scorer(
+    task: str,
+    logits: Array,
+    targets: Array,
+    predicted: Array | None = None,
+    ranking: bool = True,
+) -> Callable:
     """A function of weights (S, N) that gives the metrics (S,) of a task by name, and "f1" (S, C) of each class.
 
     predicted: class ids (N,), or 0 and 1 (N, C), instead of the first argmax, or of logits above 0. ranking: whether

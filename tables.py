@@ -13,11 +13,12 @@ MOST_LABELS = 100  # lines of a table
 
 def aligned(rows: Sequence[Sequence[str]], gap: str = "  ") -> list[str]:
     """The lines of a table of cells: the first column starts at the left, the others end at the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = zip(*rows, strict=True)
+    left, *right = [max(map(len, column)) for column in columns]
     lines = []
     for first, *others in rows:
-        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
-        lines.append(gap.join(cells))
+        cells = map(str.rjust, others, right)
+        lines.append(gap.join([first.ljust(left), *cells]))
     return lines
 
 
@@ -39,9 +40,8 @@ def distribution(logits: Array, names: Sequence[str], task: str = "single_label"
         commonest = np.argsort(-shares, kind="stable")[:10]
         listed = ", ".join(f"{names[c]} {shares[c]:.1%}" for c in commonest if shares[c] > 0)
         per_row = predicted.sum(axis=1)
-        return (
-            f"at probability 0.5: {per_row.mean():.2f} labels a row, {(per_row == 0).mean():.1%} of rows none; {listed}"
-        )
+        none = (per_row == 0).mean()
+        return f"at probability 0.5: {per_row.mean():.2f} labels a row, {none:.1%} of rows none; {listed}"
     if logits.shape[1] == 1:
         return f"{names[0]}: {_quantiles(logits, '.4g')}, mean {logits.mean():.4g}"
 
@@ -50,9 +50,12 @@ def distribution(logits: Array, names: Sequence[str], task: str = "single_label"
     rows = [["predicted", "rows", "share", "mean top probability"]]
     for c, name in enumerate(names):
         own = top[chosen == c]
+        share = len(own) / len(top)
         mean = f"{own.mean():.3f}" if len(own) else "-"
-        rows.append([name, str(len(own)), f"{len(own) / len(top):.1%}", mean])
-    return "\n".join([*aligned(rows), f"top probability: {_quantiles(top, '.3f')}"])
+        rows.append([name, str(len(own)), f"{share:.1%}", mean])
+    lines = aligned(rows)
+    lines.append(f"top probability: {_quantiles(top, '.3f')}")
+    return "\n".join(lines)
 
 
 def _quantiles(values: Array, digits: str) -> str:
@@ -64,32 +67,40 @@ def summary(task: str, logits: Array, labels: Array, names: Sequence[str]) -> st
     """The scores of logits (N, C) against labels: a table over classes, or a line."""
     if task == "regression":
         scores = metrics.of_task(task, logits, labels)
-        return ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "rows")
+        del scores["rows"]
+        return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     if task == "multi_label":
         return label_table(logits, labels, names)
-    return table(metrics.confusion_matrix(labels, logits.argmax(axis=1), len(names)), names)
+    predicted = logits.argmax(axis=1)
+    confusion = metrics.confusion_matrix(labels, predicted, len(names))
+    return table(confusion, names)
 
 
 def label_table(logits: Array, targets: Array, names: Sequence[str]) -> str:
     """Precision, recall, F1, average precision and support of each label at probability 0.5; the commonest if many."""
     true, predicted = targets > 0, logits > 0
     support = true.sum(axis=0)
-    scores = metrics.of_counts((true & predicted).sum(axis=0), predicted.sum(axis=0), support)
-    precision = [metrics.average_precision(*column) for column in zip(logits.T, true.T, strict=True)]
+    hits = (true & predicted).sum(axis=0)
+    scores = metrics.of_counts(hits, predicted.sum(axis=0), support)
+    precision = list(map(metrics.average_precision, logits.T, true.T))
     scores = np.stack([*scores, precision], axis=1)  # (C, 4)
-    shown = np.sort(np.argsort(-support, kind="stable")[:MOST_LABELS])
-    lines = _score_lines([names[k] for k in shown], scores[shown], support[shown])
+    commonest = np.argsort(-support, kind="stable")[:MOST_LABELS]
+    shown = np.sort(commonest)
+    chosen = [names[k] for k in shown]
+    lines = _score_lines(chosen, scores[shown], support[shown])
     if len(names) > MOST_LABELS:
         lines.append(f"({len(names) - MOST_LABELS} rarer labels are not shown)")
     return "\n".join(lines)
 
 
-def _score_lines(names: Sequence[str], scores: Array, support: Array) -> list[str]:
-    heads = ["precision", "recall", "f1", "ap"][: scores.shape[1]]
-    rows = [["", *heads, "support"]]
-    for name, values, count in zip(names, scores, support, strict=True):
-        cells = ["-" if np.isnan(value) else f"{value:.4f}" for value in values]
-        rows.append([clip(name, 60), *cells, str(count)])
+def _score_lines(names: Sequence[str], scores: Array, support: Sequence[int]) -> list[str]:
+    """A line of scores (C, 3 or 4) for each name; a dash where one is not defined."""
+    heads = ["precision", "recall", "f1", "ap"]
+    rows = [["", *heads[: scores.shape[1]], "support"]]
+    for k, name in enumerate(names):
+        cells = [f"{value:.4f}" for value in scores[k]]
+        cells = ["-" if cell == "nan" else cell for cell in cells]
+        rows.append([clip(name, 60), *cells, str(support[k])])
     return aligned(rows)
 
 
@@ -100,28 +111,28 @@ def table(confusion: Array, names: Sequence[str]) -> str:
     so. The macro line is over the classes that occur.
     """
     labels = [f"{k} {name}" for k, name in enumerate(names)]
+    hits = np.diag(confusion)
     predicted, support = confusion.sum(axis=0), confusion.sum(axis=1)
-    scores = np.stack(metrics.of_counts(np.diag(confusion), predicted, support), axis=1)  # (C, 3)
+    scores = metrics.of_counts(hits, predicted, support)
+    scores = np.stack(scores, axis=1)  # (C, 3)
     total = support.sum()
-    macro = scores[predicted + support > 0].mean(axis=0)
+    occurs = predicted + support > 0
+    macro = scores[occurs].mean(axis=0)
     weighted = support @ scores / total
-    lines = _score_lines(
-        [*labels, "macro", "weighted"],
-        np.vstack([scores, macro, weighted]),
-        [*support, total, total],
-    )
+    names = [*labels, "macro", "weighted"]
+    scores = np.vstack([scores, macro, weighted])
+    lines = _score_lines(names, scores, [*support, total, total])
     return "\n".join([*lines, "", *_matrix_lines(confusion, labels)])
 
 
-def _matrix_lines(confusion: Array, labels: list[str]) -> list[str]:
-    """The confusion matrix with named columns where the names fit, else with numbered ones."""
-    labels = [clip(label, WIDTH // 5) for label in labels]
-    numbers = [str(k) for k in range(len(labels))]
-    for heads in (labels, numbers):
-        rows = [["", *heads]]
-        for label, counts in zip(labels, confusion, strict=True):
-            rows.append([label, *map(str, counts)])
-        lines = aligned(rows, gap=" ")
-        if len(lines[0]) <= WIDTH:
-            return ["rows: true class, columns: predicted class", *lines]
-    return [f"confusion matrix: {len(labels)} classes do not fit {WIDTH} columns"]
+def _matrix_lines(confusion: Array, labels: Sequence[str]) -> list[str]:
+    """The confusion matrix; its columns have the numbers of the classes."""
+    numbers = map(str, range(len(labels)))
+    rows = [["", *numbers]]
+    for label, counts in zip(labels, confusion, strict=True):
+        name = clip(label, WIDTH // 5)
+        rows.append([name, *map(str, counts)])
+    lines = aligned(rows, gap=" ")
+    if len(lines[0]) > WIDTH:
+        return [f"confusion matrix: {len(labels)} classes do not fit {WIDTH} columns"]
+    return ["rows: true class, columns: predicted class", *lines]
