@@ -83,7 +83,8 @@ def fit_temperature(logits: Array, labels: Array) -> float:
     z = logits - logits.max(axis=1, keepdims=True)
     true = z[np.arange(len(z)), labels]
     inverse = 1.0
-    low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
+    low = 1 / TEMPERATURES[1]
+    high = 1 / TEMPERATURES[0]
     for _ in range(100):
         p = metrics.softmax(z * inverse)
         mean = (p * z).sum(axis=1)
@@ -118,7 +119,8 @@ def fit_platt(scores: Array, targets: Array) -> tuple[float, float]:
     # Standardized scores, so that both numbers of the line are of one size.
     centre, scale = scores[0], 1.0
     if np.ptp(scores) > 0:
-        centre, scale = scores.mean(), scores.std()
+        centre = scores.mean()
+        scale = scores.std()
     standardized = (scores - centre) / scale
     x = np.stack([standardized, np.ones(rows)])  # (2, N)
 

@@ -166,7 +166,8 @@ def cross_fitted(
     if len(z) == 1:
         raise ValueError("cross_fitted: got 1 row, expected two or more")
     order = np.random.default_rng(seed).permutation(len(z))
-    predicted, calibrated = np.zeros_like(y), np.zeros_like(z)
+    predicted = np.zeros_like(y)
+    calibrated = np.zeros_like(z)
     for held_out in np.array_split(order, min(FOLDS, len(z))):
         others = np.setdiff1d(order, held_out)
         decision = _fitted(task, z[others], y[others], kind)

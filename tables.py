@@ -78,7 +78,8 @@ def summary(task: str, logits: Array, labels: Array, names: Sequence[str]) -> st
 
 def label_table(logits: Array, targets: Array, names: Sequence[str]) -> str:
     """Precision, recall, F1, average precision and support of each label at probability 0.5; the commonest if many."""
-    true, predicted = targets > 0, logits > 0
+    true = targets > 0
+    predicted = logits > 0
     support = true.sum(axis=0)
     hits = (true & predicted).sum(axis=0)
     scores = metrics.of_counts(hits, predicted.sum(axis=0), support)
@@ -112,7 +113,8 @@ def table(confusion: Array, names: Sequence[str]) -> str:
     """
     labels = [f"{k} {name}" for k, name in enumerate(names)]
     hits = np.diag(confusion)
-    predicted, support = confusion.sum(axis=0), confusion.sum(axis=1)
+    predicted = confusion.sum(axis=0)
+    support = confusion.sum(axis=1)
     scores = metrics.of_counts(hits, predicted, support)
     scores = np.stack(scores, axis=1)  # (C, 3)
     total = support.sum()
