@@ -7,7 +7,7 @@ resemblance and containment of documents. Characters, not words, as they serve f
 Pairs worth comparing share a band of their MinHash signatures (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets,
 3.4); each is then compared exactly, so what is found is nearly equal. What is guaranteed:
 - A pair of similarity 0.8 is compared with probability 0.9996, one of 0.9 with 1 - 2e-8.
-- Groups are the connected components of pairs: they chain. A ~ B and B ~ C put A and C together, however far apart.
+- Groups are the connected components of pairs: they chain. A ~ B and B ~ C group A with C, however different they are.
 - The same texts give the same groups, in any order of rows and in any process.
 - The work is bounded. In each band a row meets at most the `width` rows that follow it there, and the more comparisons
   were in vain for both rows of a pair, the better their signatures must agree for one more. So boilerplate that makes
@@ -20,9 +20,14 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
+
+from metrics import Array
+from tables import aligned, clip
+
+Groups = list[list[int]]  # of row indices
 
 SPLITS = ("train", "validation", "test")
 NEAR = 0.8  # least Jaccard similarity of nearly equal texts
@@ -38,14 +43,14 @@ FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: Knuth
 
 @dataclass(frozen=True)
 class Findings:
-    """Groups of row indices over all splits; each is sorted, and they stand in the order of their first rows."""
+    """Groups of row indices over all splits; each is sorted, and they are ordered by their first rows."""
 
-    duplicates: list[list[int]]  # rows of the same normal form
-    near: list[list[int]]  # rows that are nearly equal, of two or more normal forms
-    conflicts: list[list[int]]  # those of duplicates with different labels; unlabelled rows do not count
-    near_conflicts: list[list[int]]  # those of near
-    leaks: dict[str, list[list[int]]]  # "train-validation", "train-test", "validation-test": duplicates in both
-    near_leaks: dict[str, list[list[int]]]  # those of near
+    duplicates: Groups  # rows of the same normal form
+    near: Groups  # rows that are nearly equal, of two or more normal forms
+    conflicts: Groups  # those of duplicates with different labels; unlabelled rows do not count
+    near_conflicts: Groups  # those of near
+    leaks: dict[str, Groups]  # "train-validation", "train-test", "validation-test": duplicates in both
+    near_leaks: dict[str, Groups]  # those of near
 
 
 def normal_form(text: str) -> str:
@@ -58,25 +63,45 @@ def audit(texts: list[str], labels: list, splits: list[str], near: bool = True) 
     """The findings of N texts with their labels and splits.
 
     labels: strings, numbers, lists (compared as sets), or None for an unlabelled row. splits: each of SPLITS. near:
-    False leaves out the search for nearly equal texts. ValueError on unequal lengths and unknown splits.
+    False leaves out the search for nearly equal texts.
     """
-    if not len(texts) == len(labels) == len(splits) or not set(splits) <= set(SPLITS):
-        sizes = f"{len(texts)} texts, {len(labels)} labels and {len(splits)} splits {sorted(set(splits))}"
-        raise ValueError(f"got {sizes}, expected as many of each, and splits of {', '.join(SPLITS)}")
     rows_of = defaultdict(list)
-    for i, text in enumerate(texts):
-        rows_of[normal_form(text)].append(i)
-    forms = sorted(rows_of)
-    equal = [rows for rows in rows_of.values() if len(rows) > 1]
-    found = _near(forms) if near and len(forms) > 1 else []
-    alike = sorted(sorted(i for form in group for i in rows_of[forms[form]]) for group in found)
-    conflicts = [[g for g in groups if len({_key(labels[i]) for i in g} - {None}) > 1] for groups in (equal, alike)]
-    return Findings(equal, alike, *conflicts, _leaks(equal, splits), _leaks(alike, splits))
+    for row, text in enumerate(texts):
+        rows_of[normal_form(text)].append(row)
+    duplicates = [rows for rows in rows_of.values() if len(rows) > 1]
+    alike = []
+    if near and len(rows_of) > 1:
+        forms = sorted(rows_of)
+        for group in _near(forms):
+            alike.append(sorted(row for form in group for row in rows_of[forms[form]]))
+        alike.sort()
+    return Findings(
+        duplicates,
+        alike,
+        _conflicts(duplicates, labels),
+        _conflicts(alike, labels),
+        _leaks(duplicates, splits),
+        _leaks(alike, splits),
+    )
 
 
-def _leaks(groups: list[list[int]], splits: list[str]) -> dict[str, list[list[int]]]:
-    pairs = combinations(SPLITS, 2)
-    return {f"{a}-{b}": [g for g in groups if {a, b} <= {splits[i] for i in g}] for a, b in pairs}
+def _conflicts(groups: Groups, labels: list) -> Groups:
+    conflicts = []
+    for group in groups:
+        different = {_key(labels[row]) for row in group}
+        if len(different - {None}) > 1:
+            conflicts.append(group)
+    return conflicts
+
+
+def _leaks(groups: Groups, splits: list[str]) -> dict[str, Groups]:
+    leaks = {f"{a}-{b}": [] for a, b in combinations(SPLITS, 2)}
+    for group in groups:
+        present = {splits[row] for row in group}
+        for sides in leaks:
+            if present.issuperset(sides.split("-")):
+                leaks[sides].append(group)
+    return leaks
 
 
 def _key(label) -> Hashable:
@@ -86,36 +111,44 @@ def _key(label) -> Hashable:
 # ---- nearly equal texts ---------------------------------------------------------------------------------------------
 
 
-def _near(texts: Sequence[str]) -> list[list[int]]:
+def _near(texts: Sequence[str]) -> Groups:
     """The groups of nearly equal texts among two or more different ones."""
     signatures = _signatures(texts)
     sketch = signatures.T.astype(np.uint8, order="C")  # b-bit minwise hashing (Li, König 2010)
     width = max(WIDTH, WORK // sum(map(len, texts)))
-    group, members, vain = np.arange(len(texts)), {i: [i] for i in range(len(texts))}, np.zeros(len(texts))
+    rows = len(texts)
+    group_of, vain = np.arange(rows), np.zeros(rows)
+    members = {row: [row] for row in range(rows)}
 
     @cache
-    def shingles(i: int) -> np.ndarray:
-        found = np.sort(_shingles([texts[i]])[0])
-        return found[np.append(True, found[1:] != found[:-1])]  # np.unique is ten times as slow
+    def shingles(row: int) -> Array:
+        hashes, _ = _shingles([texts[row]])
+        hashes.sort()
+        return hashes[np.append(True, hashes[1:] != hashes[:-1])]  # np.unique is ten times as slow
 
     for a, b in _candidates(signatures, width):
-        apart = group[a] != group[b]
+        apart = group_of[a] != group_of[b]
         a, b = a[apart], b[apart]
-        bar = LEAST + (1 - LEAST) * (np.minimum(vain[a], vain[b]) / width) ** 2
-        agree = np.count_nonzero(sketch[a] == sketch[b], axis=1) >= bar * BANDS * ROWS
+
+        # The more comparisons were in vain for both, the more of their signatures must agree.
+        wasted = np.minimum(vain[a], vain[b]) / width
+        least = (LEAST + (1 - LEAST) * wasted**2) * BANDS * ROWS
+        agree = np.count_nonzero(sketch[a] == sketch[b], axis=1) >= least
         for i, j in zip(a[agree].tolist(), b[agree].tolist(), strict=True):
-            if group[i] == group[j]:
+            if group_of[i] == group_of[j]:
                 continue
             if _jaccard(shingles(i), shingles(j)) < NEAR:
                 vain[[i, j]] += 1
-            else:
-                small, large = sorted(group[[i, j]].tolist(), key=lambda g: len(members[g]))
-                group[members[small]] = large
-                members[large] += members.pop(small)
-    return [found for found in members.values() if len(found) > 1]
+                continue
+            small, large = group_of[[i, j]].tolist()
+            if len(members[small]) > len(members[large]):
+                small, large = large, small
+            group_of[members[small]] = large
+            members[large] += members.pop(small)
+    return [group for group in members.values() if len(group) > 1]
 
 
-def _shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _shingles(texts: Sequence[str]) -> tuple[Array, Array]:
     """The hashes (T,) uint64 of the shingles of N texts, one after the other, and where each text's start (N,).
 
     Polynomials of code points mod 2^64, mixed: that two of T shingles share one has a chance of about T^2 / 2^65.
@@ -131,13 +164,14 @@ def _shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.delete(hashes, across.ravel()), ends[:-1] - (SHINGLE - 1) * np.arange(len(texts))
 
 
-def _signatures(texts: Sequence[str]) -> np.ndarray:
+def _signatures(texts: Sequence[str]) -> Array:
     """MinHash signatures (BANDS * ROWS, N) uint32: the least x * factor mod 2^32 of a text's shingles x."""
-    factors = 2 * np.random.default_rng(0).integers(2**31, size=BANDS * ROWS, dtype=np.uint32) + 1
+    generator = np.random.default_rng(0)
+    factors = 2 * generator.integers(2**31, size=BANDS * ROWS, dtype=np.uint32) + 1
     signatures = np.empty((len(factors), len(texts)), np.uint32)
     chunk = np.cumsum([len(text) for text in texts]) // CHUNK
-    starts = np.flatnonzero(np.diff(chunk, prepend=-1)).tolist()
-    for start, stop in zip(starts, [*starts[1:], len(texts)], strict=True):
+    starts = np.flatnonzero(np.diff(chunk, prepend=-1))
+    for start, stop in pairwise([*starts, len(texts)]):
         hashes, segments = _shingles(texts[start:stop])
         x = (hashes >> np.uint64(32)).astype(np.uint32)
         for k, factor in enumerate(factors):
@@ -145,10 +179,10 @@ def _signatures(texts: Sequence[str]) -> np.ndarray:
     return signatures
 
 
-def _candidates(signatures: np.ndarray, width: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _candidates(signatures: Array, width: int) -> Iterator[tuple[Array, Array]]:
     """Pairs (P,) and (P,) of rows that share a band of their signatures (BANDS * ROWS, N).
 
-    Of each band the rows that stand next to each other when sorted by it, then those two apart, up to `width` apart.
+    Of each band the rows that are next to each other when sorted by it, then those two apart, up to `width` apart.
     """
     keys = np.zeros((BANDS, signatures.shape[1]), np.uint64)
     for k in range(ROWS):
@@ -157,14 +191,15 @@ def _candidates(signatures: np.ndarray, width: int) -> Iterator[tuple[np.ndarray
     keys = np.take_along_axis(keys, orders, axis=1)
     for step in range(1, min(width + 1, keys.shape[1])):
         for key, rows in zip(keys, orders, strict=True):
-            at = np.flatnonzero(key[step:] == key[:-step])
-            if len(at):
-                yield rows[at], rows[at + step]
+            pairs = np.flatnonzero(key[step:] == key[:-step])
+            if len(pairs):
+                yield rows[pairs], rows[pairs + step]
 
 
-def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
+def _jaccard(a: Array, b: Array) -> float:
     """The similarity of two sets, each sorted."""
-    common = np.count_nonzero(b.take(np.searchsorted(b, a), mode="clip") == a)
+    nearest = b.take(np.searchsorted(b, a), mode="clip")
+    common = np.count_nonzero(nearest == a)
     return common / (len(a) + len(b) - common)
 
 
@@ -179,65 +214,87 @@ def label_counts(labels: list, splits: list[str], names: Sequence) -> str:
     """
     counts, total = {name: Counter() for name in names}, Counter(splits)
     for label, split in zip(labels, splits, strict=True):
-        for one in (label or ["(no label)"]) if isinstance(label, list) else [label]:
-            counts.setdefault(one, Counter())[split] += 1
+        several = label if isinstance(label, list) else [label]
+        for name in several or ["(no label)"]:
+            counts.setdefault(name, Counter())[split] += 1
     if None in counts:
         counts["(unlabelled)"] = counts.pop(None)
+
+    columns = [split for split in SPLITS if total[split]]
+    rows = [["", *columns]]
     order = sorted(counts, key=lambda name: -counts[name].total())
-    width, columns = max((len(_clip(name)) for name in order), default=0), [s for s in SPLITS if total[s]]
-    lines = [" " * width + "".join(f" {split:>16}" for split in columns)]
     for name in order:
-        cells = (f" {counts[name][split]:>9,} {counts[name][split] / total[split]:6.1%}" for split in columns)
-        lines.append(f"{_clip(name):<{width}}" + "".join(cells))
+        cells = [f"{counts[name][split]:,} {counts[name][split] / total[split]:6.1%}" for split in columns]
+        rows.append([_shown(name), *cells])
+    lines = aligned(rows)
     if len(order) > 40:
         lines[21:-20] = [f"({len(order) - 40} more)"]
-    rarest = ", ".join(f"{_clip(name)} ({counts[name].total():,})" for name in order[:-4:-1])
+    rarest = ", ".join(f"{_shown(name)} ({counts[name].total():,})" for name in order[:-4:-1])
     return "\n".join([*lines, f"rarest: {rarest}"])
 
 
-def length_table(lengths: np.ndarray, splits: list[str], max_length: int) -> str:
+def length_table(lengths: Array, splits: list[str], max_length: int) -> str:
     """A table of each split's lengths (N,), in tokens before they were cut to max_length: quantiles that are lengths of
     rows, rows over max_length, and the share of tokens that the cut loses.
     """
-    heads = ("rows", "min", "median", "90%", "99%", "max", f"over {max_length}", "lost")
-    lines = [f"{'tokens':<10}" + "".join(f" {head:>10}" for head in heads)]
-    for split in [s for s in SPLITS if s in splits]:
-        held = np.asarray(lengths)[np.asarray(splits) == split]
-        ranks = np.quantile(held, (0, 0.5, 0.9, 0.99, 1), method="inverted_cdf")
-        cells = "".join(f" {int(cell):>10,}" for cell in (len(held), *ranks, (held > max_length).sum()))
-        lines.append(f"{split:<10}{cells} {np.maximum(held - max_length, 0).sum() / max(1, held.sum()):>10.2%}")
-    return "\n".join(lines)
+    rows = [["tokens", "rows", "min", "median", "90%", "99%", "max", f"over {max_length}", "lost"]]
+    for split in SPLITS:
+        own = lengths[np.asarray(splits) == split]
+        if len(own) == 0:
+            continue
+        quantiles = np.quantile(own, (0, 0.5, 0.9, 0.99, 1), method="inverted_cdf")
+        cut = np.maximum(own - max_length, 0)
+        counts = [len(own), *quantiles.astype(int), np.count_nonzero(cut)]
+        lost = cut.sum() / max(1, own.sum())
+        rows.append([split, *(f"{count:,}" for count in counts), f"{lost:.2%}"])
+    return "\n".join(aligned(rows))
 
 
-def said(findings: Findings, labels: list, splits: list[str], rows_of: list[str]) -> list[str]:
-    """A line for each kind of finding: how much of it, the first by the rows' names and labels, and what to do."""
-    two = "Look at some: is so small a difference meant to change the label?"
-    found = [
-        (findings.duplicates, "have the same text", "Each counts as often as it stands there"),
-        (findings.near, "have nearly the same text", "Look at some: is each meant to stand there?"),
-        (findings.conflicts, "have the same text but different labels", "--drop_conflicts leaves out those of train"),
-        (findings.near_conflicts, "have nearly the same text but different labels", two),
+def warnings_of(findings: Findings, labels: list, splits: list[str], rows_of: list[str]) -> list[str]:
+    """A line for each kind of finding: how many rows, examples by the rows' names and labels, and what to do."""
+    check = "Check some of them: "
+    kinds = [
+        (findings.duplicates, "have the same text", "Each copy counts as a row of its own"),
+        (findings.near, "have nearly the same text", check + "are they meant to be separate rows?"),
+        (findings.conflicts, "have the same text but different labels", "--drop_conflicts removes those of train"),
+        (
+            findings.near_conflicts,
+            "have nearly the same text but different labels",
+            check + "should so small a difference change the label?",
+        ),
     ]
-    for how, leaks in (("the same", findings.leaks), ("nearly the same", findings.near_leaks)):
+    for same, leaks in (("the same", findings.leaks), ("nearly the same", findings.near_leaks)):
         for sides, groups in leaks.items():
-            advice = f"They flatter the scores of {sides.split('-')[1]}: leave them out on one side"
+            first, second = sides.split("-")
+            advice = f"They inflate the scores of {second}: remove them from one side"
             if sides == "train-validation":
                 advice += ", or hold out whole groups: --group_column with a column that such rows share"
-            found.append((groups, f"of {sides.replace('-', ' and ')} have {how} text", advice))
+            kinds.append((groups, f"of {first} and {second} have {same} text", advice))
 
-    def shown(group: list[int]) -> str:
-        first = {(splits[i], _key(labels[i])): i for i in reversed(group)}  # rows of every split and label come first
-        rows = list(dict.fromkeys([*sorted(first.values()), *group]))[:3]
-        return ", ".join(rows_of[i] if labels[i] is None else f"{rows_of[i]} ({_clip(labels[i])})" for i in rows)
+    lines = []
+    for groups, finding, advice in kinds:
+        if not groups:
+            continue
+        examples = [_examples(group, labels, splits, rows_of) for group in groups[:3]]
+        if len(groups) > 3:
+            examples.append(f"and {len(groups) - 3:,} more")
+        plural = "s" if len(groups) > 1 else ""
+        count = f"{sum(map(len, groups)):,} rows in {len(groups):,} group{plural}"
+        lines.append(f"{count} {finding}: {'; '.join(examples)}. {advice}")
+    return lines
 
-    def line(groups: list[list[int]], what: str, advice: str) -> str:
-        count = f"{sum(map(len, groups)):,} rows in {len(groups):,} group{'s' * (len(groups) > 1)}"
-        more = f"; and {len(groups) - 3:,} more" if len(groups) > 3 else ""
-        return f"{count} {what}: {'; '.join(map(shown, groups[:3]))}{more}. {advice}"
 
-    return [line(*one) for one in found if one[0]]
+def _examples(group: list[int], labels: list, splits: list[str], rows_of: list[str]) -> str:
+    """Up to three rows of a group, by name and label; those that differ in split or label come first."""
+    different = {(splits[row], _key(labels[row])): row for row in reversed(group)}
+    rows = dict.fromkeys([*sorted(different.values()), *group])
+    shown = []
+    for row in list(rows)[:3]:
+        label = "" if labels[row] is None else f" ({_shown(labels[row])})"
+        shown.append(rows_of[row] + label)
+    return ", ".join(shown)
 
 
-def _clip(name) -> str:
-    text = ", ".join(map(str, name)) if isinstance(name, list) else str(name)
-    return " ".join(text.split())[:40]
+def _shown(label) -> str:
+    text = ", ".join(map(str, label)) if isinstance(label, list) else str(label)
+    return clip(text)

@@ -1,11 +1,10 @@
-"""From logits to decisions: class weights, thresholds, calibration, ensembles. float64, numpy only.
+"""From logits to decisions: thresholds and calibrated probabilities. float64, numpy only.
 
 Everything is fitted from the logits (N, C) and labels it is given, which are those of validation or out-of-fold rows.
 Labels are class ids (N,) for single_label and 0 and 1 (N, C) for multi_label. Bad input raises ValueError.
 
     decision = fit_decision("multi_label", logits, targets)
     predictions, probabilities = apply(decision, test_logits)
-    both = ensemble([a, b], "weighted", fit_weights([a, b], targets, "multi_label"), "multi_label")
 """
 
 import json
@@ -13,12 +12,12 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 import calibrate
+import metrics
+from metrics import Array
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the decision of a run
+FOLDS = 5  # of the rows, for scores that no row's own label had a part in
 
 
 @dataclass(frozen=True)
@@ -40,90 +39,106 @@ class Decision:
     scores: dict[str, dict[str, float]]  # before and after, on those same rows, where the thresholds look too good
 
     def __post_init__(self):
-        lines = self.classes if self.task == "multi_label" else int(self.classes == 2)
-        cuts = lines if self.task == "multi_label" or self.thresholds else 0
-        numbers = [self.temperature, *self.thresholds, *(v for pair in self.platt for v in pair)]
-        numbers += [v for scores in self.scores.values() for v in scores.values()]
-        for name, holds, expected in (
+        multi = self.task == "multi_label"
+        lines = self.classes if multi else int(self.classes == 2)
+        cuts = lines if multi or self.thresholds else 0
+        numbers = [self.temperature, *self.thresholds]
+        for line in self.platt:
+            numbers += line
+        for scores in self.scores.values():
+            numbers += scores.values()
+        finite = [type(number) in (int, float) and math.isfinite(number) for number in numbers]
+        rules = [  # field, whether it is right, what is expected
             ("task", self.task in calibrate.TASKS, f"one of {', '.join(calibrate.TASKS)}"),
             ("kind", self.kind in calibrate.KINDS, f"one of {', '.join(calibrate.KINDS)}"),
             ("classes", type(self.classes) is int and self.classes > 0, "a count"),
             ("rows", type(self.rows) is int and self.rows > 0, "a count"),
             ("fitted_on", type(self.fitted_on) is str, "text"),
             ("thresholds", len(self.thresholds) == cuts, f"{cuts} numbers"),
-            ("platt", [len(p) for p in self.platt] == [2] * lines, f"{lines} pairs [a, b]"),
+            ("platt", [len(line) for line in self.platt] == [2] * lines, f"{lines} pairs [a, b]"),
             ("scores", set(self.scores) == {"before", "after"}, "before and after"),
-            ("values", all(type(v) in (int, float) and math.isfinite(v) for v in numbers), "finite numbers"),
-            ("platt", all(pair[0] > 0 for pair in self.platt if pair), "a > 0 in each [a, b]"),
+            ("values", all(finite), "finite numbers"),
+            ("platt", all(line[0] > 0 for line in self.platt if line), "a > 0 in each [a, b]"),
             ("temperature", self.temperature > 0, "a number above 0"),
-        ):
-            if not holds:
+        ]
+        for name, right, expected in rules:
+            if not right:
                 raise ValueError(f"decision: {name}: got {getattr(self, name, numbers)!r:.200}, expected {expected}")
 
     def to_json(self) -> str:
         """One field a line."""
-        lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in asdict(self).items()]
+        lines = []
+        for key, value in asdict(self).items():
+            lines.append(f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}")
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Decision":
         """The decision of `to_json`; ValueError on anything else."""
-        values, names = json.loads(text), {field.name for field in fields(cls)}
-        if odd := names ^ set(values) if isinstance(values, dict) else {type(values).__name__}:
-            raise ValueError(f"decision: missing or unknown {sorted(odd)}, expected the keys {sorted(names)}")
+        values = json.loads(text)
+        names = {field.name for field in fields(cls)}
         try:
+            odd = names.symmetric_difference(values)
+            if odd:
+                raise ValueError(f"decision: missing or unknown {sorted(odd)}, expected the keys {sorted(names)}")
             return cls(**values)
         except (TypeError, AttributeError) as error:  # a list where a number belongs, and the like
             raise ValueError(f"decision: a value of the wrong type: {error}") from None
 
     def with_threshold(self, probability: float) -> "Decision":
         """The same with one threshold on the calibrated probability, that of class 1 where there are two classes."""
-        if not 0 < probability < 1 or not self.platt:
-            expected = "a probability in (0, 1)" if self.platt else f"none: argmax decides {self.classes} classes"
-            raise ValueError(f"threshold: got {probability}, expected {expected}")
+        if not self.platt:
+            raise ValueError(f"threshold: got {probability}, expected none: argmax decides {self.classes} classes")
+        if not 0 < probability < 1:
+            raise ValueError(f"threshold: got {probability}, expected a probability in (0, 1)")
         log_odds = math.log(probability / (1 - probability))
-        return replace(self, kind="given", thresholds=[(log_odds - b) / a for a, b in self.platt])
+        thresholds = [(log_odds - b) / a for a, b in self.platt]
+        return replace(self, kind="given", thresholds=thresholds)
 
 
 def plain(task: str, classes: int) -> Decision:
     """Argmax, or probability 0.5 for each label, and probabilities as they are."""
-    lines = classes if task == "multi_label" else int(classes == 2)
-    cuts = [0.0] * classes if task == "multi_label" else []
-    return Decision(task, classes, "none", cuts, 1.0, [[1.0, 0.0]] * lines, "nothing", 1, {"before": {}, "after": {}})
+    lines, thresholds = int(classes == 2), []
+    if task == "multi_label":
+        lines, thresholds = classes, [0.0] * classes
+    platt = [[1.0, 0.0]] * lines
+    empty = {"before": {}, "after": {}}
+    return Decision(task, classes, "none", thresholds, 1.0, platt, "nothing", 1, empty)
 
 
-def _margin(task: str, z: np.ndarray) -> np.ndarray:
-    """What thresholds and Platt's lines act on: z1 - z0 (N, 1) of two single-label classes, else the logits."""
-    return z[:, 1:] - z[:, :1] if task == "single_label" and z.shape[1] == 2 else z
+def apply(decision: Decision, logits: Array) -> tuple[Array, Array]:
+    """(predictions, probabilities (N, C)) of logits (N, C). multi_label: 0 and 1 (N, C), 1 where logit > threshold.
+    single_label: class ids (N,): the argmax, which calibration leaves as it is, or whether z1 - z0 > threshold.
+    """
+    predicted, z = _decide(decision, logits)
+    return predicted, calibrate.probabilities(decision.task, z)
 
 
-def _decide(decision: Decision, logits: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def _decide(decision: Decision, logits: Array) -> tuple[Array, Array]:
     """Predictions and calibrated logits (N, C)."""
     z = np.asarray(logits, dtype=np.float64)
     if z.ndim != 2 or z.shape[1] != decision.classes:
         raise ValueError(f"logits: got shape {z.shape}, expected (N, {decision.classes}) as the decision was fitted on")
+    predicted = z.argmax(axis=1)
+    if not decision.platt:
+        return predicted, z / decision.temperature
     margin = _margin(decision.task, z)
-    predicted = (margin > decision.thresholds).astype(np.int64) if decision.thresholds else z.argmax(axis=1)
-    line = margin * [a for a, _ in decision.platt] + [b for _, b in decision.platt] if decision.platt else z
+    slopes, shifts = np.array(decision.platt).T
+    line = margin * slopes + shifts
+    if decision.thresholds:
+        predicted = (margin > decision.thresholds).astype(np.int64)
     if decision.task == "multi_label":
         return predicted, line
-    return predicted.reshape(len(z)), np.hstack([0 * line, line]) if decision.platt else z / decision.temperature
+    return predicted.reshape(len(z)), np.hstack([0 * line, line])
 
 
-def apply(decision: Decision, logits: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """(predictions, probabilities (N, C)) of logits (N, C). multi_label: 0 and 1 (N, C), 1 where logit > threshold.
-    single_label: class ids (N,): the argmax, which calibration leaves as it is, or whether z1 - z0 > threshold."""
-    predicted, z = _decide(decision, logits)
-    return predicted, calibrate._probabilities(decision.task, z)
-
-
-def calibrated(logits: ArrayLike, decision: Decision) -> np.ndarray:
-    """The probabilities (N, C) of `apply`: rows sum to 1 for single_label, cells stand alone for multi_label."""
-    return apply(decision, logits)[1]
+def _margin(task: str, z: Array) -> Array:
+    """What thresholds and Platt's lines act on: the logits (N, C), or z1 - z0 (N, 1) of two single-label classes."""
+    return z if task == "multi_label" else z[:, 1:] - z[:, :1]
 
 
 def fit_decision(
-    task: str, logits: ArrayLike, labels: ArrayLike, kind: str = "per_class", fitted_on: str = "validation"
+    task: str, logits: Array, labels: Array, kind: str = "per_class", fitted_on: str = "validation"
 ) -> Decision:
     """Thresholds and calibration from logits (N, C) and labels, and from nothing else.
 
@@ -132,50 +147,71 @@ def fit_decision(
     single_label: argmax and temperature; two classes: Platt on z1 - z0, and with kind "global" a cut of z1 - z0 for the
     F1 of class 1.
     """
-    z, y = calibrate._checked(task, logits, labels)
-    multi, two = task == "multi_label", task == "single_label" and z.shape[1] == 2
-    cells, targets = _margin(task, z), y if multi else y[:, None]
-    kind = kind if multi or (two and kind == "global") else "none"
-    enough = targets.sum(axis=0) >= (calibrate.LEAST if multi else 0)
-    columns = zip(cells.T, targets.T, enough, strict=True) if multi or two else []
-    platt = [calibrate.fit_platt(cell, target) if own else (0.0, 0.0) for cell, target, own in columns]
-    if any(a <= 0 for a, _ in platt):
-        shared, positives = calibrate.fit_platt(cells.ravel(), targets.ravel()), int(targets.sum())
-        if shared[0] <= 0:  # the scores know nothing: nearly the share of positives for every cell
-            shared = 1e-6, math.log((positives + 1) / (targets.size - positives + 1))
-        platt = [line if line[0] > 0 else shared for line in platt]
-    temperature = 1.0 if multi or two else calibrate.fit_temperature(z, y)
-    lines, empty, thresholds = [[a, b] for a, b in platt], {"before": {}, "after": {}}, []
-    if multi or kind == "global":
-        slope, shift = np.array(lines).T if kind != "none" else (1.0, 0.0)
-        cuts = calibrate.fit_thresholds(cells * slope + shift, targets, kind)
-        thresholds = np.where(cuts == calibrate.NEVER, calibrate.NEVER, (cuts - shift) / slope).tolist()
-    decision = Decision(task, z.shape[1], kind, thresholds, temperature, lines, fitted_on, len(z), empty)
-    predicted, after = _decide(decision, z)
-    return replace(
-        decision, scores={"before": _plain(task, z, y), "after": calibrate._scores(task, after, predicted, y)}
-    )
-
-
-def _plain(task: str, z: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    """The scores without a decision: probability 0.5, or the argmax."""
-    return calibrate._scores(task, z, (z > 0).astype(np.int64) if task == "multi_label" else z.argmax(axis=1), y)
+    z, y = metrics.checked(task, logits, labels)
+    decision = _fitted(task, z, y, kind)
+    predicted, calibrated = _decide(decision, z)
+    scores = _before_and_after(task, z, y, predicted, calibrated)
+    return replace(decision, fitted_on=fitted_on, rows=len(z), scores=scores)
 
 
 def cross_fitted(
-    task: str, logits: ArrayLike, labels: ArrayLike, folds: int = 5, seed: int = 0, kind: str = "per_class"
-) -> tuple[dict[str, dict[str, float]], np.ndarray, np.ndarray]:
-    """(scores before and after, predictions, probabilities) in which no row had a part in the decision it got.
+    task: str, logits: Array, labels: Array, seed: int = 0, kind: str = "per_class"
+) -> tuple[dict[str, dict[str, float]], Array, Array]:
+    """(scores before and after, predictions, probabilities), each row decided by a fit that it had no part in.
 
-    The rows are dealt into `folds` at random and each fold is decided by a fit on the others: an honest estimate of
-    what the thresholds give on new rows. At most one fold a row; ValueError below two rows or folds.
+    The rows are dealt into FOLDS at random and each fold is decided by a fit on the others: an honest estimate of
+    what the thresholds give on new rows. At most one fold a row; ValueError for a single row.
     """
-    z, y = calibrate._checked(task, logits, labels)
-    if min(len(z), folds) < 2:
-        raise ValueError(f"cross_fitted: got {len(z)} rows and {folds} folds, expected two or more of each")
-    after, predicted = np.zeros_like(z), np.zeros_like(y)
-    for held in np.array_split(np.random.default_rng(seed).permutation(len(z)), min(folds, len(z))):
-        others = np.setdiff1d(np.arange(len(z)), held)
-        predicted[held], after[held] = _decide(fit_decision(task, z[others], y[others], kind), z[held])
-    scores = {"before": _plain(task, z, y), "after": calibrate._scores(task, after, predicted, y)}
-    return scores, predicted, calibrate._probabilities(task, after)
+    z, y = metrics.checked(task, logits, labels)
+    if len(z) == 1:
+        raise ValueError("cross_fitted: got 1 row, expected two or more")
+    order = np.random.default_rng(seed).permutation(len(z))
+    predicted = np.zeros_like(y)
+    calibrated = np.zeros_like(z)
+    for held_out in np.array_split(order, min(FOLDS, len(z))):
+        others = np.setdiff1d(order, held_out)
+        decision = _fitted(task, z[others], y[others], kind)
+        predicted[held_out], calibrated[held_out] = _decide(decision, z[held_out])
+    scores = _before_and_after(task, z, y, predicted, calibrated)
+    return scores, predicted, calibrate.probabilities(task, calibrated)
+
+
+def _before_and_after(task: str, z: Array, y: Array, predicted: Array, calibrated: Array) -> dict:
+    before = calibrate.scores(task, z, None, y)
+    after = calibrate.scores(task, calibrated, predicted, y)
+    return {"before": before, "after": after}
+
+
+def _fitted(task: str, z: Array, y: Array, kind: str) -> Decision:
+    """The decision of `fit_decision` without what it says about the rows."""
+    argmax = plain(task, z.shape[1])
+    if not argmax.platt:
+        return replace(argmax, temperature=calibrate.fit_temperature(z, y))
+
+    multi = task == "multi_label"
+    cells, targets = _margin(task, z), y.reshape(len(y), -1)
+    lines = _lines(cells, targets, calibrate.LEAST if multi else 0)
+    decision = replace(argmax, platt=lines.tolist())
+    if kind == "none" or (kind == "per_class" and not multi):
+        return decision
+
+    # Thresholds are fitted on calibrated log-odds, and kept on the logits.
+    slopes, shifts = lines.T
+    cuts = calibrate.fit_thresholds(cells * slopes + shifts, targets, kind)
+    thresholds = np.where(cuts == calibrate.NEVER, cuts, (cuts - shifts) / slopes)
+    return replace(decision, kind=kind, thresholds=thresholds.tolist())
+
+
+def _lines(cells: Array, targets: Array, least: int) -> Array:
+    """Platt's a > 0 and b (K, 2) of columns (N, K); those with few positives, or a slope below 0, take that of all."""
+    columns = zip(cells.T, targets.T, strict=True)
+    lines = np.array([calibrate.fit_platt(*column) for column in columns])
+    weak = (lines[:, 0] <= 0) | (targets.sum(axis=0) < least)
+    if weak.any():
+        slope, shift = calibrate.fit_platt(cells.ravel(), targets.ravel())
+        if slope <= 0:  # the scores know nothing: nearly the share of positives for every cell
+            positives = targets.sum()
+            negatives = targets.size - positives
+            slope, shift = 1e-6, math.log((positives + 1) / (negatives + 1))
+        lines[weak] = slope, shift
+    return lines

@@ -13,6 +13,7 @@ import checkpoint
 import cli
 import configs
 import ddp
+import metrics
 import tracking
 from errors import UserError
 
@@ -223,5 +224,4 @@ def peak_memory_gb(world: ddp.World) -> float:
 
 def better(scores: dict[str, float], best: float | None, metric: str) -> bool:
     """Whether an evaluation beats the best so far; losses and errors are the smaller the better."""
-    now = scores.get(metric, -1.0)  # pearson is absent while every output is the same
-    return best is None or (now < best if metric in ("log_loss", "hamming_loss", "mse", "rmse", "mae") else now > best)
+    return metrics.better(scores.get(metric), best, metric)

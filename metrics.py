@@ -1,343 +1,345 @@
-"""Metrics of text classifiers, from logits, in float64. numpy only; scikit-learn is the reference in the tests.
+"""Scores of text classifiers, from logits, in float64. numpy only; scikit-learn is the reference in the tests.
 
+    scores = of_task("single_label", logits, labels)  # {"accuracy": 0.87, "micro_f1": 0.87, "macro_f1": ...}
+    score = scorer("single_label", logits, labels)    # the same scores as a function of how much each row counts
+    draws = score(counts)                             # of bootstrap resamples (S, N): {"accuracy": (S,), ...}
+
+A score is computed in one place, over weighted rows: weights of one give the plain score, counts of rows a resample.
 Call these on the gathered rows of the whole evaluation set: F1 and AUC of batches do not average to that of the set.
-A metric that the rows cannot define (AUC with one class, r2 of constant targets) is absent from the returned dict,
-never NaN; the plain functions raise ValueError instead.
-
-    scores = classification(logits, labels)                  # {"accuracy": 0.87, "micro_f1": 0.87, "macro_f1": ...}
-    print(table(confusion_matrix(labels, logits.argmax(1), 8), names))
-    low, high = bootstrap_interval(lambda i: float((predictions[i] == labels[i]).mean()), rows=len(labels))
+Labels are class ids (N,) for single_label, 0 and 1 (N, C) for multi_label, numbers (N,) for regression.
 """
 
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-# ---------------------------------------------------------------------------------------------------------------------
-# inputs
+Array = np.ndarray
+
+RANKING = ("roc_auc", "average_precision")  # metrics that sort all rows
+LOWER = ("log_loss", "hamming_loss", "mse", "rmse", "mae")  # metrics of which less is better
+
+# ---- inputs and probabilities ---------------------------------------------------------------------------------------
 
 
-def _finite(name: str, values: ArrayLike, ndim: int, half: bool = True) -> np.ndarray:
-    """`values` as float64; ValueError when empty, of another rank, not finite or (where `half` is False) float16."""
-    array = np.asarray(values)
-    if array.ndim != ndim or array.size == 0:
-        raise ValueError(f"{name}: got shape {array.shape}, expected a non-empty array of {ndim} dimension(s)")
-    if array.dtype == np.float16 and not half:
-        raise ValueError(f"{name}: got float16, expected float32 or float64: compute the head in float32")
-    array = array.astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
+def checked(task: str, logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Logits (N, C) as float64, and labels as int64, of regression as float64.
+
+    ValueError on empty, float16 or non-finite logits, on labels of another shape, and on labels that are no class.
+    """
+    z, y = np.asarray(logits), np.asarray(labels)
+    if z.ndim != 2 or z.size == 0 or z.dtype == np.float16:
+        raise ValueError(f"logits: got {z.dtype} {z.shape}, expected float32 or float64 (N, C), not empty")
+    shape = z.shape if task == "multi_label" else z.shape[:1]
+    if y.shape != shape:
+        raise ValueError(f"labels: got shape {y.shape}, expected {shape} for {task}")
+    _need("logits", z, np.isfinite(z), "finite numbers")
+    z = z.astype(np.float64)
+
+    if task == "regression":
+        _need("labels", y, np.isfinite(y), "finite numbers")
+        return z, y.astype(np.float64)
+    top = 1 if task == "multi_label" else z.shape[1] - 1
+    in_range = (y >= 0) & (y <= top)
+    _need("labels", y, in_range & (y == np.floor(y)), f"integers from 0 to {top}")
+    return z, y.astype(np.int64)
+
+
+def _need(name: str, values: Array, good: Array, expected: str) -> None:
+    bad = np.argwhere(~good)
     if len(bad):
-        raise ValueError(f"{name}: got {len(bad)} of {len(array)} rows that are not finite, the first is row {bad[0]}")
-    return array
+        first = tuple(bad[0])
+        raise ValueError(f"{name}: got {values[first]} in row {first[0]}, {len(bad)} such values, expected {expected}")
 
 
-def _class_ids(name: str, values: ArrayLike, classes: int) -> np.ndarray:
-    array = np.asarray(values)
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"{name}: got shape {array.shape}, expected a non-empty array of 1 dimension")
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name}: got dtype {array.dtype}, expected integers from 0 to {classes - 1}")
-    bad = np.flatnonzero((array < 0) | (array >= classes))
-    if len(bad):
-        raise ValueError(f"{name}: got {array[bad[0]]} in row {bad[0]}, expected integers from 0 to {classes - 1}")
-    return array.astype(np.int64)
+def one_hot(values: Array, classes: int) -> Array:
+    """(N, C) float64 of 0 and 1, from class ids (N,) or from the same."""
+    if values.ndim == 2:
+        return values.astype(np.float64)
+    return np.eye(classes)[values]
 
 
-def _zero_one(name: str, values: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
-    array = np.asarray(values)
-    if array.shape != shape:
-        raise ValueError(f"{name}: got shape {array.shape}, expected {shape}")
-    bad = np.argwhere((array != 0) & (array != 1))
-    if len(bad):
-        raise ValueError(f"{name}: got {array[tuple(bad[0])]} in row {bad[0][0]}, expected only 0 and 1")
-    return array.astype(bool)
+def softmax(logits: Array) -> Array:
+    """(..., C) logits -> probabilities in float64."""
+    z = logits.astype(np.float64)
+    top = z.max(axis=-1, keepdims=True)
+    powers = np.exp(z - top)
+    return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def _same_length(a: str, first: np.ndarray, b: str, second: np.ndarray) -> None:
-    if len(first) != len(second):
-        raise ValueError(f"{b}: got {len(second)} rows, expected {len(first)}, as {a} has")
+def log_softmax(logits: Array) -> Array:
+    """(..., C) logits -> log-probabilities."""
+    top = logits.max(axis=-1, keepdims=True)
+    shifted = logits - top
+    total = np.exp(shifted).sum(axis=-1, keepdims=True)
+    return shifted - np.log(total)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# counts: precision, recall, F1
+def log_sigmoid(logits: Array) -> Array:
+    return -np.logaddexp(0, -logits)
 
 
-def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, classes: int) -> np.ndarray:
-    """Counts (C, C) int64 of labels (N,) by predictions (N,): rows are the true class, columns the predicted one.
-
-    ValueError on empty input, unequal lengths, or class ids outside 0..classes-1.
-    """
-    true, predicted = _class_ids("labels", labels, classes), _class_ids("predictions", predictions, classes)
-    _same_length("labels", true, "predictions", predicted)
-    return np.bincount(true * classes + predicted, minlength=classes * classes).reshape(classes, classes)
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    return np.divide(numerator, denominator, out=np.zeros(np.shape(numerator)), where=denominator > 0)  # x / 0 -> 0
-
-
-def _from_counts(hits: np.ndarray, predicted: np.ndarray, support: np.ndarray) -> dict[str, np.ndarray]:
-    return {
-        "precision": _ratio(hits, predicted),
-        "recall": _ratio(hits, support),
-        "f1": _ratio(2 * hits, predicted + support),
-        "support": support,
-    }
-
-
-def _f1_averages(hits: np.ndarray, predicted: np.ndarray, support: np.ndarray) -> dict[str, float]:
-    f1 = _from_counts(hits, predicted, support)["f1"]
-    return {
-        "micro_f1": float(_ratio(2 * hits.sum(), predicted.sum() + support.sum())),
-        "macro_f1": float(f1.mean()),
-        "weighted_f1": float(_ratio((f1 * support).sum(), support.sum())),
-    }
-
-
-def per_class(confusion: ArrayLike) -> dict[str, np.ndarray]:
-    """precision, recall, f1 (C,) float64 and support (C,) int64 (true rows) of a confusion matrix (C, C).
-
-    A division by zero gives 0 (scikit-learn's zero_division=0). ValueError when the matrix is not square.
-    """
-    counts = np.asarray(confusion)
-    if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or counts.size == 0:
-        raise ValueError(f"confusion: got shape {counts.shape}, expected (C, C)")
-    return _from_counts(np.diag(counts), counts.sum(axis=0), counts.sum(axis=1))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# ranking: AUC, average precision
-
-
-def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Area under the ROC curve of scores (N,), higher is more positive, against labels (N,) of 0 and 1.
-
-    Mann-Whitney's U over midranks (Hanley and McNeil 1982): a tie between a positive and a negative counts one half.
-    Pass logits or log-odds: half-precision probabilities round to ties. ValueError when only one class occurs.
-    """
-    score = _finite("scores", scores, 1)
-    positive = _zero_one("labels", labels, score.shape)
-    positives = int(positive.sum())
-    negatives = len(score) - positives
-    if positives == 0 or negatives == 0:
-        raise ValueError(f"labels: got {positives} positives and {negatives} negatives, AUC needs at least one of each")
-    _, group, size = np.unique(score, return_inverse=True, return_counts=True)
-    midrank = (np.cumsum(size) - (size - 1) / 2)[group]  # from 1; equal scores share their mean rank
-    return float((midrank[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Average precision sum_k (R_k - R_{k-1}) P_k of scores (N,) against labels (N,) of 0 and 1, no interpolation.
-
-    k runs over the distinct scores, as scikit-learn's average_precision_score: equal scores enter together.
-    ValueError when no label is 1 (scikit-learn warns and returns 0).
-    """
-    score = _finite("scores", scores, 1)
-    positive = _zero_one("labels", labels, score.shape)
-    if not positive.any():
-        raise ValueError(f"labels: got no 1 in {len(score)} rows, average precision needs at least one positive")
-    order = np.argsort(-score, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)  # last row of each distinct score
-    hits = np.cumsum(positive[order])[last]
-    return float((np.diff(hits, prepend=0) / hits[-1] * (hits / (last + 1))).sum())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the three tasks
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def _log_odds(logits: np.ndarray, k: int) -> np.ndarray:
+def log_odds(logits: Array, k: int) -> Array:
     """log p_k - log(1 - p_k) (N,): orders rows as p_k does, but never saturates at 1. z_1 - z_0 for two classes."""
     others = np.delete(logits, k, axis=1)
-    top = others.max(axis=1, keepdims=True)
-    return logits[:, k] - top[:, 0] - np.log(np.exp(others - top).sum(axis=1))
+    top = others.max(axis=1)
+    total = np.exp(others - top[:, None]).sum(axis=1)
+    return logits[:, k] - top - np.log(total)
 
 
-RANKING = ("roc_auc", "average_precision")  # those that sort all rows
+# ---- metrics of probabilities ---------------------------------------------------------------------------------------
 
 
-def classification(logits: ArrayLike, labels: ArrayLike, ranking: bool = True) -> dict[str, float]:
-    """Metrics of logits (N, C) float32 or float64, C >= 2, against labels (N,) int; the prediction is the first argmax.
+def ece(probabilities: Array, correct: Array, weights: Array | float = 1.0) -> float:
+    """Expected calibration error: the mean over rows of |mean outcome - mean probability| of their bin.
 
-    accuracy, weighted_f1, rows: as named. micro_f1: from the summed counts; equal to accuracy when each row has one
-    label. macro_f1: mean over the classes that occur in labels or predictions (scikit-learn's default). log_loss:
-    nats per row. roc_auc: for two classes on z_1 - z_0; for more, one-vs-rest macro mean, absent unless every class
-    occurs. ece: expected calibration error of the top probability, 15 bins (i/15, (i+1)/15] (Guo et al. 2017).
-    ranking: whether roc_auc is wanted.
-    ValueError on empty, float16 or non-finite logits, unequal lengths, labels outside 0..C-1.
+    probabilities and correct (N,): of single_label the top probability and whether it is right, of multi_label every
+    cell and its target. 15 bins (i/15, (i+1)/15], the first with 0 (Guo et al. 2017).
     """
-    z = _finite("logits", logits, 2, half=False)
-    rows, classes = z.shape
-    if classes < 2:
-        raise ValueError(
-            f"logits: got {classes} column, expected 2 or more; one output is for regression or multilabel"
-        )
-    true = _class_ids("labels", labels, classes)
-    _same_length("logits", z, "labels", true)
-    predicted = z.argmax(axis=1)
-    confusion = confusion_matrix(true, predicted, classes)
-    hits, columns, support = np.diag(confusion), confusion.sum(axis=0), confusion.sum(axis=1)
-    occurs = columns + support > 0
-    log_p = _log_softmax(z)  # (N, C)
-
-    correct, confidence = predicted == true, np.exp(log_p.max(axis=1))
-    bins = np.clip(np.ceil(confidence * 15).astype(int) - 1, 0, 14)
-    gaps = np.bincount(bins, weights=correct - confidence, minlength=15)  # per bin: rows * (accuracy - confidence)
-
-    scores = {"accuracy": float(correct.mean())}
-    scores |= _f1_averages(hits[occurs], columns[occurs], support[occurs])
-    scores["log_loss"] = float(-log_p[np.arange(rows), true].mean())
-    if ranking and (support > 0).all():
-        one_vs_rest = [1] if classes == 2 else range(classes)
-        scores["roc_auc"] = float(np.mean([roc_auc(_log_odds(z, k), true == k) for k in one_vs_rest]))
-    return scores | {"ece": float(np.abs(gaps).sum() / rows), "rows": rows}
+    weights = weights * np.ones(len(probabilities))
+    bins = np.ceil(probabilities * 15).astype(int) - 1
+    gaps = weights * (correct - probabilities)
+    gaps = np.bincount(bins.clip(0, 14), gaps, minlength=15)  # rows * (accuracy - mean probability)
+    return float(np.abs(gaps).sum() / weights.sum())
 
 
-def multilabel(
-    logits: ArrayLike, targets: ArrayLike, threshold: ArrayLike = 0.0, ranking: bool = True
+def brier(probabilities: Array, labels: Array) -> float:
+    """Brier score (1950) of probabilities (N, C): for class ids (N,) the squared errors summed over classes, from 0 to
+    2, mean over rows; for 0 and 1 (N, C) their mean over cells, from 0 to 1.
+    """
+    squares = (probabilities - one_hot(labels, probabilities.shape[1])) ** 2
+    if labels.ndim == 1:
+        squares = squares.sum(axis=1)
+    return float(squares.mean())
+
+
+# ---- precision, recall, F1 ------------------------------------------------------------------------------------------
+
+
+def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
+    """Counts (C, C) of class ids (N,): rows are the true class, columns the predicted one."""
+    counts = one_hot(labels, classes).T @ one_hot(predictions, classes)
+    return counts.astype(np.int64)
+
+
+def ratio(numerator: Array, denominator: Array) -> Array:
+    """The quotient, and 0 where the denominator is 0, as scikit-learn's zero_division=0."""
+    zeros = np.zeros(np.shape(numerator))
+    return np.divide(numerator, denominator, out=zeros, where=denominator > 0)
+
+
+def of_counts(hits: Array, predicted: Array, support: Array) -> tuple[Array, Array, Array]:
+    """Precision, recall and F1 from the numbers of rows that are right, predicted and true, of each class."""
+    precision = ratio(hits, predicted)
+    recall = ratio(hits, support)
+    return precision, recall, ratio(2 * hits, predicted + support)
+
+
+def _f1_scores(hits: Array, predicted: Array, support: Array, every: bool) -> dict[str, Array]:
+    """F1 of each class, and its averages over every class or over those that occur in labels or predictions."""
+    f1 = of_counts(hits, predicted, support)[2]
+    sizes = predicted + support
+    occurs = (sizes > 0) | every
+    return {
+        "f1": f1,
+        "micro_f1": ratio(2 * hits.sum(), sizes.sum()),
+        "macro_f1": f1[occurs].mean(),
+        "weighted_f1": ratio((f1 * support)[occurs].sum(), support.sum()),
+    }
+
+
+# ---- ranking: AUC, average precision --------------------------------------------------------------------------------
+
+
+def _ranker(scores: Array, positive: Array) -> Callable:
+    """weights (N,) -> (AUC, average precision) of scores (N,), higher is more positive, against 0 and 1 (N,).
+
+    AUC is the share of pairs that rank the positive above the negative, ties counting half (Hanley and McNeil 1982);
+    NaN without either. Average precision is sum_k (R_k - R_{k-1}) P_k over the distinct scores; NaN without a positive.
+    """
+    order = np.argsort(-scores)
+    positive = positive[order]
+    steps = np.diff(scores[order]) != 0
+    starts = np.flatnonzero(np.append(True, steps))  # the first row of each distinct score
+
+    def areas(weights):
+        weights = weights[order]
+        rows = np.add.reduceat(weights, starts)  # (distinct scores,)
+        hits = np.add.reduceat(weights * positive, starts)
+        rows_above, hits_above = rows.cumsum(), hits.cumsum()
+        positives = hits_above[-1]
+        negatives = rows_above[-1] - positives
+        pairs = (rows - hits) * (hits_above - hits / 2)
+        precision = ratio(hits_above, rows_above)
+        with np.errstate(invalid="ignore"):
+            auc = pairs.sum() / (positives * negatives)
+            return auc, (hits / positives * precision).sum()
+
+    return areas
+
+
+def roc_auc(scores: Array, labels: Array) -> float:
+    """Area under the ROC curve of scores (N,) against labels (N,) of 0 and 1; NaN where only one of them occurs.
+
+    Pass logits or log-odds: half-precision probabilities round to ties.
+    """
+    weights = np.ones(len(scores))
+    return float(_ranker(scores, labels)(weights)[0])
+
+
+def average_precision(scores: Array, labels: Array) -> float:
+    """Average precision of scores (N,) against labels (N,) of 0 and 1; NaN where no label is 1."""
+    weights = np.ones(len(scores))
+    return float(_ranker(scores, labels)(weights)[1])
+
+
+# ---- the three tasks ------------------------------------------------------------------------------------------------
+
+
+def of_task(
+    task: str,
+    logits: Array,
+    labels: Array,
+    ranking: bool = True,
+    predicted: Array | None = None,
 ) -> dict[str, float]:
-    """Metrics of logits (N, C) against targets (N, C) of 0 and 1; a label is predicted where its logit > threshold.
+    """The metrics of a task that the rows define, and the number of rows; see `scorer`."""
+    rows = len(labels)
+    score = scorer(task, logits, labels, predicted, ranking)
+    known = {}
+    for name, values in score(np.ones((1, rows))).items():
+        if name != "f1" and not np.isnan(values[0]):
+            known[name] = float(values[0])
+    return known | {"rows": rows}
 
-    threshold: a logit (0 is probability 0.5), or (C,) one per label. micro_f1, macro_f1 (over all C labels),
-    weighted_f1, subset_accuracy (all labels of a row right), hamming_loss (share of wrong cells), log_loss (nats per
-    cell), rows; roc_auc and average_precision are macro means, absent unless every label has a positive (and, for
-    roc_auc, a negative) row, or where ranking is False. ValueError on empty, float16 or non-finite logits, other
-    shapes, other targets.
+
+def scorer(
+    task: str,
+    logits: Array,
+    targets: Array,
+    predicted: Array | None = None,
+    ranking: bool = True,
+) -> Callable:
+    """A function of weights (S, N) that gives the metrics (S,) of a task by name, and "f1" (S, C) of each class.
+
+    predicted: class ids (N,), or 0 and 1 (N, C), instead of the first argmax, or of logits above 0. ranking: whether
+    the metrics of RANKING are wanted. What the weighted rows do not define (AUC with one class, r2 of constant targets)
+    is NaN, or absent where all rows do not define it.
+
+    micro_f1: from the summed counts; equal to accuracy when each row has one label. macro_f1: mean over the classes
+    that occur in labels or predictions (scikit-learn's default), of multi_label over all. subset_accuracy: all labels
+    of a row right. hamming_loss: share of wrong cells. log_loss: nats per row, of multi_label per cell. roc_auc: of two
+    classes on z_1 - z_0, of more the one-vs-rest macro mean, of multi_label the macro mean, as average_precision; of
+    regression where the targets are 0 and 1. ece: of the top probability, absent where `predicted` is given.
     """
-    z = _finite("logits", logits, 2, half=False)
-    true = _zero_one("targets", targets, z.shape)
-    cut = np.asarray(threshold, dtype=np.float64)
-    if cut.shape not in ((), (z.shape[1],)) or np.isnan(cut).any():
-        raise ValueError(f"threshold: got {threshold!r}, expected one logit or {z.shape[1]}, one per label")
-    predicted = z > cut
-    scores = _f1_averages((true & predicted).sum(axis=0), predicted.sum(axis=0), true.sum(axis=0))
-    scores["subset_accuracy"] = float((predicted == true).all(axis=1).mean())
-    scores["hamming_loss"] = float((predicted != true).mean())
-    scores["log_loss"] = float(np.logaddexp(0, np.where(true, -z, z)).mean())
-    if ranking and true.any(axis=0).all():
-        columns = list(zip(z.T, true.T, strict=True))
-        scores["average_precision"] = float(np.mean([average_precision(*column) for column in columns]))
-        if not true.all(axis=0).any():
-            scores["roc_auc"] = float(np.mean([roc_auc(*column) for column in columns]))
-    return scores | {"rows": len(z)}
-
-
-def regression(outputs: ArrayLike, targets: ArrayLike) -> dict[str, float]:
-    """mse, rmse, mae, pearson, r2, rows of outputs (N,) against targets (N,), in the units of the targets.
-
-    pearson is absent when either side is constant, r2 when the targets are. roc_auc is added when the targets are 0
-    and 1 and both occur. ValueError on empty, float16 or non-finite input and unequal lengths.
-    """
-    out, true = _finite("outputs", outputs, 1, half=False), _finite("targets", targets, 1)
-    _same_length("outputs", out, "targets", true)
-    error = out - true
-    mse = float(np.mean(error**2))
-    scores = {"mse": mse, "rmse": mse**0.5, "mae": float(np.abs(error).mean())}
-    if np.ptp(true) > 0:
-        a, b = out - out.mean(), true - true.mean()
-        if np.ptp(out) > 0:
-            scores["pearson"] = float(np.clip(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)), -1, 1))
-        scores["r2"] = float(1 - (error @ error) / (b @ b))
-        if np.isin(true, (0, 1)).all():
-            scores["roc_auc"] = roc_auc(out, true)
-    return scores | {"rows": len(out)}
-
-
-def of_task(task: str, logits: ArrayLike, labels: ArrayLike, ranking: bool = True) -> dict[str, float]:
-    """The metrics of a task: `regression` of its one column of logits, `multilabel`, or `classification`."""
+    z, y = checked(task, logits, targets)
     if task == "regression":
-        return regression(np.asarray(logits)[:, 0], labels)
-    scores = multilabel if task == "multi_label" else classification
-    return scores(logits, labels, ranking=ranking)
+        of_weights = _of_numbers(z[:, 0], y)
+    else:
+        of_weights = _of_classes(z, y, predicted, ranking)
+
+    def score(weights):
+        samples = [of_weights(row) for row in weights]
+        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+    return score
 
 
-def majority(task: str, labels: np.ndarray) -> float:
-    """What knowing nothing reaches: the share of the largest class, the micro-F1 of the commonest label on every row,
+def _of_classes(z: Array, y: Array, predicted: Array | None, ranking: bool) -> Callable:
+    """weights (N,) -> the metrics of single_label, or of multi_label where the labels are y (N, C)."""
+    classes, multi = z.shape[1], y.ndim == 2
+    own = z > 0 if multi else z.argmax(axis=1)
+    chosen = one_hot(own if predicted is None else predicted, classes)
+    true = one_hot(y, classes)
+    both = true * chosen
+    wrong = true != chosen
+    right = ~wrong.any(axis=1)
+    if multi:
+        loss = np.logaddexp(0, np.where(y, -z, z))  # (N, C)
+    else:
+        log_p = log_softmax(z)
+        loss = -log_p[np.arange(len(z)), y]  # (N,)
+        confidence = np.exp(log_p.max(axis=1))
+
+    # Each class against the others, by what orders the rows as its probability does.
+    rankers = []
+    if ranking and true.any(axis=0).all():
+        columns = z.T if multi else [log_odds(z, k) for k in range(classes)]
+        rankers = list(map(_ranker, columns, true.T))
+
+    def of_weights(weights):
+        scores = {} if multi else {"accuracy": _mean(right, weights)}
+        scores |= _f1_scores(weights @ both, weights @ chosen, weights @ true, every=multi)
+        if multi:
+            scores["subset_accuracy"] = _mean(right, weights)
+            scores["hamming_loss"] = _mean(wrong, weights)
+        scores["log_loss"] = _mean(loss, weights)
+        if rankers:
+            auc, precision = np.transpose([ranker(weights) for ranker in rankers])  # (C,) each
+            if multi:
+                scores["average_precision"] = precision.mean()
+            scores["roc_auc"] = auc.mean()
+        if predicted is None and not multi:
+            scores["ece"] = ece(confidence, right, weights)
+        return scores
+
+    return of_weights
+
+
+def _of_numbers(outputs: Array, targets: Array) -> Callable:
+    """weights (N,) -> the metrics of regression, in the units of the targets."""
+    error = outputs - targets
+    ranker = None
+    if np.isin(targets, (0, 1)).all():
+        ranker = _ranker(outputs, targets)
+
+    def of_weights(weights):
+        mse = _mean(error**2, weights)
+        scores = {"mse": mse, "rmse": mse**0.5, "mae": _mean(np.abs(error), weights)}
+        a = _centred(outputs, weights)
+        b = _centred(targets, weights)
+        variation = (weights * b) @ b
+        norms = np.sqrt((weights * a) @ a) * np.sqrt(variation)
+        scores["pearson"] = np.clip((weights * a) @ b / norms, -1, 1)
+        scores["r2"] = 1 - (weights * error) @ error / variation
+        if ranker:
+            scores["roc_auc"] = ranker(weights)[0]
+        return scores
+
+    return of_weights
+
+
+def _centred(values: Array, weights: Array) -> Array:
+    """values (N,) less their weighted mean; NaN where all are equal, which correlates with nothing."""
+    if np.ptp(values[weights > 0]) == 0:
+        return np.full(len(values), np.nan)
+    return values - _mean(values, weights)
+
+
+def _mean(values: Array, weights: Array) -> float:
+    """The weighted mean of values (N,) or of cells (N, C); weights of one give the very bits of values.mean()."""
+    cells = values.reshape(len(values), -1)
+    total = (cells * weights[:, None]).sum()
+    return float(total / (weights.sum() * cells.shape[1]))
+
+
+def majority(task: str, labels: Array) -> float:
+    """The majority-class baseline: the share of the largest class, the micro-F1 of the commonest label on every row,
     or the mse of the mean.
     """
     if task == "regression":
         return float(np.var(labels))
     if task == "multi_label":
-        return float(2 * labels.sum(axis=0).max() / (len(labels) + labels.sum()))
+        most = labels.sum(axis=0).max()
+        return float(2 * most / (len(labels) + labels.sum()))
     return float(np.bincount(labels).max() / len(labels))
 
 
-LOWER = ("log_loss", "hamming_loss", "mse", "rmse", "mae")  # metrics of which less is better
+def better(now: float | None, best: float | None, metric: str) -> bool:
+    """Whether a metric beats the best so far; the first evaluation does (None).
 
-
-def one_hot(values: np.ndarray, classes: int) -> np.ndarray:
-    """(N, C) of 0 and 1, from class ids or from the same."""
-    return values.astype(np.float64) if values.ndim == 2 else np.eye(classes)[values]
-
-
-def scorer(task: str, logits: np.ndarray, targets: np.ndarray, predicted: np.ndarray, ranking: bool) -> Callable:
-    """weights (S, N) -> {name: (S,)} of metrics.of_task, and "f1" (S, C), as sums over weighted rows.
-
-    predicted takes the place of argmax or probability 0.5. ranking: with roc_auc and average_precision. NaN where the
-    weighted rows do not define a metric. Without ece: resampling adds noise to its bins, which alone makes it larger.
+    A metric that the rows do not define (None), as pearson while every output is the same, counts as -1.
     """
-    z, multi = logits.astype(np.float64), task == "multi_label"
-    if task == "regression":
-        return _number_scorer(z[:, 0], targets.astype(np.float64))
-    true, chosen = one_hot(targets, z.shape[1]), one_hot(predicted, z.shape[1])
-    counts, wrong = np.hstack([true * chosen, chosen, true]), true != chosen
-    right = ~wrong.any(axis=1)
-    if multi:
-        sums = {"subset_accuracy": right, "hamming_loss": wrong.mean(axis=1)}
-        sums["log_loss"] = np.logaddexp(0, np.where(true > 0, -z, z)).mean(axis=1)
-        ranked = zip(z.T, true.T, strict=True)
-    else:
-        sums = {"accuracy": right, "log_loss": np.logaddexp.reduce(z, axis=1) - (z * true).sum(axis=1)}
-        some = [1] if z.shape[1] == 2 else range(z.shape[1])
-        ranked = [(_log_odds(z, k), true[:, k]) for k in some]
-    columns = np.stack(list(sums.values()), axis=1).astype(np.float64)
-    areas = [_ranking_scorer(*pair) for pair in ranked] if ranking else []
-
-    def score(w: np.ndarray) -> dict[str, np.ndarray]:
-        hits, said, support = np.moveaxis((w @ counts).reshape(len(w), 3, -1), 1, 0)  # (S, C) each
-        f1, occurs = 2 * hits / np.maximum(said + support, 1), np.maximum(multi, said + support > 0)
-        found = {"f1": f1, "micro_f1": 2 * hits.sum(axis=1) / np.maximum((said + support).sum(axis=1), 1)}
-        found["macro_f1"] = (f1 * occurs).sum(axis=1) / occurs.sum(axis=1)
-        found["weighted_f1"] = (f1 * support).sum(axis=1) / np.maximum(support.sum(axis=1), 1)
-        found |= dict(zip(sums, (w @ columns / w.sum(axis=1, keepdims=True)).T, strict=True))
-        means = np.mean([area(w) for area in areas], axis=0) if areas else []  # NaN where one of them is
-        return found | dict(zip(("roc_auc", "average_precision")[: 1 + multi], means, strict=False))
-
-    return score
-
-
-def _ranking_scorer(scores: np.ndarray, positive: np.ndarray) -> Callable:
-    """weights (S, N) -> (2, S): metrics.roc_auc and average_precision of scores (N,); NaN for one class alone."""
-    order = np.argsort(-scores, kind="stable")
-    first = np.flatnonzero(np.append(True, np.diff(scores[order]) != 0))  # of each distinct score
-
-    def score(w: np.ndarray) -> np.ndarray:
-        some, every = (np.add.reduceat(v[:, order], first, axis=1) for v in (w * positive, w))
-        hits, seen = some.cumsum(axis=1), every.cumsum(axis=1)
-        with np.errstate(invalid="ignore"):
-            auc = ((every - some) * (hits - some / 2)).sum(axis=1) / (hits[:, -1] * (seen - hits)[:, -1])
-            return np.stack([auc, (some * hits / np.maximum(seen, 1)).sum(axis=1) / hits[:, -1]])
-
-    return score
-
-
-def _number_scorer(outputs: np.ndarray, targets: np.ndarray) -> Callable:
-    """The same of metrics.regression."""
-    error, a, b = outputs - targets, outputs - outputs.mean(), targets - targets.mean()
-    columns = np.stack([error**2, np.abs(error), a, b, a * a, b * b, a * b], axis=1)
-    area = _ranking_scorer(outputs, targets) if np.isin(targets, (0, 1)).all() else None
-
-    def score(w: np.ndarray) -> dict[str, np.ndarray]:
-        mse, mae, a1, b1, a2, b2, ab = (w @ columns / w.sum(axis=1, keepdims=True)).T
-        of_a, of_b = (np.where(v > 1e-12 * m, v, np.nan) for v, m in ((a2 - a1**2, a2), (b2 - b1**2, b2)))  # variances
-        pearson = np.clip((ab - a1 * b1) / np.sqrt(of_a * of_b), -1, 1)
-        found = {"mse": mse, "rmse": np.sqrt(mse), "mae": mae, "pearson": pearson, "r2": 1 - mse / of_b}
-        return found | ({"roc_auc": area(w)[0]} if area else {})
-
-    return score
+    if best is None:
+        return True
+    now = -1.0 if now is None else now
+    return now < best if metric in LOWER else now > best

@@ -326,7 +326,7 @@ def audit_rows(
         rows += part.rows
         names += [_name(cfg, split, *pair) for pair in zip(part.rows, part.ids, strict=True)]
     findings = audit.audit(texts(cfg, rows), answers, splits, near=cfg.audit == "near")
-    warnings = audit.said(findings, answers, splits, names)
+    warnings = audit.warnings_of(findings, answers, splits, names)
     alike = len(findings.duplicates) + len(findings.near)
     if val is None and alike and not cfg.group_column:
         equal = f"{alike} groups of equal or nearly equal rows may be in different folds"

@@ -41,7 +41,7 @@ def main() -> None:
     result = {"run": str(run) if run else None, "rows": len(held_out.labels)}
     for key, name in (("majority", "majority class"), ("tfidf_svm", "TF-IDF + LinearSVC"), ("run", str(run))):
         if key in predicted:
-            scores = metrics.classification(np.eye(classes)[predicted[key]], held_out.labels)
+            scores = metrics.of_task("single_label", np.eye(classes)[predicted[key]], held_out.labels)
             print(f"{name:<20} {scores['micro_f1']:>9.4f} {scores['macro_f1']:>9.4f}")
             result["metrics" if key == "run" else key] = {k: round(scores[k], 6) for k in ("micro_f1", "macro_f1")}
     print(json.dumps(result))

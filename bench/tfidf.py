@@ -35,7 +35,7 @@ def main(run: Path) -> dict:
     theirs = model.predict_log_proba(fields(cfg, judge.rows)).astype(np.float32)
     found = {}
     for name, z in (("tfidf + logistic regression", theirs), ("run", logits)):
-        scores = metrics.classification(z, targets)
+        scores = metrics.of_task("single_label", z, targets)
         found[name] = {n: round(scores[n], 4) for n in ("accuracy", "macro_f1", "roc_auc", "log_loss")}
         by = evaluate.by_value(cfg, cfg.by_column, judge.rows, z, targets, print)
         found[name] |= {"mean_by_column": by["mean_by_column"]} if by else {}

@@ -12,7 +12,6 @@ import pytest
 from conftest import ROOT
 from test_ddp import forked, forks, run_of, shas, start, toy_flags, write_rows
 
-import bootstrap
 import configs
 import decide
 import files
@@ -172,7 +171,7 @@ def test_a_family_predicts_the_mean_of_its_runs(family, tmp_path):
         [[float(r[f"probability_{c}"]) for c in range(8)] for r in files.read_rows(str(tmp_path / "a.csv"), "x")]
     )
     decision = trained.read_decision(family, "single_label", 8)
-    np.testing.assert_allclose(shares, decide.calibrated(logits, decision), atol=1e-6)
+    np.testing.assert_allclose(shares, decide.apply(decision, logits)[1], atol=1e-6)
     assert told["rows"] == 58
     once = trained.load_run(family).predict([judged.rows[0]["Question"]])[0]
     np.testing.assert_allclose(once["logits"], logits[0], atol=1e-5)
@@ -224,23 +223,6 @@ def test_what_is_wrong_with_the_last_fold_is_said_before_the_first_begins(small_
     with pytest.raises(UserError, match="--metric roc_auc needs rows with and without every label"):
         train.main(toy_flags(tmp_path, small_base, folds=8, metric="roc_auc", **QUICK))
     assert not (tmp_path / "outputs").exists()
-
-
-# ---- intervals ------------------------------------------------------------------------------------------------------
-
-
-def test_intervals_are_the_bootstrap_of_each_metric():
-    rng = np.random.default_rng(0)
-    labels, logits = rng.integers(3, size=120), rng.normal(size=(120, 3)).astype(np.float32)
-    logits[np.arange(120), labels] += 1
-    names = ["micro_f1", "log_loss", "roc_auc"]
-    found = bootstrap.intervals("single_label", logits, labels, names, samples=300, seed=5)
-    for name in names:
-        alone = bootstrap.bootstrap_interval(
-            lambda i, n=name: metrics.of_task("single_label", logits[i], labels[i])[n], 120, samples=300, seed=5
-        )
-        np.testing.assert_allclose(found[name], alone)
-    assert bootstrap.intervals("single_label", logits, labels, ["micro_f1"], 100)["micro_f1"][0] < 1
 
 
 # ---- what is wrong with the rows ------------------------------------------------------------------------------------

@@ -340,9 +340,9 @@ def test_a_trained_head_of_words_is_an_adapter_of_a_causal_lm(base, tmp_path, ta
         near(logits, word_logits(theirs, [tokens.row(i).tolist() for i in range(len(rows))], words))
     with lora.disable(live.model):
         assert np.abs(live.logits(rows, 256)[0] - logits).max() > 1e-2  # the adapter does something
-    assert metrics.classification(logits, np.array([int(r["label"]) for r in rows]))["accuracy"] == pytest.approx(
-        result["metrics"]["accuracy"], abs=1e-6
-    )
+    assert metrics.of_task("single_label", logits, np.array([int(r["label"]) for r in rows]))[
+        "accuracy"
+    ] == pytest.approx(result["metrics"]["accuracy"], abs=1e-6)
 
 
 @pytest.mark.parametrize("tied", [True, False])

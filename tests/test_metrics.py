@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import bootstrap
 import metrics
 import tables
 
@@ -44,7 +43,7 @@ def rows_of(seed, rows, classes, ties=False):
 def test_classification_equals_sklearn(sk, rows, classes, ties):
     logits, labels = rows_of(rows, rows, classes, ties)
     predicted, p = logits.argmax(axis=1), softmax(logits)
-    got = metrics.classification(logits, labels)
+    got = metrics.of_task("single_label", logits, labels)
     assert set(got) == {
         *("accuracy", "micro_f1", "macro_f1", "weighted_f1", "log_loss", "roc_auc", "ece", "rows"),
     }
@@ -66,7 +65,7 @@ def test_one_vs_rest_auc_counts_repeated_rows_as_ties(sk):
     labels = np.random.default_rng(2).integers(3, size=210)
     logits = np.tile(few, (30, 1))
     want = sk.roc_auc_score(labels, softmax(logits), multi_class="ovr")
-    assert metrics.classification(logits, labels)["roc_auc"] == pytest.approx(want, **TIGHT)
+    assert metrics.of_task("single_label", logits, labels)["roc_auc"] == pytest.approx(want, **TIGHT)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -78,11 +77,10 @@ def test_confusion_and_per_class_equal_sklearn_with_absent_classes(sk, seed):
     assert confusion.dtype == np.int64
     assert (confusion == sk.confusion_matrix(labels, predicted, labels=range(classes))).all()
     want = sk.precision_recall_fscore_support(labels, predicted, labels=range(classes), zero_division=0)
-    got = metrics.per_class(confusion)
-    assert list(got) == ["precision", "recall", "f1", "support"]
-    for ours, theirs in zip(got.values(), want, strict=True):
+    got = metrics.of_counts(np.diag(confusion), confusion.sum(axis=0), confusion.sum(axis=1))
+    for ours, theirs in zip(got, want, strict=False):  # theirs ends with the support
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
-    scores = metrics.classification(np.eye(classes)[predicted], labels)
+    scores = metrics.of_task("single_label", np.eye(classes)[predicted], labels)
     for average in ("macro", "weighted"):  # the macro mean leaves out class 5, which occurs nowhere
         want = sk.f1_score(labels, predicted, average=average, zero_division=0)
         assert scores[f"{average}_f1"] == pytest.approx(want, **TIGHT)
@@ -116,7 +114,7 @@ def test_multilabel_equals_sklearn(sk, ties):
         "roc_auc": sk.roc_auc_score(targets, logits, average="macro"),
         "rows": 250,
     }
-    assert metrics.multilabel(logits, targets) == pytest.approx(want, **TIGHT)
+    assert metrics.of_task("multi_label", logits, targets) == pytest.approx(want, **TIGHT)
 
 
 def test_regression_equals_sklearn(sk):
@@ -131,9 +129,9 @@ def test_regression_equals_sklearn(sk):
         "r2": sk.r2_score(targets, outputs),
         "rows": 300,
     }
-    assert metrics.regression(outputs, targets) == pytest.approx(want, **TIGHT)
+    assert metrics.of_task("regression", outputs[:, None], targets) == pytest.approx(want, **TIGHT)
     zero_one = (targets > 0).astype(float)
-    got = metrics.regression(outputs, zero_one)
+    got = metrics.of_task("regression", outputs[:, None], zero_one)
     assert got["roc_auc"] == pytest.approx(sk.roc_auc_score(zero_one, outputs), **TIGHT)
 
 
@@ -152,7 +150,7 @@ def test_constant_scores_rank_nothing():
     labels = np.array([0, 1, 0, 0])
     assert metrics.roc_auc(np.full(4, 0.3), labels) == 0.5
     assert metrics.average_precision(np.full(4, 0.3), labels) == 0.25  # the share of positives
-    scores = metrics.classification(np.zeros((4, 2)), labels)
+    scores = metrics.of_task("single_label", np.zeros((4, 2)), labels)
     assert scores["roc_auc"] == 0.5
     assert scores["log_loss"] == pytest.approx(np.log(2), **TIGHT)
     assert scores["ece"] == pytest.approx(0.25, **TIGHT)  # says 0.5, right on three of four
@@ -167,14 +165,14 @@ def test_calibration_error_equals_a_loop_over_bins():
         inside = (top > k / 15) & (top <= (k + 1) / 15)
         if inside.any():
             want += inside.mean() * abs(right[inside].mean() - top[inside].mean())
-    assert metrics.classification(2 * logits, labels)["ece"] == pytest.approx(want, **TIGHT)
+    assert metrics.of_task("single_label", 2 * logits, labels)["ece"] == pytest.approx(want, **TIGHT)
     assert want > 0.05
 
 
 def test_macro_f1_is_not_the_mean_of_the_macro_f1_of_batches():
     logits, labels = rows_of(6, 240, 8)
-    whole = metrics.classification(logits, labels)
-    batches = [metrics.classification(logits[i : i + 8], labels[i : i + 8]) for i in range(0, 240, 8)]
+    whole = metrics.of_task("single_label", logits, labels)
+    batches = [metrics.of_task("single_label", logits[i : i + 8], labels[i : i + 8]) for i in range(0, 240, 8)]
     assert np.mean([b["accuracy"] for b in batches]) == pytest.approx(whole["accuracy"], **TIGHT)
     assert abs(np.mean([b["macro_f1"] for b in batches]) - whole["macro_f1"]) > 0.03
 
@@ -201,7 +199,7 @@ def test_auc_of_saturated_probabilities_is_kept(classes):
     if classes == 3:
         logits, labels = np.vstack([logits, [0, 0, 90]]), np.append(labels, 2)
     assert len(np.unique(softmax(logits)[:50, 0])) == 1
-    scores = metrics.classification(logits, labels)
+    scores = metrics.of_task("single_label", logits, labels)
     assert scores["roc_auc"] == 1.0
     if classes == 2:
         assert scores["log_loss"] == pytest.approx(margin[:25].sum() / 50, **TIGHT)
@@ -209,64 +207,63 @@ def test_auc_of_saturated_probabilities_is_kept(classes):
 
 def test_large_logits_do_not_overflow():
     big = np.array([[1e4, -1e4], [1e4, -1e4]])
-    assert metrics.classification(big, np.array([0, 1]))["log_loss"] == 1e4
-    assert metrics.multilabel(big, np.array([[1, 0], [0, 1]]))["log_loss"] == 5e3
+    assert metrics.of_task("single_label", big, np.array([0, 1]))["log_loss"] == 1e4
+    assert metrics.of_task("multi_label", big, np.array([[1, 0], [0, 1]]))["log_loss"] == 5e3
 
 
 def test_one_row_and_one_class():
-    one = metrics.classification(np.array([[2.0, 1.0, 0.0]]), np.array([0]))
+    one = metrics.of_task("single_label", np.array([[2.0, 1.0, 0.0]]), np.array([0]))
     assert (one["accuracy"], one["micro_f1"], one["macro_f1"], one["weighted_f1"], one["rows"]) == (1, 1, 1, 1, 1)
     assert "roc_auc" not in one
-    assert set(metrics.multilabel(np.array([[1.0, -1.0]]), np.array([[1, 0]]))) == {
+    assert set(metrics.of_task("multi_label", np.array([[1.0, -1.0]]), np.array([[1, 0]]))) == {
         *("micro_f1", "macro_f1", "weighted_f1", "subset_accuracy", "hamming_loss", "log_loss", "rows"),
     }
-    assert metrics.regression(np.array([1.0]), np.array([3.0])) == {"mse": 4, "rmse": 2, "mae": 2, "rows": 1}
-    assert set(metrics.regression(np.ones(3), np.arange(3.0))) == {"mse", "rmse", "mae", "r2", "rows"}
+    assert metrics.of_task("regression", np.array([[1.0]]), np.array([3.0])) == {
+        "mse": 4,
+        "rmse": 2,
+        "mae": 2,
+        "rows": 1,
+    }
+    assert set(metrics.of_task("regression", np.ones((3, 1)), np.arange(3.0))) == {"mse", "rmse", "mae", "r2", "rows"}
     for labels in (np.zeros(4), np.ones(4)):
-        with pytest.raises(ValueError, match="at least one of each"):
-            metrics.roc_auc(np.arange(4.0), labels)
-    with pytest.raises(ValueError, match="at least one positive"):
-        metrics.average_precision(np.arange(4.0), np.zeros(4))
+        assert np.isnan(metrics.roc_auc(np.arange(4.0), labels))
+    assert np.isnan(metrics.average_precision(np.arange(4.0), np.zeros(4)))
     assert metrics.average_precision(np.arange(4.0), np.ones(4)) == 1
 
 
-def test_multilabel_threshold_is_a_logit_for_all_or_for_each_label():
+def test_predictions_may_be_given():
     logits, targets = np.array([[0.0, 2.0], [1.0, 3.0]]), np.array([[0, 0], [1, 1]])
-    assert metrics.multilabel(logits, targets)["subset_accuracy"] == 0.5  # 0 itself is not predicted
-    assert metrics.multilabel(logits, targets, -1.0)["subset_accuracy"] == 0.5
-    assert metrics.multilabel(logits, targets, [0.5, 2.5])["subset_accuracy"] == 1
-    with pytest.raises(ValueError, match="expected one logit or 2"):
-        metrics.multilabel(logits, targets, [0.5])
+    plain = metrics.of_task("multi_label", logits, targets)
+    assert plain["subset_accuracy"] == 0.5  # a logit of 0 is not predicted
+    given = metrics.of_task("multi_label", logits, targets, predicted=logits > [0.5, 2.5])
+    assert given["subset_accuracy"] == given["micro_f1"] == 1 and given["log_loss"] == plain["log_loss"]
+    classes = metrics.of_task("single_label", logits, np.array([0, 1]), predicted=np.array([0, 1]))
+    assert classes["accuracy"] == 1 and "ece" not in classes
+
+
+def test_better_knows_which_metrics_fall():
+    assert metrics.better(0.1, None, "accuracy") and metrics.better(None, None, "pearson")
+    assert metrics.better(0.8, 0.7, "accuracy") and not metrics.better(0.7, 0.7, "accuracy")
+    assert metrics.better(0.7, 0.8, "log_loss") and not metrics.better(0.8, 0.7, "mse")
+    assert not metrics.better(None, -0.3, "pearson"), "equal outputs correlate with nothing"
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label", "regression"])
+def test_the_majority_baseline_is_the_score_of_a_constant(task):
+    rng = np.random.default_rng(11)
+    labels = {
+        "single_label": rng.choice(3, size=50, p=[0.2, 0.5, 0.3]),
+        "multi_label": (rng.random((50, 3)) < [0.1, 0.6, 0.3]).astype(int),
+        "regression": rng.normal(size=50),
+    }[task]
+    constant = np.full((50, 1), labels.mean()) if task == "regression" else np.tile([-1.0, 1.0, -1.0], (50, 1))
+    scores = metrics.of_task(task, constant, labels)
+    name = {"single_label": "accuracy", "multi_label": "micro_f1", "regression": "mse"}[task]
+    assert metrics.majority(task, labels) == pytest.approx(scores[name], **TIGHT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# bootstrap, table, errors
-
-
-def test_bootstrap_interval_of_a_mean_is_the_normal_one_and_seeded():
-    values = np.random.default_rng(8).normal(size=400)
-
-    def mean(indices):
-        return values[indices].mean()
-
-    low, high = bootstrap.bootstrap_interval(mean, 400)
-    half = 1.96 * values.std() / 20
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
-    assert (low, high) == bootstrap.bootstrap_interval(mean, 400)
-    assert (low, high) != bootstrap.bootstrap_interval(mean, 400, seed=1)
-    inner = bootstrap.bootstrap_interval(mean, 400, level=0.5)
-    assert low < inner[0] < values.mean() < inner[1] < high
-
-
-def test_bootstrap_leaves_out_undefined_resamples_but_not_mistakes():
-    scores, labels = np.arange(8.0), np.array([0, 0, 0, 0, 0, 0, 0, 1])  # a third of the resamples has one class
-    assert bootstrap.bootstrap_interval(lambda i: metrics.roc_auc(scores[i], labels[i]), 8, samples=200) == (1, 1)
-    with pytest.raises(ValueError, match="one of each"):
-        bootstrap.bootstrap_interval(lambda i: metrics.roc_auc(scores[i], np.zeros(8)), 8)
-    with pytest.raises(ValueError, match="got 0 of 50"):
-        bootstrap.bootstrap_interval(lambda i: float("nan"), 8, samples=50)
-    with pytest.raises(ValueError, match="level 95"):
-        bootstrap.bootstrap_interval(lambda i: 0.0, 8, level=95)
+# tables, errors
 
 
 NAMES = [
@@ -281,11 +278,12 @@ def test_table_of_eight_long_names_fits_a_hundred_columns():
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
     assert text.isascii()
-    scores = metrics.per_class(confusion)
+    support = confusion.sum(axis=1)
+    scores = metrics.of_counts(np.diag(confusion), confusion.sum(axis=0), support)
     for k in range(8):
         top, bottom = [line for line in lines if line.startswith(f"{k} ")]
-        want = [f"{scores[name][k]:.4f}" for name in ("precision", "recall", "f1")]
-        assert top.split()[-4:] == [*want, str(scores["support"][k])]
+        want = [f"{values[k]:.4f}" for values in scores]
+        assert top.split()[-4:] == [*want, str(support[k])]
         assert bottom.split()[-8:] == [str(count) for count in confusion[k]]
     matrix = lines[-9:]
     assert len({len(line) for line in matrix}) == 1  # aligned
@@ -296,7 +294,11 @@ def test_table_of_eight_long_names_fits_a_hundred_columns():
 def test_table_at_other_sizes():
     small = tables.table(np.array([[2, 1, 0], [0, 3, 0], [0, 0, 0]]), ["no", "two\nlines", "absent"])
     assert "1 two lines" in small
-    assert tables.table(np.eye(2, dtype=int), ["no", "yes"]).splitlines()[-3].split() == ["0", "no", "1", "yes"]
+    assert tables.table(np.eye(2, dtype=int), ["no", "yes"]).splitlines()[-3:] == [
+        "      0 1",
+        "0 no  1 0",
+        "1 yes 0 1",
+    ]
     macro = next(line for line in small.splitlines() if line.startswith("macro"))
     assert macro.split() == ["macro", "0.8750", "0.8333", "0.8286", "6"]  # the absent class is not in the mean
     many = tables.table(np.eye(77, dtype=int), [f"a rather long intent name {k}" for k in range(77)])
@@ -305,51 +307,40 @@ def test_table_at_other_sizes():
     middle = tables.table(np.eye(20, dtype=int), NAMES * 2 + NAMES[:4]).splitlines()
     assert max(map(len, middle)) <= 100
     assert middle[-21].split() == [str(k) for k in range(20)]
-    with pytest.raises(ValueError, match="got 2, expected 3"):
-        tables.table(np.eye(3, dtype=int), ["a", "b"])
-    with pytest.raises(ValueError, match=r"expected \(C, C\)"):
-        metrics.per_class(np.ones((2, 3), dtype=int))
 
 
 def test_non_finite_rows_are_counted_and_the_first_is_named():
     logits, labels = rows_of(10, 30, 3)
     logits[[4, 9, 9], [0, 1, 2]] = np.nan, np.inf, -np.inf
-    message = "2 of 30 rows that are not finite, the first is row 4"
-    with pytest.raises(ValueError, match=f"logits: got {message}"):
-        metrics.classification(logits, labels)
-    with pytest.raises(ValueError, match=f"logits: got {message}"):
-        metrics.multilabel(logits, np.eye(3)[labels])
-    with pytest.raises(ValueError, match="outputs: got 1 of 30 rows"):
-        metrics.regression(logits[:, 0], labels)
-    with pytest.raises(ValueError, match="scores: got 1 of 30 rows"):
-        metrics.roc_auc(logits[:, 0], labels == 0)
+    message = "logits: got nan in row 4, 3 such values, expected finite numbers"
+    with pytest.raises(ValueError, match=message):
+        metrics.of_task("single_label", logits, labels)
+    with pytest.raises(ValueError, match=message):
+        metrics.of_task("multi_label", logits, np.eye(3)[labels])
+    with pytest.raises(ValueError, match="logits: got nan in row 4, 1 such values"):
+        metrics.of_task("regression", logits[:, :1], labels)
 
 
 @pytest.mark.parametrize(
-    "call, message",
+    "task, logits, labels, message",
     [
-        (lambda: metrics.classification(np.zeros((3, 2)), [0, 1]), "labels: got 2 rows, expected 3"),
-        (lambda: metrics.classification(np.zeros((2, 2)), [0, 2]), "got 2 in row 1, expected integers from 0 to 1"),
-        (lambda: metrics.classification(np.zeros((2, 2)), [-1, 0]), "got -1 in row 0"),
-        (lambda: metrics.classification(np.zeros((2, 2)), [0.0, 1.0]), "got dtype float64, expected integers"),
-        (lambda: metrics.classification(np.zeros((0, 2)), []), r"logits: got shape \(0, 2\), expected a non-empty"),
-        (lambda: metrics.classification(np.zeros(2), [0, 1]), "expected a non-empty array of 2 dim"),
-        (lambda: metrics.classification(np.zeros((2, 1)), [0, 0]), "got 1 column, expected 2 or more"),
-        (lambda: metrics.classification(np.zeros((2, 2), np.float16), [0, 1]), "got float16, expected float32"),
-        (lambda: metrics.confusion_matrix([0, 1], [0], 2), "predictions: got 1 rows, expected 2"),
-        (lambda: metrics.confusion_matrix([], [], 2), "labels: got shape"),
-        (lambda: metrics.confusion_matrix([0, 1], [0, 3], 2), "predictions: got 3 in row 1"),
-        (lambda: metrics.multilabel(np.zeros((2, 3)), np.zeros((2, 2))), r"got shape \(2, 2\), expected \(2, 3\)"),
-        (lambda: metrics.multilabel(np.zeros((2, 2)), [[0, 1], [2, 0]]), "got 2 in row 1, expected only 0 and 1"),
-        (lambda: metrics.regression(np.zeros(3), np.zeros(2)), "targets: got 2 rows, expected 3"),
-        (lambda: metrics.regression(np.zeros((3, 1)), np.zeros(3)), r"outputs: got shape \(3, 1\)"),
-        (lambda: metrics.roc_auc(np.zeros(3), np.zeros(2)), r"labels: got shape \(2,\), expected \(3,\)"),
-        (lambda: metrics.roc_auc(np.zeros(2), [0, np.nan]), "labels: got nan in row 1"),
+        ("single_label", np.zeros((3, 2)), [0, 1], r"labels: got shape \(2,\), expected \(3,\) for single_label"),
+        ("single_label", np.zeros((2, 2)), [0, 2], "got 2 in row 1, .*expected integers from 0 to 1"),
+        ("single_label", np.zeros((2, 2)), [-1, 0], "got -1 in row 0"),
+        ("single_label", np.zeros((2, 2)), [0.5, 1.0], "got 0.5 in row 0, .*expected integers"),
+        ("single_label", np.zeros((0, 2)), [], r"logits: got float64 \(0, 2\), expected .*, not empty"),
+        ("single_label", np.zeros(2), [0, 1], r"logits: got float64 \(2,\), expected float32 or float64 \(N, C\)"),
+        ("single_label", np.zeros((2, 2), np.float16), [0, 1], "got float16 .*, expected float32"),
+        ("multi_label", np.zeros((2, 3)), np.zeros((2, 2)), r"got shape \(2, 2\), expected \(2, 3\)"),
+        ("multi_label", np.zeros((2, 2)), [[0, 1], [2, 0]], "got 2 in row 1, .*expected integers from 0 to 1"),
+        ("multi_label", np.zeros((1, 2)), [[0, np.nan]], "labels: got nan in row 0"),
+        ("regression", np.zeros((3, 1)), np.zeros(2), r"labels: got shape \(2,\), expected \(3,\)"),
+        ("regression", np.zeros((2, 1)), [0, np.inf], "labels: got inf in row 1, .*expected finite numbers"),
     ],
 )
-def test_errors_say_what_was_got_and_expected(call, message):
+def test_errors_say_what_was_got_and_expected(task, logits, labels, message):
     with pytest.raises(ValueError, match=message):
-        call()
+        metrics.of_task(task, logits, np.array(labels))
 
 
 def test_metrics_imports_numpy_alone():

@@ -162,7 +162,7 @@ def test_a_run_is_measured_saved_and_decides(done, small_base):
     targets = np.array([[n in json.loads(r["label"]) for n in NAMES] for r in rows])
     predicted = np.array([[n in json.loads(r["prediction"]) for n in NAMES] for r in rows])
     assert np.array_equal(predicted, logits > 0) and len(rows) == result["metrics"]["rows"]
-    scores = metrics.multilabel(logits, targets)
+    scores = metrics.of_task("multi_label", logits, targets)
     assert scores == pytest.approx({k: result["metrics"][k] for k in scores}, abs=2e-6)
     want = decide.fit_decision("multi_label", logits, targets.astype(int), "global")
     assert want.thresholds == pytest.approx(decision.thresholds, abs=1e-6)
@@ -186,7 +186,8 @@ def test_predictions_round_trip(done, tmp_path, name):
     lines = np.array(run.decision.platt)
     np.testing.assert_allclose(shares, 1 / (1 + np.exp(-(logits * lines[:, 0] + lines[:, 1]))), atol=1e-9)
     known = labelling.encode_label_sets(labelling.label_sets(source, "tags", (), "|", "x"), run.labels, "x")
-    want = metrics.multilabel(logits.astype(np.float32), known, run.decision.thresholds)
+    predicted = logits > run.decision.thresholds
+    want = metrics.of_task("multi_label", logits.astype(np.float32), known, predicted=predicted)
     assert told["metrics"] == pytest.approx(want, abs=1e-4) and told["undecided"] != told["metrics"]
 
 
