@@ -10,7 +10,6 @@ import time
 import numpy as np
 
 import bootstrap
-import calibrate
 import checkpoint
 import configs
 import metrics
@@ -155,15 +154,7 @@ def class_scores(run: Run, predicted: np.ndarray) -> dict[str, np.ndarray]:
     true, chosen = (metrics.one_hot(values, len(run.labels.names)) for values in (run.targets, predicted))
     hits = (true * chosen).sum(axis=0)
     true, chosen = true.sum(axis=0), chosen.sum(axis=0)
-    return {
-        "precision": hits / np.maximum(chosen, 1),
-        "recall": hits / np.maximum(true, 1),
-        "F1": f1(hits, chosen, true),
-    }
-
-
-def f1(hits: np.ndarray, chosen: np.ndarray, support: np.ndarray) -> np.ndarray:
-    return 2 * hits / np.maximum(chosen + support, 1)
+    return dict(zip(("precision", "recall", "F1"), metrics.of_counts(hits, chosen, true), strict=True))
 
 
 def by_frequency(run: Run, columns: dict) -> dict[str, list]:
@@ -199,7 +190,7 @@ def reliability(p: np.ndarray, outcome: np.ndarray) -> dict:
     used = np.flatnonzero(count)
     hits = np.bincount(index, weights=outcome)[used]
     return {
-        "ece": calibrate.ece(p, outcome),
+        "ece": metrics.ece(p, outcome),
         "count": count,
         "mean": np.bincount(index, weights=p)[used] / count[used],
         "share": hits / count[used],
@@ -217,13 +208,13 @@ def thresholds(run: Run) -> dict | None:
     grid = np.linspace(0.005, 0.995, 199)
     hits, chosen = counts_above(p, y, grid)
     support = y.sum(axis=0)
-    by_label = f1(hits, chosen, support)
+    _, recall, f1 = metrics.of_counts(hits, chosen, support)
     if multi:
-        micro = f1(hits.sum(axis=1), chosen.sum(axis=1), support.sum())
-        series = {"micro-F1": micro, "macro-F1": by_label.mean(axis=1)}
+        _, _, micro = metrics.of_counts(hits.sum(axis=1), chosen.sum(axis=1), support.sum())
+        series = {"micro-F1": micro, "macro-F1": f1.mean(axis=1)}
     else:
         precision = hits / np.where(chosen > 0, chosen, np.nan)
-        series = {"precision": precision, "recall": hits / np.maximum(support, 1), "F1": by_label}
+        series = {"precision": precision, "recall": recall, "F1": f1}
     label = "one threshold for all labels, on the probability"
     if run.binary:
         label = f"threshold on the probability of {run.labels.names[1]}"
