@@ -87,6 +87,7 @@ import foreign
 import numerics
 import predictions
 import prompts
+import trained
 import writer
 from errors import UserError
 

@@ -29,15 +29,21 @@ errors
 configs presets checks cli
 lora peft_format losses metrics tables bootstrap calibrate decide optim ddp checkpoint tracking
 prompts answer_parser latex audit
-files labelling numerics packed bases nf4 model estimates data splits loop
-evaluate language corpus trained foreign predictions
+files labelling strata numerics packed bases nf4 model estimates data splits loop
+evaluate language corpus trained chains foreign predictions writer chats answers
+report_runs report_numbers pictures page report_sections compare_runs
 train infer cpt generate folds ensemble slices report
 """
 ORDER = HOUSE.split()
 COMMANDS = set(HOUSE.strip().splitlines()[-1].split())
 
 RUNTIME = {"torch", "transformers", "safetensors", "numpy", "tqdm", "bitsandbytes"}
-OPTIONAL = {"files": {"pyarrow"}, "pictures": {"matplotlib"}, "tracking": {"wandb"}}  # inside functions only
+OPTIONAL = {
+    "files": {"pyarrow"},
+    "pictures": {"matplotlib"},
+    "report": {"matplotlib"},
+    "tracking": {"wandb"},
+}  # inside functions only
 FORBIDDEN = {"datasets", "tokenizers", "peft", "token", "profile", "utils"}  # would shadow real modules
 
 # The budgets, and every exception with its reason.
