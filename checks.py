@@ -13,42 +13,51 @@ from pathlib import Path
 from configs import CptConfig
 from errors import UserError, nearest
 
+
+def table(text: str) -> list[list[str]]:
+    """The rows of a table that is written as text, with columns separated by ::"""
+    return [[cell.strip() for cell in line.split("::")] for line in text.strip().splitlines()]
+
+
 # ---- rules about one field, by its name, in every command -----------------------------------------------------------
 
-# fmt: off
 CHOICES = {
-    "head": "linear label_words",
-    "quant": "none nf4",
-    "chat": "auto yes no",
-    "answer": "auto label probability",
-    "audit": "near equal none",
-    "thresholds": "auto per_class global none",
-    "ensemble": "mean_logit mean_prob rank weighted",
-    "export_dtype": "bf16 fp16 fp32",
-    "optimizer": "adamw adamw8bit paged_adamw paged_adamw8bit",
-    "pooling": "last mean cls attention",
-    "bias": "none lora_only all",
-    "schedule": "cosine linear constant",
-    "precision": "auto fp32 fp16 bf16",
-    "task": "single_label multi_label regression",
+    name: choices.split()
+    for name, choices in table("""
+        head :: linear label_words
+        quant :: none nf4
+        chat :: auto yes no
+        answer :: auto label probability
+        audit :: near equal none
+        thresholds :: auto per_class global none
+        ensemble :: mean_logit mean_prob rank weighted
+        export_dtype :: bf16 fp16 fp32
+        optimizer :: adamw adamw8bit paged_adamw paged_adamw8bit
+        pooling :: last mean cls attention
+        bias :: none lora_only all
+        schedule :: cosine linear constant
+        precision :: auto fp32 fp16 bf16
+        task :: single_label multi_label regression
+    """)
 }
 METRICS = {
-    "single_label": "micro_f1 macro_f1 weighted_f1 accuracy roc_auc log_loss",
-    "multi_label": "micro_f1 macro_f1 weighted_f1 subset_accuracy hamming_loss roc_auc average_precision log_loss",
-    "regression": "mse rmse mae r2 pearson roc_auc",
+    task: metrics.split()
+    for task, metrics in table("""
+        single_label :: micro_f1 macro_f1 weighted_f1 accuracy roc_auc log_loss
+        multi_label :: micro_f1 macro_f1 weighted_f1 subset_accuracy hamming_loss roc_auc average_precision log_loss
+        regression :: mse rmse mae r2 pearson roc_auc
+    """)
 }
-METRICS = {task: names.split() for task, names in METRICS.items()}
+ABOVE = "lr epochs batch_size max_new_tokens max_tokens micro_batches max_length alpha soft_temperature"
+NOT_BELOW = (
+    "rank head_lr embed_lr weight_decay max_steps warmup_steps grad_clip eval_every save_every keep patience seed "
+    "eval_rows limit samples worst folds"
+)
+FRACTIONS = "lora_dropout head_dropout label_smoothing warmup_ratio"
 RANGES = (  # fields, what is expected, test
-    ("lr epochs batch_size max_new_tokens max_tokens micro_batches max_length alpha soft_temperature",
-     "a number above 0",
-     lambda value: value > 0),
-    ("rank head_lr embed_lr weight_decay max_steps warmup_steps grad_clip eval_every save_every keep patience seed "
-     "eval_rows limit samples worst folds",
-     "0 or more",
-     lambda value: value >= 0),
-    ("lora_dropout head_dropout label_smoothing warmup_ratio",
-     "a fraction from 0 to below 1",
-     lambda value: 0 <= value < 1),
+    (ABOVE, "a number above 0", lambda value: value > 0),
+    (NOT_BELOW, "0 or more", lambda value: value >= 0),
+    (FRACTIONS, "a fraction from 0 to below 1", lambda value: 0 <= value < 1),
     ("soft_share", "a fraction from 0 to 1", lambda value: 0 <= value <= 1),
     ("top_p", "a fraction above 0, at most 1", lambda value: 0 < value <= 1),
     ("threshold", "a probability below 1, or 0 for the run's own", lambda value: 0 <= value < 1),
@@ -56,56 +65,61 @@ RANGES = (  # fields, what is expected, test
     ("val_size", "a whole number of rows, if not a fraction", lambda value: value < 1 or value == int(value)),
 )
 NUMBERS = r"(?=[^,]*[1-9])[0-9.]+(?:e-?[0-9]+)?"  # a positive number
+LIST = rf"{NUMBERS}(?:,{NUMBERS})*"
 FORMS = {  # field: (regular expression of the value, or of each value of a tuple; what is expected)
-    "text": (r"(?s).*\{[^{}]+\}.*", 'a template that names a column, like "{Question}"'),
-    "label_delimiter": (r"(?s).+", "the separator of the labels, or a JSON list in the column"),
-    "budgets": (r"[^=]+=[1-9]\d*", "field=tokens, such as body=300"),
-    "time_limit": (r"(?:(?:\d+(?:\.\d+)?)[hms])*", "a duration like 8.5h, 90m or 60s"),
-    "pos_weight": (rf"none|balanced|{NUMBERS}(?:,{NUMBERS})*", "none, balanced or positive numbers like 1,2.5"),
-    "class_weights": (
-        rf"none|balanced|inverse|effective(?::0?\.\d+)?|{NUMBERS}(?:,{NUMBERS})*",
-        "none, balanced, effective, effective:0.99 or positive numbers like 1,2.5",
-    ),
-    "report": (r"tensorboard|wandb", "tensorboard, wandb or both"),
-    "submission": (r"\s*|[^,]*[^,\s][^,]*,[^,]*[^,\s][^,]*", 'two column names such as "id,label", or empty'),
-    "seeds": (r"\d+", "whole numbers of 0 or more"),
+    name: (form.replace("LIST", LIST), expected)
+    for name, form, expected in table(r"""
+        text :: (?s).*\{[^{}]+\}.* :: a template that names a column, like "{Question}"
+        label_delimiter :: (?s).+ :: the separator of the labels, or a JSON list in the column
+        budgets :: [^=]+=[1-9]\d* :: field=tokens, such as body=300
+        time_limit :: (?:(?:\d+(?:\.\d+)?)[hms])* :: a duration like 8.5h, 90m or 60s
+        pos_weight :: none|balanced|LIST :: none, balanced or positive numbers like 1,2.5
+        class_weights :: none|balanced|inverse|effective(:0?\.\d+)?|LIST :: none, balanced, effective:0.99 or numbers
+        report :: tensorboard|wandb :: tensorboard, wandb or both
+        submission :: \s*|[^,]*[^,\s][^,]*,[^,]*[^,\s][^,]* :: two column names such as "id,label", or empty
+        seeds :: \d+ :: whole numbers of 0 or more
+    """)
 }
-# fmt: on
 
 # ---- what a field that is given by hand needs -----------------------------------------------------------------------
 # "rank": another field must be set; "!prompt": must not be set; "head=label_words": must have this value;
 # "base|adapter": one of them is enough. Several needs are separated by spaces.
 
-ADAPTER = dict.fromkeys("alpha lora_dropout targets".split(), "rank")
-NEEDS = {
-    "TrainConfig": {
-        **ADAPTER,
-        "rslora": "rank",
-        "fold": "folds",
-        "val_size": "!val_data !folds",
-        "split_seed": "!val_data",
-        "text": "!prompt",
-        "label_words": "head=label_words",
-        "head_lr": "!head=label_words",
-        "head_dropout": "!head=label_words",
-        "label_delimiter": "!label_columns",
-    },
-    "CptConfig": {**ADAPTER, "export_dtype": "export", "system": "!chat=no"},
-    "InferConfig": {
-        **dict.fromkeys("prompt label_column label_names id_column head quant max_length".split(), "base|adapter"),
-        "text": "base|adapter !prompt",
-        "label_words": "base|adapter head=label_words",
-        "answer": "submission",
-        "runs": "!base !adapter",
-    },
-}
-# Fields that have no meaning for a task: they must have their default.
-NO_MEANING = {
+NEEDS = table("""
+    TrainConfig CptConfig :: alpha lora_dropout targets rslora :: rank
+    TrainConfig :: fold :: folds
+    TrainConfig :: val_size :: !val_data !folds
+    TrainConfig :: split_seed :: !val_data
+    TrainConfig :: text :: !prompt
+    TrainConfig :: label_words :: head=label_words
+    TrainConfig :: head_lr head_dropout :: !head=label_words
+    TrainConfig :: label_delimiter :: !label_columns
+    CptConfig :: export_dtype :: export
+    CptConfig :: system :: !chat=no
+    InferConfig :: prompt label_column label_names id_column head quant max_length :: base|adapter
+    InferConfig :: text :: base|adapter !prompt
+    InferConfig :: label_words :: base|adapter head=label_words
+    InferConfig :: answer :: submission
+    InferConfig :: runs :: !base !adapter
+""")
+NO_MEANING = {  # fields that must have their default with a task
     "regression": "label_smoothing class_weights head label_names label_columns label_delimiter pos_weight soft_share "
     "soft_temperature",
     "single_label": "label_columns label_delimiter pos_weight",
     "multi_label": "class_weights",
 }
+
+
+def rows_of(rows, cls):
+    """The rows of a table that are about a command's config, or about one that it extends."""
+    commands = {base.__name__ for base in cls.__mro__}
+    return [row[1:] for row in rows if commands & set(row[0].split())]
+
+
+def needs_of(cls) -> dict[str, str]:
+    """{field: its needs} of a command: its own (a class variable NEEDS), or those above."""
+    own = {name: need for names, need in rows_of(NEEDS, cls) for name in names.split()}
+    return getattr(cls, "NEEDS", None) or own
 
 
 def holds(cfg, need: str) -> bool:
@@ -127,77 +141,57 @@ def in_words(needs: str) -> str:
     return ", ".join(words)
 
 
-def needs_of(cls) -> dict[str, str]:
-    """The needs of a command's fields: its own (a class variable NEEDS), or those above."""
-    return getattr(cls, "NEEDS", None) or NEEDS.get(cls.__name__, {})
-
-
 # ---- what does not go together --------------------------------------------------------------------------------------
-# Rows of (message, what must hold), written as a need; or (message, a function that is true where it does not).
-# {name} in a message is the value of a field.
+# Rows of: commands, a need that must hold, the message. {name} in a message is the value of a field.
 
+TRAINING = "TrainConfig CptConfig"
+CLASHES = table("""
+    TrainConfig CptConfig :: quant=none|rank :: --quant {quant} with --rank 0: 4-bit weights cannot be trained
+    TrainConfig CptConfig :: !rank|targets :: --rank {rank} with empty --targets: name linears, or all-linear
+    TrainConfig CptConfig :: !warmup_steps|!warmup_ratio :: --warmup_steps {warmup_steps} and --warmup_ratio \
+{warmup_ratio}: give one of the two
+    TrainConfig CptConfig :: train_data :: --train_data is empty: give the file or folder to train on
+    TrainConfig :: !folds|!fold=-1 :: --folds moved: python folds.py --folds {folds} trains all folds, --fold 0 one here
+    TrainConfig :: !folds|!val_data :: --folds {folds} with --val_data {val_data}: folds validate on training rows
+    TrainConfig :: !task=multi_label|head=linear :: --head {head} with --task multi_label: use --head linear
+    TrainConfig :: !head=label_words|pooling=last :: --head label_words with --pooling {pooling}: use --pooling last
+    TrainConfig :: !head=label_words|rank|train_layers :: --head label_words with --rank 0 --train_layers 0: nothing \
+would be trained
+    TrainConfig :: !rank|train_layers=-1 :: --train_layers {train_layers} with --rank {rank}: it needs --rank 0
+    TrainConfig :: rank|bias=none :: --bias {bias} with --rank 0: biases are trained with an adapter only
+    TrainConfig :: !label_names|!label_columns :: --label_names with --label_columns: the columns name the labels
+    CptConfig :: !random_init|!rank :: --random_init with --rank: an adapter on a random base learns nothing
+    CptConfig :: rank|!modules_to_save :: --modules_to_save with --rank 0: the whole base is trained already
+    InferConfig :: !merge|quant=none :: --merge with --quant {quant}: an adapter is never merged into 4-bit weights
+""")
+# Rows of: commands, a function that is true where it does not hold, the message (or a function that makes it).
 # fmt: off
-TRAINING = [
-    ("--max_tokens {max_tokens} is below --max_length {max_length}: the longest row would not fit in a micro-batch; "
-     "raise max_tokens or lower max_length",
-     lambda cfg: cfg.max_tokens < cfg.max_length),
-    ("--optimizer {optimizer} needs bitsandbytes: pip install bitsandbytes",
-     lambda cfg: cfg.optimizer != "adamw" and not installed("bitsandbytes")),
-    ("--targets {targets}: all-linear cannot be combined with names",
-     lambda cfg: "all-linear" in cfg.targets and len(cfg.targets) > 1),
-    ("--report {report}: not installed: pip install {report}",
-     lambda cfg: any(name in ("tensorboard", "wandb") and not installed(name) for name in cfg.report)),
-    ("--quant {quant} with --rank 0: quantized weights cannot be trained; give a --rank", "quant=none|rank"),
-    ("--rank {rank} with empty --targets: name the linears to adapt, or all-linear", "!rank|targets"),
-    ("--warmup_steps {warmup_steps} and --warmup_ratio {warmup_ratio}: give one of the two",
-     "!warmup_steps|!warmup_ratio"),
+PROBLEMS = [
+    (TRAINING, lambda cfg: cfg.max_tokens < cfg.max_length,
+     "--max_tokens {max_tokens} is below --max_length {max_length}: the longest row would fit in no micro-batch"),
+    (TRAINING, lambda cfg: cfg.optimizer != "adamw" and not installed("bitsandbytes"),
+     "--optimizer {optimizer} needs bitsandbytes: pip install bitsandbytes"),
+    (TRAINING, lambda cfg: "all-linear" in cfg.targets and len(cfg.targets) > 1,
+     "--targets {targets}: all-linear cannot be combined with names"),
+    (TRAINING, lambda cfg: any(name in ("tensorboard", "wandb") and not installed(name) for name in cfg.report),
+     "--report {report}: not installed: pip install {report}"),
+    (TRAINING, lambda cfg: not getattr(cfg, "val_data", "") and cfg.val_size <= 0,
+     "--val_size {val_size}: expected a fraction or a count above 0"),
+    ("TrainConfig", lambda cfg: cfg.folds and not cfg.fold < cfg.folds > 1,
+     "--folds {folds} --fold {fold}: expected 2 or more folds, and one of 0 to folds - 1"),
+    ("TrainConfig", lambda cfg: len(cfg.label_names) == 1 or len(set(cfg.label_names)) < len(cfg.label_names),
+     "--label_names {label_names}: expected at least 2 names, each once"),
+    ("TrainConfig", lambda cfg: cfg.task in METRICS and cfg.metric not in METRICS[cfg.task],
+     lambda cfg: f"--metric {cfg.metric}: expected one of {one_of(cfg.metric, METRICS[cfg.task])}"),
+    ("CptConfig", lambda cfg: export_problem(cfg.export, cfg.base),
+     lambda cfg: f"--export {cfg.export}: {export_problem(cfg.export, cfg.base)}"),
+    ("InferConfig", lambda cfg: taken_problem(cfg.export),
+     lambda cfg: f"--export {cfg.export}: {taken_problem(cfg.export)}"),
+    ("InferConfig", lambda cfg: len(cfg.runs) > 1,
+     "--runs {runs} moved: python ensemble.py --runs A B combines several runs"),
+    ("InferConfig", lambda cfg: not cfg.output.endswith((".csv", ".jsonl")),
+     "--output {output}: expected a name that ends in .csv or .jsonl"),
 ]
-CLASHES = {
-    "TrainConfig": [
-        *TRAINING,
-        ("--train_data is empty: give the CSV, TSV or JSONL file to train on", "train_data"),
-        ("--folds moved: python folds.py --folds {folds} trains every fold; --fold 0 with it trains one here",
-         "!folds|!fold=-1"),
-        ("--folds {folds} --fold {fold}: expected 2 or more folds, and one of 0 to folds - 1",
-         lambda cfg: cfg.folds and not cfg.fold < cfg.folds > 1),
-        ("--folds {folds} with --val_data {val_data}: folds validate on training rows; give one", "!folds|!val_data"),
-        ("--head {head} with --task multi_label: verbalizers exclude one another; use --head linear",
-         "!task=multi_label|head=linear"),
-        ("--head label_words with --pooling {pooling}: the next word follows the last token",
-         "!head=label_words|pooling=last"),
-        ("--head label_words with --rank 0 --train_layers 0: nothing would be trained; give a --rank",
-         "!head=label_words|rank|train_layers"),
-        ("--train_layers {train_layers} with --rank {rank}: layers are trained with --rank 0 only",
-         "!rank|train_layers=-1"),
-        ("--bias {bias} with --rank 0: biases are trained with an adapter only", "rank|bias=none"),
-        ("--val_size {val_size} without --val_data: expected a fraction or a count above 0",
-         lambda cfg: not cfg.val_data and cfg.val_size <= 0),
-        ("--label_names with --label_columns: the columns name the labels; give one", "!label_names|!label_columns"),
-        ("--label_names {label_names}: expected at least 2 names, each once",
-         lambda cfg: len(cfg.label_names) == 1 or len(set(cfg.label_names)) < len(cfg.label_names)),
-        (lambda cfg: f"--metric {cfg.metric}: expected one of {one_of(cfg.metric, METRICS[cfg.task])}",
-         lambda cfg: cfg.task in METRICS and cfg.metric not in METRICS[cfg.task]),
-    ],
-    "CptConfig": [
-        *TRAINING,
-        ("--train_data is empty: give the folder or the file of documents to train on", "train_data"),
-        ("--random_init with --rank: an adapter on a random base learns nothing; give a trained base",
-         "!random_init|!rank"),
-        ("--modules_to_save with --rank 0: the whole base is trained already", "rank|!modules_to_save"),
-        ("--val_size {val_size}: expected a fraction or a number above 0", lambda cfg: cfg.val_size <= 0),
-        (lambda cfg: f"--export {cfg.export}: {export_problem(cfg.export, cfg.base)}",
-         lambda cfg: export_problem(cfg.export, cfg.base)),
-    ],
-    "InferConfig": [
-        ("--runs {runs} moved: python ensemble.py --runs A B combines several runs", lambda cfg: len(cfg.runs) > 1),
-        ("--runs {runs} with --base or --adapter: a run has its own base; give one or the other",
-         "!runs|base|!adapter"),
-        ("--merge with --quant {quant}: an adapter is never merged into quantized weights", "!merge|quant=none"),
-        (lambda cfg: f"--export {cfg.export}: {taken_problem(cfg.export)}", lambda cfg: taken_problem(cfg.export)),
-        ("--output {output}: expected a name that ends in .csv or .jsonl",
-         lambda cfg: not cfg.output.endswith((".csv", ".jsonl"))),
-    ],
-}
 # fmt: on
 
 
@@ -245,10 +239,9 @@ def check(cfg, given: set[str] = frozenset(), needs: dict[str, str] | None = Non
     """
     needs = needs_of(type(cfg)) if needs is None else needs
     problems = idle_fields(cfg, given, needs) + field_problems(cfg)
-    for message, rule in [*CLASHES.get(type(cfg).__name__, ()), *clashes]:
-        broken = not holds(cfg, rule) if isinstance(rule, str) else rule(cfg)
-        if broken:
-            problems.append(message_of(message, cfg))
+    problems += [message_of(text, cfg) for need, text in rows_of(CLASHES, type(cfg)) if not holds(cfg, need)]
+    problems += [message_of(text, cfg) for test, text in rows_of(PROBLEMS, type(cfg)) if test(cfg)]
+    problems += [message_of(text, cfg) for text, test in clashes if test(cfg)]
     if problems:
         count = "" if len(problems) == 1 else f"{len(problems)} problems in the settings: "
         raise UserError(count + " | ".join(problems))
@@ -285,8 +278,8 @@ def field_problems(cfg) -> list[str]:
             problems.append(f"--{name} {value}: expected a finite number")
         elif name in ranges and not ranges[name][1](value):
             problems.append(f"--{name} {value}: expected {ranges[name][0]}")
-        elif name in CHOICES and value not in CHOICES[name].split():
-            problems.append(f"--{name} {value}: expected one of {one_of(value, CHOICES[name].split())}")
+        elif name in CHOICES and value not in CHOICES[name]:
+            problems.append(f"--{name} {value}: expected one of {one_of(value, CHOICES[name])}")
         elif name in FORMS:
             form, expected = FORMS[name]
             values = value if isinstance(value, tuple) else (value,)

@@ -156,11 +156,16 @@ def test_a_preset_value_can_be_switched_off():
 @pytest.mark.parametrize("cls", [c for c, _ in ENTRIES])
 def test_every_rule_names_fields_that_exist(cls):
     fields = set(names(cls))
+
+    def known(needs: str) -> set[str]:
+        return {part.strip("!").partition("=")[0] for need in needs.split() for part in need.split("|")}
+
     for name, needs in checks.needs_of(cls).items():
-        assert name in fields and checks.in_words(needs)
-        assert {part.strip("!").partition("=")[0] for need in needs.split() for part in need.split("|")} <= fields
-    for message, rule in checks.CLASHES[cls.__name__]:
-        checks.holds(cls(), rule) if isinstance(rule, str) else rule(cls())
+        assert name in fields and checks.in_words(needs) and known(needs) <= fields
+    for need, message in checks.rows_of(checks.CLASHES, cls):
+        assert known(need) | set(re.findall(r"\{(\w+)\}", message)) <= fields
+    for test, message in checks.rows_of(checks.PROBLEMS, cls):
+        test(cls())
         if isinstance(message, str):
             assert set(re.findall(r"\{(\w+)\}", message)) <= fields
 
