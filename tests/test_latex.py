@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import latex
+import latex_clean
 
 CLEAN = {  # what is protected: (source, wanted)
     # comments
@@ -135,13 +136,15 @@ CLEAN["mathematics in text in mathematics"] = (
 @pytest.mark.parametrize("name", CLEAN)
 def test_clean(name):
     source, wanted = CLEAN[name]
-    assert latex.clean(source) == wanted
-    assert latex.clean(wanted) == wanted
+    assert latex_clean.clean(source) == wanted
+    assert latex_clean.clean(wanted) == wanted
 
 
 def test_clean_counts_what_it_drops():
     dropped = Counter()
-    latex.clean("\\usepackage{x}\\begin{document}a\\index{b}% c\n\\vfill\\includegraphics{d}\\end{document}", dropped)
+    latex_clean.clean(
+        "\\usepackage{x}\\begin{document}a\\index{b}% c\n\\vfill\\includegraphics{d}\\end{document}", dropped
+    )
     assert dropped["index"] == len("\\index{b}") and dropped["graphics"] == len("\\includegraphics{d}")
     assert all(dropped[kind] for kind in ("comments", "preamble", "layout"))
 
@@ -234,7 +237,7 @@ INLINED = {  # the root is p/main.tex; of the others: (files, what it becomes, w
 def test_inline(name):
     files, source, wanted, words = INLINED[name]
     notes = []
-    assert latex.inline(files | {"p/main.tex": source}, "p/main.tex", notes) == wanted
+    assert latex.inline(files | {"p/main.tex": source}, "p/main.tex", notes, set()) == wanted
     assert len(notes) == len(words) and all(w in note for w, note in zip(words, notes, strict=True))
 
 
@@ -259,7 +262,6 @@ def test_corpus_finds_roots_fragments_and_what_is_no_text():
         "round/b.tex": b"\\input{a}",
         "binary.tex": b"\0\1",
         "empty.tex": b"",
-        "book.bib": b"@book{}",
     }
     documents, reports = latex.corpus(files)
     assert dict(documents) == {
@@ -286,7 +288,6 @@ def test_corpus_finds_roots_fragments_and_what_is_no_text():
         "round/b.tex": "inlined into round/a.tex",
         "binary.tex": "dropped: binary",
         "empty.tex": "dropped: empty",
-        "book.bib": "dropped: not .tex",
     }
     kept = {r.name: r.kept for r in reports if r.kept}
     assert kept == {name: len(text) for name, text in documents}
@@ -341,8 +342,8 @@ def cleaned(real):
     texts = {name: latex.decode(raw)[0] for name, raw in real.items()}
     _, reports = latex.corpus(real)
     names = [r.name for r in reports if not r.fate.startswith("inlined")]
-    wholes = [latex.inline(texts, name) for name in names]
-    return [(name, whole, latex.clean(whole)) for name, whole in zip(names, wholes, strict=True)]
+    wholes = [latex.inline(texts, name, [], set()) for name in names]
+    return [(name, whole, latex_clean.clean(whole)) for name, whole in zip(names, wholes, strict=True)]
 
 
 DRAWINGS = "tikzpicture|pgfpicture|asy|picture|pspicture|xy|chart"
@@ -385,7 +386,7 @@ def test_real_mathematics_is_kept(cleaned):
 def test_real_sources_never_grow_and_clean_twice_is_once(cleaned):
     for name, whole, text in cleaned:
         assert len(text) <= len(whole), name
-        assert latex.clean(text) == text, name
+        assert latex_clean.clean(text) == text, name
 
 
 def test_real_documents_have_no_input_left_that_exists(real):
@@ -448,8 +449,8 @@ def test_ten_thousand_broken_sources_never_fail_hang_or_grow(real):
         at = rng.randrange(max(1, len(source) - 1500))
         text = mutated(source[at : at + 1500], rng)
         start = time.process_time()
-        whole = latex.inline({"a.tex": text, "b.tex": "b"}, "a.tex")
-        result = latex.clean(whole)
+        whole = latex.inline({"a.tex": text, "b.tex": "b"}, "a.tex", [], set())
+        result = latex_clean.clean(whole)
         assert len(result) <= len(whole), (n, text)
         assert time.process_time() - start < 1, (n, text)
         if n % 10 == 0:
@@ -460,7 +461,7 @@ def test_ten_thousand_broken_sources_never_fail_hang_or_grow(real):
 @given(st.lists(st.sampled_from([*JUNK, "a", " ", "b c", "\n", "$x$", "\\foo", "[", "]"]), max_size=40).map("".join))
 @settings(max_examples=1000, deadline=None)
 def test_junk_never_fails_or_grows(text):
-    assert len(latex.clean(text)) <= len(text)
+    assert len(latex_clean.clean(text)) <= len(text)
     latex.corpus({"a.tex": text.encode("utf-8", "replace")})
 
 
