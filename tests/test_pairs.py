@@ -315,7 +315,7 @@ def both(base, rows) -> dict[str, tuple[data.Tokens, np.ndarray]]:
     """Rows of pairs and segments of documents, and for each the first indices of what it was cut from."""
     tokenizer = bases.load_tokenizer(base)
     documents, _ = data.encode(tokenizer, [[(True, r["prompt"] * (1 + i % 4))] for i, r in enumerate(rows)], 10**6)
-    documents = corpus._ended(documents, data.end_of_text(tokenizer))
+    documents = corpus.end_documents(documents, data.end_of_text(tokenizer))
     sizes = np.array([len(r["prompt"].encode()) * (1 + i % 4) for i, r in enumerate(rows)])
     found = corpus.Corpus(documents, sizes, False, [])
     order = np.random.default_rng(0).permutation(len(rows))
