@@ -24,7 +24,8 @@ from errors import Untrusted, UserError, few
 ENDS = (".tex", ".txt", ".md", ".jsonl", ".jsonl.gz")
 ROLES = ("system", "user", "assistant", "tool")
 KINDS = {"ids": np.int32, "starts": np.int64, "stops": np.int64, "sizes": np.int64, "learned": bool}  # files of a cache
-CODE = ("corpus", "data", "errors", "files", "latex", "latex_clean", "prompts")  # what tokens follow from besides texts
+CODE = ("corpus", "data", "files", "latex", "latex_clean", "prompts")  # what tokens follow from besides texts
+Sources = list[tuple[Path, list[Path]]]  # (folder, its files)
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Corpus:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def find_files(paths: str, flag: str) -> list[tuple[Path, list[Path]]]:
+def find_files(paths: str, flag: str) -> Sources:
     """(folder, its files) for each of the comma-separated paths; a file counts alone. Raises UserError."""
     sources = []
     for path in (Path(p.strip()) for p in paths.split(",") if p.strip()):
@@ -49,8 +50,8 @@ def find_files(paths: str, flag: str) -> list[tuple[Path, list[Path]]]:
             raise UserError(f"--{flag} {path}: no such file or folder")
         if path.is_dir():
             inside = [file for file in path.rglob("*") if not file.is_dir()]
-            shown = [file for file in inside if "/." not in f"/{file.relative_to(path).as_posix()}"]
-            sources.append((path, sorted(shown)))
+            hidden = [file for file in inside if "/." in f"/{file.relative_to(path).as_posix()}"]
+            sources.append((path, sorted(set(inside) - set(hidden))))
         elif path.is_file() and _readable(path):
             sources.append((path.parent, [path]))
         else:
@@ -58,9 +59,8 @@ def find_files(paths: str, flag: str) -> list[tuple[Path, list[Path]]]:
     return sources
 
 
-def _named(sources: list[tuple[Path, list[Path]]], flag: str) -> str:
-    names = [str(paths[0] if len(paths) == 1 else root) for root, paths in sources]
-    return f"--{flag} {', '.join(names)}"
+def _named(sources: Sources) -> str:
+    return ", ".join(str(paths[0] if len(paths) == 1 else root) for root, paths in sources)
 
 
 def _readable(file: Path) -> bool:
@@ -78,7 +78,7 @@ def _bytes(file: Path, flag: str) -> bytes:
 
 
 def read_documents(
-    sources: list[tuple[Path, list[Path]]], flag: str, columns: tuple[str, ...] = ("text",)
+    sources: Sources, flag: str, columns: tuple[str, ...] = ("text",)
 ) -> tuple[list[dict], list[str], list[dict]]:
     """The documents of files as rows of columns, the name of each, and for each file a record of what became of it.
 
@@ -107,18 +107,14 @@ def read_documents(
         documents, reports = latex.corpus(tex, most=10**9)
         if len(documents) + len(rows) == 1 and len(sources) == 1:
             documents, reports = latex.corpus(tex)
-        for name, text in documents:
-            rows.append({"text": text})
-            owners.append(name)
-        for report in reports:
-            record = dict(vars(report))
-            records.append({"file": record.pop("name"), **record})
+        rows += [{"text": text} for _, text in documents]
+        owners += [name for name, _ in documents]
+        records += [vars(report) for report in reports]
     kept, names, repeated = _distinct(rows, owners, {*columns, "prompt", "response", "messages", "tools"})
     if not kept:
         reason = f": {records[0]['fate'].removeprefix('dropped: ')}" if len(records) == 1 else ""
-        raise UserError(
-            f"{_named(sources, flag)}: no documents in {len(records)} files ({', '.join(ENDS)} are read){reason}"
-        )
+        found = f"no documents in {len(records)} files ({', '.join(ENDS)} are read)"
+        raise UserError(f"--{flag} {_named(sources)}: {found}{reason}")
     return kept, names, records + repeated
 
 
@@ -165,13 +161,12 @@ def load(
         sources = find_files(paths, flag)
         folder = cache / _cache_name(sources, tokenizer, [flag, template, max_length, chat, system])
         try:
-            whole = checkpoint.trusted(folder)
+            if checkpoint.trusted(folder):
+                return folder
         except Untrusted as e:
             print(f"{e}: it is made again")
             checkpoint.fs_remove(folder)
-            whole = None
-        if whole is None:
-            _store(encode_files(sources, flag, tokenizer, template, max_length, chat, system), folder)
+        _store(encode_files(sources, flag, tokenizer, template, max_length, chat, system), folder)
         return folder
 
     folder = Path(ddp.from_rank0(world, on_rank0))
@@ -183,7 +178,7 @@ def load(
     return Corpus(sizes=np.array(arrays.pop("sizes")), tokens=data.Tokens(**arrays), **about)
 
 
-def _cache_name(sources: list[tuple[Path, list[Path]]], tokenizer, options: list) -> str:
+def _cache_name(sources: Sources, tokenizer, options: list) -> str:
     """A hash of all that the tokens follow from: texts and their names, options, the tokenizer, and the code."""
     chat = [tokenizer.chat_template, str(tokenizer.special_tokens_map)]
     digest = hashlib.sha256(json.dumps([options, chat]).encode())
@@ -230,7 +225,7 @@ def _store(corpus: Corpus, target: Path) -> None:
 
 
 def encode_files(
-    sources: list[tuple[Path, list[Path]]], flag: str, tokenizer, template: str, max_length: int, chat: str, system: str
+    sources: Sources, flag: str, tokenizer, template: str, max_length: int, chat: str, system: str
 ) -> Corpus:
     """The corpus of files in tokens.
 
@@ -238,36 +233,36 @@ def encode_files(
     chat: yes, no or auto, for pairs: whether the tokenizer's chat template renders them, with the system turn.
     """
     columns = files.template_columns(template)
-    where = _named(sources, flag)
     rows, names, records = read_documents(sources, flag, columns)
-    if are_pairs(rows, template):
+    pairs = are_pairs(rows, template)
+    if pairs:
         uses_chat = chat == "yes" or (chat == "auto" and bool(tokenizer.chat_template))
         template = "{prompt}" if template == "{text}" else template
+        where = f"--{flag} {_named(sources)}"
         pieces, spans = pair_pieces(rows, names, where, tokenizer, template, uses_chat, system)
         tokens, report = data.encode(tokenizer, pieces, max_length, spans, names)
         sizes = _learned_bytes(tokens, tokenizer)
         rendering = "the chat template" if uses_chat else f"{template!r}, the response and {tokenizer.eos_token}"
         found = f"{len(rows):,} pairs, rendered by {rendering}, responses learned"
     else:
-        files.need_columns(rows, columns, where.split(" ", 1)[1], flag)
+        files.need_columns(rows, columns, _named(sources), flag)
         pieces = [prompts.render(template, row) for row in rows]
         tokens, report = data.encode(tokenizer, pieces, max_length=10**9)
         sizes = [sum(len(text.encode()) for _, text in row) for row in pieces]
         tokens = end_documents(tokens, data.end_of_text(tokenizer))
         found = f"{len(rows):,} documents"
     summary = f"{found}; {_fates(records)}; {report}"
-    return Corpus(tokens, np.array(sizes), are_pairs(rows, template), records, summary)
+    return Corpus(tokens, np.array(sizes), pairs, records, summary)
 
 
 def _fates(records: list[dict]) -> str:
     """What was dropped and noted, in words."""
-    fates = [record["fate"] for record in records if record["fate"].startswith("dropped: ")]
-    dropped = Counter(fate.removeprefix("dropped: ").split(" of ")[0] for fate in fates)
-    words = [f"{count:,} {reason}" for reason, count in dropped.most_common(5)] or ["nothing dropped"]
+    fates = [record["fate"].split(" of ")[0] for record in records if "dropped: " in record["fate"]]
+    words = [f"{count:,} {fate.removeprefix('dropped: ')}" for fate, count in Counter(fates).most_common(5)]
     noted = sum(bool(record.get("notes")) for record in records)
     if noted:
         words.append(f"{noted} files have notes, see corpus.jsonl")
-    return "; ".join(words)
+    return "; ".join(words or ["nothing dropped"])
 
 
 def _learned_bytes(tokens: data.Tokens, tokenizer) -> list[int]:
@@ -317,14 +312,12 @@ def pair_pieces(rows: list[dict], names: list[str], where: str, tokenizer, templ
                 raise ValueError("messages need a chat template, and this tokenizer has none or --chat no was given")
             else:
                 rendered, learned = prompts.completion(template, row, _response(row), end)
-        except KeyError as e:
-            problems.append(f"{name}: no {e}")
-            continue
-        except (ValueError, RecursionError) as e:
-            problems.append(f"{name}: {e}")
-            continue
-        pieces.append(prompts.spell(words, rendered, learned))
-        spans.append(learned)
+        except (KeyError, ValueError, RecursionError) as e:
+            reason = f"no {e}" if isinstance(e, KeyError) else e
+            problems.append(f"{name}: {reason}")
+        else:
+            pieces.append(prompts.spell(words, rendered, learned))
+            spans.append(learned)
     if problems:
         raise UserError(f"{where}: {len(problems)} of {len(rows)} are no pairs to learn from ({few(problems, 3)})")
     return pieces, spans

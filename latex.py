@@ -36,7 +36,7 @@ PROSE = re.compile(
 class FileReport:
     """What became of one file."""
 
-    name: str  # relative posix path
+    file: str  # relative posix path
     encoding: str = ""  # how it was read; "" when it is binary or no .tex
     fate: str = ""  # "root", "inlined into X", "fragment" (no root reaches it: cleaned alone), "dropped: why"
     characters: int = 0  # read
@@ -267,6 +267,8 @@ def main(argv: list[str]) -> dict:
     if len(argv) != 2:
         raise UserError("expected a folder and the file to write, as in: python latex.py papers/ papers.jsonl")
     folder, output = map(Path, argv)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() == ".tex"]
     try:
         files = {name: (folder / name).read_bytes() for name in names if "/." not in f"/{name}"}  # no hidden ones
@@ -281,7 +283,7 @@ def main(argv: list[str]) -> dict:
         raise UserError(f"{e.filename}: {e.strerror}") from None
     dropped = Counter()
     for report in reports:
-        print(f"{report.name}: {'; '.join([report.fate, *report.notes])}")
+        print(f"{report.file}: {'; '.join([report.fate, *report.notes])}")
         dropped += report.dropped
     characters = sum(len(text) for _, text in documents)
     return {"documents": len(documents), "characters": characters, "dropped": dropped, "output": str(output)}

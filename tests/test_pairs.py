@@ -166,7 +166,10 @@ def test_tokens_loss_and_training_are_those_of_trl(base, rows, tmp_path, chat):
     trained = checkpoint.load_tensors(Path(result["run"]) / "last/model.safetensors")
     for name, tensor in trainer.model.state_dict().items():
         if name in trained:
-            torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-4, msg=name)
+            # AdamW divides a gradient by its own size. Where that is near its eps (1e-8), the rounding of another order
+            # of sums moves a weight by a share of the learning rate: one of 330,000 by 1.3e-4 on one machine.
+            apart = (trained[name] - tensor).abs()
+            assert float(apart.max()) < 1e-3 and int((apart > 2e-5).sum()) <= 2, name  # 5 updates of at most 1e-2
 
 
 @pytest.mark.parametrize("name", ENDS)
