@@ -87,7 +87,7 @@ def read_documents(
     or of pairs) are equal but for white space are kept once. A text that cannot be read is skipped and recorded in a
     folder, and raises UserError where the file was named; so do damaged JSONL, and no documents.
     """
-    rows, owners, records = [], [], []
+    documents, records = [], []  # (file, row), and what became of each file
     for root, paths in sources:
         tex = {}
         for file in paths:
@@ -101,21 +101,19 @@ def read_documents(
                 if len(paths) == 1 or ".jsonl" in file.name.lower():
                     raise
                 found, fate = [], f"dropped: {str(e).split(': ', 1)[-1]}"
-            rows += found
-            owners += [name] * len(found)
+            documents += [(name, row) for row in found]
             records.append({"file": name, "fate": fate, "documents": len(found)})
-        documents, reports = latex.corpus(tex, most=10**9)
-        if len(documents) + len(rows) == 1 and len(sources) == 1:
-            documents, reports = latex.corpus(tex)
-        rows += [{"text": text} for _, text in documents]
-        owners += [name for name, _ in documents]
+        papers, reports = latex.corpus(tex, most=10**9)
+        if len(papers) + len(documents) == 1 and len(sources) == 1:
+            papers, reports = latex.corpus(tex)
+        documents += [(name, {"text": text}) for name, text in papers]
         records += [vars(report) for report in reports]
-    kept, names, repeated = _distinct(rows, owners, {*columns, "prompt", "response", "messages", "tools"})
-    if not kept:
+    rows, names, repeated = _distinct(documents, {*columns, "prompt", "response", "messages", "tools"})
+    if not rows:
         reason = f": {records[0]['fate'].removeprefix('dropped: ')}" if len(records) == 1 else ""
         found = f"no documents in {len(records)} files ({', '.join(ENDS)} are read)"
         raise UserError(f"--{flag} {_named(sources)}: {found}{reason}")
-    return kept, names, records + repeated
+    return rows, names, records + repeated
 
 
 def _rows_of(file: Path, flag: str) -> tuple[list[dict[str, str]], str]:
@@ -129,22 +127,22 @@ def _rows_of(file: Path, flag: str) -> tuple[list[dict[str, str]], str]:
     return files.read_rows(str(file), flag), "read"
 
 
-def _distinct(rows: list[dict], owners: list[str], columns: set[str]) -> tuple[list[dict], list[str], list[dict]]:
+def _distinct(documents: list[tuple[str, dict]], columns: set[str]) -> tuple[list[dict], list[str], list[dict]]:
     """Rows whose columns differ by more than white space, their names, and records of the others."""
-    first, kept, names, records = {}, [], [], []
+    first, rows, names, records = {}, [], [], []
     count = Counter()
-    for row, owner in zip(rows, owners, strict=True):
-        count[owner] += 1
+    for file, row in documents:
+        count[file] += 1
         words = {name: row[name].split() for name in sorted(columns & row.keys() or row.keys())}
         key = hashlib.sha256(repr(words).encode("utf-8", "surrogatepass")).digest()
         if key not in first and any(words.values()):
-            first[key] = owner
-            kept.append(row)
-            names.append(f"{owner} row {count[owner]}")
+            first[key] = file
+            rows.append(row)
+            names.append(f"{file} row {count[file]}")
         else:
             reason = f"equal to one of {first[key]}" if key in first else "empty"
-            records.append({"file": owner, "fate": f"dropped: a document {reason}", "documents": 1})
-    return kept, names, records
+            records.append({"file": file, "fate": f"dropped: a document {reason}", "documents": 1})
+    return rows, names, records
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------

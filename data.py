@@ -152,9 +152,10 @@ def encode(
         if i % BULK == 0:
             bulk = tokenizer(texts[i : i + BULK]).encodings
         ids, spans = bulk[i % BULK].ids, None
-        if guard.needed(row, text):
+        special, foreign = guard.spelled(row, text)
+        if foreign:
             report.guarded += 1
-            ids, spans = guard.encode(row)
+            ids, spans = guard.encode(text, special)
         too_long = has_budget or len(ids) > max_length
         if spans is None and (answers or too_long):  # places in the text take time: only where they are needed
             marks = zip(bulk[i % BULK].offsets, bulk[i % BULK].special_tokens_mask, strict=True)
@@ -285,42 +286,30 @@ class Guard:
         added = sorted((t for t in self.vocabulary if t.strip()), key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, added))) if added else None
 
-    def _spelled(self, pieces: list[tuple[bool, str]], text: str) -> list[tuple[int, int, bool]]:
-        """Where added tokens are spelled: (first character, end, is it within the template's own words?)."""
+    def spelled(self, pieces: list[tuple[bool, str]], text: str) -> tuple[list, list]:
+        """Where added tokens are spelled, as (first character, end): within the template's own words, and elsewhere."""
         places = [m.span() for m in self.pattern.finditer(text)] if self.pattern else []
         if not places:
-            return []
+            return [], []
         literals, position = [], 0
         for user, piece in pieces:
             end = position + len(piece)
             if not user:
                 literals.append((position, end))
             position = end
-        return [(a, b, any(first <= a and b <= end for first, end in literals)) for a, b in places]
+        own = [(a, b) for a, b in places if any(first <= a and b <= end for first, end in literals)]
+        return own, sorted(set(places) - set(own))
 
-    def needed(self, pieces: list[tuple[bool, str]], text: str) -> bool:
-        """Whether an added token is spelled outside of the template's own words."""
-        return any(not own for _, _, own in self._spelled(pieces, text))
-
-    @property
-    def bare(self):
-        """The tokenizer's backend with no added tokens at all; it takes a second to make, so the tokenizer keeps it."""
-        if not hasattr(self.tokenizer, "bare_backend"):
-            backend = self.tokenizer.backend_tokenizer
-            spec = json.loads(backend.to_str())
-            spec["added_tokens"] = []
-            self.tokenizer.bare_backend = type(backend).from_str(json.dumps(spec))
-        return self.tokenizer.bare_backend
-
-    def encode(self, pieces: list[tuple[bool, str]]) -> tuple[list[int], list]:
-        """Token ids of one row, and the characters (first, end) of each, or None for the tokenizer's own."""
-        text = "".join(piece for _, piece in pieces)
-        special = [(start, end) for start, end, own in self._spelled(pieces, text) if own]
-        ordinary = set(self.vocabulary.values()) - {self.tokenizer.unk_token_id}
+    def encode(self, text: str, special: list[tuple[int, int]]) -> tuple[list[int], list]:
+        """Token ids of a text with special tokens at these places only, and the characters (first, end) of each token,
+        or None for those that the tokenizer itself adds.
+        """
+        added = set(self.vocabulary.values()) - {self.tokenizer.unk_token_id}
+        bare = _bare_backend(self.tokenizer)
         ids, spans, position = [], [], 0
         for start, end in [*special, (len(text), len(text))]:
-            chunk = self.bare.encode(text[position:start], add_special_tokens=False)
-            leaked = ordinary & set(chunk.ids)
+            chunk = bare.encode(text[position:start], add_special_tokens=False)
+            leaked = added & set(chunk.ids)
             if leaked:
                 raise UserError(f"text {text[position:start][:60]!r} cannot be told from the special tokens {leaked}")
             ids += chunk.ids
@@ -334,6 +323,15 @@ class Guard:
         before, after = mask.index(0), mask[::-1].index(0)
         ids = around.ids[:before] + ids + around.ids[len(mask) - after :]
         return ids, [None] * before + spans + [None] * after
+
+
+def _bare_backend(tokenizer):
+    """The tokenizer's backend with no added tokens at all; it takes a second to make, so the tokenizer keeps it."""
+    if not hasattr(tokenizer, "bare_backend"):
+        backend = tokenizer.backend_tokenizer
+        spec = json.loads(backend.to_str()) | {"added_tokens": []}
+        tokenizer.bare_backend = type(backend).from_str(json.dumps(spec))
+    return tokenizer.bare_backend
 
 
 def label_word_ids(tokenizer, template: str, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:

@@ -522,7 +522,12 @@ def test_a_long_chain_of_files():
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_the_documents_that_cpt_would_learn(tmp_path, command):
+def run_command(*flags, cwd=None) -> tuple[int, str, str]:
+    done = subprocess.run([sys.executable, ROOT / "latex.py", *flags], cwd=cwd, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_writes_the_documents_that_cpt_would_learn(tmp_path):
     made = {
         "a/main.tex": DOCUMENT % b"See $x$.\\index{x}\\input{part}\\input{gone}", "a/part.tex": b"A part. % note",
         "B.TEX": DOCUMENT % b"Caf\xe9.", "macros.tex": b"\\newcommand{\\R}{r}", "zero.tex": b"\0\1",
@@ -531,7 +536,7 @@ def test_the_command_writes_the_documents_that_cpt_would_learn(tmp_path, command
     for name, content in made.items():
         (tmp_path / "papers" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "papers" / name).write_bytes(content)
-    status, out, err = command("latex.py", str(tmp_path / "papers"), str(tmp_path / "papers.jsonl"))
+    status, out, err = run_command(tmp_path / "papers", tmp_path / "papers.jsonl")
     assert status == 0, err
     lines = [json.loads(line) for line in open(tmp_path / "papers.jsonl", encoding="utf-8")]
     assert lines == [{"name": "B.TEX", "text": "Café."}, {"name": "a/main.tex", "text": "See $x$.A part."}]
@@ -547,7 +552,9 @@ def test_the_command_writes_the_documents_that_cpt_would_learn(tmp_path, command
 
 
 def test_a_single_project_is_cut_at_its_chapters(tmp_path):
-    (tmp_path / "book.tex").write_text("".join(f"\\chapter{{{i}}} " + "Some words. " * 3000 for i in range(3)))
+    (tmp_path / "book.tex").write_text(
+        "".join(f"\\chapter{{{i}}} " + "Some words and some more. " * 1500 for i in range(3))
+    )
     assert latex.main([str(tmp_path), str(tmp_path / "o.jsonl")])["documents"] == 3
     assert [json.loads(line)["name"] for line in open(tmp_path / "o.jsonl")] == [f"book.tex#{i}" for i in (1, 2, 3)]
 
@@ -562,17 +569,17 @@ def test_a_single_project_is_cut_at_its_chapters(tmp_path):
         (["book", "none/x.jsonl"], "none/x.jsonl: No such file or directory"),
     ],
 )
-def test_a_mistake_is_one_line_with_status_2(tmp_path, flags, words, monkeypatch):
+def test_a_mistake_is_one_line_with_status_2(tmp_path, flags, words):
     (tmp_path / "book").mkdir()
     (tmp_path / "book/a.tex").write_text("Some words that make a document, in four words or more.")
     where = tmp_path / "book" if flags[0] == "book" else tmp_path / "empty"
     (tmp_path / "empty").mkdir()
     flags = [flag if flag != "book" else "." for flag in flags]
-    done = subprocess.run([sys.executable, ROOT / "latex.py", *flags], cwd=where, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ") and words in done.stderr
+    status, out, err = run_command(*flags, cwd=where)
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("error: ") and words in err
 
 
-def test_help_is_the_docstring(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "latex.py", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "python latex.py papers/ papers.jsonl" in done.stdout
+def test_help_is_the_docstring():
+    status, out, _ = run_command("--help")
+    assert status == 0 and "python latex.py papers/ papers.jsonl" in out
