@@ -23,6 +23,9 @@ from errors import Untrusted, UserError, few
 
 ENDS = (".tex", ".txt", ".md", ".jsonl", ".jsonl.gz")
 ROLES = ("system", "user", "assistant", "tool")
+KINDS = {"ids": np.int32, "starts": np.int64, "stops": np.int64, "sizes": np.int64, "learned": bool}  # files of a cache
+CODE = ("corpus", "data", "files", "latex", "latex_clean", "prompts")  # what tokens follow from besides texts
+Sources = list[tuple[Path, list[Path]]]  # (folder, its files)
 
 
 @dataclass
@@ -33,25 +36,30 @@ class Corpus:
     sizes: np.ndarray  # (N,) UTF-8 bytes of each document, or of what is learned of each pair
     pairs: bool
     files: list[dict]  # what became of each file
+    summary: str = ""  # what was found, in a line
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def find_files(paths: str, flag: str) -> list[tuple[Path, list[Path]]]:
-    """(folder, its files) for each of the comma-separated paths; a file stands alone. Raises UserError."""
-    found = []
+def find_files(paths: str, flag: str) -> Sources:
+    """(folder, its files) for each of the comma-separated paths; a file counts alone. Raises UserError."""
+    sources = []
     for path in (Path(p.strip()) for p in paths.split(",") if p.strip()):
         if not path.exists():
             raise UserError(f"--{flag} {path}: no such file or folder")
-        if not path.is_dir() and not (path.is_file() and _readable(path)):
+        if path.is_dir():
+            inside = [file for file in path.rglob("*") if not file.is_dir()]
+            hidden = [file for file in inside if "/." in f"/{file.relative_to(path).as_posix()}"]
+            sources.append((path, sorted(set(inside) - set(hidden))))
+        elif path.is_file() and _readable(path):
+            sources.append((path.parent, [path]))
+        else:
             raise UserError(f"--{flag} {path}: expected {', '.join(ENDS)}, or a folder of them")
-        inside = [p for p in path.rglob("*") if not p.is_dir() and "/." not in f"/{p.relative_to(path).as_posix()}"]
-        found.append((path, sorted(inside)) if path.is_dir() else (path.parent, [path]))
-    return found
+    return sources
 
 
-def _named(sources: list[tuple[Path, list[Path]]]) -> str:
+def _named(sources: Sources) -> str:
     return ", ".join(str(paths[0] if len(paths) == 1 else root) for root, paths in sources)
 
 
@@ -70,181 +78,214 @@ def _bytes(file: Path, flag: str) -> bytes:
 
 
 def read_documents(
-    sources: list[tuple[Path, list[Path]]], flag: str, columns: tuple[str, ...] = ("text",)
+    sources: Sources, flag: str, columns: tuple[str, ...] = ("text",)
 ) -> tuple[list[dict], list[str], list[dict]]:
-    """The documents of files as rows of columns, where each stands, and for each file a record of what became of it.
+    """The documents of files as rows of columns, the name of each, and for each file a record of what became of it.
 
     LaTeX projects are made into documents by latex.py; .txt and .md files are one document each, lines of JSONL one
     each. A project is one document, unless it is all there is: then its chapters are. Rows whose columns (those given,
-    or of pairs) are equal but for white space are kept once. A text that cannot be read is passed over and recorded in
-    a folder, and raises UserError where the file was named; so do damaged JSONL, and no documents.
+    or of pairs) are equal but for white space are kept once. A text that cannot be read is skipped and recorded in a
+    folder, and raises UserError where the file was named; so do damaged JSONL, and no documents.
     """
-    rows, owners, records = [], [], []
+    documents, records = [], []  # (file, row), and what became of each file
     for root, paths in sources:
         tex = {}
         for file in paths:
-            name, found = file.relative_to(root).as_posix(), []
-            fate = f"dropped: {file.suffix or 'no suffix'} is not read"
+            name = file.relative_to(root).as_posix()
             try:
                 if file.suffix.lower() == ".tex":
                     tex[name] = _bytes(file, flag)
                     continue
-                if _readable(file):
-                    found = _rows_of(file, flag)
-                    fate = "read" if found else "dropped: empty"
+                found, fate = _rows_of(file, flag)
             except UserError as e:
                 if len(paths) == 1 or ".jsonl" in file.name.lower():
                     raise
-                fate = f"dropped: {str(e).split(': ', 1)[-1]}"
-            rows.extend(found)
-            owners.extend([name] * len(found))
+                found, fate = [], f"dropped: {str(e).split(': ', 1)[-1]}"
+            documents += [(name, row) for row in found]
             records.append({"file": name, "fate": fate, "documents": len(found)})
-        documents, reports = latex.corpus(tex, most=10**9)
-        if len(documents) + len(rows) == 1 and len(sources) == 1:
-            documents, reports = latex.corpus(tex)
-        rows.extend({"text": text} for _, text in documents)
-        owners.extend(name for name, _ in documents)
-        records.extend({"file": r.name, **{k: v for k, v in vars(r).items() if k != "name"}} for r in reports)
-    kept, names, repeated = _distinct(rows, owners, {*columns, "prompt", "response", "messages", "tools"})
-    if not kept:
-        why = f": {records[0]['fate'].removeprefix('dropped: ')}" if len(records) == 1 else ""
-        found = f"no documents in {len(records)} files ({', '.join(ENDS)} are read){why}"
-        raise UserError(f"--{flag} {_named(sources)}: {found}")
-    return kept, names, records + repeated
+        papers, reports = latex.corpus(tex, most=10**9)
+        if len(papers) + len(documents) == 1 and len(sources) == 1:
+            papers, reports = latex.corpus(tex)
+        documents += [(name, {"text": text}) for name, text in papers]
+        records += [vars(report) for report in reports]
+    rows, names, repeated = _distinct(documents, {*columns, "prompt", "response", "messages", "tools"})
+    if not rows:
+        reason = f": {records[0]['fate'].removeprefix('dropped: ')}" if len(records) == 1 else ""
+        found = f"no documents in {len(records)} files ({', '.join(ENDS)} are read)"
+        raise UserError(f"--{flag} {_named(sources)}: {found}{reason}")
+    return rows, names, records + repeated
 
 
-def _rows_of(file: Path, flag: str) -> list[dict[str, str]]:
+def _rows_of(file: Path, flag: str) -> tuple[list[dict[str, str]], str]:
+    """The rows of a file that is no LaTeX, and its fate."""
+    if not _readable(file):
+        return [], f"dropped: {file.suffix or 'no suffix'} is not read"
     if file.suffix.lower() in (".txt", ".md"):
-        return [{"text": files.decode_text(_bytes(file, flag), f"--{flag} {file}")}]
-    return [] if file.is_file() and not file.stat().st_size else files.read_rows(str(file), flag)
+        return [{"text": files.decode_text(_bytes(file, flag), f"--{flag} {file}")}], "read"
+    if file.is_file() and not file.stat().st_size:
+        return [], "dropped: empty"
+    return files.read_rows(str(file), flag), "read"
 
 
-def _distinct(rows: list[dict], owners: list[str], columns: set[str]) -> tuple[list[dict], list[str], list[dict]]:
-    """Rows whose columns differ by more than white space, where each stands, and records of the others."""
-    seen, kept, names, records, count = {}, [], [], [], Counter()
-    for row, owner in zip(rows, owners, strict=True):
-        count[owner] += 1
-        said = {name: row[name].split() for name in sorted(columns & row.keys() or row.keys())}
-        key = hashlib.sha256(repr(said).encode("utf-8", "surrogatepass")).digest()
-        if key in seen or not any(said.values()):
-            why = f"equal to one of {seen[key]}" if key in seen else "empty"
-            records.append({"file": owner, "fate": f"dropped: a document {why}", "documents": 1})
-            continue
-        seen[key] = owner
-        kept.append(row)
-        names.append(f"{owner} row {count[owner]}")
-    return kept, names, records
+def _distinct(documents: list[tuple[str, dict]], columns: set[str]) -> tuple[list[dict], list[str], list[dict]]:
+    """Rows whose columns differ by more than white space, their names, and records of the others."""
+    first, rows, names, records = {}, [], [], []
+    count = Counter()
+    for file, row in documents:
+        count[file] += 1
+        words = {name: row[name].split() for name in sorted(columns & row.keys() or row.keys())}
+        key = hashlib.sha256(repr(words).encode("utf-8", "surrogatepass")).digest()
+        if key not in first and any(words.values()):
+            first[key] = file
+            rows.append(row)
+            names.append(f"{file} row {count[file]}")
+        else:
+            reason = f"equal to one of {first[key]}" if key in first else "empty"
+            records.append({"file": file, "fate": f"dropped: a document {reason}", "documents": 1})
+    return rows, names, records
 
 
-# ---- encoding -------------------------------------------------------------------------------------------------------
+# ---- the cache ------------------------------------------------------------------------------------------------------
 
 
-def load(paths: str, flag: str, tokenizer, cache: Path, world, say, **how) -> Corpus:
-    """The corpus of folders and files, encoded by rank 0, from the cache where it is there. how: see `encoded`.
-
-    Raises UserError for what cannot be read or rendered, before anything is written.
+def load(
+    paths: str, flag: str, tokenizer, cache: Path, world, say, template: str, max_length: int, chat: str, system: str
+) -> Corpus:
+    """The corpus of folders and files, encoded by rank 0, from the cache where it is there. For the last four see
+    `encode_files`. Raises UserError for what cannot be read or rendered, before anything is written.
     """
-    folder = Path(ddp.from_rank0(world, lambda: _cached(find_files(paths, flag), flag, tokenizer, cache, how)))
-    facts = checkpoint.load_json(folder / "corpus.json")
-    say(f"--{flag} {paths}: {facts['said']} (tokens in {folder})")
-    arrays = {name: np.memmap(folder / name, kind, mode="r") for name, kind in kinds(facts["pairs"]).items()}
-    sizes = np.array(arrays.pop("sizes"))
-    return Corpus(data.Tokens(**arrays), sizes, facts["pairs"], facts["files"])
+
+    def on_rank0() -> Path:
+        sources = find_files(paths, flag)
+        folder = cache / _cache_name(sources, tokenizer, [flag, template, max_length, chat, system])
+        try:
+            if checkpoint.trusted(folder):
+                return folder
+        except Untrusted as e:
+            print(f"{e}: it is made again")
+            checkpoint.fs_remove(folder)
+        _store(encode_files(sources, flag, tokenizer, template, max_length, chat, system), folder)
+        return folder
+
+    folder = Path(ddp.from_rank0(world, on_rank0))
+    about = checkpoint.load_json(folder / "corpus.json")
+    say(f"--{flag} {paths}: {about['summary']} (tokens in {folder})")
+    arrays = {
+        name: np.memmap(folder / name, kind, mode="r") for name, kind in KINDS.items() if (folder / name).exists()
+    }
+    return Corpus(sizes=np.array(arrays.pop("sizes")), tokens=data.Tokens(**arrays), **about)
 
 
-def kinds(pairs: bool) -> dict[str, type]:
-    """The files of an encoded corpus, each one array without a header, and what they hold."""
-    found = {"ids": np.int32, "starts": np.int64, "stops": np.int64, "sizes": np.int64}
-    return {**found, "learned": bool} if pairs else found
-
-
-def _digest(file: Path) -> str:
-    try:
-        return checkpoint.sha256(file) if file.is_file() else "no regular file"
-    except OSError as e:
-        return f"cannot be read: {e.strerror}"
-
-
-def _cached(sources: list[tuple[Path, list[Path]]], flag: str, tokenizer, cache: Path, how: dict) -> Path:
-    """The folder of an encoded corpus, made where it is not there: named by all that it follows from, code included."""
-    key = hashlib.sha256(json.dumps([flag, how, tokenizer.chat_template, str(tokenizer.special_tokens_map)]).encode())
-    code = [Path(__file__).with_name(f"{name}.py") for name in ("corpus", "latex", "prompts", "data")]
-    for root, paths in [(Path(__file__).parent, code), *sources]:
-        key.update(b"a folder\n")
+def _cache_name(sources: Sources, tokenizer, options: list) -> str:
+    """A hash of all that the tokens follow from: texts and their names, options, the tokenizer, and the code."""
+    chat = [tokenizer.chat_template, str(tokenizer.special_tokens_map)]
+    digest = hashlib.sha256(json.dumps([options, chat]).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    for name in CODE:
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    for root, paths in sources:
+        digest.update(b"a folder\n")
         for file in paths:
-            content = _digest(file) if _readable(file) or file in code else "not read"
-            key.update(f"{file.relative_to(root).as_posix()} {content}\n".encode("utf-8", "surrogatepass"))
-    key.update(tokenizer.backend_tokenizer.to_str().encode())
-    target = cache / key.hexdigest()[:32]
+            line = f"{file.relative_to(root).as_posix()} {_content(file)}\n"
+            digest.update(line.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:32]
+
+
+def _content(file: Path) -> str:
     try:
-        if checkpoint.trusted(target):
-            return target
-    except Untrusted as e:
-        print(f"{e}: it is made again")
-        checkpoint.fs_remove(target)
-    corpus, said = encoded(sources, flag, tokenizer, **how)
+        return checkpoint.sha256(file) if _readable(file) and file.is_file() else "not read"
+    except OSError:
+        return "cannot be read"
+
+
+def _store(corpus: Corpus, target: Path) -> None:
+    """Write an encoded corpus: each array a file without a header, so that every rank can map it."""
     arrays = {**vars(corpus.tokens), "sizes": corpus.sizes}
 
     def write(folder: Path) -> None:
-        for name, kind in kinds(corpus.pairs).items():
-            checkpoint.fs_write(folder / name, arrays[name].astype(kind).tobytes())
-        checkpoint.save_json(folder / "corpus.json", {"pairs": corpus.pairs, "files": corpus.files, "said": said})
+        for name, kind in KINDS.items():
+            if arrays[name] is not None:
+                checkpoint.fs_write(folder / name, arrays[name].astype(kind).tobytes())
+        about = {"pairs": corpus.pairs, "files": corpus.files, "summary": corpus.summary}
+        checkpoint.save_json(folder / "corpus.json", about)
 
-    cache.mkdir(parents=True, exist_ok=True)
-    mine = cache / f"{os.getpid()}-{target.name}"  # another run may be making the same one
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mine = target.with_name(f"{os.getpid()}-{target.name}")  # another run may be making the same one
     checkpoint.save(mine, write, {"documents": len(corpus.sizes)}, keep=0)
     try:
         checkpoint.fs_rename(mine, target)
     except OSError:
         checkpoint.fs_remove(mine)
         checkpoint.verify(target)
-    return target
 
 
-def encoded(
-    sources: list[tuple[Path, list[Path]]], flag: str, tokenizer, template: str, max_length: int, chat: str, system: str
-) -> tuple[Corpus, str]:
-    """The corpus of files in tokens, and a line that says what was found.
+# ---- encoding -------------------------------------------------------------------------------------------------------
+
+
+def encode_files(
+    sources: Sources, flag: str, tokenizer, template: str, max_length: int, chat: str, system: str
+) -> Corpus:
+    """The corpus of files in tokens.
 
     template: of a document's text, or of a pair's prompt. max_length: most tokens of a pair; documents are not cut.
     chat: yes, no or auto, for pairs: whether the tokenizer's chat template renders them, with the system turn.
     """
     columns = files.template_columns(template)
     rows, names, records = read_documents(sources, flag, columns)
-    dropped = Counter(f["fate"].removeprefix("dropped: ").split(" of ")[0] for f in records if "dropped" in f["fate"])
-    noted = sum(bool(f.get("notes")) for f in records)
-    said = "; ".join(f"{count:,} {why}" for why, count in dropped.most_common(5)) or "nothing dropped"
-    said += f"; {noted} files have notes, see corpus.jsonl" if noted else ""
-    if not are_pairs(rows, template):
+    pairs = are_pairs(rows, template)
+    if pairs:
+        uses_chat = chat == "yes" or (chat == "auto" and bool(tokenizer.chat_template))
+        template = "{prompt}" if template == "{text}" else template
+        where = f"--{flag} {_named(sources)}"
+        pieces, spans = pair_pieces(rows, names, where, tokenizer, template, uses_chat, system)
+        tokens, report = data.encode(tokenizer, pieces, max_length, spans, names)
+        sizes = _learned_bytes(tokens, tokenizer)
+        rendering = "the chat template" if uses_chat else f"{template!r}, the response and {tokenizer.eos_token}"
+        found = f"{len(rows):,} pairs, rendered by {rendering}, responses learned"
+    else:
         files.need_columns(rows, columns, _named(sources), flag)
-        texts = [prompts.render(template, row) for row in rows]
-        tokens, report = data.encode(tokenizer, texts, max_length=10**9)
-        sizes = np.array([sum(len(text.encode()) for _, text in row) for row in texts])
-        tokens = _ended(tokens, data.end_of_text(tokenizer))
-        return Corpus(tokens, sizes, False, records), f"{len(rows):,} documents, {said}; {report}"
-    chatty = chat == "yes" or (chat == "auto" and bool(tokenizer.chat_template))
-    template = "{prompt}" if template == "{text}" else template
-    pieces, spans = pair_pieces(rows, names, f"--{flag} {_named(sources)}", tokenizer, template, chatty, system)
-    tokens, report = data.encode(tokenizer, pieces, max_length, spans, names)
-    learned = [tokens.row(i)[tokens.learned[tokens.starts[i] : tokens.stops[i]]] for i in range(len(rows))]
-    sizes = np.array([len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in learned])
-    way = "the chat template" if chatty else f"{template!r}, the response and {tokenizer.eos_token}"
-    said = f"{len(rows):,} pairs, rendered by {way}, responses learned; {said}; {report}"
-    return Corpus(tokens, sizes, True, records), said
+        pieces = [prompts.render(template, row) for row in rows]
+        tokens, report = data.encode(tokenizer, pieces, max_length=10**9)
+        sizes = [sum(len(text.encode()) for _, text in row) for row in pieces]
+        tokens = end_documents(tokens, data.end_of_text(tokenizer))
+        found = f"{len(rows):,} documents"
+    summary = f"{found}; {_fates(records)}; {report}"
+    return Corpus(tokens, np.array(sizes), pairs, records, summary)
 
 
-def _ended(tokens: data.Tokens, end: int) -> data.Tokens:
+def _fates(records: list[dict]) -> str:
+    """What was dropped and noted, in words."""
+    fates = [record["fate"].split(" of ")[0] for record in records if "dropped: " in record["fate"]]
+    words = [f"{count:,} {fate.removeprefix('dropped: ')}" for fate, count in Counter(fates).most_common(5)]
+    noted = sum(bool(record.get("notes")) for record in records)
+    if noted:
+        words.append(f"{noted} files have notes, see corpus.jsonl")
+    return "; ".join(words or ["nothing dropped"])
+
+
+def _learned_bytes(tokens: data.Tokens, tokenizer) -> list[int]:
+    """(N,) UTF-8 bytes of the text that is learned of each row."""
+    sizes = []
+    for start, stop in zip(tokens.starts, tokens.stops, strict=True):
+        ids = tokens.ids[start:stop][tokens.learned[start:stop]]
+        sizes.append(len(tokenizer.decode(ids, skip_special_tokens=True).encode()))
+    return sizes
+
+
+def end_documents(tokens: data.Tokens, end: int) -> data.Tokens:
     """The same rows, each with one more token."""
     ids = np.insert(tokens.ids, tokens.stops, end)
-    count = np.arange(len(tokens.starts))
-    return data.Tokens(ids, tokens.starts + count, tokens.stops + count + 1)
+    before = np.arange(len(tokens.starts))  # (N,) tokens added before each row
+    return data.Tokens(ids, tokens.starts + before, tokens.stops + before + 1)
 
 
 def are_pairs(rows: list[dict[str, str]], template: str) -> bool:
     """Whether rows are prompts with responses, or chats: they have such columns, and no text of the default's name."""
-    if template == "{text}" and all("text" in row for row in rows):
-        return False
-    marks = {"response", "messages", *(["prompt"] if template == "{text}" else [])}
+    marks = {"response", "messages"}
+    if template == "{text}":
+        if all("text" in row for row in rows):
+            return False
+        marks.add("prompt")
     return any(marks & row.keys() for row in rows)
 
 
@@ -253,26 +294,30 @@ def pair_pieces(rows: list[dict], names: list[str], where: str, tokenizer, templ
 
     Raises UserError that names the rows that are no pairs.
     """
-    system = system if chat and prompts.takes_system(tokenizer) else ""
+    words = prompts.ordinary_words(tokenizer)
     end = tokenizer.convert_ids_to_tokens(data.end_of_text(tokenizer))
-    words, pieces, spans, wrong = prompts.ordinary_words(tokenizer), [], [], []
+    system_turn = []
+    if system and chat and prompts.takes_system(tokenizer):
+        system_turn = [{"role": "system", "content": system}]
+    pieces, spans, problems = [], [], []
     for row, name in zip(rows, names, strict=True):
         try:
             if chat:
                 turns, tools = _messages(row, template)
-                first = [{"role": "system", "content": system}] if system and turns[0]["role"] != "system" else []
-                found = prompts.conversation(tokenizer, first + turns, tools)
+                opening = [] if turns[0]["role"] == "system" else system_turn
+                rendered, learned = prompts.conversation(tokenizer, opening + turns, tools)
             elif "messages" in row:
                 raise ValueError("messages need a chat template, and this tokenizer has none or --chat no was given")
             else:
-                found = prompts.completion(template, row, _response(row), end)
+                rendered, learned = prompts.completion(template, row, _response(row), end)
         except (KeyError, ValueError, RecursionError) as e:
-            wrong.append(f"{name}: {f'no {e}' if isinstance(e, KeyError) else e}")
-            continue
-        pieces.append(prompts.spell(words, *found))
-        spans.append(found[1])
-    if wrong:
-        raise UserError(f"{where}: {len(wrong)} of {len(rows)} are no pairs to learn from ({few(wrong, 3)})")
+            reason = f"no {e}" if isinstance(e, KeyError) else e
+            problems.append(f"{name}: {reason}")
+        else:
+            pieces.append(prompts.spell(words, rendered, learned))
+            spans.append(learned)
+    if problems:
+        raise UserError(f"{where}: {len(problems)} of {len(rows)} are no pairs to learn from ({few(problems, 3)})")
     return pieces, spans
 
 
@@ -289,14 +334,16 @@ def _messages(row: dict[str, str], template: str) -> tuple[list[dict], list | No
         prompt = "".join(text for _, text in prompts.render(template, row))
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": _response(row)}], tools
     turns = json.loads(row["messages"])
-    if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("messages is no list of objects with role and content")
+    answered = False
     for turn in turns:
-        content = turn.get("content")
-        silent = content is None and turn.get("tool_calls")
-        if turn.get("role") not in ROLES or not (silent or isinstance(content, str)):
-            raise ValueError(f"a turn has the role {turn.get('role')!r} and {type(content).__name__} as content")
-    if not any(t["role"] == "assistant" and ((t.get("content") or "").strip() or t.get("tool_calls")) for t in turns):
+        role, content, calls = turn.get("role"), turn.get("content"), turn.get("tool_calls")
+        if role not in ROLES or not (isinstance(content, str) or (content is None and calls)):
+            raise ValueError(f"a turn has the role {role!r} and {type(content).__name__} as content")
+        if role == "assistant" and (calls or content.strip()):
+            answered = True
+    if not answered:
         raise ValueError("no response")
     return turns, tools
 
@@ -320,18 +367,21 @@ def segments(corpus: Corpus, rows: np.ndarray, tokenizer, max_length: int, cross
     whole.
     """
     tokens = corpus.tokens.take(rows)
+    size = int(corpus.sizes[rows].sum())
     if corpus.pairs:
-        tokens.bytes = max(1, int(corpus.sizes[rows].sum()))
+        tokens.bytes = max(1, size)
         return tokens
     if cross_document:
         stream = np.concatenate([tokens.row(i) for i in range(len(rows))])
         tokens = data.Tokens(stream, np.array([0]), np.array([len(stream)]))
-    count = -(-(tokens.lengths - 1) // max_length)  # (N,) segments of each document
-    which = np.repeat(np.arange(len(count)), count)
-    offset = (np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)) * max_length
-    starts = tokens.starts[which] + offset
-    stops = np.minimum(starts + max_length + 1, tokens.stops[which])
-    first, times = np.unique(tokens.ids[tokens.starts], return_counts=True)  # not predicted, so not counted
-    plain = [tokenizer.decode([i], skip_special_tokens=True) for i in first]  # BOS is no text
-    unseen = sum(len(text.encode()) * int(n) for text, n in zip(plain, times, strict=True))
-    return data.Tokens(tokens.ids, starts, stops, bytes=max(1, int(corpus.sizes[rows].sum()) - unseen))
+
+    # A document of n tokens has n - 1 to predict: a segment begins at every max_length-th of them.
+    starts = [np.arange(a, b - 1, max_length) for a, b in zip(tokens.starts, tokens.stops, strict=True)]
+    document = np.repeat(np.arange(len(starts)), [len(part) for part in starts])
+    starts = np.concatenate(starts)
+    stops = np.minimum(starts + max_length + 1, tokens.stops[document])
+
+    # The first token of a document is not predicted, so its bytes do not count; BOS is no text and has none.
+    for token, times in Counter(tokens.ids[tokens.starts].tolist()).items():
+        size -= times * len(tokenizer.decode([token], skip_special_tokens=True).encode())
+    return data.Tokens(tokens.ids, starts, stops, bytes=max(1, size))

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -201,6 +202,28 @@ def test_whatever_the_tokens_follow_from_names_another_cache(papers, tokenizer, 
     assert made() == 8
     os.rename(papers, papers.with_name("other.jsonl"))
     assert made(papers.with_name("other.jsonl")) == 9
+
+
+def test_the_code_that_makes_the_tokens_names_the_cache(papers, tokenizer, tmp_path, monkeypatch):
+    """Every file of ours that corpus.py stands on is hashed, but those that only write, share or report."""
+    needed, todo = set(), ["corpus"]
+    while todo:
+        name = todo.pop()
+        if name not in needed and (ROOT / f"{name}.py").exists():
+            needed.add(name)
+            todo += re.findall(r"^(?:import|from) (\w+)", (ROOT / f"{name}.py").read_text(), re.MULTILINE)
+    assert needed - {"checkpoint", "ddp", "errors", "numerics"} == set(corpus.CODE)
+    load(papers, tokenizer, tmp_path / "cache")
+    (tmp_path / "code").mkdir()
+    for name in corpus.CODE:
+        shutil.copy(ROOT / f"{name}.py", tmp_path / "code")
+    monkeypatch.setattr(corpus, "__file__", str(tmp_path / "code/corpus.py"))
+    load(papers, tokenizer, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "where the code lies does not count"
+    with open(tmp_path / "code/latex_clean.py", "a") as f:
+        f.write("# changed")
+    load(papers, tokenizer, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 @pytest.mark.parametrize("file", ["ids", "starts", "stops", "sizes", "corpus.json", "manifest.json"])

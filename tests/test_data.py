@@ -257,6 +257,11 @@ def test_an_empty_row_becomes_the_end_of_text_alone(small):
     assert "2 rows are empty" in str(report)
 
 
+def test_an_empty_row_has_nothing_to_cut(small):
+    tokens, report = data.tokenize(small, "{a}", [{"a": ""}, {"a": "x " * 9}], 100, budgets=("a=3",))
+    assert tokens.lengths.tolist() == [1, 3] and (report.empty, report.cut_rows) == (1, 1)
+
+
 def test_a_lone_surrogate_is_refused_with_its_row(small):
     rows = [{"a": "x"}, {"a": "bad \ud83d"}, {"a": "\udc00"}]
     with pytest.raises(UserError, match=r"2 rows hold a lone surrogate.*\(rows 2, 3\)"):

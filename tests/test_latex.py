@@ -1,16 +1,21 @@
 """LaTeX as training text: what goes, what stays, projects inlined; real books whole; broken sources do no harm."""
 
+import json
 import random
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 
 import pytest
-from conftest import SHARED
+from conftest import ROOT, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import corpus
 import latex
+import latex_clean
 
 CLEAN = {  # what is protected: (source, wanted)
     # comments
@@ -135,13 +140,15 @@ CLEAN["mathematics in text in mathematics"] = (
 @pytest.mark.parametrize("name", CLEAN)
 def test_clean(name):
     source, wanted = CLEAN[name]
-    assert latex.clean(source) == wanted
-    assert latex.clean(wanted) == wanted
+    assert latex_clean.clean(source) == wanted
+    assert latex_clean.clean(wanted) == wanted
 
 
 def test_clean_counts_what_it_drops():
     dropped = Counter()
-    latex.clean("\\usepackage{x}\\begin{document}a\\index{b}% c\n\\vfill\\includegraphics{d}\\end{document}", dropped)
+    latex_clean.clean(
+        "\\usepackage{x}\\begin{document}a\\index{b}% c\n\\vfill\\includegraphics{d}\\end{document}", dropped
+    )
     assert dropped["index"] == len("\\index{b}") and dropped["graphics"] == len("\\includegraphics{d}")
     assert all(dropped[kind] for kind in ("comments", "preamble", "layout"))
 
@@ -234,7 +241,7 @@ INLINED = {  # the root is p/main.tex; of the others: (files, what it becomes, w
 def test_inline(name):
     files, source, wanted, words = INLINED[name]
     notes = []
-    assert latex.inline(files | {"p/main.tex": source}, "p/main.tex", notes) == wanted
+    assert latex.inline(files | {"p/main.tex": source}, "p/main.tex", notes, set()) == wanted
     assert len(notes) == len(words) and all(w in note for w, note in zip(words, notes, strict=True))
 
 
@@ -259,7 +266,6 @@ def test_corpus_finds_roots_fragments_and_what_is_no_text():
         "round/b.tex": b"\\input{a}",
         "binary.tex": b"\0\1",
         "empty.tex": b"",
-        "book.bib": b"@book{}",
     }
     documents, reports = latex.corpus(files)
     assert dict(documents) == {
@@ -269,7 +275,7 @@ def test_corpus_finds_roots_fragments_and_what_is_no_text():
         "notes/part.tex": "Some words that no root reads.$a$",
         "round/a.tex": "Round and round it goes.",
     }
-    assert {r.name: r.fate for r in reports} == {
+    assert {r.file: r.fate for r in reports} == {
         "book/main.tex": "root",
         "book/a.tex": "inlined into book/main.tex",
         "book/macros.tex": "inlined into book/main.tex",
@@ -286,11 +292,10 @@ def test_corpus_finds_roots_fragments_and_what_is_no_text():
         "round/b.tex": "inlined into round/a.tex",
         "binary.tex": "dropped: binary",
         "empty.tex": "dropped: empty",
-        "book.bib": "dropped: not .tex",
     }
-    kept = {r.name: r.kept for r in reports if r.kept}
+    kept = {r.file: r.kept for r in reports if r.kept}
     assert kept == {name: len(text) for name, text in documents}
-    assert [r.characters for r in reports if r.name == "book/shared.tex"] == [7]
+    assert [r.characters for r in reports if r.file == "book/shared.tex"] == [7]
 
 
 def test_doubling_is_capped_and_reported():
@@ -340,9 +345,9 @@ def cleaned(real):
     """Of each document file and fragment: its name, its inlined source, its cleaned text."""
     texts = {name: latex.decode(raw)[0] for name, raw in real.items()}
     _, reports = latex.corpus(real)
-    names = [r.name for r in reports if not r.fate.startswith("inlined")]
-    wholes = [latex.inline(texts, name) for name in names]
-    return [(name, whole, latex.clean(whole)) for name, whole in zip(names, wholes, strict=True)]
+    names = [r.file for r in reports if not r.fate.startswith("inlined")]
+    wholes = [latex.inline(texts, name, [], set()) for name in names]
+    return [(name, whole, latex_clean.clean(whole)) for name, whole in zip(names, wholes, strict=True)]
 
 
 DRAWINGS = "tikzpicture|pgfpicture|asy|picture|pspicture|xy|chart"
@@ -385,7 +390,7 @@ def test_real_mathematics_is_kept(cleaned):
 def test_real_sources_never_grow_and_clean_twice_is_once(cleaned):
     for name, whole, text in cleaned:
         assert len(text) <= len(whole), name
-        assert latex.clean(text) == text, name
+        assert latex_clean.clean(text) == text, name
 
 
 def test_real_documents_have_no_input_left_that_exists(real):
@@ -403,10 +408,10 @@ def test_real_corpus_reports_each_file_once(real):
     speed = sum(map(len, real.values())) / 1e6 / (time.process_time() - start)
     print(f"{len(real)} files, {len(documents)} documents, {speed:.1f} MB/s")
     assert speed >= 1  # MB/s of CPU time
-    assert [r.name for r in reports] == sorted(real)
+    assert [r.file for r in reports] == sorted(real)
     assert all(r.fate and r.encoding for r in reports)
     assert all(text.strip() for _, text in documents) and len({n for n, _ in documents}) == len(documents)
-    fates = {r.name: r.fate for r in reports}
+    fates = {r.file: r.fate for r in reports}
     assert fates["napkin/Napkin.tex"] == fates["stacks-project/sets.tex"] == fates["clowder/sets.tex"] == "root"
     assert fates["napkin/tex/linalg/dets.tex"] == "inlined into napkin/Napkin.tex"
     assert fates["OpenLogic/content/sets-functions-relations/sets/basics.tex"] == "fragment"
@@ -448,8 +453,8 @@ def test_ten_thousand_broken_sources_never_fail_hang_or_grow(real):
         at = rng.randrange(max(1, len(source) - 1500))
         text = mutated(source[at : at + 1500], rng)
         start = time.process_time()
-        whole = latex.inline({"a.tex": text, "b.tex": "b"}, "a.tex")
-        result = latex.clean(whole)
+        whole = latex.inline({"a.tex": text, "b.tex": "b"}, "a.tex", [], set())
+        result = latex_clean.clean(whole)
         assert len(result) <= len(whole), (n, text)
         assert time.process_time() - start < 1, (n, text)
         if n % 10 == 0:
@@ -460,7 +465,7 @@ def test_ten_thousand_broken_sources_never_fail_hang_or_grow(real):
 @given(st.lists(st.sampled_from([*JUNK, "a", " ", "b c", "\n", "$x$", "\\foo", "[", "]"]), max_size=40).map("".join))
 @settings(max_examples=1000, deadline=None)
 def test_junk_never_fails_or_grows(text):
-    assert len(latex.clean(text)) <= len(text)
+    assert len(latex_clean.clean(text)) <= len(text)
     latex.corpus({"a.tex": text.encode("utf-8", "replace")})
 
 
@@ -512,3 +517,69 @@ def test_a_long_chain_of_files():
     files = {f"{i}.tex": f"a\\input{{{i + 1}}}".encode() for i in range(5000)}
     documents, _ = latex.corpus(files | {"5000.tex": b"Here it ends at last."})
     assert documents[0][1].endswith("Here it ends at last.")
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def run_command(*flags, cwd=None) -> tuple[int, str, str]:
+    done = subprocess.run([sys.executable, ROOT / "latex.py", *flags], cwd=cwd, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_writes_the_documents_that_cpt_would_learn(tmp_path):
+    made = {
+        "a/main.tex": DOCUMENT % b"See $x$.\\index{x}\\input{part}\\input{gone}", "a/part.tex": b"A part. % note",
+        "B.TEX": DOCUMENT % b"Caf\xe9.", "macros.tex": b"\\newcommand{\\R}{r}", "zero.tex": b"\0\1",
+        ".git/x.tex": DOCUMENT % b"Hidden.", "notes.txt": b"No LaTeX.",
+    }  # fmt: skip
+    for name, content in made.items():
+        (tmp_path / "papers" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "papers" / name).write_bytes(content)
+    status, out, err = run_command(tmp_path / "papers", tmp_path / "papers.jsonl")
+    assert status == 0, err
+    lines = [json.loads(line) for line in open(tmp_path / "papers.jsonl", encoding="utf-8")]
+    assert lines == [{"name": "B.TEX", "text": "Café."}, {"name": "a/main.tex", "text": "See $x$.A part."}]
+    rows, _, records = corpus.read_documents(corpus.find_files(str(tmp_path / "papers"), "train_data"), "train_data")
+    assert [row["text"] for row in rows if row["text"] != "No LaTeX."] == [line["text"] for line in lines]
+    *told, last = out.splitlines()
+    assert told == [f"{r['file']}: {'; '.join([r['fate'], *r['notes']])}" for r in records if "notes" in r]
+    assert "a/main.tex: root; a/main.tex: missing: gone" in told
+    result = json.loads(last)
+    assert result["output"] == str(tmp_path / "papers.jsonl")
+    assert (result["documents"], result["characters"]) == (2, sum(len(line["text"]) for line in lines))
+    assert result["dropped"]["index"] == len("\\index{x}") and result["dropped"]["comments"] == len(" % note")
+
+
+def test_a_single_project_is_cut_at_its_chapters(tmp_path):
+    (tmp_path / "book.tex").write_text(
+        "".join(f"\\chapter{{{i}}} " + "Some words and some more. " * 1500 for i in range(3))
+    )
+    assert latex.main([str(tmp_path), str(tmp_path / "o.jsonl")])["documents"] == 3
+    assert [json.loads(line)["name"] for line in open(tmp_path / "o.jsonl")] == [f"book.tex#{i}" for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["papers"], "expected a folder and the file to write"),
+        (["--ouput", "x", "y"], "expected a folder and the file to write"),
+        (["gone", "x.jsonl"], "gone: no such folder"),
+        ([".", "x.jsonl"], "no documents in 0 .tex files"),
+        (["book", "none/x.jsonl"], "none/x.jsonl: No such file or directory"),
+    ],
+)
+def test_a_mistake_is_one_line_with_status_2(tmp_path, flags, words):
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book/a.tex").write_text("Some words that make a document, in four words or more.")
+    where = tmp_path / "book" if flags[0] == "book" else tmp_path / "empty"
+    (tmp_path / "empty").mkdir()
+    flags = [flag if flag != "book" else "." for flag in flags]
+    status, out, err = run_command(*flags, cwd=where)
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("error: ") and words in err
+
+
+def test_help_is_the_docstring():
+    status, out, _ = run_command("--help")
+    assert status == 0 and "python latex.py papers/ papers.jsonl" in out

@@ -166,7 +166,10 @@ def test_tokens_loss_and_training_are_those_of_trl(base, rows, tmp_path, chat):
     trained = checkpoint.load_tensors(Path(result["run"]) / "last/model.safetensors")
     for name, tensor in trainer.model.state_dict().items():
         if name in trained:
-            torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-4, msg=name)
+            # AdamW divides a gradient by its own size. Where that is near its eps (1e-8), the rounding of another order
+            # of sums moves a weight by a share of the learning rate: one of 330,000 by 1.3e-4 on one machine.
+            apart = (trained[name] - tensor).abs()
+            assert float(apart.max()) < 1e-3 and int((apart > 2e-5).sum()) <= 2, name  # 5 updates of at most 1e-2
 
 
 @pytest.mark.parametrize("name", ENDS)
@@ -315,7 +318,7 @@ def both(base, rows) -> dict[str, tuple[data.Tokens, np.ndarray]]:
     """Rows of pairs and segments of documents, and for each the first indices of what it was cut from."""
     tokenizer = bases.load_tokenizer(base)
     documents, _ = data.encode(tokenizer, [[(True, r["prompt"] * (1 + i % 4))] for i, r in enumerate(rows)], 10**6)
-    documents = corpus._ended(documents, data.end_of_text(tokenizer))
+    documents = corpus.end_documents(documents, data.end_of_text(tokenizer))
     sizes = np.array([len(r["prompt"].encode()) * (1 + i % 4) for i, r in enumerate(rows)])
     found = corpus.Corpus(documents, sizes, False, [])
     order = np.random.default_rng(0).permutation(len(rows))

@@ -1,0 +1,390 @@
+r"""One LaTeX source as training text: what prints no words is stripped, mathematics stays as it is.
+
+Macros are not expanded: a document keeps its own definitions as text. Every pass is linear and none recurses on
+nesting: where an argument or an environment ends is read off a table of pairs, and what has no end is left as it is.
+"""
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+def table(words: str) -> dict[str, str]:
+    """Words "name:value" as a dictionary."""
+    rows = (word.partition(":") for word in words.split())
+    return {name: value for name, _, value in rows}
+
+
+def kinds_of(words_of: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """name -> (kind, signature) from kind -> words."""
+    names = {}
+    for kind, words in words_of.items():
+        for name, signature in table(words).items():
+            names[name] = kind, signature
+    return names
+
+
+# What goes, by kind. The words are name:signature, where a signature is the number of arguments, then o for an optional
+# one after them; or g: a dimension, f: a font, =: the parameters and body of a definition, l: what a \let copies.
+COMMANDS = kinds_of({
+    "layout": """vspace:1 hspace:1 hskip:g kern:g pagebreak:o nopagebreak:o linebreak:o enlargethispage:1 pagestyle:1
+        thispagestyle:1 pagenumbering:1 noindent indent centering center raggedright raggedleft setlength:2
+        addtolength:2 setcounter:2 addtocounter:2 stepcounter:1 refstepcounter:1 newlength:1 newcounter:1
+        settowidth:2 maketitle titlepage tableofcontents:o listoffigures listoftables parttoc minitoc
+        addcontentsline:3 addtocontents:2 hfill hfil phantomsection frontmatter mainmatter backmatter tiny
+        scriptsize footnotesize small normalsize large Large LARGE huge Huge selectfont fontsize:2 linespread:1
+        markboth:2 markright:1 sloppy fussy onecolumn twocolumn:o allowdisplaybreaks:o captionsetup:1 hypersetup:1
+        usepackage:1 RequirePackage:1 makeatletter makeatother color:1 normalcolor definecolor:3 tikzset:1
+        usetikzlibrary:1 tikzcdset:1 lstset:1 allowbreak strut samepage pause hrule rule:2 theoremstyle:1
+        numberwithin:2 graphicspath:1 externaldocument:1 fancyhead:1 fancyfoot:1 lhead:1 chead:1 rhead:1 lfoot:1
+        cfoot:1 rfoot:1 showthe:1 font:f baselineskip:g parskip:g parindent:g hsize:g vsize:g textwidth:g
+        textheight:g topmargin:g oddsidemargin:g evensidemargin:g leftskip:g rightskip:g tabcolsep:g fboxrule:g
+        fboxsep:g itemsep:g hoffset:g voffset:g unitlength:g topskip:g parsep:g""",
+    "paragraph": "par vskip:g bigskip medskip smallskip newpage clearpage cleardoublepage vfill vfil eject",
+    "graphics": "includegraphics:1 includesvg:1 includepdf:1 epsfig:1 epsfbox:1 psfig:1 special:1 tikz:1",
+    "bibliography": "bibliography:1 bibliographystyle:1 printbibliography:o nocite:1 addbibresource:1",
+    "index": "index:1 printindex:o makeindex:o glossary:1 printglossary:o printglossaries makeglossaries",
+})  # fmt: skip
+ENVIRONMENTS = kinds_of({  # these go with everything in them
+    "graphics": """tikzpicture pgfpicture asy asydef picture pspicture xy chart axis circuitikz overpic mpost
+        feynmandiagram""",
+    "bibliography": "thebibliography", "index": "theindex", "file": "filecontents",
+})  # fmt: skip
+TAGS = kinds_of({  # of these environments only the tags go
+    "float": """figure:o table:o sidewaysfigure:o sidewaystable:o subfigure:1 subtable:1 threeparttable:o wrapfigure:2
+        wraptable:2""",
+    "block": """document: center:o flushleft: flushright: titlepage: titlingpage: landscape: raggedleft: raggedright:
+        minipage:1 spacing:1 multicols:1 adjustwidth:2 adjustbox:1""",
+})  # fmt: skip
+BETWEEN = {"layout": " ", "paragraph": "\n\n", "float": "\n\n", "block": "\n"}  # what takes the place of a kind
+COUNTED = ("graphics", "bibliography", "index")  # by their own names, all others as layout
+UNWRAPPED = table("centerline: leftline: rightline: resizebox:2 scalebox:1 rotatebox:1 textcolor:1")  # text stays
+DEFINED = table("""newcommand:1 renewcommand:1 providecommand:1 DeclareRobustCommand:1 DeclareMathOperator:1
+    DeclarePairedDelimiter:2 NewDocumentCommand:2 RenewDocumentCommand:2 ProvideDocumentCommand:2
+    DeclareDocumentCommand:2 NewDocumentEnvironment:3 newenvironment:2 renewenvironment:2 newtheorem:1o declaretheorem:
+    def:= gdef:= edef:= xdef:= let:l""")  # these stay, untouched
+HEADINGS = "part chapter section subsection subsubsection paragraph".split()  # the coarsest first
+KNOWN = {*DEFINED, *COMMANDS, *UNWRAPPED}
+CONDITIONALS = set("""if ifcat ifnum ifdim ifodd ifvmode ifhmode ifmmode ifinner ifvoid ifhbox ifvbox ifx ifeof iftrue
+    iffalse ifcase ifdefined ifcsname iffontchar ifpdf ifxetex ifluatex""".split())  # fmt: skip
+
+# ---- patterns -------------------------------------------------------------------------------------------------------
+
+VERBATIM = r"verbatim\*?|Verbatim\*?|BVerbatim|alltt|lstlisting|minted|spverbatim|comment"
+MATH = "equation|align|gather|multline|eqnarray|displaymath|math|alignat|flalign|IEEEeqnarray|tikzcd|CD"
+SIZES = "tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|centering|raggedright"
+END = "(?![a-zA-Z@])"  # of a command's name
+LEX = re.compile(
+    rf"\\(?:begin[ \t]*\{{(?P<verbatim>{VERBATIM})\}}"
+    r"|(?P<document>begin|end)[ \t]*\{document\}"
+    rf"|(?P<verb>(?:verb|lstinline|mintinline\{{\w{{1,40}}\}}){END}\*?(?:\[[^][\n]{{0,200}}\])?"
+    r"(?:(?P<bar>[^\sa-zA-Z*{\\])[^\n]{0,200}?(?P=bar)|\{[^{}\n]{0,2000}\})"
+    r"|(?:url|path|nolinkurl|href)[ \t]*\{[^{}\n]{0,2000}\})"
+    rf"|(?P<hidden>iffalse|fi){END}|(?P<endinput>endinput){END}"
+    rf"|(?P<input>input|include|subfile|subfileinclude|import|subimport){END}|[\\%])|(?P<comment>%[^\n]*)"
+)
+NEW_CONDITIONAL = r"\\newif\s*\\(if[a-zA-Z@]+)"
+BRANCH = re.compile(rf"{NEW_CONDITIONAL}|\\(?:(?P<name>if[a-zA-Z@]*|else|fi){END}|.)|%[^\n]*|[{{}}]", re.DOTALL)
+PAIR = re.compile(rf"\\(?:(?P<tag>begin|end)[ \t]*\{{(?P<name>{'|'.join(ENVIRONMENTS)})\*?\}}|[\\{{}}])|[{{}}]")
+DEFINITION = re.compile(rf"\\(?:({'|'.join(DEFINED)}){END}|.)", re.DOTALL)
+TOKEN = re.compile(
+    rf"\\(?:(?P<formula>[\[(]|begin[ \t]*\{{(?P<math>{MATH})\*?\}})"
+    rf"|(?P<formula_end>[])]|end[ \t]*\{{(?P<math_end>{MATH})\*?\}})"
+    r"|begin[ \t]*\{(?P<begin>[^{}\n*]*)\*?\}|end[ \t]*\{(?P<end>[^{}\n*]*)\*?\}"
+    rf"|(?P<heading>{'|'.join(HEADINGS)}){END}|(?P<command>[a-zA-Z@]+)|.)|(?P<dollar>\$\$?)|(?P<paragraph>\n[ \t]*\n)"
+    rf"|(?P<sized_group>\{{\s*\\(?:{SIZES}){END}\s*)|(?P<group>\{{)|(?P<group_end>\}})",
+    re.DOTALL,
+)
+DEEPER = {"group": 1, "sized_group": 1, "group_end": -1}  # how tokens change the depth of groups
+WORD = re.compile(r"\\[a-zA-Z@]+")
+WORD_AT_END = re.compile(r"\\[a-zA-Z@]+$")
+GAP = re.compile(r"[ \t]*\n?[ \t]*")
+BLOCK = re.compile(r"[ \t]*\\(?:begin|end|item|[][])")  # where TeX ignores a line end
+AFTER_COMMENT = re.compile(rf"{GAP.pattern}(?P<apart>\Z|[\n%]|{BLOCK.pattern})?")
+OPTIONAL = r"(?:[ \t]*\n?[ \t]*\[[^]]{0,498}\])"
+OPTIONAL_ARGUMENT, OPTIONAL_ARGUMENTS = re.compile(OPTIONAL + "?"), re.compile(OPTIONAL + "*")
+ARGUMENT_BEFORE = re.compile(r"(?:[}\]*]|\\[a-zA-Z@]+)$")  # of a group: it may be the argument of a command
+DEFINEE = re.compile(r"\*?[ \t]*(?:\{\s*\\?[^{}\n]*\}|\\(?:[a-zA-Z@]+|.))")
+INTERNAL = re.compile(r"\\[a-zA-Z]+\*?[ \t]*(?:\{\s*\\?[^{}\n]*@|\\[a-zA-Z]*@)")  # a definition of a name with @
+SIZE = r"[ \t]*-?[ \t]*(?:[\d.,]*\\[a-zA-Z@]+|[\d.,]+[ \t]*(?:true[ \t]*)?(?:p[tc]|[cm]m|in|ex|em|bp|dd|cc|sp|mu|fil+))"
+PLAIN_ARGUMENT = {  # by signature: what is not in braces
+    "g": re.compile(rf"[ \t]*=?{SIZE}(?:[ \t]*(?:plus|minus){SIZE}){{0,2}}"),
+    "f": re.compile(r"[ \t]*\\[a-zA-Z]+[ \t]*=?[ \t]*[\w\-]+(?:[ \t]+(?:scaled|at)[ \t]*[\w.\\]+)?"),
+    "l": re.compile(r"[ \t]*=?[ \t]?(?:\\(?:[a-zA-Z@]+|.)|\S)"),
+}
+PARAMETERS = re.compile(r"[^{]{0,199}")
+SPACES = "[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]"
+NO_TEXT = (
+    r"[\x00-\x08\r-\x1f\x7f-\x84\x86-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"
+    r"\ud800-\udfff\ufdd0-\ufdef\ufeff\ufff9-\uffff]"  # control and zero-width characters, and no characters
+)
+
+# ---- characters and lexing ------------------------------------------------------------------------------------------
+
+
+def _plain_characters(text: str) -> str:
+    """Odd spaces, control and zero-width characters removed; composed (NFC) where that is no longer."""
+    text = re.sub("[\f\v\x85\u2028\u2029]", "\n", text)
+    text = re.sub(NO_TEXT, "", re.sub(SPACES, " ", text))
+    composed = unicodedata.normalize("NFC", text)
+    return composed if len(composed) <= len(text) else text
+
+
+def _hidden(text: str) -> dict[int, int]:
+    """What \\iffalse hides, start to end: only where it holds whole groups, so that no brace loses its partner."""
+    hidden, conditionals, depth = {}, [], 0
+    if "\\iffalse" not in text:
+        return hidden
+    names = CONDITIONALS | set(re.findall(NEW_CONDITIONAL, text))
+    for m in BRANCH.finditer(text):
+        depth += {"{": 1, "}": -1}.get(m[0], 0)
+        if m["name"] in names:
+            conditionals.append([m, depth, None])
+        elif m["name"] == "else" and conditionals:
+            conditionals[-1][2] = conditionals[-1][2] or m
+        elif m["name"] == "fi" and conditionals:
+            begin, outside, other = conditionals.pop()
+            if begin["name"] != "iffalse" or outside != depth:
+                continue
+            hidden[begin.start()] = (other or m).end()
+            if other:  # what is between \else and \fi stays
+                hidden[m.start()] = m.end()
+    return hidden
+
+
+def lex(text: str):
+    """(kind, start, end, match) of comments, verbatim and hidden parts, \\input commands and document tags in order."""
+    hidden, unclosed = _hidden(text), set()
+    m = LEX.search(text)
+    while m:
+        kind, start, end = m.lastgroup, m.start(), m.end()
+        if kind == "verbatim":
+            tag = f"\\end{{{m['verbatim']}}}"
+            close = -1 if tag in unclosed else text.find(tag, end)
+            if close >= 0:
+                kind = "hidden" if m["verbatim"] == "comment" else "verb"
+                end = close + len(tag)
+            else:
+                kind = None
+                unclosed.add(tag)  # no later one need look for it again: that would take quadratic time
+        elif kind == "hidden":
+            kind = "hidden" if start in hidden else None
+            end = hidden.get(start, end)
+        if kind:
+            yield kind, start, end, m
+        m = LEX.search(text, end)
+
+
+def _uncomment(text: str, start: int, end: int) -> tuple[int, str, int]:
+    """Where a comment with its blanks starts, what is left of it, and where it ends: TeX joins the lines around it."""
+    left = start
+    while left and text[left - 1] in " \t":
+        left -= 1
+    line = text.rfind("\n", 0, left) + 1
+    if left == line:  # it is all of its line
+        return left, "", end + 1
+    after = AFTER_COMMENT.match(text, end)
+    if left < start or after["apart"] is not None or BLOCK.match(text, line):
+        return left, "", end
+    end = after.end()
+    glued = text[end].isalpha() and WORD_AT_END.search(text, max(0, left - 40), left)  # \Phi% and a: not \Phia
+    return left, " " if glued else "", end
+
+
+def _hide(text: str, dropped: Counter) -> tuple[str, list[str]]:
+    """The text without comments and hidden parts and with numbered marks for verbatim ones, and the verbatim ones."""
+    out, verbatim, position = [], [], 0
+    for kind, start, end, _ in lex(text):
+        left = ""
+        if kind == "verb":
+            left = f"\ufdd0{len(verbatim)}\ufdd1"
+            verbatim.append(text[start:end])
+        elif kind == "comment":
+            start, left, end = _uncomment(text, start, end)
+        elif kind != "hidden":
+            continue
+        start = max(start, position)
+        dropped["comments"] += 0 if kind == "verb" else end - start
+        out += [text[position:start], left]
+        position = end
+    return "".join(out) + text[position:], verbatim
+
+
+# ---- arguments and definitions --------------------------------------------------------------------------------------
+
+
+def ends_of(text: str) -> dict[int, int]:
+    """Where each closed group, and each closed environment that is to go, ends: by where it starts."""
+    ends, opened = {}, defaultdict(list)
+    for m in PAIR.finditer(text):
+        starts = opened[m["name"]]  # None: of braces
+        if m[0] == "{" or m["tag"] == "begin":
+            starts.append(m.start())
+        elif starts and (m[0] == "}" or m["tag"]):
+            ends[starts.pop()] = m.end()
+    return ends
+
+
+def _arguments_end(text: str, position: int, signature: str, ends: dict[int, int]) -> int | None:
+    """Where the arguments that start at a position end; None when they are not all there."""
+    if signature in PLAIN_ARGUMENT:
+        m = PLAIN_ARGUMENT[signature].match(text, position)
+        return m and m.end()
+    if signature == "=":  # \def\name#1#2{...}
+        return ends.get(PARAMETERS.match(text, position).end())
+    position += text.startswith("*", position)
+    if signature[:1].isdigit():
+        position = OPTIONAL_ARGUMENTS.match(text, position).end()
+        for _ in range(int(signature[0])):
+            start = GAP.match(text, position).end()
+            word = WORD.match(text, start)
+            position = word.end() if word else ends.get(start)
+            if position is None:
+                return None
+    if signature.endswith("o"):
+        position = OPTIONAL_ARGUMENT.match(text, position).end()
+    return position
+
+
+def _definition_end(text: str, name: str, position: int, ends: dict[int, int]) -> int | None:
+    """Where the definition whose arguments start at a position ends; None when it is cut short."""
+    definee = DEFINEE.match(text, position)
+    return definee and _arguments_end(text, definee.end(), DEFINED[name], ends)
+
+
+def definitions(text: str):
+    """(start, end) of all definitions, in order."""
+    ends, position = ends_of(text), 0
+    for m in DEFINITION.finditer(text):
+        end = _definition_end(text, m[1], m.end(), ends) if m[1] and m.start() >= position else None
+        if end:
+            position = end
+            yield m.start(), end
+
+
+# ---- cleaning -------------------------------------------------------------------------------------------------------
+
+
+class Formulas:
+    """The formulas that are open at a place of the body, each as (what closes it, the depth of groups it is in)."""
+
+    def __init__(self):
+        self.open = []
+        self.depth = 0
+
+    def follow(self, m: re.Match) -> None:
+        """Read one TOKEN. A formula without end harms no more than its paragraph or section."""
+        kind, formulas = m.lastgroup, self.open
+        self.depth += DEEPER.get(kind, 0)
+        while formulas:
+            close, depth = formulas[-1]
+            stray = close[0] == "$" and (kind == "paragraph" or (kind == "formula" and depth == self.depth))
+            if depth <= self.depth and kind != "heading" and not stray:
+                break
+            formulas.pop()
+        if kind == "formula":
+            formulas.append((m["math"] or {"[": "]", "(": ")"}[m[0][1]], self.depth))
+        elif kind == "formula_end":
+            close = m["math_end"] or m[0][1]
+            if close in [recent for recent, _ in formulas[-8:]]:
+                while formulas.pop()[0] != close:
+                    pass
+        elif kind == "dollar":
+            if not formulas or formulas[-1][1] < self.depth:  # the latter in a group of a formula: \text{if $a$}
+                formulas.append((m[0], self.depth))
+            elif formulas[-1][0] == m[0]:
+                formulas.pop()
+
+
+def _cuts(text: str):
+    """(kind, start, end) of all that only lays out, draws or indexes, in order; of formulas and definitions nothing."""
+    ends, formulas, position = ends_of(text), Formulas(), 0
+    wrapped = set()  # closing braces that go because their opening ones went
+    for m in TOKEN.finditer(text):
+        kind, command, start, end = m.lastgroup, m["command"], m.start(), m.end()
+        if kind is None or start < position or (command and command not in KNOWN):
+            continue
+        formulas.follow(m)
+        cut = None
+        if start in wrapped:
+            cut = "brace", end
+        elif formulas.open:
+            continue
+        elif kind == "sized_group":  # {\small ...}: its braces go too, unless they hold an argument
+            if start in ends and not ARGUMENT_BEFORE.search(text[max(0, start - 40) : start].rstrip(" ")):
+                wrapped.add(ends[start] - 1)
+            else:
+                start += 1
+            cut = "brace", end
+        elif command in DEFINED:
+            position = _definition_end(text, command, end, ends) or position
+        elif command in UNWRAPPED:
+            brace = _arguments_end(text, end, UNWRAPPED[command], ends)
+            brace = brace and GAP.match(text, brace).end()
+            if brace in ends and text[brace] == "{":
+                wrapped.add(ends[brace] - 1)
+                formulas.depth += 1
+                cut = "brace", brace + 1
+        elif m["begin"] in ENVIRONMENTS:
+            cut = ENVIRONMENTS[m["begin"]][0], ends.get(start)
+        elif command in COMMANDS or m["begin"] in TAGS:
+            kind, signature = COMMANDS.get(command) or TAGS[m["begin"]]
+            cut = kind, _arguments_end(text, end, signature, ends)
+        elif m["end"] in TAGS:
+            cut = TAGS[m["end"]][0], end
+        if cut and cut[1]:
+            kind, position = cut
+            yield kind, start, position
+
+
+def _strip(text: str, dropped: Counter) -> str:
+    """The body without its cuts. The white space around a cut is joined, and no letter becomes part of a command."""
+    out, copied, written = [], 0, "\n"  # written: the end of what is in out
+    for kind, start, end in _cuts(text):
+        piece, between = text[copied:start], BETWEEN.get(kind, "")
+        written = (written + piece[-40:])[-40:]
+        before, after = written[-1], text[end : end + 1]
+        while before.isspace() and text.startswith(" ", end):
+            end += 1
+        if before == "\n":
+            end += text.startswith("\n", end)  # nothing else was on its line
+            between = "\n" if between == "\n\n" else ""
+        elif between == " " and (before in " ([{~" or after in ")]},.;:~ \n"):
+            between = ""
+        elif not between and before.isalpha() and after.isalpha() and WORD_AT_END.search(written):
+            between = " "
+        out += [piece, between]
+        written += between
+        dropped[kind if kind in COUNTED else "layout"] += end - start
+        copied = end
+    return "".join(out) + text[copied:]
+
+
+def _tidy(text: str) -> str:
+    """Lines without blanks around them, single blanks within, at most one blank line in a row."""
+    lines = [" ".join(line.split()) for line in text.split("\n")]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+
+
+def clean(source: str, dropped: Counter | None = None) -> str:
+    """The text of one source (inline it before): definitions of its preamble, then its body, stripped. Never longer.
+
+    dropped: counts the characters dropped, by kind.
+    """
+    dropped = Counter() if dropped is None else dropped
+    text, verbatim = _hide(_plain_characters(source), dropped)
+    *preamble, body = re.split(r"\\begin *\{document\}", _tidy(text), maxsplit=1)
+    macros = ""
+    for part in preamble:
+        kept = [part[i:j] for i, j in definitions(part) if not INTERNAL.match(part, i)]
+        dropped["preamble"] += len(part) - sum(map(len, kept))
+        macros = "\n".join(kept) + "\n\n"
+    body, *after = re.split(r"\\end *\{document\}", body, maxsplit=1)
+    for part in after:
+        dropped["after the end"] += len(part)
+    text = _tidy(macros + _strip(body, dropped))
+    text = re.sub("\ufdd0(\\d+)\ufdd1", lambda mark: verbatim[int(mark[1])], text).strip()
+    plain = re.sub("[\ufb00-\ufb06]", lambda ligature: unicodedata.normalize("NFKC", ligature[0]), text)
+    return plain if len(plain) <= len(source) else text
