@@ -21,7 +21,7 @@ CHOICES = {
     "ensemble": ("mean_logit", "mean_prob", "rank", "weighted"),
     "export_dtype": ("bf16", "fp16", "fp32"),
     "optimizer": ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"),
-    "pooling": ("last", "mean", "cls"),
+    "pooling": ("last", "mean", "cls", "attention"),
     "bias": ("none", "lora_only", "all"),
     "schedule": ("cosine", "linear", "constant"),
     "precision": ("auto", "fp32", "fp16", "bf16"),

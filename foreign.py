@@ -10,6 +10,7 @@ import configs
 import ddp
 import labelling
 import lora
+import model as models
 import numerics
 import peft_format
 import prompts
@@ -62,7 +63,7 @@ def given_model(cfg: configs.InferConfig) -> Given:
     same = {n: getattr(cfg, n) for n in ("prompt", "text", "label_column", "id_column", "head", "label_words", "quant")}
     same |= {"kept": prompts.PROMPTS[cfg.prompt].kept if cfg.prompt else ()}
     same |= {"task": "regression" if len(names) == 1 else "single_label", "max_length": cfg.max_length, "base": base}
-    known = TrainConfig(pooling=bases.stored_pooling(base), rank=int(bool(adapter)), train_layers=0, **same)
+    known = TrainConfig(pooling=models.stored_pooling(base), rank=int(bool(adapter)), train_layers=0, **same)
     trained.check_model(known, labels, tokenizer, adapter, shapes if adapter else None)
     return Given(known, labels, tokenizer, adapter, folder)
 

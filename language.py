@@ -116,7 +116,7 @@ def load_language_model(
 def language_skeleton(base: str) -> nn.Module:
     """A decoder with its LM head and no weights (on the meta device). Raises UserError for an encoder."""
     config = models._config(base)
-    if config.model_type in bases.ENCODERS:
+    if models.family_of(config).encoder:
         raise UserError(f"--base {base}: {config.model_type} is an encoder, which writes no text; give a decoder")
     with torch.device("meta"):
         return models._from_config(AutoModelForCausalLM, base, config)

@@ -74,6 +74,11 @@ def words_of(cfg: TrainConfig, labels: labelling.Labels, tokenizer) -> tuple[tup
     return data.label_word_ids(tokenizer, cfg.text, words)
 
 
+def head_of(cfg: TrainConfig, labels: labelling.Labels, tokenizer) -> models.Head:
+    """The head that a config describes."""
+    return models.Head(len(labels.names), cfg.pooling, cfg.head_dropout, words_of(cfg, labels, tokenizer))
+
+
 def adapter_of(cfg: TrainConfig, saved: tuple[str, ...]) -> lora.Adapter | None:
     """The adapter that a config describes, None with rank 0. saved: modules of the head that it trains whole."""
     if not cfg.rank:
@@ -89,7 +94,7 @@ def check_model(cfg: TrainConfig, labels: labelling.Labels, tokenizer, adapter=N
     adapter, shapes: an adapter of its own and the shapes of its tensors. Raises UserError for what does not fit.
     """
     bases.need_vocabulary(cfg.base, len(tokenizer))
-    bare = models.skeleton(cfg.base, len(labels.names), cfg.pooling, words_of(cfg, labels, tokenizer))
+    bare = models.skeleton(cfg.base, head_of(cfg, labels, tokenizer))
     models.check_structure(bare, cfg.train_layers, cfg.max_length)
     try:
         mine = adapter or adapter_of(cfg, models.head_to_save(bare))
@@ -110,12 +115,9 @@ def new_classifier(
     """
     model = models.load_classifier(
         cfg.base,
-        len(labels.names),
+        head_of(cfg, labels, tokenizer),
         device,
         numerics.weight_dtype(device, precision),
-        cfg.pooling,
-        cfg.head_dropout,
-        words_of(cfg, labels, tokenizer),
         cfg.quant,
         numerics.DTYPES[precision],
         cfg.seed,
@@ -167,7 +169,7 @@ def export(path: Path, run: "Run") -> str:
 
     Raises UserError where transformers' own class could not give the same logits. Returns the class that loads it.
     """
-    model, pooling = run.model, models.transformers_pooling(run.model)
+    model, pooling = run.model, run.model.family.poolings
     if model.pooling not in pooling:
         raise UserError(f"--export: {model.architecture} pools {' or '.join(pooling)}, this run {model.pooling}")
     lora.merge(model)

@@ -97,7 +97,7 @@ def base(tmp_path_factory):
 
 
 def ours(folder, pooling="cls", classes=3) -> models.Classifier:
-    return models.load_classifier(folder, classes, CPU, torch.float32, pooling).eval()
+    return models.load_classifier(folder, models.Head(classes, pooling), CPU, torch.float32).eval()
 
 
 def theirs(folder, **options):
@@ -160,10 +160,10 @@ def test_packed_logits_equal_theirs_padded_and_alone(base, family, pooling):
     folder, rows = base(family, **changes), sequences()
     model, reference = ours(folder, pooling), theirs(folder)
     assert model.fresh == () and type(reference).__name__ == model.architecture == f"{family}ForSequenceClassification"
-    assert bases.stored_pooling(folder) == pooling
+    assert models.stored_pooling(folder) == pooling
     assert sum(LENGTHS) > reference.config.max_position_embeddings
     packs = model.backbone.config._attn_implementation == models.ATTENTION
-    assert packs == bases.packs(model.config) == (family != "DebertaV2")
+    assert packs == model.family.packs == (family != "DebertaV2")
     with torch.no_grad():
         got = model(batch_of(rows))
         near(got, alone(reference, rows))
@@ -218,7 +218,7 @@ def test_a_row_of_roberta_starts_behind_its_padding_position(base):
 def test_half_precision_keeps_the_residual_stream_and_the_head_in_fp32(base, family):
     """Under autocast every layer and the head give fp32, while linears compute in bf16; near the fp32 result."""
     folder, rows = base(family), batch_of(sequences())
-    model = ours(folder, bases.stored_pooling(folder))
+    model = ours(folder, models.stored_pooling(folder))
     layers, linears = set(), set()
     for layer in bases.decoder_layers(model.backbone):
         layer.register_forward_hook(lambda m, i, out: layers.add((out[0] if isinstance(out, tuple) else out).dtype))
@@ -237,7 +237,7 @@ def test_modernbert_as_trained_by_others_says_its_pooling(base, pooling):
     folder, rows = base("ModernBert", classifier_pooling=pooling), sequences()
     with torch.no_grad():
         logits = {how: ours(folder, how)(batch_of(rows)) for how in ("cls", "mean")}
-        near(logits[bases.stored_pooling(folder)], alone(theirs(folder), rows))
+        near(logits[models.stored_pooling(folder)], alone(theirs(folder), rows))
     assert (logits["cls"] - logits["mean"]).abs().max() > 1e-2
 
 
@@ -266,7 +266,7 @@ def test_fresh_names_exactly_what_the_base_does_not_hold(base, family, kind, mis
         if name not in missing:
             key = next(k for k in (name, name.removeprefix(f"{model.prefix}.")) if k in stored)
             assert torch.equal(p, stored[key]), name
-    again, other = ours(folder), models.load_classifier(folder, 3, CPU, torch.float32, "cls", seed=7)
+    again, other = ours(folder), models.load_classifier(folder, models.Head(3, "cls"), CPU, torch.float32, seed=7)
     for name in missing:
         assert torch.equal(again.get_parameter(name), model.get_parameter(name)), name
     changed = {n for n in missing if not torch.equal(other.get_parameter(n), model.get_parameter(n))}
@@ -594,7 +594,7 @@ def test_presets_hold_the_published_recipes(name, base, expected):
 
 def test_adapters_name_the_modules_of_encoders(base):
     """A target that does not exist in the family is refused with what there is."""
-    bare = models.skeleton(base("DebertaV2"), 3, "cls")
+    bare = models.skeleton(base("DebertaV2"), models.Head(3, "cls"))
     with pytest.raises(ValueError, match="target query matches no module.*query_proj"):
         lora.inject(bare, lora.Adapter(("query",), 4, 12.0))
 

@@ -159,7 +159,7 @@ def test_label_words_are_log_probabilities_of_the_lm_head(base, family, tied):
     Packed here, alone in transformers' own causal LM; gradients too, of a tied matrix from both its ends.
     """
     folder, rows = base(family, tied), sequences()
-    ours = models.load_classifier(folder, 3, CPU, torch.float32, words=WORDS).eval()
+    ours = models.load_classifier(folder, models.Head(3, words=WORDS), CPU, torch.float32).eval()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     assert ours.fresh == () and ours.heads == () and ours.outputs == 3
     assert (ours.lm_head.weight is ours.backbone.get_input_embeddings().weight) == tied
@@ -188,8 +188,10 @@ def test_a_soft_cap_of_logits_is_honoured(base, tmp_path):
     path.write_text(json.dumps(config))
     with torch.no_grad():
         capped, plain = (
-            models.load_classifier(str(f), 3, CPU, torch.float32, words=WORDS).eval()(batch_of(sequences()))
-            for f in (base("Gemma3Text"), tmp_path / "plain")
+            models.load_classifier(folder, models.Head(3, words=WORDS), CPU, torch.float32).eval()(
+                batch_of(sequences())
+            )
+            for folder in (base("Gemma3Text"), str(tmp_path / "plain"))
         )
     assert (capped - plain).abs().max() > 0.1
 
@@ -237,8 +239,8 @@ def test_aliases_are_summed_and_counted_once(base):
     assert len(yes) == len(expected) == 2 and set(yes) == expected  # Yes and YES begin alike in this tokenizer
     assert data.label_word_ids(tokenizer, template, ("yes", "no")) == ((yes[0],), no)
     twice = ((5, 9), (7,))
-    model = models.load_classifier(base("Qwen2"), 2, CPU, torch.float32, words=twice).eval()
-    single = models.load_classifier(base("Qwen2"), 3, CPU, torch.float32, words=((5,), (9,), (7,))).eval()
+    model = models.load_classifier(base("Qwen2"), models.Head(2, words=twice), CPU, torch.float32).eval()
+    single = models.load_classifier(base("Qwen2"), models.Head(3, words=((5,), (9,), (7,))), CPU, torch.float32).eval()
     with torch.no_grad():
         sums, parts = model(batch_of(sequences())), single(batch_of(sequences()))
     near(sums, torch.stack([parts[:, :2].logsumexp(1), parts[:, 2]], dim=1))

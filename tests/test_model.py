@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ import numerics
 import peft_format
 import trained
 from errors import UserError
-from packed import Packed, _padded, pack, packed_attention, takes_grouped
+from packed import Batch, pack, packed_attention, padded_attention, takes_grouped
 
 CPU = torch.device("cpu")
 ROUNDING = 2e-6  # of the largest value: fp32 sums in another order
@@ -77,7 +78,7 @@ def base(tmp_path_factory):
 
 def backbone(folder):
     """The base of our classifier, which attends to packed rows where its family can."""
-    return models.load_classifier(folder, 3, CPU, torch.float32).backbone.eval()
+    return models.load_classifier(folder, models.Head(3), CPU, torch.float32).backbone.eval()
 
 
 def stock(folder, auto=transformers.AutoModel, **options):
@@ -107,7 +108,7 @@ def near(got, want, share=ROUNDING):
 
 
 def classifier(folder, pooling="last", classes=3, dtype=torch.float32, targets=(), bias="none", dropout=0.0):
-    model = models.load_classifier(folder, classes, CPU, dtype, pooling, seed=1).eval()
+    model = models.load_classifier(folder, models.Head(classes, pooling), CPU, dtype, seed=1).eval()
     if targets:
         saved = models.head_to_save(model)
         models.add_adapter(model, lora.Adapter(tuple(targets), 4, 6.0, dropout, bias, saved=saved))
@@ -136,7 +137,8 @@ def test_packed_equals_stock_in_states_and_gradients(base, family, how):
     """Of every parameter. DeBERTa does not take our attention and runs right-padded inside, with the same result."""
     folder, sequences = base(family), rows()
     ours, theirs = backbone(folder), stock(folder)
-    assert bases.packs(ours.config) == (ours.config._attn_implementation == models.ATTENTION) == (family != "DebertaV2")
+    packs = ours.config._attn_implementation == models.ATTENTION
+    assert packs == models.family_of(ours.config).packs == (family != "DebertaV2")
     got, want = models.hidden_states(ours, batch_of(sequences)), stock_hidden(theirs, sequences, how)
     near(got, want)
     direction = torch.randn(want.shape, generator=torch.Generator().manual_seed(2))
@@ -191,7 +193,8 @@ def heads(lengths, query_heads=4, key_heads=2, width=8):
     shape = (1, query_heads, sum(lengths), width), (1, key_heads, sum(lengths), width)
     parts = [torch.randn(s, requires_grad=True) for s in (shape[0], shape[1], shape[1])]
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    return parts, Packed(cu, tuple(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return parts, Batch(positions, positions, cu, tuple(lengths))
 
 
 def naive_attention(query, key, value, lengths, window, causal, scale):
@@ -222,8 +225,8 @@ def test_packed_attention_equals_its_definition(causal, window):
 def test_padded_kernel_of_gpus_equals_the_loop(lengths, key_heads):
     """Values and gradients, grouped key heads included: padding is never seen, and gets no gradient."""
     parts, packed = heads(lengths, key_heads=key_heads)
-    options = {"dropout_p": 0.0, "scale": 0.3, "enable_gqa": key_heads != 4}
-    padded = _padded(*parts, packed, options).transpose(1, 2)
+    attend = partial(nn.functional.scaled_dot_product_attention, scale=0.3, enable_gqa=key_heads != 4)
+    padded = padded_attention(attend, *parts, packed).transpose(1, 2)
     loop, _ = packed_attention(Causal(), *parts, scaling=0.3, packed=packed)
     near(padded, loop)
     direction = torch.randn_like(loop)
@@ -234,9 +237,9 @@ def test_padded_kernel_of_gpus_equals_the_loop(lengths, key_heads):
 
 def test_attention_refuses_what_it_cannot_do():
     (q, k, v), packed = heads(LENGTHS)
-    with pytest.raises(AssertionError, match="Causal got no packing"):
+    with pytest.raises(AssertionError, match="Causal got no batch"):
         packed_attention(Causal(), q, k, v)
-    with pytest.raises(UserError, match="softcap"):
+    with pytest.raises(ValueError, match="softcap"):
         packed_attention(Causal(), q, k, v, packed=packed, softcap=30.0)
 
 
@@ -288,7 +291,7 @@ def test_pooling_by_hand(pooling):
     cu = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
     rule = {"last": lambda h: h[-1], "mean": lambda h: h.mean(0), "cls": lambda h: h[0]}[pooling]
     want = torch.stack([rule(part) for part in hidden.split(LENGTHS)])
-    near(models.pool(hidden, cu, pooling), want)
+    near(models.POOLINGS[pooling](hidden, cu), want)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
@@ -352,7 +355,7 @@ def test_train_layers_trains_exactly_those(base, count):
 
 def test_more_layers_than_there_are_is_the_users_mistake(base):
     with pytest.raises(UserError, match="--train_layers 3: this base has 2 layers"):
-        models.check_structure(models.skeleton(base("Qwen2"), 3), 3, 10)
+        models.check_structure(models.skeleton(base("Qwen2"), models.Head(3)), 3, 10)
 
 
 def test_unmatched_targets_are_the_users_mistake(base):
@@ -365,7 +368,7 @@ def test_families_that_packing_would_break_run_right_padded():
     """They take transformers' attention interface, yet pass sinks or chunked masks that our function would drop."""
     from transformers import GptOssConfig, Llama4TextConfig, Qwen2Config
 
-    assert not bases.packs(GptOssConfig()) and not bases.packs(Llama4TextConfig()) and bases.packs(Qwen2Config())
+    assert [models.family_of(c()).packs for c in (GptOssConfig, Llama4TextConfig, Qwen2Config)] == [False, False, True]
 
 
 def test_an_adapter_beside_the_base_is_left_out(base, tmp_path, capfd):
@@ -376,13 +379,13 @@ def test_an_adapter_beside_the_base_is_left_out(base, tmp_path, capfd):
     save_file(peft_format.adapter_state(model), folder / "adapter_model.safetensors")
     both, plain = backbone(str(folder)).state_dict(), backbone(base("Qwen2")).state_dict()
     assert both.keys() == plain.keys() and all(torch.equal(both[k], plain[k]) for k in plain)
-    assert "holds an adapter too, which is left out" in capfd.readouterr().err
+    assert "also holds an adapter, which is ignored" in capfd.readouterr().err
 
 
 def test_cls_pooling_of_a_causal_decoder_is_refused(base):
     """Its first token has seen nothing: the head would train on rounding noise."""
     with pytest.raises(UserError, match="--pooling cls on qwen2"):
-        models.skeleton(base("Qwen2"), 3, "cls")
+        models.skeleton(base("Qwen2"), models.Head(3, "cls"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,7 +432,7 @@ def test_a_fresh_head_follows_from_the_seed_alone(base, family):
     heads = []
     for before, seed in ((1, 5), (2, 5), (2, 6)):
         torch.manual_seed(before)
-        model = models.load_classifier(base(family), 3, CPU, torch.float32, seed=seed)
+        model = models.load_classifier(base(family), models.Head(3), CPU, torch.float32, seed=seed)
         heads.append({n: dict(model.named_parameters())[n] for n in model.fresh})
     assert heads[0] and all(torch.equal(t, heads[1][n]) for n, t in heads[0].items())
     assert not any(torch.equal(t, heads[2][n]) for n, t in heads[0].items() if t.ndim == 2)
