@@ -228,7 +228,7 @@ def in_layers(name: str, adapter: Adapter) -> bool:
     for pattern in lists:
         match = re.match(pattern + LAYER, name)
         if match:
-            return int(match["layer"]) in adapter.layers
+            return match["layer"] is not None and int(match["layer"]) in adapter.layers
     return False
 
 

@@ -59,7 +59,6 @@ FAMILIES = {
     "bert": Family(lambda m, x: m.classifier(m.dropout(m.bert.pooler(x[:, None]))), **CLS),
     "roberta": Family(lambda m, x: m.classifier(x[:, None]), **CLS),
     "xlm-roberta": Family(lambda m, x: m.classifier(x[:, None]), **CLS),
-    "electra": Family(lambda m, x: m.classifier(x[:, None]), **CLS),
     "distilbert": Family(lambda m, x: m.classifier(m.dropout(m.pre_classifier(x).relu())), **CLS),
     "modernbert": Family(lambda m, x: m.classifier(m.drop(m.head(x))), poolings=("cls", "mean"), encoder=True),
     "deberta-v2": Family(lambda m, x: m.classifier(m.dropout(m.pooler(x[:, None]))), **CLS, packs=False),

@@ -196,7 +196,7 @@ def read_adapter_config(config: dict) -> lora.Adapter:
         if name in ("layers", "layers_pattern") and not isinstance(value, list):
             value = [value]
         if not valid(value):
-            problems.append(f"{key} {str(value)[:60]}: expected {expected}")
+            problems.append(f"{key} {str(given[key])[:60]}: expected {expected}")
         elif isinstance(value, list):
             values[name] = tuple(dict.fromkeys(value))
         else:

@@ -1,4 +1,4 @@
-"""Encoders against transformers' own classifiers: BERT, RoBERTa, ModernBERT and DeBERTa, from their bases to commands.
+"""Encoders against transformers' own classifiers, every row of models.FAMILIES, from their bases to commands.
 
 Bases are small random models saved by transformers' own classes, biases, norms and heads away from their defaults, so
 that nothing agrees by being zero. Tolerances are shares of the reference's largest value.
@@ -46,6 +46,8 @@ SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_lay
 FAMILIES = {
     "Bert": dict(max_position_embeddings=40),
     "Roberta": dict(max_position_embeddings=42, pad_token_id=1),  # two rows of its table come before the first token
+    "XLMRoberta": dict(max_position_embeddings=42, pad_token_id=1),
+    "DistilBert": dict(max_position_embeddings=40),
     "ModernBert": dict(
         num_hidden_layers=3, local_attention=6, global_attn_every_n_layers=3, max_position_embeddings=40
     ),
@@ -54,15 +56,15 @@ FAMILIES = {
         position_biased_input=False, type_vocab_size=0, norm_rel_ebd="layer_norm", share_att_key=True,
     ),
 }  # fmt: skip
-POOLINGS = [("Bert", "cls"), ("Roberta", "cls"), ("ModernBert", "cls"), ("ModernBert", "mean"), ("DebertaV2", "cls")]
+POOLINGS = [*((family, "cls") for family in FAMILIES), ("ModernBert", "mean")]
 WIDE = dict(vocab_size=4096, hidden_size=64, intermediate_size=96, max_position_embeddings=130)  # for texts
 CLASSIFIER = {"classifier.weight", "classifier.bias"}
+TWO_LAYERS = {f"classifier.{m}.{t}" for m in ("dense", "out_proj") for t in ("weight", "bias")}
 HEADS = {  # family: the names of its head's tensors, and how those of its last layer begin
     "Bert": (CLASSIFIER | {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}, "bert.encoder.layer.1."),
-    "Roberta": (
-        {f"classifier.{m}.{t}" for m in ("dense", "out_proj") for t in ("weight", "bias")},
-        "roberta.encoder.layer.1.",
-    ),
+    "Roberta": (TWO_LAYERS, "roberta.encoder.layer.1."),
+    "XLMRoberta": (TWO_LAYERS, "roberta.encoder.layer.1."),
+    "DistilBert": (CLASSIFIER | {"pre_classifier.weight", "pre_classifier.bias"}, "distilbert.transformer.layer.1."),
     "ModernBert": (CLASSIFIER | {"head.dense.weight", "head.norm.weight"}, "model.layers.2."),
     "DebertaV2": (CLASSIFIER | {"pooler.dense.weight", "pooler.dense.bias"}, "deberta.encoder.layer.1."),
 }
@@ -150,6 +152,13 @@ def spoiled(folder: str, to: Path, change) -> Path:
 # ---- packed == padded == alone == transformers' ----------------------------------------------------------------------
 
 
+def test_every_encoder_of_the_table_is_tested_here():
+    """A new row of models.FAMILIES needs its class in FAMILIES, HEADS and TARGETS above."""
+    encoders = {name for name, row in models.FAMILIES.items() if row.encoder}
+    assert {getattr(transformers, f"{family}Config").model_type for family in FAMILIES} == encoders
+    assert FAMILIES.keys() == HEADS.keys() == TARGETS.keys()
+
+
 @pytest.mark.parametrize("family,pooling", POOLINGS)
 def test_packed_logits_equal_theirs_padded_and_alone(base, family, pooling):
     """With the base's own head, of which nothing is drawn anew; the packed row is longer than any table of positions.
@@ -186,7 +195,7 @@ def test_packed_gradients_equal_theirs(base, family, pooling):
     largest = max(float(g.abs().max()) for g in want.values())
     assert got.keys() == want.keys() and HEADS[family][0] <= got.keys()
     for name, gradient in got.items():
-        nothing = re.search(r"\.key\.bias$", name)  # cancels in the softmax
+        nothing = re.search(r"\.(key|k_lin)\.bias$", name)  # cancels in the softmax
         scale = largest if nothing else float(want[name].abs().max())
         torch.testing.assert_close(gradient, want[name], rtol=0, atol=CLOSE * scale, msg=name)
         assert nothing or gradient.any(), name
@@ -250,6 +259,8 @@ def test_modernbert_as_trained_by_others_says_its_pooling(base, pooling):
         ("Bert", "ForMaskedLM", HEADS["Bert"][0]),
         ("Bert", "Model", CLASSIFIER),
         ("Roberta", "ForMaskedLM", HEADS["Roberta"][0]),
+        ("XLMRoberta", "ForMaskedLM", HEADS["XLMRoberta"][0]),
+        ("DistilBert", "ForMaskedLM", HEADS["DistilBert"][0]),
         ("ModernBert", "ForMaskedLM", CLASSIFIER),  # its masked LM holds the dense layer and the norm of the head
         ("ModernBert", "Model", HEADS["ModernBert"][0]),
         ("DebertaV2", "ForMaskedLM", HEADS["DebertaV2"][0]),
@@ -278,6 +289,7 @@ def test_fresh_names_exactly_what_the_base_does_not_hold(base, family, kind, mis
     [
         ("Bert", CLASSIFIER),
         ("Roberta", {"classifier.out_proj.weight", "classifier.out_proj.bias"}),
+        ("DistilBert", CLASSIFIER),
         ("ModernBert", CLASSIFIER),
         ("DebertaV2", CLASSIFIER),
     ],
@@ -293,7 +305,7 @@ def test_another_number_of_labels_draws_a_fresh_output_layer(base, family, last)
 @pytest.mark.parametrize("how", ["missing", "misshapen"])
 def test_a_base_with_a_spoiled_backbone_is_refused(base, tmp_path, family, how):
     """A tensor of the backbone is never drawn in silence, as one of the head is: the message names it."""
-    pattern = re.compile(r"layers?\.1\..*(Wo|output\.dense)\.weight$")
+    pattern = re.compile(r"layers?\.1\..*(Wo|output\.dense|ffn\.lin2)\.weight$")
 
     def change(tensors):
         name = next(n for n in tensors if pattern.search(n))
@@ -310,7 +322,8 @@ def test_a_base_with_a_spoiled_backbone_is_refused(base, tmp_path, family, how):
     ours(base(family))
 
 
-TARGETS = {"Bert": "query,value", "Roberta": "query,value", "ModernBert": "Wqkv", "DebertaV2": "query_proj,value_proj"}
+TARGETS = dict.fromkeys(FAMILIES, "query,value")
+TARGETS |= {"DistilBert": "q_lin,v_lin", "ModernBert": "Wqkv", "DebertaV2": "query_proj,value_proj"}
 
 
 @pytest.mark.parametrize("family,kind", [(f, "ForMaskedLM") for f in FAMILIES] + [("Bert", "Model")])
@@ -459,13 +472,14 @@ def test_rank_0_trains_exactly_those_layers(base, tmp_path, family, count):
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
 def test_an_encoder_of_another_family_is_refused_with_the_known_ones(tmp_path, pooling):
-    """DistilBERT has a head of its own kind, which would be computed wrongly."""
-    config = transformers.DistilBertConfig(vocab_size=4096, dim=32, hidden_dim=48, n_layers=2, n_heads=4)
+    """A head of another kind would be computed wrongly."""
+    config = transformers.ElectraConfig(**{**SIZES, "vocab_size": 4096, "embedding_size": 24})
     folder = tmp_path / "base"
-    transformers.DistilBertForSequenceClassification(config).save_pretrained(folder)
+    transformers.ElectraForSequenceClassification(config).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(ROOT / "tiny/base").save_pretrained(folder)
-    flags = toy_flags(tmp_path, unreadable(folder, tmp_path / "copy"), pooling=pooling, targets="q_lin")
-    with pytest.raises(UserError, match="distilbert: .*the encoders are bert, roberta, modernbert, deberta-v2"):
+    flags = toy_flags(tmp_path, unreadable(folder, tmp_path / "copy"), pooling=pooling, targets="query")
+    encoders = "bert, roberta, xlm-roberta, distilbert, modernbert, deberta-v2"
+    with pytest.raises(UserError, match=f"electra: .*the encoders are {encoders}"):
         train.main(flags)
 
 

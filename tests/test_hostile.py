@@ -642,7 +642,7 @@ def test_an_adapter_given_as_a_base_is_refused_naming_adapter(with_adapter, tmp_
         lambda: train.main(toy_flags(tmp_path, str(folder))),
         lambda: infer.main(["--base", str(folder), "--label_names", "a,b", "--input", str(rows)]),
     ):
-        with pytest.raises(UserError, match="this folder is an adapter; name its base, and it with --adapter"):
+        with pytest.raises(UserError, match="this folder is an adapter; name its base, and the adapter with --adapter"):
             call()
 
 

@@ -1062,7 +1062,7 @@ def test_names_of_adapters_that_lead_nowhere(good, hollow, tmp_path):
         with pytest.raises(UserError, match="^--adapter .*") as e:
             look(hollow, name)
         one_line(e)
-    with pytest.raises(UserError, match="this folder is an adapter; name its base, and it with --adapter") as e:
+    with pytest.raises(UserError, match="is an adapter; name its base, and the adapter with --adapter") as e:
         look(good, good)
     one_line(e)
 
