@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 LAYER = r"\.(?P<layer>\d+)\."
 HEADS = ("lm_head", "score", "classifier")  # output layers: never part of all-linear, as in peft
-ALL_LINEAR = ("all-linear", ("all-linear",), ["all-linear"])
+ALL_LINEAR = ("all-linear", ("all-linear",))
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,14 @@ class LoRA(nn.Module):
 
     transposed = False  # whether the base stores its weight as (D_in, D_out)
 
-    def __init__(self, base_layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rslora: bool = False,
+    ):
         super().__init__()
         if rank < 1:
             raise ValueError(f"LoRA rank {rank}: expected 1 or more")
@@ -89,7 +96,10 @@ class LoRALinear(LoRA):
     def add_factors(self, rank, fp32):
         base = self.base_layer
         self.transposed = isinstance(base, Conv1D)
-        inputs, outputs = base.weight.shape if self.transposed else (base.in_features, base.out_features)
+        if self.transposed:
+            inputs, outputs = base.weight.shape
+        else:
+            inputs, outputs = base.in_features, base.out_features
         self.lora_A = nn.Linear(inputs, rank, bias=False, **fp32)
         self.lora_B = nn.Linear(rank, outputs, bias=False, **fp32)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
@@ -129,7 +139,8 @@ class LoRAEmbedding(LoRA):
         if not self.enabled:
             return out
         a, b = self.factors()
-        update = F.embedding(ids, a.T, self.base_layer.padding_idx) @ b.T * self.scaling
+        rows = F.embedding(ids, a.T, self.base_layer.padding_idx)  # (..., rank)
+        update = rows @ b.T * self.scaling
         scale = getattr(self.base_layer, "embed_scale", None)
         if scale is not None:
             update = update * scale
@@ -182,7 +193,7 @@ def find_targets(model: nn.Module, adapter: Adapter) -> list[str]:
     # What the targets name.
     targets = adapter.targets
     if targets in ALL_LINEAR:
-        names = [name for name in linears if not set(name.split(".")) & set(HEADS)]
+        names = [name for name in linears if not set(HEADS) & {*name.split(".")}]
         unmatched = []
     elif isinstance(targets, str):
         names = [name for name in modules if re.fullmatch(targets, name)]
@@ -252,8 +263,9 @@ def inject(model: nn.Module, adapter: Adapter) -> list[str]:
     for name in names:
         rank = by_pattern(adapter.rank_pattern, name, adapter.rank)
         alpha = by_pattern(adapter.alpha_pattern, name, adapter.alpha)
-        kind = LoRAEmbedding if isinstance(modules[name], nn.Embedding) else LoRALinear
-        model.set_submodule(name, kind(modules[name], rank, alpha, adapter.dropout, adapter.rslora))
+        base = modules[name]
+        kind = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
+        model.set_submodule(name, kind(base, rank, alpha, adapter.dropout, adapter.rslora))
     model.adapter = adapter
     return names
 
@@ -270,8 +282,9 @@ def is_shared(model: nn.Module, weight: torch.Tensor) -> bool:
     """Whether the model has this weight, or its storage, under several names."""
     owners = 0
     for _, p in model.named_parameters(remove_duplicate=False):
-        same_storage = p.data_ptr() == weight.data_ptr() != 0 and p.shape == weight.shape  # 0: the meta device
-        owners += p is weight or same_storage
+        storage = p.data_ptr()  # 0 on the meta device
+        if p is weight or storage == weight.data_ptr() != 0 and p.shape == weight.shape:
+            owners += 1
     return owners > 1
 
 
@@ -326,7 +339,9 @@ def trainable_table(model: nn.Module) -> str:
     tensors, sizes = Counter(), Counter()
     everything = 0
     for name, p in model.named_parameters():
-        everything += 2 * p.numel() if p.dtype == torch.uint8 else p.numel()  # nf4 stores two in a byte
+        everything += p.numel()
+        if p.dtype == torch.uint8:  # nf4 stores two in a byte
+            everything += p.numel()
         if p.requires_grad:
             pattern = ".".join("*" if segment.isdigit() else segment for segment in name.split("."))
             tensors[pattern] += 1
@@ -391,7 +406,8 @@ def merge(model: nn.Module) -> int:
     for module in model.modules():
         weight = getattr(module, "weight", None)
         bias = getattr(module, "bias", None)
-        if isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and weight.is_floating_point():
+        both = isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter)
+        if both and weight.is_floating_point():
             bias.data = bias.data.to(weight.dtype)
     if adapted:
         model.base_values = {}

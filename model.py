@@ -37,9 +37,8 @@ class Family:
 
     head: (classifier m, pooled states x (B, D)) -> logits (B, C), by transformers' own modules; those that pool by
     themselves read a sequence's first state. poolings: those of transformers' own classifier, its default first.
-    packs: it computes packed rows right with our attention. That is tested, not transformers' own flag: families with
-    that flag still drop attention sinks, ignore chunked masks or carry state from one row to the next (gpt-oss, Llama
-    4, hybrids).
+    packs: it computes packed rows right with our attention, as a test shows. transformers' own flag is not enough: with
+    it gpt-oss, Llama 4 and hybrids still drop attention sinks, ignore chunked masks or carry state between rows.
     """
 
     head: Callable = lambda m, x: m.score(m.dropout(x))
@@ -100,8 +99,8 @@ def mean(hidden, cu_seqlens):
 class AttentionPooling(nn.Module):
     """A learned query's attention over a sequence: the softmax over its tokens of h . query weighs their states h.
 
-    One hop of Lin et al. 2017, https://arxiv.org/abs/1703.03130, without its hidden layer. transformers and peft have
-    no such pooling: it is saved with the adapter and loads here alone; an export is refused.
+    One hop of Lin et al. 2017, https://arxiv.org/abs/1703.03130, without its hidden layer. transformers has no such
+    pooling: an export is refused, and peft would load the adapter without it and pool the last token instead.
     """
 
     def __init__(self, width: int):
@@ -155,8 +154,7 @@ class Classifier(nn.Module):
 
         # What a pooling learns is a module of its own.
         if isinstance(POOLINGS[head.pooling], type):
-            pooling = POOLINGS[head.pooling](self.config.hidden_size)
-            self.add_module(f"{head.pooling}_pooling", pooling)
+            self.add_module(f"{head.pooling}_pooling", POOLINGS[head.pooling](self.config.hidden_size))
 
         # Label words need rows of the LM head; encoders bring a dropout of their own.
         if head.words:
@@ -365,8 +363,8 @@ def load_classifier(
 def draw_fresh(model: Classifier, seed: int) -> None:
     """Draw every tensor that the base does not hold from the seed alone, whatever loading drew before.
 
-    Linears are normal with std 0.02 and biases of 0, as transformers' heads begin; other modules draw themselves.
-    Raises AssertionError for a tensor that nothing drew.
+    Linears are normal with std 0.02 and biases 0, as heads of transformers; other modules draw themselves, or raise
+    AssertionError.
     """
     torch.manual_seed(seed)
     for name, module in model.named_modules():

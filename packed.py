@@ -1,7 +1,7 @@
 """Packed batches and attention over them: torch and numpy only, so that this file alone can be lifted elsewhere.
 
-A micro-batch is one row of concatenated sequences, and nothing is padded. `pack` builds it; `packed_attention` keeps
-its sequences apart by their lengths, and no mask tensor exists. With a model of transformers:
+`pack` concatenates sequences to one row without padding; `packed_attention` keeps them apart by their lengths, and no
+mask tensor exists. With a model of transformers:
 
     AttentionInterface.register("packed", packed_attention)
     model = AutoModel.from_pretrained(folder, attn_implementation="packed")
@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import scaled_dot_product_attention
 
 
 @dataclass
@@ -31,13 +31,15 @@ class Batch:
     def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Right-padding and back: (B, L) indices into the packed row, and (T,) indices into the flattened (B * L).
 
-        A shorter sequence repeats its last token. All layers of a forward pass share one computation.
+        A shorter sequence repeats its last token. All layers share one computation.
         """
         if self.padding is None:
             cu_seqlens = self.cu_seqlens.long()
             longest = max(self.lengths)
             columns = torch.arange(longest, device=cu_seqlens.device)
-            index = torch.minimum(cu_seqlens[:-1, None] + columns, cu_seqlens[1:, None] - 1)
+            starts = cu_seqlens[:-1, None]
+            ends = cu_seqlens[1:, None]
+            index = torch.minimum(starts + columns, ends - 1)
             sequence = sequence_of_tokens(cu_seqlens, sum(self.lengths))
             self.padding = index, sequence * longest + self.position_ids
         return self.padding
@@ -51,10 +53,10 @@ def sequence_of_tokens(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
 
 
 def pack(tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
-    """Concatenate rows of tokens into one packed micro-batch; it is built on the CPU and copied once.
+    """Concatenate rows of tokens into one packed micro-batch; predict: with its targets, for a language model.
 
     tokens: anything with `lengths` (N,), `row(i)` (ids of row i) and, for predict, `starts`, `stops` (N,) and `learned`
-    ((T,) bool over the ids of all rows, or None for everything). predict: with the positions to predict.
+    ((T,) bool over the ids of all rows, or None for everything).
     """
     lengths = tokens.lengths[rows]
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -66,7 +68,8 @@ def pack(tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
     if predict:
         predicted = position_ids > 0
         if tokens.learned is not None:
-            predicted &= np.concatenate([tokens.learned[tokens.starts[i] : tokens.stops[i]] for i in rows])
+            spans = [slice(tokens.starts[i], tokens.stops[i]) for i in rows]
+            predicted &= np.concatenate([tokens.learned[span] for span in spans])
         arrays.append(np.flatnonzero(predicted))
 
     # From pinned memory the copy runs while the GPU still computes.
@@ -94,7 +97,7 @@ def packed_attention(
 
     packed: its Batch. Causal unless is_causal, or else the module, says otherwise. A sliding window lets token i see
     tokens i - window + 1 .. i (and as far ahead where not causal), as in transformers. Raises AssertionError without a
-    batch, ValueError for what it does not compute. See https://huggingface.co/docs/transformers/attention_interface
+    batch, ValueError for what it does not compute. https://huggingface.co/docs/transformers/attention_interface
     """
     if packed is None:
         raise AssertionError(f"{type(module).__name__} got no batch: its model does not pass keyword arguments on")
@@ -114,7 +117,7 @@ def packed_attention(
         key = key.repeat_interleave(repeats, dim=1)
         value = value.repeat_interleave(repeats, dim=1)
     attend = partial(
-        F.scaled_dot_product_attention,
+        scaled_dot_product_attention,
         dropout_p=dropout,
         scale=scaling,
         enable_gqa=grouped,
