@@ -1,9 +1,7 @@
 """Sequence classifiers of transformers, run over packed rows: loading, families, pooling, heads.
 
 The only file that touches transformers' model classes, with language.py. Attention is one function in transformers'
-attention interface: it sees a micro-batch as one row of concatenated sequences and keeps them apart by their lengths.
-No mask tensor exists, for packed rows leak under the stock one.
-
+attention interface, which keeps the sequences of a packed row apart by their lengths: the stock mask lets them leak.
 A new family is a row of FAMILIES and a test that packed == padded == alone; a new pooling is a row of POOLINGS.
 """
 
@@ -77,8 +75,7 @@ def stored_pooling(base: str) -> str:
 
 
 # ---- pooling --------------------------------------------------------------------------------------------------------
-# Packed states (T, D) and where sequences start (B + 1,) -> one state (B, D) a sequence: by position only, never by
-# comparing ids with the padding token, which may also end a text.
+# Packed states (T, D), cu_seqlens (B + 1,) -> a state (B, D) of each sequence, by position: a padding id may end a text.
 
 
 def last(hidden, cu_seqlens):
@@ -135,10 +132,9 @@ class Head:
 class Classifier(nn.Module):
     """transformers' own modules of a sequence classifier under their own names, run over packed rows.
 
-    So parameter names are those of its checkpoints and of peft's adapters. The head is the family's own: dropout and
-    a bias-free linear `score` for decoders, poolers and `classifier` for encoders, fp32 whatever the rest is. With
-    label words it is a causal LM, and the logits of class c are those of its words' rows of the LM head, summed as
-    probabilities.
+    So parameter names are those of its checkpoints and of peft's adapters. The head is the family's own, in fp32
+    whatever the rest is. With label words it is a causal LM, and the logits of class c are those of its words' rows of
+    the LM head, summed as probabilities.
 
     heads: names of the modules that are trained whole at head_lr; fresh: names of tensors that the base does not hold.
     Every module that is added here is both, so that it is drawn from the seed, trained, saved and never adapted.
@@ -149,8 +145,8 @@ class Classifier(nn.Module):
         for name, module in whole.named_children():
             self.add_module(name, module)
         self.config, self.prefix, self.architecture = whole.config, whole.base_model_prefix, type(whole).__name__
-        self.family, self.outputs = family_of(self.config), head.outputs
-        self.pooling, self.words = head.pooling, head.words
+        self.family = family_of(self.config)
+        self.outputs, self.pooling, self.words = head.outputs, head.pooling, head.words
 
         # What a pooling learns is a module of its own.
         if isinstance(POOLINGS[head.pooling], type):
@@ -289,9 +285,8 @@ def from_weights(auto, base: str, dtype, **changes) -> tuple[nn.Module, list[str
 def refuse_missing(base: str, names: list[str]) -> None:
     """Raise UserError when tensors are missing."""
     if names:
-        raise UserError(
-            f"--base {base}: {len(names)} tensors are missing from its weights or misshapen ({names[0]}, ...)"
-        )
+        count = f"{len(names)} tensors are missing from its weights or misshapen"
+        raise UserError(f"--base {base}: {count} ({names[0]}, ...)")
 
 
 def cast_out(module, inputs, output):
@@ -307,8 +302,7 @@ def skeleton(base: str, head: Head) -> Classifier:
     auto, changes = head_class(base, head)
     config = changed_config(base, **changes)
     encoder = family_of(config).encoder
-    scaled = any(hasattr(config, name) for name in ("logit_scale", "logits_scaling"))
-    if head.words and (encoder or scaled):
+    if head.words and (encoder or hasattr(config, "logit_scale") or hasattr(config, "logits_scaling")):
         raise UserError(f"--head label_words on {config.model_type}: it needs a decoder with a plain LM head")
     with torch.device("meta"):
         model = Classifier(from_config(auto, base, config), head)
@@ -361,10 +355,9 @@ def load_classifier(
 
 
 def draw_fresh(model: Classifier, seed: int) -> None:
-    """Draw every tensor that the base does not hold from the seed alone, whatever loading drew before.
+    """Draw every tensor that the base does not hold from the seed alone: linears normal with std 0.02 and zero biases.
 
-    Linears are normal with std 0.02 and biases 0, as heads of transformers; other modules draw themselves, or raise
-    AssertionError.
+    Other modules draw themselves. Raises AssertionError for a module that does not.
     """
     torch.manual_seed(seed)
     for name, module in model.named_modules():
@@ -458,6 +451,5 @@ def checkpoint_activations(backbone: nn.Module) -> None:
 
 
 # names before the redesign, until every caller is merged
-_load, _refuse_missing, _attention, _config, _from_config, _cast_out = (
-    from_weights, refuse_missing, attention_of, changed_config, from_config, cast_out,
-)  # fmt: skip
+_load, _refuse_missing, _attention = from_weights, refuse_missing, attention_of
+_config, _from_config, _cast_out = changed_config, from_config, cast_out

@@ -1,8 +1,6 @@
 """Packed batches and attention over them: torch and numpy only, so that this file alone can be lifted elsewhere.
 
-`pack` concatenates sequences to one row without padding; `packed_attention` keeps them apart by their lengths, and no
-mask tensor exists. With a model of transformers:
-
+`pack` makes one row of many sequences; `packed_attention` keeps them apart by length, without padding or masks:
     AttentionInterface.register("packed", packed_attention)
     model = AutoModel.from_pretrained(folder, attn_implementation="packed")
     batch = pack(tokens, rows, device)
@@ -14,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -21,18 +20,15 @@ from torch.nn.functional import scaled_dot_product_attention
 class Batch:
     """One packed micro-batch on its device: B sequences, T tokens; the longest sequence has L tokens."""
 
-    input_ids: torch.Tensor  # (T,) int64
-    position_ids: torch.Tensor  # (T,) int64, from 0 in each sequence
-    cu_seqlens: torch.Tensor  # (B + 1,) int32, where each sequence starts, and the end of the last one
+    input_ids: Tensor  # (T,) int64
+    position_ids: Tensor  # (T,) int64, from 0 in each sequence
+    cu_seqlens: Tensor  # (B + 1,) int32, where each sequence starts, and the end of the last one
     lengths: tuple[int, ...]  # the same on the host: reading cu_seqlens would wait for the GPU
-    targets: torch.Tensor | None = None  # (P,) int64, for a language model: positions of the tokens to predict
+    targets: Tensor | None = None  # (P,) int64, for a language model: positions of the tokens to predict
     padding: tuple | None = None  # what gather() has computed
 
-    def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Right-padding and back: (B, L) indices into the packed row, and (T,) indices into the flattened (B * L).
-
-        A shorter sequence repeats its last token. All layers share one computation.
-        """
+    def gather(self) -> tuple[Tensor, Tensor]:
+        """Right-padding, where a sequence repeats its last token, and back: indices (B, L), and (T,) into (B * L)."""
         if self.padding is None:
             cu_seqlens = self.cu_seqlens.long()
             longest = max(self.lengths)
@@ -45,7 +41,7 @@ class Batch:
         return self.padding
 
 
-def sequence_of_tokens(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
+def sequence_of_tokens(cu_seqlens: Tensor, total: int) -> Tensor:
     """(T,) int64: the sequence of each token of a packed row. total: T, which the host knows without waiting."""
     lengths = cu_seqlens.diff()
     sequences = torch.arange(len(lengths), device=cu_seqlens.device)
@@ -55,8 +51,8 @@ def sequence_of_tokens(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
 def pack(tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
     """Concatenate rows of tokens into one packed micro-batch; predict: with its targets, for a language model.
 
-    tokens: anything with `lengths` (N,), `row(i)` (ids of row i) and, for predict, `starts`, `stops` (N,) and `learned`
-    ((T,) bool over the ids of all rows, or None for everything).
+    tokens: anything with `lengths` (N,), `row(i)` (its ids) and, for predict, `starts`, `stops` (N,), `learned` ((T,)
+    bool over the ids of all rows, or None for everything).
     """
     lengths = tokens.lengths[rows]
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -95,15 +91,15 @@ def packed_attention(
 ):
     """Block-diagonal attention over one packed row: query (1, H, T, d), key and value (1, H_kv, T, d) -> (1, T, H, d).
 
-    packed: its Batch. Causal unless is_causal, or else the module, says otherwise. A sliding window lets token i see
-    tokens i - window + 1 .. i (and as far ahead where not causal), as in transformers. Raises AssertionError without a
-    batch, ValueError for what it does not compute. https://huggingface.co/docs/transformers/attention_interface
+    packed: its Batch. Causal unless is_causal, or else the module, says otherwise. A window lets token i see i - window
+    + 1 .. i (and as far ahead if not causal). Raises AssertionError without a batch, ValueError for other options.
     """
+    model = type(module).__name__
     if packed is None:
-        raise AssertionError(f"{type(module).__name__} got no batch: its model does not pass keyword arguments on")
+        raise AssertionError(f"{model} got no batch: its model does not pass keyword arguments on")
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} asks for {name}, which packed attention does not compute")
+            raise ValueError(f"{model} asks for {name}, which packed attention does not compute")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
 
     # Rotary angles in fp32 on a residual stream in fp32 leave query and key in fp32.
@@ -160,4 +156,4 @@ def attention_by_sequence(attend, query, key, value, lengths, window, causal):
 
 def takes_grouped(device, dtype) -> bool:
     """Whether the fused kernel takes fewer key heads than query heads: flash, from capability 8.0 in half precision."""
-    return torch.cuda.get_device_capability(device) >= (8, 0) and dtype in (torch.float16, torch.bfloat16)
+    return torch.cuda.get_device_capability(device) >= (8, 0) and dtype.itemsize == 2
