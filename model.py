@@ -75,7 +75,7 @@ def stored_pooling(base: str) -> str:
 
 
 # ---- pooling --------------------------------------------------------------------------------------------------------
-# Packed states (T, D), cu_seqlens (B + 1,) -> a state (B, D) of each sequence, by position: a padding id may end a text.
+# Packed states (T, D), cu_seqlens (B + 1,) -> a state (B, D) for each sequence, by position: padding may end a text.
 
 
 def last(hidden, cu_seqlens):
