@@ -54,7 +54,8 @@ class LoRA(nn.Module):
     """A frozen module and the low-rank update of its weight: B A scaled by alpha / rank, or alpha / sqrt(rank).
 
     A has `rank` rows and B as many columns, both in fp32 whatever the base's dtype. One of them starts at zero, so that
-    training starts from the base. Names of submodules and parameters are peft's, so that they are adapter keys.
+    training starts from the base. Names of submodules and parameters are peft's, so that they are adapter keys. A kind
+    of LoRA defines forward, add_factors(rank, options), which makes A and B, and factors() -> (A, B).
     """
 
     transposed = False  # whether the base stores its weight as (D_in, D_out)
@@ -71,7 +72,8 @@ class LoRA(nn.Module):
         if rank < 1:
             raise ValueError(f"LoRA rank {rank}: expected 1 or more")
         self.base_layer = base_layer
-        self.add_factors(rank, {"device": base_layer.weight.device, "dtype": torch.float32})
+        fp32 = {"device": base_layer.weight.device, "dtype": torch.float32}
+        self.add_factors(rank, fp32)
         self.lora_dropout = nn.Dropout(dropout)
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.enabled = True
@@ -114,7 +116,8 @@ class LoRALinear(LoRA):
             return out
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.weight.dtype)
-        update = self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
+        low = self.lora_A(self.lora_dropout(x))  # (..., rank)
+        update = self.lora_B(low) * self.scaling
         return (out + update).to(out.dtype)
 
 
@@ -154,7 +157,8 @@ def output_rows(linear: nn.Module, x: torch.Tensor, index: torch.Tensor) -> torc
     out = F.linear(x, base.weight[index].float(), bias)
     if linear is base or not linear.enabled:
         return out
-    update = F.linear(linear.lora_A(linear.lora_dropout(x)), linear.lora_B.weight[index])
+    low = linear.lora_A(linear.lora_dropout(x))  # (..., rank)
+    update = F.linear(low, linear.lora_B.weight[index])
     return out + update * linear.scaling
 
 
@@ -174,7 +178,8 @@ def named(name: str, ends) -> bool:
 def within(name: str, ends) -> bool:
     """Whether a name lies in, or is, a module that `named` finds."""
     segments = name.split(".")
-    return any(named(".".join(segments[: i + 1]), ends) for i in range(len(segments)))
+    parents = [".".join(segments[: i + 1]) for i in range(len(segments))]
+    return any(named(parent, ends) for parent in parents)
 
 
 def find_targets(model: nn.Module, adapter: Adapter) -> list[str]:
@@ -256,9 +261,11 @@ def inject(model: nn.Module, adapter: Adapter) -> list[str]:
         saved = [name for name in modules if name.endswith(end)]
         if not saved and end not in ("score", "classifier"):  # peft names both, whichever the model has
             raise ValueError(f"modules_to_save {in_one_line([end])} matches no module")
-        for module in [m for name in saved for m in modules[name].modules()]:
-            if getattr(module, "weight", None) is not None and is_shared(model, module.weight):
-                module.weight = nn.Parameter(module.weight.detach().clone())
+        for name in saved:
+            for module in modules[name].modules():
+                weight = getattr(module, "weight", None)
+                if weight is not None and is_shared(model, weight):
+                    module.weight = nn.Parameter(weight.detach().clone())
 
     for name in names:
         rank = by_pattern(adapter.rank_pattern, name, adapter.rank)
@@ -395,7 +402,8 @@ def merge(model: nn.Module) -> int:
     # A weight that is shared (a tied LM head) is untied first: the update is its module's own.
     for name, module in adapted.items():
         base = module.base_layer
-        merged = (base.weight.float() + module.delta()).to(base.weight.dtype)
+        merged = base.weight.float() + module.delta()
+        merged = merged.to(base.weight.dtype)
         if is_shared(model, base.weight):
             base.weight = nn.Parameter(merged, requires_grad=False)
         else:
