@@ -9,6 +9,7 @@ import checkpoint
 import ddp
 import labelling
 import lora
+import model as models
 import numerics
 import peft_format
 import trained
@@ -45,7 +46,7 @@ def given_model(cfg) -> Given:
     known = TrainConfig(
         base=base,
         task="regression" if len(names) == 1 else "single_label",
-        pooling=bases.stored_pooling(base),
+        pooling=models.stored_pooling(base),
         rank=1 if adapter else 0,
         train_layers=0,
         **{name: getattr(cfg, name) for name in SAME},

@@ -35,14 +35,14 @@ def load_language_model(
     """
     if random_seed is not None:
         torch.manual_seed(random_seed)
-        options = {"dtype": dtype, "attn_implementation": models._attention(base)}
-        lm = models._from_config(AutoModelForCausalLM, base, models._config(base), **options)
-        lm.get_input_embeddings().register_forward_hook(models._cast_out)
+        options = {"dtype": dtype, "attn_implementation": models.attention_of(base)}
+        lm = models.from_config(AutoModelForCausalLM, base, models.changed_config(base), **options)
+        lm.get_input_embeddings().register_forward_hook(models.cast_out)
         return lm.to(device)
 
     # nf4 is made from the stored weights, which a cast to another dtype would have rounded.
-    lm, missing = models._load(AutoModelForCausalLM, base, "auto" if quant == "nf4" else dtype)
-    models._refuse_missing(base, missing)
+    lm, missing = models.from_weights(AutoModelForCausalLM, base, "auto" if quant == "nf4" else dtype)
+    models.refuse_missing(base, missing)
     lm.base_fingerprint = bases.fingerprint(lm)
     if quant == "nf4":
         nf4.quantize(lm.base_model, device, compute)
@@ -54,11 +54,11 @@ def load_language_model(
 
 def language_skeleton(base: str) -> nn.Module:
     """A decoder with its LM head and no weights (on the meta device). Raises UserError for an encoder."""
-    config = models._config(base)
-    if config.model_type in bases.ENCODERS:
+    config = models.changed_config(base)
+    if models.family_of(config).encoder:
         raise UserError(f"--base {base}: {config.model_type} is an encoder, which writes no text; give a decoder")
     with torch.device("meta"):
-        return models._from_config(AutoModelForCausalLM, base, config)
+        return models.from_config(AutoModelForCausalLM, base, config)
 
 
 def vocabulary_head(lm: nn.Module):

@@ -1,8 +1,12 @@
-"""The only file that touches transformers' model classes: backbone, packed attention, pooling, head, quantization.
+"""Sequence classifiers of transformers, run over packed rows: loading, families, pooling, heads.
 
-Attention is one function in transformers' attention interface. It sees a micro-batch as one row of concatenated
-sequences and keeps them apart by their lengths; no mask tensor exists (PITFALLS: packed rows leak under the stock one).
+The only file that touches transformers' model classes, with language.py. Attention is one function in transformers'
+attention interface, which keeps the sequences of a packed row apart by their lengths: the stock mask lets them leak.
+A new family is a row of FAMILIES and a test that packed == padded == alone; a new pooling is a row of POOLINGS.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,92 +18,193 @@ import lora
 import nf4
 import numerics
 from errors import UserError, one_line
-from packed import Packed, packed_attention, takes_grouped
+from packed import Batch, packed_attention, sequence_of_tokens, takes_grouped
 
 ATTENTION = "lasttoken"
-
-
-def attention_note(device: torch.device, config, precision: str) -> str:
-    """Which attention runs here, and why."""
-    causal = config.model_type not in bases.ENCODERS
-    if not bases.packs(config):
-        return f"stock attention on right-padded rows: {config.model_type} is not known to compute packed rows right"
-    if device.type != "cuda":
-        return "packed, one fused call a sequence: fastest on a CPU, where no padding is free"
-    if not causal:
-        return "packed, one fused call a sequence: a bidirectional row cannot be right-padded without a mask"
-    if takes_grouped(device, numerics.DTYPES[precision]):
-        return "packed, one causal flash call over a micro-batch, grouped key heads"
-    return "packed, one causal memory-efficient call over a micro-batch, key heads expanded (below 8.0, or fp32)"
-
-
 AttentionInterface.register(ATTENTION, packed_attention)
 logging.disable_progress_bar()  # transformers' bars for weights; ours is the one of training
 logging.set_verbosity_error()  # its tables of missing weights: we account for every tensor ourselves
 
 
-def _from_config(auto, base: str, config, **options) -> nn.Module:
-    """A model with drawn weights. Raises UserError for a family or a config that transformers cannot make one of."""
-    try:
-        return auto.from_config(config, trust_remote_code=False, **options)
-    except Exception as e:  # whatever a foreign config can make of it
-        raise UserError(f"--base {base}: no model of this kind can be made of it ({one_line(e)})") from None
+# ---- families -------------------------------------------------------------------------------------------------------
 
 
-def _config(base: str, **changes):
+@dataclass(frozen=True)
+class Family:
+    """What sets a model_type of transformers apart. Without a row: a decoder that runs right-padded.
+
+    head: (classifier m, pooled states x (B, D)) -> logits (B, C), by transformers' own modules; those that pool by
+    themselves read a sequence's first state. poolings: those of transformers' own classifier, its default first.
+    packs: it computes packed rows right with our attention, as a test shows. transformers' own flag is not enough: with
+    it gpt-oss, Llama 4 and hybrids still drop attention sinks, ignore chunked masks or carry state between rows.
+    """
+
+    head: Callable = lambda m, x: m.score(m.dropout(x))
+    poolings: tuple[str, ...] = ("last",)
+    encoder: bool = False
+    packs: bool = True
+
+
+CLS = {"poolings": ("cls",), "encoder": True}
+FAMILIES = {
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "llama": Family(),
+    "mistral": Family(),
+    "gemma3_text": Family(),
+    "phi3": Family(),
+    "bert": Family(lambda m, x: m.classifier(m.dropout(m.bert.pooler(x[:, None]))), **CLS),
+    "roberta": Family(lambda m, x: m.classifier(x[:, None]), **CLS),
+    "xlm-roberta": Family(lambda m, x: m.classifier(x[:, None]), **CLS),
+    "distilbert": Family(lambda m, x: m.classifier(m.dropout(m.pre_classifier(x).relu())), **CLS),
+    "modernbert": Family(lambda m, x: m.classifier(m.drop(m.head(x))), poolings=("cls", "mean"), encoder=True),
+    "deberta-v2": Family(lambda m, x: m.classifier(m.dropout(m.pooler(x[:, None]))), **CLS, packs=False),
+}
+
+
+def family_of(config) -> Family:
+    """The row of a transformers config."""
+    return FAMILIES.get(config.model_type, Family(packs=False))
+
+
+def stored_pooling(base: str) -> str:
+    """The pooling with which transformers' own classifier of this base was trained."""
     config = bases.load_config(base)
-    for name, value in {"use_cache": False, **changes}.items():
-        setattr(config, name, value)
-    return config
+    poolings = family_of(config).poolings
+    return config.classifier_pooling if len(poolings) > 1 else poolings[0]
 
 
-def _attention(base: str) -> str | None:
-    return (
-        ATTENTION if bases.packs(bases.load_config(base)) else None
-    )  # None: transformers' choice, for DeBERTa has one kind only
+# ---- pooling --------------------------------------------------------------------------------------------------------
+# Packed states (T, D), cu_seqlens (B + 1,) -> a state (B, D) for each sequence, by position: padding may end a text.
 
 
-def _load(auto, base: str, dtype, **changes) -> tuple[nn.Module, list[str]]:
-    """A model on the CPU and the names of its tensors that the base does not hold, or holds in another size."""
-    folder = bases.find_base(base)
-    bases.need_weights(folder)
-    options = {"config": _config(base, **changes), "dtype": dtype, "attn_implementation": _attention(base)}
-    safe = {"trust_remote_code": False, "weights_only": True, "ignore_mismatched_sizes": True}
-    try:
-        with bases.without_adapter(folder) as folder:
-            model, info = auto.from_pretrained(folder, **options, **safe, output_loading_info=True)
-    except Exception as e:  # whatever a foreign file, pickled ones included, can make of loading
-        raise UserError(f"--base {base}: its weights cannot be loaded ({type(e).__name__}: {one_line(e)})") from None
-    if any(".lora_" in name for name, _ in model.named_parameters()):
-        raise UserError(f"--base {base}: an adapter lies beside this base and was put into it; give the base alone")
-    model.get_input_embeddings().register_forward_hook(_cast_out)
-    return model, sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+def last(hidden, cu_seqlens):
+    return hidden[cu_seqlens[1:].long() - 1]
 
 
-def _refuse_missing(base: str, names: list[str]) -> None:
-    if names:
-        raise UserError(
-            f"--base {base}: {len(names)} tensors are missing from its weights or misshapen ({names[0]}, ...)"
-        )
+def first(hidden, cu_seqlens):
+    return hidden[cu_seqlens[:-1].long()]
 
 
-def _cast_out(module, inputs, output):
-    """fp32 from the embedding on: the residual stream of a half-precision model overflows otherwise."""
-    return output.float()
+def mean(hidden, cu_seqlens):
+    lengths = cu_seqlens.diff()
+    sequence = sequence_of_tokens(cu_seqlens, len(hidden))
+    sums = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, sequence, hidden)
+    return sums / lengths[:, None]
 
 
-def hidden_states(backbone: nn.Module, batch) -> torch.Tensor:
-    """Final hidden states (T, D) of a packed micro-batch (a data.Batch).
+class AttentionPooling(nn.Module):
+    """A learned query's attention over a sequence: the softmax over its tokens of h . query weighs their states h.
+
+    One hop of Lin et al. 2017, https://arxiv.org/abs/1703.03130, without its hidden layer. transformers has no such
+    pooling: an export is refused, and peft would load the adapter without it and pool the last token instead.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.query = nn.Linear(width, 1, bias=False)
+
+    def forward(self, hidden, cu_seqlens):
+        pooled = []
+        for states in hidden.split(cu_seqlens.diff().tolist()):  # (n, D)
+            weights = self.query(states).softmax(0)  # (n, 1)
+            pooled.append((weights * states).sum(0))
+        return torch.stack(pooled)
+
+
+# A pooling is a function, or a module made for the width D of the states, which becomes a part of the head.
+POOLINGS = {"last": last, "mean": mean, "cls": first, "attention": AttentionPooling}
+
+
+# ---- the classifier -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of a backbone's states."""
+
+    outputs: int  # columns of the logits
+    pooling: str = "last"  # a key of POOLINGS
+    dropout: float = 0.0
+    words: tuple[tuple[int, ...], ...] = ()  # token ids of each class, for a head of label words
+
+
+class Classifier(nn.Module):
+    """transformers' own modules of a sequence classifier under their own names, run over packed rows.
+
+    So parameter names are those of its checkpoints and of peft's adapters. The head is the family's own, in fp32
+    whatever the rest is. With label words it is a causal LM, and the logits of class c are those of its words' rows of
+    the LM head, summed as probabilities.
+
+    heads: names of the modules that are trained whole at head_lr; fresh: names of tensors that the base does not hold.
+    Every module that is added here is both, so that it is drawn from the seed, trained, saved and never adapted.
+    """
+
+    def __init__(self, whole: nn.Module, head: Head, fresh=()):
+        super().__init__()
+        for name, module in whole.named_children():
+            self.add_module(name, module)
+        self.config, self.prefix, self.architecture = whole.config, whole.base_model_prefix, type(whole).__name__
+        self.family = family_of(self.config)
+        self.outputs, self.pooling, self.words = head.outputs, head.pooling, head.words
+
+        # What a pooling learns is a module of its own.
+        if isinstance(POOLINGS[head.pooling], type):
+            self.add_module(f"{head.pooling}_pooling", POOLINGS[head.pooling](self.config.hidden_size))
+
+        # Label words need rows of the LM head; encoders bring a dropout of their own.
+        if head.words:
+            ids = [token for tokens in head.words for token in tokens]
+            self.register_buffer("word_ids", torch.tensor(ids), persistent=False)
+        elif not self.family.encoder:
+            if not hasattr(self, "score"):
+                encoders = ", ".join(name for name, row in FAMILIES.items() if row.encoder)
+                raise UserError(f"{self.config.model_type}: its head is not known here; the encoders are {encoders}")
+            self.dropout = nn.Dropout(head.dropout)
+
+        # Everything beside the backbone is head, and so is the pooler that BERT keeps in it; an LM head is the base's.
+        self.heads = tuple(name for name, _ in self.named_children() if name not in (self.prefix, "lm_head"))
+        if getattr(self.backbone, "pooler", None) is not None:
+            self.heads += (f"{self.prefix}.pooler",)
+        for name in self.heads:
+            self.get_submodule(name).float()
+
+        held = {name for name, _ in whole.named_parameters(remove_duplicate=False)}
+        self.fresh = (*fresh, *(name for name, _ in self.named_parameters() if name not in held))
+
+    @property
+    def backbone(self) -> nn.Module:
+        return getattr(self, self.prefix)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """fp32 logits (B, C) of a packed micro-batch."""
+        hidden = hidden_states(self.backbone, batch)  # (T, D)
+        pool = getattr(self, f"{self.pooling}_pooling", POOLINGS[self.pooling])
+        with torch.autocast(hidden.device.type, enabled=False):
+            pooled = pool(hidden.float(), batch.cu_seqlens)  # (B, D)
+            return self.word_logits(pooled) if self.words else self.family.head(self, pooled)
+
+    def word_logits(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(B, D) -> (B, C): log of the summed exp of each class's words."""
+        logits = lora.output_rows(self.lm_head, pooled, self.word_ids)  # (B, words of all classes)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+        classes = logits.split([len(tokens) for tokens in self.words], dim=1)
+        return torch.stack([words.logsumexp(1) for words in classes], dim=1)
+
+
+def hidden_states(backbone: nn.Module, batch: Batch) -> torch.Tensor:
+    """Final hidden states (T, D) of a packed micro-batch.
 
     A family that cannot pack runs right-padded inside, with the same result.
     """
-    packed = Packed(batch.cu_seqlens, batch.lengths)
     if backbone.config._attn_implementation == ATTENTION:
         positions = batch.position_ids + first_position(backbone)
-        out = backbone(input_ids=batch.input_ids[None], position_ids=positions[None], use_cache=False, packed=packed)
+        out = backbone(input_ids=batch.input_ids[None], position_ids=positions[None], use_cache=False, packed=batch)
         return out.last_hidden_state[0]
-    index, back = packed.gather()
-    lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).long()
+    index, back = batch.gather()
+    lengths = batch.cu_seqlens.diff()
     mask = torch.arange(index.shape[1], device=index.device) < lengths[:, None]  # (B, L)
     out = backbone(input_ids=batch.input_ids[index], attention_mask=mask.long())
     return out.last_hidden_state.flatten(0, 1)[back]
@@ -112,108 +217,107 @@ def first_position(backbone: nn.Module) -> int:
     return 0 if padding is None else padding + 1
 
 
-# ---- the classifier -------------------------------------------------------------------------------------------------
+def attention_note(device: torch.device, config, precision: str) -> str:
+    """Which attention runs here, and why."""
+    family = family_of(config)
+    if not family.packs:
+        return f"stock attention on right-padded rows: {config.model_type} is not known to compute packed rows right"
+    if device.type != "cuda":
+        return "packed, one fused call per sequence: fastest on a CPU, because padding costs time there"
+    if family.encoder:
+        return "packed, one fused call per sequence: a bidirectional row cannot be right-padded without a mask"
+    if takes_grouped(device, numerics.DTYPES[precision]):
+        return "packed, one causal flash call per micro-batch, grouped key heads"
+    return "packed, one causal memory-efficient call per micro-batch, key heads expanded (below 8.0, or fp32)"
 
 
-class Classifier(nn.Module):
-    """transformers' own modules of a sequence classifier under their own names, run over packed rows.
-
-    So parameter names are those of its checkpoints and of peft's adapters. The head is the family's own: dropout and
-    a bias-free linear `score` for decoders, poolers and `classifier` for encoders, fp32 whatever the rest is. With
-    `words` it is a causal LM, and the logits of class c are those of its words' rows of the LM head, summed as
-    probabilities. heads: names of the head's modules; fresh: names of tensors that the base did not hold.
-    """
-
-    def __init__(self, whole: nn.Module, pooling: str = "last", dropout: float = 0.0, words=(), fresh=()):
-        super().__init__()
-        for name, module in whole.named_children():
-            self.add_module(name, module)
-        self.config, self.prefix = whole.config, whole.base_model_prefix
-        self.pooling, self.words, self.fresh = pooling, words, tuple(fresh)
-        self.family, self.architecture = self.config.model_type, type(whole).__name__
-        outside = () if words else tuple(n for n, _ in whole.named_children() if n != self.prefix)
-        pooler = () if words or getattr(self.backbone, "pooler", None) is None else (f"{self.prefix}.pooler",)
-        self.heads = outside + pooler
-        if words:
-            sizes = [len(w) for w in words]
-            self.word_spans = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
-            self.register_buffer("word_ids", torch.tensor([i for w in words for i in w]), persistent=False)
-        elif self.family not in bases.ENCODERS:
-            if not hasattr(self, "score"):
-                raise UserError(
-                    f"{self.family}: its head is not known here; the encoders are {', '.join(bases.ENCODERS)}"
-                )
-            self.dropout = nn.Dropout(dropout)
-        for name in self.heads:
-            self.get_submodule(name).float()
-
-    @property
-    def backbone(self) -> nn.Module:
-        return getattr(self, self.prefix)
-
-    @property
-    def outputs(self) -> int:
-        """Columns of the logits."""
-        return len(self.words) or self.config.num_labels
-
-    def forward(self, batch) -> torch.Tensor:
-        """fp32 logits (B, C) of a packed micro-batch (a data.Batch)."""
-        pooled = pool(hidden_states(self.backbone, batch), batch.cu_seqlens, self.pooling)
-        with torch.autocast(pooled.device.type, enabled=False):
-            return self.logits(pooled.float())
-
-    def logits(self, pooled: torch.Tensor) -> torch.Tensor:
-        """The head: pooled states (B, D) -> logits (B, C). Poolers of encoders read a sequence's first state."""
-        if self.words:
-            z = lora.output_rows(self.lm_head, pooled, self.word_ids)  # (B, words)
-            cap = getattr(self.config, "final_logit_softcapping", None)
-            z = torch.tanh(z / cap) * cap if cap else z
-            return torch.stack([z[:, span].logsumexp(1) for span in self.word_spans], dim=1)
-        if self.family == "bert":
-            return self.classifier(self.dropout(self.bert.pooler(pooled[:, None])))
-        if self.family == "roberta":
-            return self.classifier(pooled[:, None])
-        if self.family == "modernbert":
-            return self.classifier(self.drop(self.head(pooled)))
-        if self.family == "deberta-v2":
-            return self.classifier(self.dropout(self.pooler(pooled[:, None])))
-        return self.score(self.dropout(pooled))
+# ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def _parts(base: str, outputs: int, dropout: float, words) -> tuple[type, dict]:
-    """transformers' class of model for a head, and what its config must say for it."""
-    if words:
+def head_class(base: str, head: Head) -> tuple[type, dict]:
+    """transformers' auto class for a head, and the changes of the base's config."""
+    if head.words:
         return AutoModelForCausalLM, {}
-    encoder = bases.load_config(base).model_type in bases.ENCODERS
-    rates = {n: dropout for n in ("classifier_dropout", "cls_dropout", "pooler_dropout") if encoder}
-    return AutoModelForSequenceClassification, {"num_labels": outputs, **rates}
+    changes = {"num_labels": head.outputs}
+    if family_of(bases.load_config(base)).encoder:
+        for name in ("classifier_dropout", "cls_dropout", "pooler_dropout", "seq_classif_dropout"):
+            changes[name] = head.dropout
+    return AutoModelForSequenceClassification, changes
 
 
-def skeleton(base: str, outputs: int, pooling: str = "last", words=()) -> Classifier:
+def changed_config(base: str, **changes):
+    """The base's config without a cache of keys and values, and with changes."""
+    config = bases.load_config(base)
+    config.update({"use_cache": False, **changes})
+    return config
+
+
+def attention_of(base: str) -> str | None:
+    """Our attention where the family packs; else None, transformers' own choice, as DeBERTa has one kind only."""
+    return ATTENTION if family_of(bases.load_config(base)).packs else None
+
+
+def from_config(auto, base: str, config, **options) -> nn.Module:
+    """A model with drawn weights. Raises UserError for a config that transformers cannot build."""
+    try:
+        return auto.from_config(config, trust_remote_code=False, **options)
+    except Exception as e:  # whatever a foreign config can make of it
+        raise UserError(f"--base {base}: no model of this kind can be built from its config ({one_line(e)})") from None
+
+
+def from_weights(auto, base: str, dtype, **changes) -> tuple[nn.Module, list[str]]:
+    """A model on the CPU and the names of its tensors that the base does not hold, or holds in another size."""
+    folder = bases.find_base(base)
+    bases.need_weights(folder)
+    options = {"config": changed_config(base, **changes), "dtype": dtype, "attn_implementation": attention_of(base)}
+    safe = {"trust_remote_code": False, "weights_only": True, "ignore_mismatched_sizes": True}
+    try:
+        with bases.without_adapter(folder) as folder:
+            model, info = auto.from_pretrained(folder, **options, **safe, output_loading_info=True)
+    except Exception as e:  # whatever a foreign file, pickled ones included, can make of loading
+        raise UserError(f"--base {base}: its weights cannot be loaded ({type(e).__name__}: {one_line(e)})") from None
+    if any(".lora_" in name for name, _ in model.named_parameters()):
+        raise UserError(f"--base {base}: an adapter beside this base was loaded into it; give the base alone")
+    model.get_input_embeddings().register_forward_hook(cast_out)
+    return model, sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+
+
+def refuse_missing(base: str, names: list[str]) -> None:
+    """Raise UserError when tensors are missing."""
+    if names:
+        count = f"{len(names)} tensors are missing from its weights or misshapen"
+        raise UserError(f"--base {base}: {count} ({names[0]}, ...)")
+
+
+def cast_out(module, inputs, output):
+    """fp32 from the embedding on: the residual stream of a half-precision model overflows otherwise."""
+    return output.float()
+
+
+def skeleton(base: str, head: Head) -> Classifier:
     """A classifier without weights (on the meta device), to check structure before anything is loaded.
 
     Raises UserError for a family without the head, or a head that the family's logits do not allow.
     """
-    auto, changes = _parts(base, outputs, 0.0, words)
-    config = _config(base, **changes)
-    if words and (
-        config.model_type in bases.ENCODERS or any(hasattr(config, n) for n in ("logit_scale", "logits_scaling"))
-    ):
+    auto, changes = head_class(base, head)
+    config = changed_config(base, **changes)
+    encoder = family_of(config).encoder
+    if head.words and (encoder or hasattr(config, "logit_scale") or hasattr(config, "logits_scaling")):
         raise UserError(f"--head label_words on {config.model_type}: it needs a decoder with a plain LM head")
     with torch.device("meta"):
-        model = Classifier(_from_config(auto, base, config), pooling, 0.0, words)
-    if pooling == "cls" and config.model_type not in bases.ENCODERS:
+        model = Classifier(from_config(auto, base, config), head)
+    if head.pooling == "cls" and not encoder:
         raise UserError(f"--pooling cls on {config.model_type}: a causal decoder's first token sees nothing; take last")
     return model
 
 
 def check_structure(model: Classifier, layers: int, max_length: int) -> None:
     """Raise UserError for trained layers or lengths that a skeleton does not have, before weights are loaded."""
-    if layers > len(bases.decoder_layers(model.backbone)):
-        raise UserError(f"--train_layers {layers}: this base has {len(bases.decoder_layers(model.backbone))} layers")
-    tables = ("position_embeddings", "wpe")
+    available = len(bases.decoder_layers(model.backbone))
+    if layers > available:
+        raise UserError(f"--train_layers {layers}: this base has {available} layers")
     for name, table in model.backbone.named_modules():
-        if isinstance(table, nn.Embedding) and name.rsplit(".", 1)[-1] in tables:
+        if isinstance(table, nn.Embedding) and name.endswith(("position_embeddings", "wpe")):
             most = table.num_embeddings - first_position(model.backbone)
             if max_length > most:
                 raise UserError(f"--max_length {max_length}: this base has positions for {most} tokens; lower it")
@@ -221,56 +325,57 @@ def check_structure(model: Classifier, layers: int, max_length: int) -> None:
 
 def load_classifier(
     base: str,
-    outputs: int,
+    head: Head,
     device: torch.device,
     dtype: torch.dtype,
-    pooling: str = "last",
-    dropout: float = 0.0,
-    words=(),
     quant: str = "none",
     compute: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Classifier:
     """A classifier on its device: the base's weights in `dtype`, or its layers in nf4; a fresh head drawn from seed.
 
-    outputs: columns of the logits; words: token ids of each class, for a head of label words; compute: the dtype of
-    nf4 products. A base that is a classifier with this many outputs brings its head. Raises UserError when weights
-    are missing or do not fit.
+    compute: the dtype of nf4 products. A base that is a classifier with this many outputs brings its head. Raises
+    UserError when weights are missing or do not fit.
     """
-    auto, changes = _parts(base, outputs, dropout, words)
-    whole, fresh = _load(auto, base, "auto" if quant == "nf4" else dtype, **changes)
-    model = Classifier(whole, pooling, dropout, words, fresh)
-    _refuse_missing(base, [n for n in fresh if not lora.within(n, model.heads)])
+    auto, changes = head_class(base, head)
+    whole, fresh = from_weights(auto, base, "auto" if quant == "nf4" else dtype, **changes)
+    model = Classifier(whole, head, fresh)
+    refuse_missing(base, [name for name in fresh if not lora.within(name, model.heads)])
     model.base_fingerprint = bases.fingerprint(model)
-    torch.manual_seed(seed)  # the head follows from the seed alone, whatever loading drew before
-    for linear in (m for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" in fresh):
-        linear.reset_parameters()
-        nn.init.normal_(linear.weight, std=0.02)
-        if linear.bias is not None:
-            nn.init.zeros_(linear.bias)
+    draw_fresh(model, seed)
+
+    # The layers go to the device one by one in nf4; what stays in 16 bits takes the dtype of frozen weights.
     if quant == "nf4":
         nf4.quantize(model.backbone, device, compute)
         for name, p in model.named_parameters():
             if p.is_floating_point() and not lora.within(name, model.heads):
                 p.data = p.data.to(device, dtype)
     model.to(device)
-    strays = {str(p.device) for p in model.parameters() if p.device != device}
-    if strays:
-        raise AssertionError(f"weights on {strays}, expected all on {device}")
     return model
 
 
-def pool(hidden: torch.Tensor, cu_seqlens: torch.Tensor, pooling: str) -> torch.Tensor:
-    """One state (B, D) a sequence from packed states (T, D), by position only, never by comparing ids with pad."""
-    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    if pooling == "last":
-        return hidden[ends - 1]
-    if pooling == "cls":
-        return hidden[starts]
-    lengths = ends - starts
-    which = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths, output_size=len(hidden))
-    total = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32).index_add(0, which, hidden.float())
-    return total / lengths[:, None]
+def draw_fresh(model: Classifier, seed: int) -> None:
+    """Draw every tensor that the base does not hold from the seed alone: linears normal with std 0.02 and zero biases.
+
+    Other modules draw themselves. Raises AssertionError for a module that does not.
+    """
+    torch.manual_seed(seed)
+    for name, module in model.named_modules():
+        fresh = {n for n, _ in module.named_parameters(recurse=False) if f"{name}.{n}" in model.fresh}
+        if not fresh:
+            continue
+        if not hasattr(module, "reset_parameters"):
+            raise AssertionError(f"{name}: reset_parameters() is missing, which draws {', '.join(fresh)} from the seed")
+        if fresh != {"bias"}:
+            module.reset_parameters()
+        if isinstance(module, nn.Linear):
+            if "weight" in fresh:
+                nn.init.normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+# ---- training and saving --------------------------------------------------------------------------------------------
 
 
 def train_layers(model: Classifier, count: int) -> list[str]:
@@ -278,18 +383,18 @@ def train_layers(model: Classifier, count: int) -> list[str]:
 
     Returns the names of the trained parameters.
     """
-    layers = bases.decoder_layers(model.backbone)
-    modules = [model.get_submodule(n) for n in model.heads]
+    modules = [model.get_submodule(name) for name in model.heads]
     if count > 0:
-        modules += [*layers[-count:], *(m for n, m in model.backbone.named_children() if "norm" in n)]
+        modules += bases.decoder_layers(model.backbone)[-count:]
+        modules += [module for name, module in model.backbone.named_children() if "norm" in name]
     if count == -1:
         modules.append(model)
-    chosen = {id(p) for m in modules for p in m.parameters()}
+    trained = {id(p) for module in modules for p in module.parameters()}
     for p in model.parameters():
-        p.requires_grad_(id(p) in chosen)
-        if id(p) in chosen:
+        p.requires_grad_(id(p) in trained)
+        if p.requires_grad:
             p.data = p.data.float()
-    return [n for n, p in model.named_parameters() if p.requires_grad]
+    return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
 def add_adapter(model: Classifier, adapter: lora.Adapter) -> None:
@@ -299,49 +404,47 @@ def add_adapter(model: Classifier, adapter: lora.Adapter) -> None:
 
 
 def head_to_save(model: Classifier) -> tuple[str, ...]:
-    """What an adapter trains and saves whole beside its updates: the output layer, and what the base did not hold."""
-    last = [n for n in ("score", "classifier") if n in model.heads]
-    return tuple(last + [n for n in model.heads if n not in last and any(lora.within(f, [n]) for f in model.fresh)])
+    """What an adapter trains and saves whole beside its updates: the output layer, and what the base does not hold."""
+    output = [name for name in ("score", "classifier") if name in model.heads]
+    drawn = [name for name in model.heads if any(lora.within(tensor, [name]) for tensor in model.fresh)]
+    return tuple(dict.fromkeys(output + drawn))
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor of a model once: what a tied LM head shares stands under the embedding's name."""
-    seen, found = set(), {}
+    """Every tensor of a model once: a tied LM head is left out, for the embedding holds its weight."""
+    tensors, seen = {}, set()
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() not in seen:
-            found[name] = tensor.detach()
+            tensors[name] = tensor.detach()
         seen.add(tensor.data_ptr())
-    return found
+    return tensors
 
 
 def classifier_config(model: Classifier, names, dtype: str = "float32", pad: int | None = None) -> dict:
     """The config.json with which transformers loads the whole model as its own. names: of the classes."""
-    config = plain_config(model)
-    config.update(architectures=[model.architecture], dtype=dtype)
+    config = plain_config(model) | {"architectures": [model.architecture], "dtype": dtype}
     config.pop("use_cache", None)
-    tied = model.words and model.lm_head.weight is model.backbone.get_input_embeddings().weight
     if model.words:
-        return {**config, "tie_word_embeddings": bool(tied)}
-    if pad is not None and model.family not in bases.ENCODERS:
+        tied = model.lm_head.weight is model.backbone.get_input_embeddings().weight
+        return config | {"tie_word_embeddings": tied}
+    if pad is not None and not model.family.encoder:
         config["pad_token_id"] = pad  # transformers pools the last token that is not this one
-    if model.family == "modernbert":
+    if len(model.family.poolings) > 1:
         config["classifier_pooling"] = model.pooling
     if model.outputs == 1:
         config["problem_type"] = "regression"
-    return {**config, "id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
-
-
-def transformers_pooling(model: Classifier) -> tuple[str, ...]:
-    """The poolings with which transformers' own class computes what this one does."""
-    return {"modernbert": ("cls", "mean")}.get(model.family, ("cls",) if model.family in bases.ENCODERS else ("last",))
+    config["id2label"] = dict(enumerate(names))
+    config["label2id"] = {name: i for i, name in enumerate(names)}
+    return config
 
 
 def plain_config(model: nn.Module) -> dict:
     """A model's config as its own file holds it: what differs from the family's defaults, no paths, code or kernels."""
     left_out = ("_name_or_path", "_attn_implementation", "transformers_version", "auto_map", "transformers_weights")
-    return {k: v for k, v in model.config.to_diff_dict().items() if k not in left_out}
+    return {key: value for key, value in model.config.to_diff_dict().items() if key not in left_out}
 
 
 def checkpoint_activations(backbone: nn.Module) -> None:
     """Recompute activations in the backward pass; never reentrant, which trains nothing on a frozen base."""
-    backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

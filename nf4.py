@@ -1,4 +1,4 @@
-"""nf4."""
+"""Four-bit storage of a frozen base: nf4 with double quantization (Dettmers et al. 2023, arXiv:2305.14314)."""
 
 import torch
 from torch import nn
@@ -7,34 +7,39 @@ import bases
 import optim
 from errors import UserError
 
+NF4 = {"compress_statistics": True, "quant_type": "nf4"}
+BLOCK = 64  # weights that share a scale
+
 
 def quantize(backbone: nn.Module, device: torch.device, compute: torch.dtype) -> None:
-    """Store the linears of the layers in nf4 with double quantization (Dettmers et al. 2023, arXiv:2305.14314).
+    """Store the linears of the layers in nf4, on the device. compute: the dtype of products.
 
-    One module at a time goes to the device, so neither memory ever holds the 16-bit base whole. Embeddings, norms and
-    every head stay as they are; so do linears whose inputs are no multiple of a block of 64, of which bitsandbytes'
-    CPU kernel loses the scales. compute: the dtype of products. Raises UserError without bitsandbytes.
+    Embeddings, norms and every head stay as they are; so do linears whose inputs are no multiple of a block, of which
+    bitsandbytes' CPU kernel loses the scales. Raises UserError without bitsandbytes.
     """
     try:
         bnb = optim.bitsandbytes()
     except ImportError:
         raise UserError("--quant nf4 needs bitsandbytes: pip install bitsandbytes") from None
 
-    class NF4(bnb.nn.Linear4bit):
+    class NF4Linear(bnb.nn.Linear4bit):
         """The product alone: its own forward repacks weights for AVX512-BF16 (rounded, no gradient), casts biases."""
 
         def forward(self, x):
-            y = bnb.matmul_4bit(x.to(self.compute_dtype), self.weight.t(), quant_state=self.weight.quant_state)
-            y = y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)  # autocast leaves it in half precision
+            weight = self.weight
+            y = bnb.matmul_4bit(x.to(self.compute_dtype), weight.t(), quant_state=weight.quant_state)
+            if not torch.is_autocast_enabled(x.device.type):  # autocast leaves it in half precision
+                y = y.to(x.dtype)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    nf4 = {"compress_statistics": True, "quant_type": "nf4"}
+    # One module at a time goes to the device, so neither memory ever holds the 16-bit base whole.
     for layer in bases.decoder_layers(backbone):
-        for name, linear in [(n, m) for n, m in layer.named_modules() if type(m) is nn.Linear]:
-            if linear.in_features % 64 == 0:
-                sizes = linear.in_features, linear.out_features, linear.bias is not None
-                small = NF4(*sizes, compute_dtype=compute, device="meta", **nf4)
-                weight = linear.weight.data.to(compute)  # dequantized to the dtype of products, not rounded to another
-                small.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=small, **nf4).to(device)
-                small.bias = linear.bias
-                layer.set_submodule(name, small)
+        linears = [(name, m) for name, m in layer.named_modules() if type(m) is nn.Linear]
+        for name, linear in linears:
+            if linear.in_features % BLOCK:
+                continue
+            weight = linear.weight.data.to(compute)  # dequantized to the dtype of products, not rounded to another
+            small = NF4Linear(linear.in_features, linear.out_features, compute_dtype=compute, device="meta", **NF4)
+            small.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=small, **NF4).to(device)
+            small.bias = linear.bias
+            layer.set_submodule(name, small)

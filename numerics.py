@@ -1,6 +1,8 @@
-"""Precision."""
+"""Precision: which one runs here, autocast, and where activations overflow."""
 
+import math
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -10,9 +12,6 @@ import bases
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-# ---- precision ------------------------------------------------------------------------------------------------------
-
-
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     """The autocast precision and why. By compute capability, for torch.cuda.is_bf16_supported() is True on a T4."""
     if wanted != "auto":
@@ -20,15 +19,13 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     if device.type != "cuda":
         return "fp32", "a CPU"
     major, minor = torch.cuda.get_device_capability(device)
-    name = f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}"
-    return ("bf16", name) if major >= 8 else ("fp16", name)
+    precision = "bf16" if major >= 8 else "fp16"
+    return precision, f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}"
 
 
-@contextmanager
-def autocast(device: torch.device, precision: str):
-    """Forward passes in half precision where asked for; fp32 runs as it is."""
-    with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
-        yield
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context for forward passes: half precision where asked for; fp32 runs as it is."""
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
 
 
 def weight_dtype(device: torch.device, precision: str) -> torch.dtype:
@@ -38,18 +35,15 @@ def weight_dtype(device: torch.device, precision: str) -> torch.dtype:
 
 @contextmanager
 def activation_maxima(model: nn.Module):
-    """Inside the block, note each layer's largest absolute output; the dict is filled after the forward pass."""
+    """Inside the block, note each layer's largest absolute output; the dict is filled by a forward pass."""
     maxima: dict[str, torch.Tensor] = {}
 
-    def note(name):
-        def hook(module, inputs, output):
-            out = output[0] if isinstance(output, tuple) else output
-            maxima[name] = out.detach().abs().max().float()
+    def note(name, module, inputs, output):
+        states = output[0] if isinstance(output, tuple) else output
+        maxima[name] = states.detach().abs().max().float()
 
-        return hook
-
-    layers = bases.decoder_layers(model)
-    hooks = [layer.register_forward_hook(note(f"layer {i}")) for i, layer in enumerate(layers)]
+    layers = enumerate(bases.decoder_layers(model))
+    hooks = [layer.register_forward_hook(partial(note, f"layer {i}")) for i, layer in layers]
     try:
         yield maxima
     finally:
@@ -59,9 +53,8 @@ def activation_maxima(model: nn.Module):
 
 def overflow_report(maxima: dict[str, torch.Tensor]) -> str:
     """The layer with the largest activations, or the first one that is not finite."""
-    values = {k: float(v) for k, v in maxima.items()}
-    for name, value in values.items():
-        if value != value or value == float("inf"):
+    for name, value in maxima.items():
+        if not math.isfinite(value):
             return f"{name} is the first whose output is not finite"
-    name = max(values, key=values.get)
-    return f"largest activation {values[name]:.3g} in {name}"
+    name = max(maxima, key=maxima.get)
+    return f"largest activation {float(maxima[name]):.3g} in {name}"

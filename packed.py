@@ -1,70 +1,79 @@
-"""Packed batches and attention over them: torch and numpy only."""
+"""Packed batches and attention over them: torch and numpy only, so that this file alone can be lifted elsewhere.
+
+`pack` makes one row of many sequences; `packed_attention` keeps them apart by length, without padding or masks:
+    AttentionInterface.register("packed", packed_attention)
+    model = AutoModel.from_pretrained(folder, attn_implementation="packed")
+    batch = pack(tokens, rows, device)
+    model(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, packed=batch)
+"""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-
-import data
-from errors import UserError
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 
 @dataclass
 class Batch:
-    """One packed micro-batch on its device."""
+    """One packed micro-batch on its device: B sequences, T tokens; the longest sequence has L tokens."""
 
-    input_ids: torch.Tensor  # (T,) int64
-    position_ids: torch.Tensor  # (T,) int64, from 0 in each sequence
-    cu_seqlens: torch.Tensor  # (B + 1,) int32, where each sequence starts
-    lengths: tuple[int, ...]  # the same on the host
-    targets: torch.Tensor | None = None  # (P,) int64, for a language model: where tokens to be predicted stand
+    input_ids: Tensor  # (T,) int64
+    position_ids: Tensor  # (T,) int64, from 0 in each sequence
+    cu_seqlens: Tensor  # (B + 1,) int32, where each sequence starts, and the end of the last one
+    lengths: tuple[int, ...]  # the same on the host: reading cu_seqlens would wait for the GPU
+    targets: Tensor | None = None  # (P,) int64, for a language model: positions of the tokens to predict
+    padding: tuple | None = None  # what gather() has computed
+
+    def gather(self) -> tuple[Tensor, Tensor]:
+        """Right-padding, where a sequence repeats its last token, and back: indices (B, L), and (T,) into (B * L)."""
+        if self.padding is None:
+            cu_seqlens = self.cu_seqlens.long()
+            longest = max(self.lengths)
+            columns = torch.arange(longest, device=cu_seqlens.device)
+            starts = cu_seqlens[:-1, None]
+            ends = cu_seqlens[1:, None]
+            index = torch.minimum(starts + columns, ends - 1)
+            sequence = sequence_of_tokens(cu_seqlens, sum(self.lengths))
+            self.padding = index, sequence * longest + self.position_ids
+        return self.padding
 
 
-def pack(tokens: data.Tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
-    """Concatenate rows into one packed micro-batch; built on the CPU, copied once. predict: with its targets."""
+def sequence_of_tokens(cu_seqlens: Tensor, total: int) -> Tensor:
+    """(T,) int64: the sequence of each token of a packed row. total: T, which the host knows without waiting."""
+    lengths = cu_seqlens.diff()
+    sequences = torch.arange(len(lengths), device=cu_seqlens.device)
+    return torch.repeat_interleave(sequences, lengths, output_size=total)
+
+
+def pack(tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
+    """Concatenate rows of tokens into one packed micro-batch; predict: with its targets, for a language model.
+
+    tokens: anything with `lengths` (N,), `row(i)` (its ids) and, for predict, `starts`, `stops` (N,), `learned` ((T,)
+    bool over the ids of all rows, or None for everything).
+    """
     lengths = tokens.lengths[rows]
-    cu = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    ids = np.concatenate([tokens.row(i) for i in rows]).astype(np.int64)
-    positions = np.arange(len(ids)) - np.repeat(cu[:-1].astype(np.int64), lengths)
-    arrays = [ids, positions, cu]
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    input_ids = np.concatenate([tokens.row(i) for i in rows]).astype(np.int64)
+    position_ids = np.arange(len(input_ids)) - np.repeat(cu_seqlens[:-1], lengths)
+    arrays = [input_ids, position_ids, cu_seqlens]
+
+    # Nothing stands before a sequence's first token that could predict it.
     if predict:
-        spans = [slice(tokens.starts[i], tokens.stops[i]) for i in rows]
-        learned = True if tokens.learned is None else np.concatenate([tokens.learned[s] for s in spans])
-        arrays.append(np.flatnonzero((positions > 0) & learned))
-    parts = [torch.from_numpy(a) for a in arrays]
+        predicted = position_ids > 0
+        if tokens.learned is not None:
+            spans = [slice(tokens.starts[i], tokens.stops[i]) for i in rows]
+            predicted &= np.concatenate([tokens.learned[span] for span in spans])
+        arrays.append(np.flatnonzero(predicted))
+
+    # From pinned memory the copy runs while the GPU still computes.
+    tensors = [torch.from_numpy(array) for array in arrays]
     if torch.device(device).type == "cuda":
-        parts = [p.pin_memory() for p in parts]
-    parts = [p.to(device, non_blocking=True) for p in parts]
-    return Batch(*parts[:3], tuple(int(n) for n in lengths), *parts[3:])
-
-
-# ---- packed attention -----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Packed:
-    """How a row of concatenated sequences falls apart; shared by all layers of a forward pass."""
-
-    cu_seqlens: torch.Tensor  # (B + 1,) int32
-    lengths: tuple[int, ...]
-
-    def __post_init__(self):
-        self._gather = None
-
-    def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices (B, L) of each sequence's tokens in the packed row (its last one repeated), and (T,) the way back."""
-        if self._gather is None:
-            device, longest = self.cu_seqlens.device, max(self.lengths)
-            starts, ends = self.cu_seqlens[:-1].long(), self.cu_seqlens[1:].long()
-            columns = torch.arange(longest, device=device)
-            out = torch.minimum(starts[:, None] + columns, ends[:, None] - 1)  # (B, L)
-            which = torch.repeat_interleave(
-                torch.arange(len(self.lengths), device=device), ends - starts, output_size=sum(self.lengths)
-            )
-            back = which * longest + torch.arange(sum(self.lengths), device=device) - starts[which]  # (T,)
-            self._gather = out, back
-        return self._gather
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
+    return Batch(*tensors[:3], tuple(lengths.tolist()), *tensors[3:])
 
 
 def packed_attention(
@@ -77,53 +86,74 @@ def packed_attention(
     dropout=0.0,
     sliding_window=None,
     packed=None,
-    **kwargs,
+    is_causal=None,
+    **options,
 ):
     """Block-diagonal attention over one packed row: query (1, H, T, d), key and value (1, H_kv, T, d) -> (1, T, H, d).
 
-    Causal unless the module says otherwise; a sliding window lets token i see tokens i - window + 1 .. i (and as far
-    ahead where not causal), as in transformers. Signature: https://huggingface.co/docs/transformers/attention_interface
+    packed: its Batch. Causal unless is_causal, or else the module, says otherwise. A window lets token i see i - window
+    + 1 .. i (and as far ahead if not causal). Raises AssertionError without a batch, ValueError for other options.
     """
+    model = type(module).__name__
     if packed is None:
-        raise AssertionError(f"{type(module).__name__} got no packing: its model does not pass keyword arguments on")
-    unknown = [n for n in ("softcap", "s_aux", "position_bias") if kwargs.get(n) is not None]
-    if unknown:
-        raise UserError(f"{type(module).__name__} asks for {unknown}, which packed attention does not do")
-    query, key = query.to(value.dtype), key.to(value.dtype)  # fp32 rotary angles on an fp32 residual leave them fp32
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    longest = max(packed.lengths)
-    window = sliding_window if sliding_window and sliding_window < longest else None
-    grouped = query.is_cuda and takes_grouped(query.device, query.dtype)
-    if not grouped and key.shape[1] != query.shape[1]:
-        repeat = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
-    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": grouped and key.shape[1] != query.shape[1]}
-    if query.is_cuda and causal and window is None:
-        return _padded(query, key, value, packed, options).transpose(1, 2), None
+        raise AssertionError(f"{model} got no batch: its model does not pass keyword arguments on")
+    for name in ("softcap", "s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise ValueError(f"{model} asks for {name}, which packed attention does not compute")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+
+    # Rotary angles in fp32 on a residual stream in fp32 leave query and key in fp32.
+    query = query.to(value.dtype)
+    key = key.to(value.dtype)
+
+    # Fewer key heads than query heads: the kernel takes them as they are, or each is repeated for its group.
+    repeats = query.shape[1] // key.shape[1]
+    grouped = repeats > 1 and query.is_cuda and takes_grouped(query.device, query.dtype)
+    if repeats > 1 and not grouped:
+        key = key.repeat_interleave(repeats, dim=1)
+        value = value.repeat_interleave(repeats, dim=1)
+    attend = partial(
+        scaled_dot_product_attention,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=grouped,
+    )
+
+    # A window matters where some sequence is longer. On a GPU one call for all wins, on a CPU no padding.
+    windowed = sliding_window and sliding_window < max(packed.lengths)
+    if query.is_cuda and causal and not windowed:
+        out = padded_attention(attend, query, key, value, packed)
+    else:
+        out = attention_by_sequence(attend, query, key, value, packed.lengths, sliding_window, causal)
+    return out.transpose(1, 2), None
+
+
+def padded_attention(attend, query, key, value, packed):
+    """One causal call over right-padded sequences: no token sees what follows it, so padding needs no mask."""
+    index, back = packed.gather()
+    padded = [t[0][:, index].transpose(0, 1) for t in (query, key, value)]  # (B, H, L, d) each
+    out = attend(*padded, is_causal=True)
+    return out.transpose(0, 1).flatten(1, 2)[None, :, back]  # (1, H, T, d)
+
+
+def attention_by_sequence(attend, query, key, value, lengths, window, causal):
+    """One call a sequence, with a mask (n, n) only where the sequence is longer than the window."""
     outs = []
-    parts = zip(*(t.split(packed.lengths, dim=2) for t in (query, key, value)), strict=True)
-    for q, k, v in parts:  # (1, H, n, d)
-        n = q.shape[2]
-        band = _band(n, window, causal, q.device) if window and n > window else None
-        outs.append(F.scaled_dot_product_attention(q, k, v, band, is_causal=causal and band is None, **options))
-    return torch.cat(outs, dim=2).transpose(1, 2), None
-
-
-def _padded(query, key, value, packed: Packed, options: dict) -> torch.Tensor:
-    """One causal kernel call over right-padded sequences: what follows a token is never seen, so no mask is needed."""
-    out, back = packed.gather()
-    q, k, v = (t[0][:, out].transpose(0, 1) for t in (query, key, value))  # (B, H, L, d)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)  # (B, H, L, d)
-    return y.transpose(0, 1).flatten(1, 2)[None][:, :, back]  # (1, H, T, d)
-
-
-def _band(n: int, window: int, causal: bool, device) -> torch.Tensor:
-    """(n, n) bool: which keys a query sees within its window."""
-    distance = torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)[None, :]
-    return (distance >= 0) & (distance < window) if causal else distance.abs() < window
+    splits = [t.split(lengths, dim=2) for t in (query, key, value)]
+    for q, k, v in zip(*splits, strict=True):  # (1, H, n, d)
+        length = q.shape[2]
+        if window and window < length:
+            positions = torch.arange(length, device=q.device)
+            distance = positions[:, None] - positions
+            mask = distance.abs() < window
+            if causal:
+                mask &= distance >= 0
+            outs.append(attend(q, k, v, mask))
+        else:
+            outs.append(attend(q, k, v, is_causal=causal))
+    return torch.cat(outs, dim=2)  # (1, H, T, d)
 
 
 def takes_grouped(device, dtype) -> bool:
     """Whether the fused kernel takes fewer key heads than query heads: flash, from capability 8.0 in half precision."""
-    return torch.cuda.get_device_capability(device) >= (8, 0) and dtype in (torch.float16, torch.bfloat16)
+    return torch.cuda.get_device_capability(device) >= (8, 0) and dtype.itemsize == 2

@@ -218,7 +218,7 @@ def fit(
         models.checkpoint_activations(model.backbone)
     ddp.say(world, models.attention_note(world.device, model.config, precision))
     ddp.say(world, evaluate.weak_tokens(model, tokenizer, train.tokens))
-    if cfg.pooling == "last" and model.family in bases.ENCODERS:
+    if cfg.pooling == "last" and model.family.encoder:
         ddp.say(world, "note: the last token of an encoder is a separator; --pooling cls is what its head knows")
     ddp.say(world, lora.trainable_table(model))
     saved = run and any((run / name).exists() for name in ("last", ".last.1"))

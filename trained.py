@@ -61,6 +61,11 @@ def words_of(cfg: TrainConfig, labels: labelling.Labels, tokenizer) -> tuple[tup
     return data.label_word_ids(tokenizer, cfg.text, words)
 
 
+def head_of(cfg: TrainConfig, labels: labelling.Labels, tokenizer) -> models.Head:
+    """The head that a config describes."""
+    return models.Head(len(labels.names), cfg.pooling, cfg.head_dropout, words_of(cfg, labels, tokenizer))
+
+
 def adapter_of(cfg: TrainConfig, saved: tuple[str, ...]) -> lora.Adapter | None:
     """The adapter that a config describes, None with rank 0. saved: modules of the head that it trains whole."""
     if not cfg.rank:
@@ -84,7 +89,7 @@ def check_model(cfg: TrainConfig, labels: labelling.Labels, tokenizer, adapter=N
     adapter, shapes: an adapter read from a file, and the shapes of its tensors. Raises UserError for what does not fit.
     """
     bases.need_vocabulary(cfg.base, len(tokenizer))
-    bare = models.skeleton(cfg.base, len(labels.names), cfg.pooling, words_of(cfg, labels, tokenizer))
+    bare = models.skeleton(cfg.base, head_of(cfg, labels, tokenizer))
     models.check_structure(bare, cfg.train_layers, cfg.max_length)
     flag = f"--base {cfg.base}" if adapter else f"--targets {','.join(cfg.targets)}"
     try:
@@ -106,12 +111,9 @@ def new_classifier(
     """
     model = models.load_classifier(
         cfg.base,
-        len(labels.names),
+        head_of(cfg, labels, tokenizer),
         device,
         numerics.weight_dtype(device, precision),
-        cfg.pooling,
-        cfg.head_dropout,
-        words_of(cfg, labels, tokenizer),
         cfg.quant,
         numerics.DTYPES[precision],
         cfg.seed,
@@ -216,7 +218,7 @@ def export_run(folder: Path, run: "Run") -> str:
     Raises UserError where transformers' class would not give the same logits.
     """
     model, tokenizer = run.model, run.tokenizer
-    poolings = models.transformers_pooling(model)
+    poolings = model.family.poolings
     if model.pooling not in poolings:
         raise UserError(f"--export: {model.architecture} pools {' or '.join(poolings)}, this run {model.pooling}")
     lora.merge(model)

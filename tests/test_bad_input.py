@@ -43,7 +43,7 @@ def unloadable(small_base, tmp_path, monkeypatch) -> str:
     def loaded(*args, **kwargs):
         raise AssertionError("weights were loaded before the mistake was found")
 
-    monkeypatch.setattr(models, "_load", loaded)
+    monkeypatch.setattr(models, "from_weights", loaded)
     return str(folder)
 
 

@@ -230,7 +230,7 @@ def test_the_base_stays_bit_identical(tmp_path, small_base, monkeypatch):
     result = train.main(toy_flags(tmp_path, small_base, targets="all-linear", weight_decay=0.5))
     fitted = {n.replace(".base_layer", ""): p for n, p in kept[0].named_parameters() if not p.requires_grad}
     loaded = trained.load_run(result["run"]).model
-    fresh = models.load_classifier(small_base, 8, torch.device("cpu"), torch.float32).backbone.state_dict()
+    fresh = models.load_classifier(small_base, models.Head(8), torch.device("cpu"), torch.float32).backbone.state_dict()
     assert {f"model.{n}" for n in fresh} == fitted.keys()
     frozen = {n.replace(".base_layer", ""): p for n, p in loaded.named_parameters() if ".lora_" not in n}
     for name, tensor in fresh.items():

@@ -1,4 +1,4 @@
-"""Encoders against transformers' own classifiers: BERT, RoBERTa, ModernBERT and DeBERTa, from their bases to commands.
+"""Encoders against transformers' own classifiers, every row of models.FAMILIES, from their bases to commands.
 
 Bases are small random models saved by transformers' own classes, biases, norms and heads away from their defaults, so
 that nothing agrees by being zero. Tolerances are shares of the reference's largest value.
@@ -46,6 +46,8 @@ SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_lay
 FAMILIES = {
     "Bert": dict(max_position_embeddings=40),
     "Roberta": dict(max_position_embeddings=42, pad_token_id=1),  # two rows of its table come before the first token
+    "XLMRoberta": dict(max_position_embeddings=42, pad_token_id=1),
+    "DistilBert": dict(max_position_embeddings=40),
     "ModernBert": dict(
         num_hidden_layers=3, local_attention=6, global_attn_every_n_layers=3, max_position_embeddings=40
     ),
@@ -54,15 +56,15 @@ FAMILIES = {
         position_biased_input=False, type_vocab_size=0, norm_rel_ebd="layer_norm", share_att_key=True,
     ),
 }  # fmt: skip
-POOLINGS = [("Bert", "cls"), ("Roberta", "cls"), ("ModernBert", "cls"), ("ModernBert", "mean"), ("DebertaV2", "cls")]
+POOLINGS = [*((family, "cls") for family in FAMILIES), ("ModernBert", "mean")]
 WIDE = dict(vocab_size=4096, hidden_size=64, intermediate_size=96, max_position_embeddings=130)  # for texts
 CLASSIFIER = {"classifier.weight", "classifier.bias"}
+TWO_LAYERS = {f"classifier.{m}.{t}" for m in ("dense", "out_proj") for t in ("weight", "bias")}
 HEADS = {  # family: the names of its head's tensors, and how those of its last layer begin
     "Bert": (CLASSIFIER | {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}, "bert.encoder.layer.1."),
-    "Roberta": (
-        {f"classifier.{m}.{t}" for m in ("dense", "out_proj") for t in ("weight", "bias")},
-        "roberta.encoder.layer.1.",
-    ),
+    "Roberta": (TWO_LAYERS, "roberta.encoder.layer.1."),
+    "XLMRoberta": (TWO_LAYERS, "roberta.encoder.layer.1."),
+    "DistilBert": (CLASSIFIER | {"pre_classifier.weight", "pre_classifier.bias"}, "distilbert.transformer.layer.1."),
     "ModernBert": (CLASSIFIER | {"head.dense.weight", "head.norm.weight"}, "model.layers.2."),
     "DebertaV2": (CLASSIFIER | {"pooler.dense.weight", "pooler.dense.bias"}, "deberta.encoder.layer.1."),
 }
@@ -97,7 +99,7 @@ def base(tmp_path_factory):
 
 
 def ours(folder, pooling="cls", classes=3) -> models.Classifier:
-    return models.load_classifier(folder, classes, CPU, torch.float32, pooling).eval()
+    return models.load_classifier(folder, models.Head(classes, pooling), CPU, torch.float32).eval()
 
 
 def theirs(folder, **options):
@@ -150,6 +152,13 @@ def spoiled(folder: str, to: Path, change) -> Path:
 # ---- packed == padded == alone == transformers' ----------------------------------------------------------------------
 
 
+def test_every_encoder_of_the_table_is_tested_here():
+    """A new row of models.FAMILIES needs its class in FAMILIES, HEADS and TARGETS above."""
+    encoders = {name for name, row in models.FAMILIES.items() if row.encoder}
+    assert {getattr(transformers, f"{family}Config").model_type for family in FAMILIES} == encoders
+    assert FAMILIES.keys() == HEADS.keys() == TARGETS.keys()
+
+
 @pytest.mark.parametrize("family,pooling", POOLINGS)
 def test_packed_logits_equal_theirs_padded_and_alone(base, family, pooling):
     """With the base's own head, of which nothing is drawn anew; the packed row is longer than any table of positions.
@@ -160,10 +169,10 @@ def test_packed_logits_equal_theirs_padded_and_alone(base, family, pooling):
     folder, rows = base(family, **changes), sequences()
     model, reference = ours(folder, pooling), theirs(folder)
     assert model.fresh == () and type(reference).__name__ == model.architecture == f"{family}ForSequenceClassification"
-    assert bases.stored_pooling(folder) == pooling
+    assert models.stored_pooling(folder) == pooling
     assert sum(LENGTHS) > reference.config.max_position_embeddings
     packs = model.backbone.config._attn_implementation == models.ATTENTION
-    assert packs == bases.packs(model.config) == (family != "DebertaV2")
+    assert packs == model.family.packs == (family != "DebertaV2")
     with torch.no_grad():
         got = model(batch_of(rows))
         near(got, alone(reference, rows))
@@ -186,7 +195,7 @@ def test_packed_gradients_equal_theirs(base, family, pooling):
     largest = max(float(g.abs().max()) for g in want.values())
     assert got.keys() == want.keys() and HEADS[family][0] <= got.keys()
     for name, gradient in got.items():
-        nothing = re.search(r"\.key\.bias$", name)  # cancels in the softmax
+        nothing = re.search(r"\.(key|k_lin)\.bias$", name)  # cancels in the softmax
         scale = largest if nothing else float(want[name].abs().max())
         torch.testing.assert_close(gradient, want[name], rtol=0, atol=CLOSE * scale, msg=name)
         assert nothing or gradient.any(), name
@@ -218,7 +227,7 @@ def test_a_row_of_roberta_starts_behind_its_padding_position(base):
 def test_half_precision_keeps_the_residual_stream_and_the_head_in_fp32(base, family):
     """Under autocast every layer and the head give fp32, while linears compute in bf16; near the fp32 result."""
     folder, rows = base(family), batch_of(sequences())
-    model = ours(folder, bases.stored_pooling(folder))
+    model = ours(folder, models.stored_pooling(folder))
     layers, linears = set(), set()
     for layer in bases.decoder_layers(model.backbone):
         layer.register_forward_hook(lambda m, i, out: layers.add((out[0] if isinstance(out, tuple) else out).dtype))
@@ -237,7 +246,7 @@ def test_modernbert_as_trained_by_others_says_its_pooling(base, pooling):
     folder, rows = base("ModernBert", classifier_pooling=pooling), sequences()
     with torch.no_grad():
         logits = {how: ours(folder, how)(batch_of(rows)) for how in ("cls", "mean")}
-        near(logits[bases.stored_pooling(folder)], alone(theirs(folder), rows))
+        near(logits[models.stored_pooling(folder)], alone(theirs(folder), rows))
     assert (logits["cls"] - logits["mean"]).abs().max() > 1e-2
 
 
@@ -250,6 +259,8 @@ def test_modernbert_as_trained_by_others_says_its_pooling(base, pooling):
         ("Bert", "ForMaskedLM", HEADS["Bert"][0]),
         ("Bert", "Model", CLASSIFIER),
         ("Roberta", "ForMaskedLM", HEADS["Roberta"][0]),
+        ("XLMRoberta", "ForMaskedLM", HEADS["XLMRoberta"][0]),
+        ("DistilBert", "ForMaskedLM", HEADS["DistilBert"][0]),
         ("ModernBert", "ForMaskedLM", CLASSIFIER),  # its masked LM holds the dense layer and the norm of the head
         ("ModernBert", "Model", HEADS["ModernBert"][0]),
         ("DebertaV2", "ForMaskedLM", HEADS["DebertaV2"][0]),
@@ -266,7 +277,7 @@ def test_fresh_names_exactly_what_the_base_does_not_hold(base, family, kind, mis
         if name not in missing:
             key = next(k for k in (name, name.removeprefix(f"{model.prefix}.")) if k in stored)
             assert torch.equal(p, stored[key]), name
-    again, other = ours(folder), models.load_classifier(folder, 3, CPU, torch.float32, "cls", seed=7)
+    again, other = ours(folder), models.load_classifier(folder, models.Head(3, "cls"), CPU, torch.float32, seed=7)
     for name in missing:
         assert torch.equal(again.get_parameter(name), model.get_parameter(name)), name
     changed = {n for n in missing if not torch.equal(other.get_parameter(n), model.get_parameter(n))}
@@ -278,6 +289,7 @@ def test_fresh_names_exactly_what_the_base_does_not_hold(base, family, kind, mis
     [
         ("Bert", CLASSIFIER),
         ("Roberta", {"classifier.out_proj.weight", "classifier.out_proj.bias"}),
+        ("DistilBert", CLASSIFIER),
         ("ModernBert", CLASSIFIER),
         ("DebertaV2", CLASSIFIER),
     ],
@@ -293,7 +305,7 @@ def test_another_number_of_labels_draws_a_fresh_output_layer(base, family, last)
 @pytest.mark.parametrize("how", ["missing", "misshapen"])
 def test_a_base_with_a_spoiled_backbone_is_refused(base, tmp_path, family, how):
     """A tensor of the backbone is never drawn in silence, as one of the head is: the message names it."""
-    pattern = re.compile(r"layers?\.1\..*(Wo|output\.dense)\.weight$")
+    pattern = re.compile(r"layers?\.1\..*(Wo|output\.dense|ffn\.lin2)\.weight$")
 
     def change(tensors):
         name = next(n for n in tensors if pattern.search(n))
@@ -310,7 +322,8 @@ def test_a_base_with_a_spoiled_backbone_is_refused(base, tmp_path, family, how):
     ours(base(family))
 
 
-TARGETS = {"Bert": "query,value", "Roberta": "query,value", "ModernBert": "Wqkv", "DebertaV2": "query_proj,value_proj"}
+TARGETS = dict.fromkeys(FAMILIES, "query,value")
+TARGETS |= {"DistilBert": "q_lin,v_lin", "ModernBert": "Wqkv", "DebertaV2": "query_proj,value_proj"}
 
 
 @pytest.mark.parametrize("family,kind", [(f, "ForMaskedLM") for f in FAMILIES] + [("Bert", "Model")])
@@ -459,13 +472,14 @@ def test_rank_0_trains_exactly_those_layers(base, tmp_path, family, count):
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
 def test_an_encoder_of_another_family_is_refused_with_the_known_ones(tmp_path, pooling):
-    """DistilBERT has a head of its own kind, which would be computed wrongly."""
-    config = transformers.DistilBertConfig(vocab_size=4096, dim=32, hidden_dim=48, n_layers=2, n_heads=4)
+    """A head of another kind would be computed wrongly."""
+    config = transformers.ElectraConfig(**{**SIZES, "vocab_size": 4096, "embedding_size": 24})
     folder = tmp_path / "base"
-    transformers.DistilBertForSequenceClassification(config).save_pretrained(folder)
+    transformers.ElectraForSequenceClassification(config).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(ROOT / "tiny/base").save_pretrained(folder)
-    flags = toy_flags(tmp_path, unreadable(folder, tmp_path / "copy"), pooling=pooling, targets="q_lin")
-    with pytest.raises(UserError, match="distilbert: .*the encoders are bert, roberta, modernbert, deberta-v2"):
+    flags = toy_flags(tmp_path, unreadable(folder, tmp_path / "copy"), pooling=pooling, targets="query")
+    encoders = "bert, roberta, xlm-roberta, distilbert, modernbert, deberta-v2"
+    with pytest.raises(UserError, match=f"electra: .*the encoders are {encoders}"):
         train.main(flags)
 
 
@@ -594,7 +608,7 @@ def test_presets_hold_the_published_recipes(name, base, expected):
 
 def test_adapters_name_the_modules_of_encoders(base):
     """A target that does not exist in the family is refused with what there is."""
-    bare = models.skeleton(base("DebertaV2"), 3, "cls")
+    bare = models.skeleton(base("DebertaV2"), models.Head(3, "cls"))
     with pytest.raises(ValueError, match="target query matches no module.*query_proj"):
         lora.inject(bare, lora.Adapter(("query",), 4, 12.0))
 

@@ -34,7 +34,7 @@ import optim
 import splits
 import train
 import trained
-from errors import UserError
+from errors import Untrusted, UserError
 from packed import Batch, pack
 
 pytestmark = forks
@@ -159,7 +159,7 @@ def test_label_words_are_log_probabilities_of_the_lm_head(base, family, tied):
     Packed here, alone in transformers' own causal LM; gradients too, of a tied matrix from both its ends.
     """
     folder, rows = base(family, tied), sequences()
-    ours = models.load_classifier(folder, 3, CPU, torch.float32, words=WORDS).eval()
+    ours = models.load_classifier(folder, models.Head(3, words=WORDS), CPU, torch.float32).eval()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     assert ours.fresh == () and ours.heads == () and ours.outputs == 3
     assert (ours.lm_head.weight is ours.backbone.get_input_embeddings().weight) == tied
@@ -188,8 +188,10 @@ def test_a_soft_cap_of_logits_is_honoured(base, tmp_path):
     path.write_text(json.dumps(config))
     with torch.no_grad():
         capped, plain = (
-            models.load_classifier(str(f), 3, CPU, torch.float32, words=WORDS).eval()(batch_of(sequences()))
-            for f in (base("Gemma3Text"), tmp_path / "plain")
+            models.load_classifier(folder, models.Head(3, words=WORDS), CPU, torch.float32).eval()(
+                batch_of(sequences())
+            )
+            for folder in (base("Gemma3Text"), str(tmp_path / "plain"))
         )
     assert (capped - plain).abs().max() > 0.1
 
@@ -237,8 +239,8 @@ def test_aliases_are_summed_and_counted_once(base):
     assert len(yes) == len(expected) == 2 and set(yes) == expected  # Yes and YES begin alike in this tokenizer
     assert data.label_word_ids(tokenizer, template, ("yes", "no")) == ((yes[0],), no)
     twice = ((5, 9), (7,))
-    model = models.load_classifier(base("Qwen2"), 2, CPU, torch.float32, words=twice).eval()
-    single = models.load_classifier(base("Qwen2"), 3, CPU, torch.float32, words=((5,), (9,), (7,))).eval()
+    model = models.load_classifier(base("Qwen2"), models.Head(2, words=twice), CPU, torch.float32).eval()
+    single = models.load_classifier(base("Qwen2"), models.Head(3, words=((5,), (9,), (7,))), CPU, torch.float32).eval()
     with torch.no_grad():
         sums, parts = model(batch_of(sequences())), single(batch_of(sequences()))
     near(sums, torch.stack([parts[:, :2].logsumexp(1), parts[:, 2]], dim=1))
@@ -411,6 +413,7 @@ def test_an_adapter_of_words_is_read_without_its_run(base, tmp_path):
     [
         ({"head": None}, "--label_words has no effect without --head label_words"),
         ({"pooling": "mean"}, "--head label_words with --pooling mean"),
+        ({"pooling": "attention"}, "--head label_words with --pooling attention"),
         ({"rank": 0, "alpha": None, "lora_dropout": None, "train_layers": 0}, "nothing would be trained"),
         ({"head_dropout": 0.3}, "--head_dropout has no effect with --head label_words"),
         ({"label_words": "yes,no"}, "--label_words names 2 words for 8 classes"),
@@ -648,8 +651,21 @@ RUNS = {  # name: (family, what its flags change)
     "deberta": ("DebertaV2", {"pooling": "cls", "targets": "all-linear"}),
     "deberta regression": ("DebertaV2", {"pooling": "cls", "rank": 0, "task": "regression"}),
     "decoder mean": ("Qwen2", {"pooling": "mean", "targets": "q_proj"}),
+    "decoder attention": ("Qwen2", {"pooling": "attention", "targets": "all-linear"}),
+    "decoder attention whole": ("Llama", {"pooling": "attention", "rank": 0}),
+    "bert attention": ("Bert", {"pooling": "attention", "targets": "query"}),
     "bert mean": ("Bert", {"pooling": "mean", "targets": "query"}),
     "bert last": ("Bert", {"pooling": "last", "targets": "query"}),
+}
+
+
+NOT_EXPORTED = {
+    "decoder mean": "Qwen2ForSequenceClassification pools last, this run mean",
+    "decoder attention": "Qwen2ForSequenceClassification pools last, this run attention",
+    "decoder attention whole": "LlamaForSequenceClassification pools last, this run attention",
+    "bert attention": "BertForSequenceClassification pools cls, this run attention",
+    "bert mean": "BertForSequenceClassification pools cls, this run mean",
+    "bert last": "BertForSequenceClassification pools cls, this run last",
 }
 
 
@@ -704,7 +720,7 @@ def exported_logits(folder: Path, texts: list[str], words, batched: bool) -> tor
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("name", [n for n in RUNS if n not in ("decoder mean", "bert mean", "bert last")])
+@pytest.mark.parametrize("name", [n for n in RUNS if n not in NOT_EXPORTED])
 def test_an_export_is_the_run_in_transformers_own_class(fitted, tmp_path, capsys, name):
     """Tokenizer, weights and config from the folder alone: the same logits one by one and right-padded, the names of
     the classes; and nothing but the files of a model in it, and their manifest."""
@@ -797,20 +813,38 @@ def test_a_public_adapter_is_exported_too(base, fitted, tmp_path):
     assert {k: v for k, v in a.items() if "dropout" not in k} == {k: v for k, v in b.items() if "dropout" not in k}
 
 
-@pytest.mark.parametrize(
-    "name,said",
-    [
-        ("decoder mean", "Qwen2ForSequenceClassification pools last, this run mean"),
-        ("bert mean", "BertForSequenceClassification pools cls, this run mean"),
-        ("bert last", "BertForSequenceClassification pools cls, this run last"),
-    ],
-)
+@pytest.mark.parametrize("name,said", NOT_EXPORTED.items())
 def test_a_pooling_that_transformers_lacks_is_not_exported(fitted, tmp_path, name, said):
     """One line, status 2, and not even the folder."""
     run, out = fitted(name), tmp_path / "export"
     status, _, err = forked(infer.main, ["--runs", run, "--export", out], tmp_path)
     assert status == 2 and err.startswith("error: --export: ") and said in err and err.count("\n") == 1, err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["decoder attention", "decoder attention whole", "bert attention"])
+def test_attention_pooling_is_trained_saved_and_loaded(fitted, name):
+    """The query moves, lies in the save under its own name without an adapter, and gives the live logits again."""
+    run, key = fitted(name), "attention_pooling.query.weight"
+    cfg, labels = trained.run_facts(run)
+    start = trained.new_classifier(cfg, labels, bases.load_tokenizer(cfg.base), CPU, "fp32").get_parameter(key)
+    if cfg.rank:
+        saved = load_file(run / "best/adapter_model.safetensors")
+        about = json.loads((run / "best/adapter_config.json").read_text())
+        assert "attention_pooling" in about["modules_to_save"]
+        assert not [n for n in saved if "attention_pooling" in n and ".lora_" in n]
+        moved = saved[f"base_model.model.{key}"]
+    else:
+        moved = load_file(run / "best/model.safetensors")[key]
+    assert moved.shape == start.shape and not torch.equal(moved, start)
+    loaded = trained.load_run(run)
+    assert torch.equal(loaded.model.get_parameter(key), moved)
+    live = [[float(r[f"logit_{c}"]) for c in range(8)] for r in read_csv(run / "val_predictions.csv")]
+    logits, _ = loaded.logits(files.read_rows(cfg.val_data, "val_data"), cfg.max_tokens)
+    assert np.array_equal(logits, np.array(live, np.float32))
+    with pytest.raises(Untrusted, match="attention_pooling|no counterpart"):  # of another pooling
+        other = trained.replace(cfg, pooling="last")
+        trained.read_classifier(run / "best", trained.new_classifier(other, labels, loaded.tokenizer, CPU, "fp32"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

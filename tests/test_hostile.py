@@ -250,7 +250,7 @@ def test_tokens_the_base_never_learned_are_named(tmp_path, small_base, small, ca
         (base, [15, 16, 17], []),
         (small_base, [first, second, absent], []),
     ):
-        model = models.load_classifier(folder, 3, CPU, torch.float32)
+        model = models.load_classifier(folder, models.Head(3), CPU, torch.float32)
         got = evaluate.weak_tokens(model, small, data.join_tokens([ids, ids[:1]]))
         assert got == (f"warning: the base never learned the tokens {said[0]}, which occur here" if said else "")
 
@@ -264,7 +264,7 @@ def test_an_embedding_that_is_not_finite_is_an_error_that_names_its_token(tmp_pa
     assert status == 2 and err.startswith("error: the base's embeddings of ") and err.count("\n") == 1, err
     assert repr(name) in err and "its weights are damaged" in err
     base = with_rows(small_base, tmp_path / "unused", {absent: value})
-    model = models.load_classifier(base, 3, CPU, torch.float32)
+    model = models.load_classifier(base, models.Head(3), CPU, torch.float32)
     assert evaluate.weak_tokens(model, small, data.join_tokens([[first, 15]])) == ""
 
 
@@ -292,7 +292,7 @@ TOKENIZER = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
 
 
 def weights_of(base) -> dict[str, torch.Tensor]:
-    return models.load_classifier(str(base), 3, CPU, torch.float32, seed=1).state_dict()
+    return models.load_classifier(str(base), models.Head(3), CPU, torch.float32, seed=1).state_dict()
 
 
 def equal(a: dict, b: dict) -> bool:
@@ -397,12 +397,12 @@ def test_attention_named_by_a_base_is_not_taken(tmp_path, small_base, small, fam
         base = str(tmp_path / "gpt2")
         sizes = transformers.GPT2Config(vocab_size=len(small), n_embd=32, n_layer=1, n_head=2)
         transformers.GPT2LMHeadModel(sizes).save_pretrained(base)
-    want = models.load_classifier(base, 3, CPU, torch.float32).config._attn_implementation
+    want = models.load_classifier(base, models.Head(3), CPU, torch.float32).config._attn_implementation
     for key in ("attn_implementation", "_attn_implementation"):
         folder = str(changed(base, tmp_path / key, **{key: value}))
         try:
-            models.skeleton(folder, 3)
-            got = models.load_classifier(folder, 3, CPU, torch.float32)
+            models.skeleton(folder, models.Head(3))
+            got = models.load_classifier(folder, models.Head(3), CPU, torch.float32)
         except UserError as e:  # a refusal of ours, not one of transformers that it could not be had here
             assert "\n" not in str(e) and not re.search("install|not supported|kernels", str(e)), e
             continue
@@ -474,7 +474,7 @@ def test_an_index_that_names_what_is_not_in_the_folder(tmp_path, small_base, cas
     (folder / name).write_bytes(content)
     for call in (
         lambda: bases.need_base(str(folder)),
-        lambda: models.load_classifier(str(folder), 3, CPU, torch.float32),
+        lambda: models.load_classifier(str(folder), models.Head(3), CPU, torch.float32),
         lambda: train.main(toy_flags(tmp_path, str(folder))),
     ):
         with pytest.raises(UserError) as e:
@@ -545,10 +545,10 @@ def test_links_out_of_the_folder_are_refused(tmp_path, small_base, case):
     else:
         (folder / name).unlink()
         (folder / name).mkdir()
-    words = rf"{name} is no file of this folder"
+    words = rf"{name} is not a file of this folder"
     for call in (
         lambda: bases.need_base(str(folder)),
-        lambda: models.load_classifier(str(folder), 3, CPU, torch.float32),
+        lambda: models.load_classifier(str(folder), models.Head(3), CPU, torch.float32),
         lambda: train.main(toy_flags(tmp_path, str(folder))),
     ):
         with pytest.raises(UserError, match=words) as e:
@@ -573,7 +573,7 @@ def test_links_that_stay_inside_are_followed(tmp_path, small_base):
     assert bases.need_base(str(revision)) == str(revision) and equal(weights_of(revision), want)
     train.main(toy_flags(tmp_path, str(revision), max_steps=1, eval_every=1))
     link(revision / "model.safetensors", other_weights(small_base, tmp_path / "other"))
-    with pytest.raises(UserError, match="model.safetensors is no file of this folder"):
+    with pytest.raises(UserError, match="model.safetensors is not a file of this folder"):
         bases.need_base(str(revision))
 
 
@@ -642,7 +642,7 @@ def test_an_adapter_given_as_a_base_is_refused_naming_adapter(with_adapter, tmp_
         lambda: train.main(toy_flags(tmp_path, str(folder))),
         lambda: infer.main(["--base", str(folder), "--label_names", "a,b", "--input", str(rows)]),
     ):
-        with pytest.raises(UserError, match="this folder is an adapter; name its base, and it with --adapter"):
+        with pytest.raises(UserError, match="this folder is an adapter; name its base, and the adapter with --adapter"):
             call()
 
 
@@ -691,7 +691,7 @@ def test_weights_that_cannot_be_read_are_refused_in_one_line(tmp_path, small_bas
     path = folder / "model.safetensors"
     path.write_bytes(CORRUPT[case](path.read_bytes()))
     for load in (
-        lambda: models.load_classifier(str(folder), 3, CPU, torch.float32),
+        lambda: models.load_classifier(str(folder), models.Head(3), CPU, torch.float32),
         lambda: language.load_language_model(str(folder), CPU, torch.float32),
     ):
         with pytest.raises(UserError, match=re.escape(f"--base {folder}: ")) as e:
@@ -721,7 +721,7 @@ def test_a_pickle_is_not_run(tmp_path, small_base, kind):
     else:
         path.write_bytes(pickle.dumps(Boom(mark)))
     with pytest.raises(UserError, match="its weights cannot be loaded"):
-        models.load_classifier(str(folder), 3, CPU, torch.float32)
+        models.load_classifier(str(folder), models.Head(3), CPU, torch.float32)
     assert not mark.exists()
     with suppress(Exception):
         torch.load(path, weights_only=False)
@@ -750,7 +750,7 @@ def test_weights_that_miss_a_tensor_or_have_a_misshapen_one_are_refused(tmp_path
         tensors[name] = t[None].contiguous()
     checkpoint.save_tensors(folder / "model.safetensors", tensors)
     for load in (
-        lambda: models.load_classifier(str(folder), 3, CPU, torch.float32),
+        lambda: models.load_classifier(str(folder), models.Head(3), CPU, torch.float32),
         lambda: language.load_language_model(str(folder), CPU, torch.float32),
     ):
         with pytest.raises(UserError, match=r"tensors are missing from its weights or misshapen") as e:

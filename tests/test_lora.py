@@ -186,7 +186,7 @@ def test_all_linear_is_every_linear_but_the_head_as_in_peft(family):
     "targets, said",
     [
         (["q_proj", "wte"], "target wte matches no module"),
-        (["block"], "target block is no linear or embedding but ModuleDict"),
+        (["block"], "target block is not a linear or an embedding but ModuleDict"),
     ],
 )
 def test_a_target_that_cannot_be_met_raises_and_lists_what_exists(targets, said):
@@ -228,7 +228,7 @@ VARIANTS = {
 
 def classifier(base, targets=QV, bias="none", rslora=False, dtype=torch.float32):
     """Our own Classifier on a saved base, adapted, every trained parameter moved."""
-    model = models.load_classifier(base, 3, CPU, dtype)
+    model = models.load_classifier(base, models.Head(3), CPU, dtype)
     models.add_adapter(model, described(targets, dropout=0.1, bias=bias, rslora=rslora, base=base))
     return scramble(model.eval(), 0.1, trained_only=True)
 

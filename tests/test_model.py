@@ -8,6 +8,10 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +32,7 @@ import numerics
 import peft_format
 import trained
 from errors import UserError
-from packed import Packed, _padded, pack, packed_attention, takes_grouped
+from packed import Batch, pack, packed_attention, padded_attention, takes_grouped
 
 CPU = torch.device("cpu")
 ROUNDING = 2e-6  # of the largest value: fp32 sums in another order
@@ -48,6 +52,8 @@ FAMILIES = {
 ENCODERS = {
     "Bert": dict(max_position_embeddings=40),
     "Roberta": dict(max_position_embeddings=40, pad_token_id=1),
+    "XLMRoberta": dict(max_position_embeddings=40, pad_token_id=1),
+    "DistilBert": dict(max_position_embeddings=40),
     "ModernBert": dict(local_attention=6, global_attn_every_n_layers=2, num_hidden_layers=3),
     "DebertaV2": dict(relative_attention=True, pos_att_type=["p2c", "c2p"], type_vocab_size=0, position_buckets=4),
 }
@@ -77,7 +83,7 @@ def base(tmp_path_factory):
 
 def backbone(folder):
     """The base of our classifier, which attends to packed rows where its family can."""
-    return models.load_classifier(folder, 3, CPU, torch.float32).backbone.eval()
+    return models.load_classifier(folder, models.Head(3), CPU, torch.float32).backbone.eval()
 
 
 def stock(folder, auto=transformers.AutoModel, **options):
@@ -107,7 +113,7 @@ def near(got, want, share=ROUNDING):
 
 
 def classifier(folder, pooling="last", classes=3, dtype=torch.float32, targets=(), bias="none", dropout=0.0):
-    model = models.load_classifier(folder, classes, CPU, dtype, pooling, seed=1).eval()
+    model = models.load_classifier(folder, models.Head(classes, pooling), CPU, dtype, seed=1).eval()
     if targets:
         saved = models.head_to_save(model)
         models.add_adapter(model, lora.Adapter(tuple(targets), 4, 6.0, dropout, bias, saved=saved))
@@ -136,7 +142,8 @@ def test_packed_equals_stock_in_states_and_gradients(base, family, how):
     """Of every parameter. DeBERTa does not take our attention and runs right-padded inside, with the same result."""
     folder, sequences = base(family), rows()
     ours, theirs = backbone(folder), stock(folder)
-    assert bases.packs(ours.config) == (ours.config._attn_implementation == models.ATTENTION) == (family != "DebertaV2")
+    packs = ours.config._attn_implementation == models.ATTENTION
+    assert packs == models.family_of(ours.config).packs == (family != "DebertaV2")
     got, want = models.hidden_states(ours, batch_of(sequences)), stock_hidden(theirs, sequences, how)
     near(got, want)
     direction = torch.randn(want.shape, generator=torch.Generator().manual_seed(2))
@@ -147,9 +154,17 @@ def test_packed_equals_stock_in_states_and_gradients(base, family, how):
     assert gradients.keys() == {n for n, p in ours.named_parameters() if p.grad is not None}
     for name, p in ours.named_parameters():
         if p.grad is not None:
-            nothing = re.search(r"key(_proj)?\.bias$", name)  # cancels in the softmax where no rotation follows
+            nothing = re.search(r"(key(_proj)?|k_lin)\.bias$", name)  # cancels in the softmax where no rotation follows
             scale = largest if nothing else float(gradients[name].abs().max())
             torch.testing.assert_close(p.grad, gradients[name], rtol=0, atol=ROUNDING * scale, msg=name)
+
+
+def test_every_family_of_the_table_is_tested_here():
+    """A new row of models.FAMILIES needs its class in FAMILIES or ENCODERS above, with a config that is not trivial."""
+    decoders = {name for name, row in models.FAMILIES.items() if not row.encoder}
+    encoders = models.FAMILIES.keys() - decoders
+    for tested, known in ((FAMILIES, decoders), (ENCODERS, encoders)):
+        assert {getattr(transformers, f"{family}Config").model_type for family in tested} == known
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -191,7 +206,8 @@ def heads(lengths, query_heads=4, key_heads=2, width=8):
     shape = (1, query_heads, sum(lengths), width), (1, key_heads, sum(lengths), width)
     parts = [torch.randn(s, requires_grad=True) for s in (shape[0], shape[1], shape[1])]
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    return parts, Packed(cu, tuple(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return parts, Batch(positions, positions, cu, tuple(lengths))
 
 
 def naive_attention(query, key, value, lengths, window, causal, scale):
@@ -222,8 +238,8 @@ def test_packed_attention_equals_its_definition(causal, window):
 def test_padded_kernel_of_gpus_equals_the_loop(lengths, key_heads):
     """Values and gradients, grouped key heads included: padding is never seen, and gets no gradient."""
     parts, packed = heads(lengths, key_heads=key_heads)
-    options = {"dropout_p": 0.0, "scale": 0.3, "enable_gqa": key_heads != 4}
-    padded = _padded(*parts, packed, options).transpose(1, 2)
+    attend = partial(nn.functional.scaled_dot_product_attention, scale=0.3, enable_gqa=key_heads != 4)
+    padded = padded_attention(attend, *parts, packed).transpose(1, 2)
     loop, _ = packed_attention(Causal(), *parts, scaling=0.3, packed=packed)
     near(padded, loop)
     direction = torch.randn_like(loop)
@@ -234,10 +250,64 @@ def test_padded_kernel_of_gpus_equals_the_loop(lengths, key_heads):
 
 def test_attention_refuses_what_it_cannot_do():
     (q, k, v), packed = heads(LENGTHS)
-    with pytest.raises(AssertionError, match="Causal got no packing"):
+    with pytest.raises(AssertionError, match="Causal got no batch"):
         packed_attention(Causal(), q, k, v)
-    with pytest.raises(UserError, match="softcap"):
+    with pytest.raises(ValueError, match="softcap"):
         packed_attention(Causal(), q, k, v, packed=packed, softcap=30.0)
+
+
+LIFTED = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+import torch
+from packed import pack, packed_attention
+
+
+class Tokens:
+    ids = np.arange(100, 131)
+    starts = np.array([0, 9, 10, 27])
+    stops = np.array([9, 10, 27, 31])
+    lengths = stops - starts
+    learned = np.arange(31) % 3 > 0
+
+    def row(self, i):
+        return self.ids[self.starts[i] : self.stops[i]]
+
+
+class Layer(torch.nn.Module):
+    is_causal = True
+
+    def forward(self, batch):
+        table = torch.nn.functional.one_hot(batch.input_ids - 100, 31).float()
+        query, key, value = ((table @ w).view(1, -1, h, 8).transpose(1, 2) for w, h in weights)
+        return packed_attention(self, query, key, value, packed=batch, sliding_window=window)[0][0]
+
+
+torch.manual_seed(0)
+weights = [(torch.randn(31, 32), 4), (torch.randn(31, 16), 2), (torch.randn(31, 16), 2)]
+tokens = Tokens()
+for window in (None, 5):
+    whole = Layer()(pack(tokens, np.array([2, 0, 3, 1]), "cpu"))
+    alone = torch.cat([Layer()(pack(tokens, np.array([i]), "cpu")) for i in (2, 0, 3, 1)])
+    assert whole.shape == (31, 4, 8) and torch.allclose(whole, alone, rtol=0, atol=1e-6)
+batch = pack(tokens, np.array([3, 0]), "cpu", predict=True)
+assert batch.lengths == (4, 9) and batch.cu_seqlens.tolist() == [0, 4, 13]
+assert batch.targets.tolist() == [1, 2, 5, 6, 8, 9, 11, 12]
+here = {name for name, m in sys.modules.items() if (getattr(m, "__file__", None) or "").startswith(sys.argv[1])}
+print(sorted(here), len({"transformers", "errors", "data"} & set(sys.modules)))
+"""
+
+
+def test_packed_attention_can_be_lifted(tmp_path):
+    """packed.py alone in a folder, with torch and numpy: packs, and attends packed as alone. At most 160 lines."""
+    source = (Path(models.__file__).parent / "packed.py").read_text(encoding="utf-8")
+    (tmp_path / "packed.py").write_text(source, encoding="utf-8")
+    command = [sys.executable, "-I", "-c", LIFTED, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "['packed'] 0"), done.stderr
+    assert len(source.splitlines()) <= 160
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,16 +352,120 @@ def test_pooling_by_position_where_pad_is_eos(base):
     assert (got - wrong).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+@pytest.mark.parametrize("pooling", models.POOLINGS)
 def test_pooling_by_hand(pooling):
     hidden = torch.randn(sum(LENGTHS), 5, generator=torch.Generator().manual_seed(0))
     cu = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
-    rule = {"last": lambda h: h[-1], "mean": lambda h: h.mean(0), "cls": lambda h: h[0]}[pooling]
-    want = torch.stack([rule(part) for part in hidden.split(LENGTHS)])
-    near(models.pool(hidden, cu, pooling), want)
+    pool = models.POOLINGS[pooling]
+    if pooling == "attention":
+        pool = pool(5)
+        pool.query.weight.data = torch.tensor([[0.3, -1.0, 2.0, 0.0, 900.0]])  # exp alone would overflow
+    rules = {
+        "last": lambda h: h[-1],
+        "mean": lambda h: h.mean(0),
+        "cls": lambda h: h[0],
+        "attention": lambda h: (h @ pool.query.weight[0]).softmax(0) @ h,
+    }
+    want = torch.stack([rules[pooling](part) for part in hidden.split(LENGTHS)])
+    near(pool(hidden, cu), want)
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+# ---------------------------------------------------------------------------------------------------------------------
+# attention pooling, and any module that is new in a head
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Gemma3Text", "Bert", "ModernBert", "DebertaV2"])
+def test_attention_pooling_packed_equals_padded_equals_alone(base, family):
+    """Values and the gradient of its query, against the definition on transformers' own states."""
+    folder, sequences = base(family), rows()
+    ours, theirs = classifier(folder, "attention"), stock(folder)
+    query = ours.attention_pooling.query.weight
+    with torch.no_grad():
+        query.normal_(generator=torch.Generator().manual_seed(5))
+    direction = torch.randn(len(sequences), 3, generator=torch.Generator().manual_seed(6))
+
+    def gradient(logits):
+        return torch.autograd.grad((logits * direction).sum(), query)[0]
+
+    got = ours(batch_of(sequences))
+    near(torch.cat([ours(batch_of([s])) for s in sequences]), got)
+    for how in ("alone", "padded"):
+        states = stock_hidden(theirs, sequences, how).split([len(s) for s in sequences])
+        pooled = torch.stack([(h @ query[0]).softmax(0) @ h for h in states])
+        want = ours.family.head(ours, pooled)
+        near(got, want, 2 * ROUNDING)
+        near(gradient(got if how == "alone" else ours(batch_of(sequences))), gradient(want), 1e-5)
+    assert got.std(0).min() > 1e-3 and gradient(ours(batch_of(sequences))).abs().min() > 0
+
+
+def test_attention_pooling_is_a_head_that_is_drawn_trained_and_saved_but_never_adapted(base):
+    """By all-linear or by its name; the other tensors of the head are drawn as with every pooling."""
+    query = "attention_pooling.query.weight"
+    for targets in (("all-linear",), ("q_proj", "query")):
+        model = models.load_classifier(base("Qwen2"), models.Head(3, "attention"), CPU, torch.float32, seed=4)
+        assert model.fresh == ("score.weight", query) and query not in model.base_fingerprint["weights"]
+        plain = models.load_classifier(base("Qwen2"), models.Head(3), CPU, torch.float32, seed=4)
+        again = models.load_classifier(base("Qwen2"), models.Head(3, "attention"), CPU, torch.float32, seed=4)
+        assert torch.equal(plain.score.weight, model.score.weight)
+        assert torch.equal(again.get_parameter(query), model.get_parameter(query))
+        assert 0.01 < float(model.get_parameter(query).detach().std()) < 0.03
+        saved = models.head_to_save(model)
+        assert saved == ("score", "attention_pooling")
+        with pytest.raises(ValueError, match="the targets leave no module to adapt"):
+            lora.inject(model, lora.Adapter(("query",), 4, 6.0, saved=saved))
+        models.add_adapter(model, lora.Adapter(targets, 4, 6.0, saved=saved))
+        assert not [n for n in lora.adapters(model) if "pooling" in n]
+        trained_heads = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
+        assert trained_heads == {"score.weight", query}
+    models.train_layers(plain := classifier(base("Qwen2"), "attention"), 0)
+    assert {n for n, p in plain.named_parameters() if p.requires_grad} == {"score.weight", query}
+
+
+class Gated(nn.Module):
+    """A pooling of a fork's own: a norm, a linear with a bias, and the first state gated by them."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.gate = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, hidden, cu_seqlens):
+        first = models.first(hidden, cu_seqlens)
+        return first * self.gate(self.norm(first)).sigmoid()
+
+
+class Forgotten(nn.Module):
+    """One that does not say how it is drawn."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(width))
+
+
+def test_a_new_module_in_a_head_needs_nothing_but_its_row(base, monkeypatch):
+    """Drawn from the seed, saved whole; no adapter on weights that no base holds, even where nothing else is saved."""
+    monkeypatch.setitem(models.POOLINGS, "gated", Gated)
+    names = {f"gated_pooling.{n}" for n in ("norm.weight", "norm.bias", "gate.weight", "gate.bias")}
+    states = []
+    for before in (1, 2):
+        torch.manual_seed(before)
+        model = models.load_classifier(base("Qwen2"), models.Head(3, "gated"), CPU, torch.bfloat16, seed=9)
+        assert set(model.fresh) == names | {"score.weight"} and models.head_to_save(model)[1] == "gated_pooling"
+        assert {model.get_parameter(n).dtype for n in names} == {torch.float32}
+        states.append({n: p for n, p in model.named_parameters() if n in names})
+    assert all(torch.equal(p, states[1][n]) for n, p in states[0].items())
+    assert lora.find_targets(model, lora.Adapter(("gate", "q_proj"), 4, 6.0)) == [
+        f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)
+    ]
+    monkeypatch.setitem(models.POOLINGS, "forgotten", Forgotten)
+    with pytest.raises(AssertionError, match=r"forgotten_pooling: .*reset_parameters.* scale"):
+        models.load_classifier(base("Qwen2"), models.Head(3, "forgotten"), CPU, torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# logits
+
+
+@pytest.mark.parametrize("pooling", models.POOLINGS)
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_head_logits_and_residual_stream_are_fp32_under_autocast(base, pooling, weights):
     model = classifier(base("Qwen2"), pooling, dtype=weights, targets=("q_proj", "o_proj"))
@@ -352,7 +526,7 @@ def test_train_layers_trains_exactly_those(base, count):
 
 def test_more_layers_than_there_are_is_the_users_mistake(base):
     with pytest.raises(UserError, match="--train_layers 3: this base has 2 layers"):
-        models.check_structure(models.skeleton(base("Qwen2"), 3), 3, 10)
+        models.check_structure(models.skeleton(base("Qwen2"), models.Head(3)), 3, 10)
 
 
 def test_unmatched_targets_are_the_users_mistake(base):
@@ -365,7 +539,7 @@ def test_families_that_packing_would_break_run_right_padded():
     """They take transformers' attention interface, yet pass sinks or chunked masks that our function would drop."""
     from transformers import GptOssConfig, Llama4TextConfig, Qwen2Config
 
-    assert not bases.packs(GptOssConfig()) and not bases.packs(Llama4TextConfig()) and bases.packs(Qwen2Config())
+    assert [models.family_of(c()).packs for c in (GptOssConfig, Llama4TextConfig, Qwen2Config)] == [False, False, True]
 
 
 def test_an_adapter_beside_the_base_is_left_out(base, tmp_path, capfd):
@@ -376,13 +550,13 @@ def test_an_adapter_beside_the_base_is_left_out(base, tmp_path, capfd):
     save_file(peft_format.adapter_state(model), folder / "adapter_model.safetensors")
     both, plain = backbone(str(folder)).state_dict(), backbone(base("Qwen2")).state_dict()
     assert both.keys() == plain.keys() and all(torch.equal(both[k], plain[k]) for k in plain)
-    assert "holds an adapter too, which is left out" in capfd.readouterr().err
+    assert "also holds an adapter, which is ignored" in capfd.readouterr().err
 
 
 def test_cls_pooling_of_a_causal_decoder_is_refused(base):
     """Its first token has seen nothing: the head would train on rounding noise."""
     with pytest.raises(UserError, match="--pooling cls on qwen2"):
-        models.skeleton(base("Qwen2"), 3, "cls")
+        models.skeleton(base("Qwen2"), models.Head(3, "cls"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,7 +603,7 @@ def test_a_fresh_head_follows_from_the_seed_alone(base, family):
     heads = []
     for before, seed in ((1, 5), (2, 5), (2, 6)):
         torch.manual_seed(before)
-        model = models.load_classifier(base(family), 3, CPU, torch.float32, seed=seed)
+        model = models.load_classifier(base(family), models.Head(3), CPU, torch.float32, seed=seed)
         heads.append({n: dict(model.named_parameters())[n] for n in model.fresh})
     assert heads[0] and all(torch.equal(t, heads[1][n]) for n, t in heads[0].items())
     assert not any(torch.equal(t, heads[2][n]) for n, t in heads[0].items() if t.ndim == 2)

@@ -25,7 +25,6 @@ import torch
 import transformers
 from conftest import ROOT
 
-import bases
 import checkpoint
 import configs
 import data
@@ -263,9 +262,8 @@ def in_peft(model, task, **words):
 
 
 def ours_on(folder, task, adapter):
-    model = models.load_classifier(
-        folder, CLASSES, CPU, torch.float32, bases.stored_pooling(folder), words=WORDS if task == "CAUSAL_LM" else ()
-    )
+    head = models.Head(CLASSES, models.stored_pooling(folder), words=WORDS if task == "CAUSAL_LM" else ())
+    model = models.load_classifier(folder, head, CPU, torch.float32)
     models.add_adapter(model, adapter)
     return model.eval()
 
@@ -543,7 +541,7 @@ def test_a_merged_model_of_tied_weights_saves_both(base, tmp_path):
     config, folder = models.classifier_config(model, ("a", "b")), str(tmp_path)
     assert config["tie_word_embeddings"] is False
     checkpoint.save_json(tmp_path / "config.json", config)
-    again = models.load_classifier(folder, 2, CPU, torch.float32, words=WORDS).eval()
+    again = models.load_classifier(folder, models.Head(2, words=WORDS), CPU, torch.float32).eval()
     for got in (packed(again), alone(stock(folder, "CAUSAL_LM"), "CAUSAL_LM")):
         torch.testing.assert_close(got, live, rtol=0, atol=1e-5 * float(live.abs().max()))
 
@@ -816,7 +814,7 @@ TENSORS = {  # what becomes of the tensors, and what is said
     "a name of two lines": (put("x\ny", torch.ones(2)), FIT + "1 unexpected tensors"),
     "a name of 5,000 letters": (put("x" * 5000, torch.ones(2)), FIT + "1 unexpected tensors"),
 }
-GONE, NO_FILE = f"no {WEIGHTS} there", "is no file of this folder"
+GONE, NO_FILE = f"no {WEIGHTS} there", "is not a file of this folder"
 PLACES = {  # what becomes of the files themselves
     "link out of the folder as weights": (replaced(WEIGHTS, lambda p, kept: p.symlink_to(kept)), "a link out of it"),
     "link out of the folder as config": (replaced(CONFIG, lambda p, kept: p.symlink_to(kept)), "a link out of it"),
@@ -886,7 +884,10 @@ VALUES = {  # settings that are not valid, and what is said
     "targets numbers": ({"target_modules": [1, 2]}, r"target_modules \[1, 2\]: expected a list of names"),
     "targets an object": ({"target_modules": {"q_proj": 1}}, "target_modules .*: expected a list of names"),
     "a target that is not there": ({"target_modules": [*QV, "wte"]}, "target wte matches no module: the linears here"),
-    "a target that is a block": ({"target_modules": ["self_attn"]}, "is no linear or embedding but Qwen2Attention"),
+    "a target that is a block": (
+        {"target_modules": ["self_attn"]},
+        "is not a linear or an embedding but Qwen2Attention",
+    ),
     "100,000 targets": ({"target_modules": [f"x{i}" for i in range(100_000)]}, "matches no module"),
     "everything excluded": ({"exclude_modules": QV}, "the targets leave no module to adapt"),
     "saved modules not there": ({"modules_to_save": ["heart"]}, "modules_to_save heart matches no module"),
@@ -939,12 +940,12 @@ BASES = {
     "../../../etc": "no config.json|no such folder",
     "/etc": "no config.json in this folder",
     "/nowhere/at/all": "no such folder",
-    "~root/base": "not to be had|no such folder",
+    "~root/base": "could not be loaded|no such folder",
     "https://example.com/a/b": "no such folder",
-    "nobody/has-this-name": "not to be had",
-    "a\0b": "not to be had|no such folder",
-    "a\nb/c": "not to be had|no such folder",
-    "x" * 5000: "not to be had|no such folder",
+    "nobody/has-this-name": "could not be loaded",
+    "a\0b": "could not be loaded|no such folder",
+    "a\nb/c": "could not be loaded|no such folder",
+    "x" * 5000: "could not be loaded|no such folder",
     "": "--base",
 }
 
@@ -1056,12 +1057,12 @@ def test_an_adapter_of_another_family_is_refused_by_its_names(good, small_base, 
 
 
 def test_names_of_adapters_that_lead_nowhere(good, hollow, tmp_path):
-    """No folder, a file, a hub name that is not to be had, and an adapter in the place of the base."""
+    """No folder, a file, a hub name that is could not be loaded, and an adapter in the place of the base."""
     for name in (tmp_path / "nothing", good / WEIGHTS, "nobody/has-this-name", "../..", "\0", "x" * 5000):
         with pytest.raises(UserError, match="^--adapter .*") as e:
             look(hollow, name)
         one_line(e)
-    with pytest.raises(UserError, match="this folder is an adapter; name its base, and it with --adapter") as e:
+    with pytest.raises(UserError, match="is an adapter; name its base, and the adapter with --adapter") as e:
         look(good, good)
     one_line(e)
 
@@ -1112,7 +1113,7 @@ def test_the_command_does_not_wait_for_a_fifo(adapter, hollow, tmp_path, command
     flags = ["--base", hollow, "--adapter", adapter, "--input", rows, "--output", out]
     status, _, err = command("infer.py", *flags, timeout=120)
     assert status == 2 and err.startswith("error: --adapter ") and err.count("\n") == 1, err
-    assert f"{WEIGHTS} is no file of this folder" in err and not out.exists()
+    assert f"{WEIGHTS} is not a file of this folder" in err and not out.exists()
 
 
 def test_at_least_forty_hostile_adapters():

@@ -94,9 +94,8 @@ def base(tmp_path_factory):
 
 def load(folder, kind="qwen2", quant="nf4", dtype=torch.float32, compute=torch.float32):
     words, pooling = WORDS if "words" in kind else (), "cls" if kind == "bert" else "last"
-    return models.load_classifier(
-        folder, 3, CPU, dtype, pooling, words=words, quant=quant, compute=compute, seed=3
-    ).eval()
+    head = models.Head(3, pooling, words=words)
+    return models.load_classifier(folder, head, CPU, dtype, quant=quant, compute=compute, seed=3).eval()
 
 
 def quantized(model) -> dict[str, nn.Module]:

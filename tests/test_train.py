@@ -144,7 +144,7 @@ def test_without_adapter_the_base_is_trained_saved_and_loads_in_transformers(tmp
         for row, logits in zip(val[:8], live, strict=False):
             ids = torch.tensor([tokenizer(row["Question"])["input_ids"][:64]])
             np.testing.assert_allclose(theirs(input_ids=ids).logits[0].numpy(), logits, atol=2e-6)
-    whole = trained.models.load_classifier(small_base, 8, torch.device("cpu"), torch.float32)
+    whole = trained.models.load_classifier(small_base, trained.models.Head(8), torch.device("cpu"), torch.float32)
     before = whole.backbone.state_dict()
     after = checkpoint.load_tensors(run / "best/model.safetensors")
     changed = {n for n, t in before.items() if not torch.equal(t, after[f"model.{n}"])}
