@@ -332,7 +332,8 @@ def test_every_contradiction_comes_in_one_message():
     assert message.startswith("13 problems in the settings: ") and message.count(" | ") == 12, message
     for words in (
         "--bias all with --rank 0", "--warmup_steps 5 and --warmup_ratio 0.1", "--lr -1.0: expected a number above 0",
-        "--epochs 0", "--max_tokens 100 is below --max_length 512", "--val_size 0.0: expected a fraction or a count above 0",
+        "--epochs 0", "--max_tokens 100 is below --max_length 512", 
+        "--val_size 0.0: expected a fraction or a count above 0",
         "--text no column: expected",
         "--metric macrof1", "did you mean macro_f1?", "at least 2 names, each once",
         "--class_weights 1,-2", "--label_smoothing 1.0", "--train_data is empty",
