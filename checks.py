@@ -21,7 +21,7 @@ CHOICES = {
     "ensemble": ("mean_logit", "mean_prob", "rank", "weighted"),
     "export_dtype": ("bf16", "fp16", "fp32"),
     "optimizer": ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"),
-    "pooling": ("last", "mean", "cls"),
+    "pooling": ("last", "mean", "cls", "attention"),
     "bias": ("none", "lora_only", "all"),
     "schedule": ("cosine", "linear", "constant"),
     "precision": ("auto", "fp32", "fp16", "bf16"),
@@ -87,33 +87,15 @@ def train_problems(cfg: configs.TrainConfig) -> list[str]:
         found.append(f"--label_names {','.join(cfg.label_names)}: a name stands twice")
     if len(cfg.label_names) == 1:
         found.append(f"--label_names {cfg.label_names[0]}: expected at least 2 names")
-    if cfg.train_start < 0 or cfg.train_stop < 0 or (cfg.train_stop and cfg.train_stop <= cfg.train_start):
-        found.append(f"--train_start {cfg.train_start} --train_stop {cfg.train_stop}: expected a slice from 0 up")
-    if cfg.balance and cfg.task != "single_label":
-        found.append(f"--balance with --task {cfg.task}: only single_label has classes to balance")
-    if cfg.split and (cfg.balance or cfg.folds or cfg.val_data):
-        found.append(f"--split {cfg.split} with --balance, --folds or --val_data: the split is drawn already")
-    if cfg.examples and cfg.task == "multi_label":
-        found.append("--examples with --task multi_label: an example column has one label; leave it out")
-    for part in cfg.examples:
-        if not all(part.partition("=")):
-            found.append(f"--examples {part}: expected column=label, such as positive_example_1=1")
-    if cfg.pseudo_labels and not (cfg.pseudo_data or cfg.test_data):
-        found.append("--pseudo_labels without --pseudo_data or --test_data: name the rows that were predicted")
-    if not 0.5 <= cfg.pseudo_min_confidence <= 1:
-        found.append(f"--pseudo_min_confidence {cfg.pseudo_min_confidence:g}: expected a probability from 0.5 to 1")
     for part in cfg.budgets:
         if not re.fullmatch(r"[^=]+=[1-9]\d*", part):
             found.append(f"--budgets {part}: expected field=tokens, such as body=300")
-    wanted = [str(i) for i in range(cfg.folds)]
-    if cfg.folds == 1 or (cfg.folds and cfg.fold not in ["all", *wanted]):
-        found.append(f"--folds {cfg.folds} --fold {cfg.fold}: expected 2 or more folds, and one of them or all")
     if cfg.folds and cfg.val_data:
         found.append(
             f"--folds {cfg.folds} with --val_data {cfg.val_data}: folds judge the training rows; leave one out"
         )
-    if not all(s.isdigit() for s in cfg.seeds) or len(set(map(int, cfg.seeds))) < len(cfg.seeds):
-        found.append(f"--seeds {','.join(cfg.seeds)}: expected whole numbers of 0 or more, each once")
+    if cfg.folds == 1 or cfg.fold < -1 or (cfg.folds and cfg.fold >= cfg.folds):
+        found.append(f"--folds {cfg.folds} --fold {cfg.fold}: expected 2 or more folds, and one of them")
     kinds = r"none|balanced|inverse|effective(:0?\.\d+)?"
     if not re.fullmatch(kinds, cfg.class_weights) and not _weights(cfg.class_weights):
         kinds = "none, balanced, effective, effective:0.99 or positive numbers like 1,2.5"
@@ -281,7 +263,15 @@ def _training_problems(cfg) -> list[str]:
     return found
 
 
-def check(cfg, given: set[str] = frozenset()) -> None:
+def needs_of(cls):
+    return {}
+
+
+def in_words(need):
+    return ""
+
+
+def check(cfg, given: set[str] = frozenset(), needs=None, clashes=()) -> None:
     """Raise one UserError with every problem of the config; given: fields set by hand, which must have an effect."""
     idle = ["--text has no effect with --prompt, which has its own"] if {"text", "prompt"} <= given else []
     if isinstance(cfg, (configs.TrainConfig, configs.CptConfig)) and cfg.rank == 0:
@@ -298,14 +288,7 @@ def check(cfg, given: set[str] = frozenset()) -> None:
         idle.append("--val_size has no effect with --val_data, whose rows are all used")
     if isinstance(cfg, configs.TrainConfig):
         idle += ["--val_size has no effect with --folds"] if cfg.folds and "val_size" in given else []
-        drawn = {"val_size", "split_seed", "group_column"} & given if cfg.split else ()
-        idle += [f"--{n} has no effect with --split, which is drawn already" for n in sorted(drawn)]
         idle += ["--split_seed has no effect with --val_data"] * ("split_seed" in given and bool(cfg.val_data))
-        more = {"pseudo_data", "pseudo_min_confidence", "pseudo_soft"} & given if not cfg.pseudo_labels else ()
-        idle += [f"--{n} has no effect without --pseudo_labels" for n in sorted(more)]
-        idle += ["--examples_column has no effect without --examples"] * (
-            "examples_column" in given and not cfg.examples
-        )
         idle += ["--fold has no effect without --folds"] if "fold" in given and not cfg.folds else []
     if (
         isinstance(cfg, (configs.TrainConfig, configs.InferConfig))
@@ -318,7 +301,12 @@ def check(cfg, given: set[str] = frozenset()) -> None:
     if isinstance(cfg, configs.InferConfig):
         idle += _idle_infer(cfg, given)
     of = {configs.TrainConfig: train_problems, configs.InferConfig: infer_problems, configs.CptConfig: cpt_problems}
-    problems = idle + of.get(type(cfg), report_problems)(cfg)
+    kind = next((f for k, f in of.items() if isinstance(cfg, k)), report_problems)
+    for field, other in (needs or {}).items():
+        for word in other.split():
+            if field in given and bool(getattr(cfg, word.lstrip("!"))) == word.startswith("!"):
+                idle.append(f"--{field} has no effect {'with' if word[0] == '!' else 'without'} --{word.lstrip('!')}")
+    problems = idle + kind(cfg) + [m if isinstance(m, str) else m(cfg) for m, test in clashes if test(cfg)]
     if problems:
         head = "" if len(problems) == 1 else f"{len(problems)} problems in the settings: "
         raise UserError(head + " | ".join(problems))

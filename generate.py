@@ -121,7 +121,7 @@ def generate_answers(cfg: InferConfig, path: Path, train_cfg, labels, world, row
     if len(labels.values) != 2 or train_cfg.head != "label_words":
         raise UserError("--scoring generate: expected two classes and --head label_words, whose words an answer says")
     given_by_hand = cfg.base or cfg.adapter
-    if not given_by_hand and len(configs.members(train_cfg)) > 1:
+    if not given_by_hand and len(trained.members(path)) > 1:
         raise UserError(f"--scoring generate: {path} is several runs; name one of them with --runs")
     if not given_by_hand and not train_cfg.rank:
         raise UserError(f"--scoring generate: {path} trained its whole base as a classifier, which writes no text")
@@ -375,3 +375,12 @@ def read_tools(path: str) -> list[dict] | None:
     if path and not (isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools)):
         raise UserError(f"--tools {path}: expected a JSON list of tool descriptions (objects)")
     return tools
+
+
+if __name__ == "__main__":  # scaffold: the `words` helper makes this a command
+    import sys
+
+    import infer
+
+    sys.argv.insert(1, "--generate")
+    ddp.launch(infer.main)

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> dict:
         raise Degenerate(f"{mismatch}: nothing was scored (--force where it is the same model by another name)")
     if cfg.merge and train_cfg.quant != "none":
         raise UserError(f"--merge: run {path} is quantized, which takes no update; --export DIR merges its 16-bit base")
-    members = [] if given else list(configs.members(train_cfg))
+    members = [] if given else list(trained.members(path))
     if cfg.export and len(members) > 1:
         raise UserError(f"--export: {path} is {len(members)} runs; name one of them, such as {path / members[0]}")
     source = cfg.input or train_cfg.test_data

@@ -22,8 +22,6 @@ import prompts
 from configs import TrainConfig
 from errors import UserError, few
 
-OWN, PSEUDO = -1, -2  # where a row comes from, if not from the row of an index
-
 
 @dataclass
 class Split:
@@ -34,26 +32,21 @@ class Split:
     labels: np.ndarray  # (N,) int64 classes, (N, C) float32 of 0 and 1 for multi_label, or (N,) float32 numbers
     tokens: data.Tokens | None = None
     uncut: np.ndarray | None = None  # (N,) tokens of each row before it was cut to max_length
-    soft: np.ndarray | None = None  # (N, C) float32: probabilities of classes to train on in the place of labels
-    origin: np.ndarray | None = None  # (N,) where rows were added: OWN, PSEUDO, or the row that a row was made of
+    soft: np.ndarray | None = None  # (N, C) float32 probabilities of a teacher, NaN rows without one
+    train_only: np.ndarray | None = None  # (N,) bool: rows that never judge
 
     def take(self, chosen: np.ndarray) -> "Split":
         rows, ids = [self.rows[i] for i in chosen], [self.ids[i] for i in chosen]
-        arrays = [part if part is None else part[chosen] for part in (self.uncut, self.soft, self.origin)]
+        arrays = [part if part is None else part[chosen] for part in (self.uncut, self.soft, self.train_only)]
         return Split(rows, ids, self.labels[chosen], self.tokens and self.tokens.take(chosen), *arrays)
 
-    def own(self) -> "Split":
-        """The rows of the file itself, without those that were added."""
-        return self if self.origin is None else self.take(np.flatnonzero(self.origin == OWN))
+    def judging(self) -> "Split":
+        """The rows that may judge."""
+        return self if self.train_only is None else self.take(np.flatnonzero(~self.train_only))
 
     def digest(self) -> str:
         """sha256 over tokens and targets: a resumed run must see the same."""
-        return self.tokens.digest(self.targets)
-
-    @property
-    def targets(self) -> np.ndarray:
-        """What is trained on: labels, or (N, C) probabilities of classes where some rows have only those."""
-        return self.labels if self.soft is None else self.soft
+        return self.tokens.digest(self.labels)
 
 
 # ---- from files to rows ---------------------------------------------------------------------------------------------
@@ -66,8 +59,6 @@ def read(cfg: TrainConfig, say: Callable) -> tuple[Split, Split | None, labellin
     """
     columns = files.template_columns(cfg.text)
     data.cutting_rules(cfg.text, cfg.kept, cfg.budgets)  # unknown fields are said now
-    if cfg.examples and cfg.examples_column not in columns:
-        raise UserError(f"--examples_column {cfg.examples_column}: the text has {', '.join(columns)}")
     rows = _labelled_rows(cfg, cfg.train_data, "train_data", columns, say)
     where = f"--train_data {cfg.train_data}"
     if cfg.task == "regression":
@@ -78,16 +69,11 @@ def read(cfg: TrainConfig, say: Callable) -> tuple[Split, Split | None, labellin
     else:
         labels = labelling.find_labels([r[cfg.label_column] for r in rows], cfg.label_names, where)
     train, val = _encoded(cfg, rows, labels, where), None
+    names = [f"probability_{v}" for v in labels.values]
+    if names and names[0] in rows[0]:
+        train.soft = np.array([[float(r[n] or "nan") for n in names] for r in rows], np.float32)
     if cfg.drop_conflicts:
         train = without_conflicts(cfg, train, labels, say)
-    if cfg.split:
-        train = train.take(np.array(list(_of_split(cfg, train)), dtype=int))
-        say(f"--split {cfg.split}: {len(train.ids):,} of {len(rows):,} rows, in its order")
-    elif cfg.balance:
-        train = train.take(equal_rows(train.labels, split_seed(cfg)))
-        say(f"--balance: {len(train.ids):,} of {len(rows):,} rows, equally many of every class")
-    if cfg.examples or cfg.pseudo_labels:
-        train = with_more(cfg, train, labels, say)
     if cfg.val_data:
         val_rows = _labelled_rows(cfg, cfg.val_data, "val_data", columns, say)
         val = _encoded(cfg, val_rows, labels, f"--val_data {cfg.val_data}")
@@ -103,7 +89,7 @@ def load_rows(cfg: TrainConfig, say: Callable) -> tuple[Split, Split, labelling.
 def _labelled_rows(cfg: TrainConfig, path: str, flag: str, columns: list[str], say: Callable) -> list[dict[str, str]]:
     """Rows with text, label and groups. Raises UserError for missing columns and, with their numbers, empty texts."""
     rows = files.read_rows(path, flag)
-    group = [c for c in (cfg.group_column, cfg.by_column, cfg.examples and cfg.examples_column) if c]
+    group = [c for c in (cfg.group_column, cfg.by_column) if c]
     files.need_columns(rows, [*columns, *(cfg.label_columns or (cfg.label_column,)), *group], path, flag)
     decoded = files.decode_bytes_literals(rows, columns)
     if decoded:
@@ -128,99 +114,35 @@ def digest_of(rows: list[dict[str, str]]) -> str:
 # ---- who judges -----------------------------------------------------------------------------------------------------
 
 
-def cut(cfg: TrainConfig, rows: Split, val: Split | None) -> tuple[Split, Split]:
-    """(training rows, validation rows) of one run: val_data's, or the run's fold, or the hold-out; of the training rows
-    its slice, and what was added to it.
-    """
-    pool, held = pool_of(cfg, rows, val)
-    judges = val or rows.take(held)
-    train = pool[cfg.train_start : cfg.train_stop or None]
-    if not len(train):
-        raise UserError(f"--train_start {cfg.train_start}: there are only {len(pool):,} training rows")
-    if rows.origin is not None:
-        train = np.concatenate([train, added(cfg, rows, train, judges)])
-    return rows.take(train), judges
-
-
-def pool_of(cfg: TrainConfig, rows: Split, val: Split | None) -> tuple[np.ndarray, np.ndarray]:
-    """Row indices (in the order that slices are cut from, of the validation): classes mixed evenly where there are
-    slices, as the files have it otherwise.
-    """
-    own = rows.own()
-    held = np.zeros(len(own.ids), bool) if val else held_out(cfg, own)
-    pool = np.flatnonzero(~held)
-    if (cfg.train_start or cfg.train_stop) and not cfg.split:
-        pool = pool[mixed_order(_strata(cfg.task, own.labels[pool]), split_seed(cfg))]
-    return pool, np.flatnonzero(held)
+def cut(cfg: TrainConfig, rows: Split, val: Split | None, recorded=None) -> tuple[Split, Split]:
+    """(training rows, validation rows) of one run: val_data's, or the run's fold, or the hold-out."""
+    if val:
+        return rows, val
+    held = held_out(cfg, rows)
+    return rows.take(np.flatnonzero(~held)), rows.take(np.flatnonzero(held))
 
 
 def judged(cfg: TrainConfig, rows: Split, val: Split | None) -> Split:
     """The rows of val_predictions.csv in its order; of a family over all folds that is every row."""
-    return rows.own() if cfg.folds and cfg.fold == "all" else cut(cfg, rows, val)[1]
+    return rows.judging() if cfg.folds and cfg.fold < 0 else cut(cfg, rows, val)[1]
 
 
 def split_csv(cfg: TrainConfig, rows: Split, val: Split | None) -> str:
-    """The ids of all rows, and as what they took part (train, later, validation; those of a validation file are not
-    listed), in the order that slices are cut from: what --split reads.
-    """
-    pool, held = pool_of(cfg, rows, val)
-    stop = cfg.train_stop or len(pool)
-    parts = ["train" if cfg.train_start <= i < stop else "later" for i in range(len(pool))]
+    held = np.zeros(len(rows.ids), bool) if val else held_out(cfg, rows)
+    pool, held = np.flatnonzero(~held), np.flatnonzero(held)
     out = io.StringIO(newline="")
-    pairs = zip([*pool, *held], parts + ["validation"] * len(held), strict=True)
+    pairs = zip([*pool, *held], ["train"] * len(pool) + ["validation"] * len(held), strict=True)
     csv.writer(out, lineterminator="\n").writerows([("id", "part"), *((rows.ids[i], part) for i, part in pairs)])
     return out.getvalue()
-
-
-def _of_split(cfg: TrainConfig, rows: Split) -> dict[int, str]:
-    """The parts of --split by row index, in its order. Raises UserError for ids that the rows lack or that stand twice,
-    other parts than split_csv writes, and a file without validation rows.
-    """
-    where, found = f"--split {cfg.split}", files.read_rows(cfg.split, "split")
-    files.need_columns(found, ["id", "part"], cfg.split, "split")
-    place, ids = {id: i for i, id in enumerate(rows.ids)}, [row["id"] for row in found]
-    if len(place) < len(rows.ids) or len(set(ids)) < len(ids):
-        raise UserError(f"{where}: ids stand twice, in it or in --train_data: give an --id_column without repeats")
-    lost = [id for id in ids if id not in place]
-    if lost:
-        raise UserError(f"{where}: {len(lost)} of its ids are not in --train_data ({few(lost)})")
-    parts = {place[row["id"]]: row["part"] for row in found}
-    if set(parts.values()) - {"train", "later", "validation"} or "validation" not in parts.values():
-        raise UserError(f"{where}: parts {sorted(set(parts.values()))}: expected train, later and some validation")
-    return parts
 
 
 def split_seed(cfg: TrainConfig) -> int:
     return cfg.seed if cfg.split_seed < 0 else cfg.split_seed
 
 
-def equal_rows(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Sorted indices of equally many rows of every class, as many as the rarest has, drawn from the seed."""
-    classes, counts = np.unique(labels, return_counts=True)
-    rng = np.random.default_rng([seed, 0xBA1A])
-    return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == c))[: counts.min()] for c in classes]))
-
-
-def mixed_order(strata: np.ndarray, seed: int) -> np.ndarray:
-    """An order (N,) from the seed in which every stretch has nearly the same share of each class; of several labels a
-    row it is any order.
-    """
-    order = np.random.default_rng([seed, 0x511C]).permutation(len(strata))
-    if strata.ndim == 2:
-        return order
-    place = np.zeros(len(strata))
-    for c in np.unique(strata):
-        mine = order[strata[order] == c]
-        place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
-    return order[np.argsort(place[order], kind="stable")]
-
-
 def held_out(cfg: TrainConfig, rows: Split) -> np.ndarray:
     """(N,) bool: the rows of the config's fold, or of its hold-out; a function of the data and the split's seed."""
     groups, seed = groups_of(cfg, rows), split_seed(cfg)
-    if cfg.split:
-        parts = _of_split(cfg, rows)
-        return np.array([parts[i] == "validation" for i in range(len(rows.ids))])
     if cfg.folds:
         return folds(cfg.task, rows.labels, cfg.folds, seed, groups) == int(cfg.fold)
     held = np.zeros(len(rows.labels), bool)
@@ -351,94 +273,6 @@ def stratify(targets: np.ndarray, shares: list[float], seed: int, groups: np.nda
     return part[np.argsort(order)][of]
 
 
-# ---- more training rows ---------------------------------------------------------------------------------------------
-
-
-def with_more(cfg: TrainConfig, own: Split, labels: labelling.Labels, say: Callable) -> Split:
-    """The rows, then those made of their example columns, then the confident ones of --pseudo_labels.
-
-    Every run takes of them what it may: see `added`. Raises UserError for columns, ids or numbers that are missing.
-    """
-    made, origin = [], []
-    pairs = [part.partition("=")[::2] for part in cfg.examples]
-    if pairs:
-        files.need_columns(own.rows, [cfg.examples_column, *(c for c, _ in pairs)], cfg.train_data, "train_data")
-    for parent, row in enumerate(own.rows):
-        for column, label in pairs:
-            if row[column].strip():
-                others = [row[c] for c, same in pairs if same == label and c != column]
-                shown = row[cfg.examples_column] if row[cfg.label_column] == label else next(iter(others), "")
-                texts_of = {cfg.examples_column: row[column], column: shown}  # never beside itself as an example
-                made.append((f"{own.ids[parent]}:{column}", {**row, **texts_of, cfg.label_column: label}))
-                origin.append(parent)
-    targets = labelling.encode_targets(cfg, [row for _, row in made], labels, "--examples") if made else own.labels[:0]
-    pseudo, answers_of, soft = pseudo_rows(cfg, labels, say) if cfg.pseudo_labels else ([], own.labels[:0], None)
-    found = Split(
-        own.rows + [row for _, row in made] + [row for _, row in pseudo],
-        own.ids + [i for i, _ in made] + [f"pseudo:{i}" for i, _ in pseudo],
-        np.concatenate([own.labels, targets, answers_of]),
-        origin=np.array([OWN] * len(own.ids) + origin + [PSEUDO] * len(pseudo)),
-    )
-    if soft is not None and cfg.task == "single_label":
-        found.soft = np.eye(len(labels.values), dtype=np.float32)[found.labels]
-        found.soft[len(found.soft) - len(soft) :] = soft
-    return found
-
-
-def pseudo_rows(
-    cfg: TrainConfig, labels: labelling.Labels, say: Callable
-) -> tuple[list, np.ndarray, np.ndarray | None]:
-    """((id, row) of confident predictions, their answers as targets, probabilities (M, C) to train on if soft)."""
-    where, key = f"--pseudo_labels {cfg.pseudo_labels}", cfg.id_column
-    rows = files.read_rows(cfg.pseudo_data or cfg.test_data, "pseudo_data")
-    files.need_columns(rows, files.template_columns(cfg.text), cfg.pseudo_data or cfg.test_data, "pseudo_data")
-    files.decode_bytes_literals(rows, files.template_columns(cfg.text))
-    by_id = {row.get(key, str(i)): row for i, row in enumerate(rows)}
-    told = files.read_rows(cfg.pseudo_labels, "pseudo_labels")
-    if len(by_id) < len(rows) or len({row.get(key) for row in told}) < len(told):
-        raise UserError(f"{where}: ids stand twice, in it or in --pseudo_data: which text is whose?")
-    names = [f"probability_{v}" for v in labels.values] or ["prediction"]
-    files.need_columns(told, [key, *names], cfg.pseudo_labels, "pseudo_labels")
-    lost = [row[key] for row in told if row[key] not in by_id]
-    if lost:
-        raise UserError(f"{where}: {len(lost)} of its ids are not among the rows of --pseudo_data ({few(lost)})")
-    p = np.stack([labelling.encode_numbers([row[n] for row in told], where) for n in names], axis=1)
-    if not ((p >= 0) & (p <= 1)).all():
-        raise UserError(f"{where}: {int(((p < 0) | (p > 1)).any(axis=1).sum())} rows hold numbers outside 0 to 1")
-    sure = p.max(axis=1) if cfg.task == "single_label" else np.maximum(p, 1 - p).min(axis=1)
-    chosen = np.flatnonzero(sure >= cfg.pseudo_min_confidence)
-    say(f"{where}: {len(chosen)} of {len(told)} rows with at least {cfg.pseudo_min_confidence:g}")
-    p, found = p[chosen], [(told[i][key], by_id[told[i][key]]) for i in chosen]
-    if cfg.task == "single_label":
-        return found, p.argmax(axis=1), p / p.sum(axis=1, keepdims=True) if cfg.pseudo_soft else None
-    answer = p if cfg.pseudo_soft else (p > 0.5).astype(np.float32)
-    return found, answer[:, 0] if cfg.task == "regression" else answer, None
-
-
-def added(cfg: TrainConfig, rows: Split, train: np.ndarray, judges: Split) -> np.ndarray:
-    """Indices of the added rows that a run trains on: made of its own training rows, each text once, and none that a
-    training or validation row has, or that stands there with both labels; and the pseudo-labelled ones but for
-    validation texts.
-    """
-
-    def key(row: dict) -> tuple:
-        return audit.normal_form(row[cfg.examples_column]), row.get(cfg.by_column, "")
-
-    judged_texts = {audit.normal_form(text) for text in texts(cfg, judges.rows)}
-    pseudo = np.flatnonzero(rows.origin == PSEUDO)
-    fresh = [audit.normal_form(text) not in judged_texts for text in texts(cfg, [rows.rows[i] for i in pseudo])]
-    pseudo, candidates = pseudo[np.array(fresh, dtype=bool)], np.flatnonzero(np.isin(rows.origin, train))
-    if not len(candidates):
-        return pseudo
-    taken = {key(row) for row in rows.own().rows}
-    unseen, answers_of = {audit.normal_form(row[cfg.examples_column]) for row in judges.rows}, {}
-    for i in candidates:
-        if key(rows.rows[i]) not in taken and key(rows.rows[i])[0] not in unseen:
-            answers_of.setdefault(key(rows.rows[i]), []).append(i)
-    agreed = [same[0] for same in answers_of.values() if len({rows.rows[i][cfg.label_column] for i in same}) == 1]
-    return np.concatenate([np.array(agreed, dtype=int), pseudo])
-
-
 # ---- what is wrong with the rows ------------------------------------------------------------------------------------
 
 
@@ -512,7 +346,9 @@ def _named(groups, names: list[str]):
 
 def class_shares(rows: Split, labels: labelling.Labels) -> np.ndarray:
     """(C,) the share of rows of each class."""
-    own = rows.own().labels
+    own = rows.judging().labels
+    if own.ndim == 2 or not labels.values:
+        return np.atleast_1d(own.mean(axis=0))
     return np.bincount(own, minlength=len(labels.values)) / len(own)
 
 

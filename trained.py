@@ -255,6 +255,18 @@ class Run:
         ]
 
 
+def members(path: Path) -> dict[str, Path]:
+    """Scaffold: name -> folder of each run of a family, {"": path} for a plain run."""
+    path = Path(path)
+    if (path / "family.json").is_file():
+        return {n: path / p for n, p in checkpoint.load_json(path / "family.json")["members"].items()}
+    raw = cli.raw_config(path)
+    folds = [f"fold_{i}" for i in range(raw.get("folds", 0))] if raw.get("fold") == "all" else []
+    seeds = [f"seed_{s}" for s in raw.get("seeds", ())]
+    names = [f"{s}_{f}" for s in seeds for f in folds] or seeds or folds
+    return {n: path / n for n in names} or {"": path}
+
+
 def run_facts(path: Path) -> tuple[TrainConfig, labelling.Labels]:
     """The config and labels of a run, before any weight is loaded. Raises UserError when it is no classifier."""
     if not (path / "config.json").is_file() or not (path / "labels.json").is_file():
@@ -275,8 +287,8 @@ def load_run(
     """
     path, world = Path(path), world or ddp.setup()
     cfg, labels = run_facts(path)
-    names = configs.members(cfg)
-    saves = tuple(checkpoint.trusted(path / name / "best") for name in names)
+    names = members(path)
+    saves = tuple(checkpoint.trusted(folder / "best") for folder in names.values())
     if None in saves:
         lacks = path / list(names)[saves.index(None)]
         raise UserError(f"run {lacks}: it holds no best/ save yet; go on with python train.py --resume {path}")
@@ -336,7 +348,7 @@ def start_from(path: Path, cfg: TrainConfig, labels: labelling.Labels, model: mo
     Raises UserError where that run has other labels, another shape or another base.
     """
     other, theirs = run_facts(path)
-    folder = checkpoint.trusted(path / "best") if len(configs.members(other)) == 1 else None
+    folder = checkpoint.trusted(path / "best") if list(members(path)) == [""] else None
     if folder is None:
         raise UserError(f"--init_from {path}: it holds no best/ save (of a family name one of its runs)")
     if (other.task, theirs.values) != (cfg.task, labels.values):
@@ -391,7 +403,7 @@ def fit_decision(cfg: TrainConfig, run: Path, logits: np.ndarray, labels: np.nda
     if cfg.task == "regression" or len(labels) < 10:
         return {}
     targets, kind = labels.astype(np.int64), threshold_kind(cfg)
-    fitted_on = "out-of-fold" if cfg.folds and cfg.fold == "all" else "validation"
+    fitted_on = "out-of-fold" if cfg.folds and cfg.fold < 0 else "validation"
     decision = decide.fit_decision(cfg.task, logits, targets, kind, fitted_on)
     scores, _, _ = decide.cross_fitted(cfg.task, logits, targets, seed=cfg.seed, kind=kind)
     if world.rank == 0:
