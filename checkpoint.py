@@ -330,17 +330,31 @@ def load_optimizer_tensors(optimizer, tensors: dict[str, torch.Tensor]) -> None:
 # ---- resuming -------------------------------------------------------------------------------------------------------
 
 
-def find_run(resume: str, outputs: str, base: str, dataset: str) -> Path | None:
+def is_family(run: Path) -> bool:
+    """Whether a run folder holds runs over folds and seeds, as folds.py makes them, or train.py made them before."""
+    if (run / "family.json").is_file():
+        return True
+    config = load_json(run / "config.json")
+    return bool(config.get("seeds")) or (config.get("fold") == "all" and bool(config.get("folds")))
+
+
+def find_run(resume: str, outputs: str, base: str, dataset: str, family: bool = False) -> Path | None:
     """The run that `--resume auto|RUN` means, or None when auto finds no unfinished one.
 
-    Raises NoRun when RUN is no run folder, or already finished.
+    family: whether a family of runs is meant. Raises UserError when RUN is no such folder, or already finished.
     """
     if resume == "auto":
-        unfinished = [r for r in runs_of(outputs, base, dataset) if (r / "config.json").is_file() and not finished(r)]
-        return unfinished[-1] if unfinished else None
+        for run in reversed(runs_of(outputs, base, dataset)):
+            if (run / "config.json").is_file() and not finished(run) and is_family(run) == family:
+                return run
+        return None
     run = Path(resume)
     if not (run / "config.json").is_file():
         raise UserError(f"--resume {resume}: no run folder (expected config.json in it)")
+    if is_family(run) and not family:
+        raise UserError(f"--resume {resume}: a family of runs; continue with python folds.py --resume {resume}")
+    if family and not is_family(run):
+        raise UserError(f"--resume {resume}: one run, not a family; continue with python train.py --resume {resume}")
     if finished(run):
         raise UserError(f"--resume {resume}: this run is finished; start a new one, or predict with infer.py")
     return run

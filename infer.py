@@ -157,7 +157,7 @@ def export(cfg: InferConfig, path: Path, given, world: ddp.World, rows: list[dic
     before = run.logits(rows)[0] if rows else np.zeros((0, 1))
     if run.config.quant != "none":
         run = load(cfg, path, given, world, "none")
-    name = trained.export(Path(cfg.export), run)
+    name = trained.export_run(Path(cfg.export), run)
     after = run.logits(rows)[0] if rows else before
     drift, flips = float(np.abs(after - before).max(initial=0)), int((after.argmax(1) != before.argmax(1)).sum())
     note = f"logits of {len(rows)} rows moved by at most {drift:.2g}, {flips} predictions changed"

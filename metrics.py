@@ -341,3 +341,9 @@ def _number_scorer(outputs: np.ndarray, targets: np.ndarray) -> Callable:
         return found | ({"roc_auc": area(w)[0]} if area else {})
 
     return score
+
+
+def better(now, best: float | None, metric: str) -> bool:  # scaffold: the `numbers` helper has it
+    """Whether a score beats the best so far; losses and errors are the smaller the better."""
+    now = -1.0 if now is None else now
+    return best is None or (now < best if metric in ("log_loss", "hamming_loss", "mse", "rmse", "mae") else now > best)

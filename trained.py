@@ -1,6 +1,7 @@
 """A trained model on disk."""
 
 import os
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,6 +132,23 @@ def new_classifier(
     return model
 
 
+def write_whole(folder: Path, model, tokenizer, config: dict, dtype: torch.dtype | None = None) -> None:
+    """A whole model as transformers loads it: safetensors in `dtype` (None: each as it is), config.json, tokenizer."""
+    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in models.state(model).items()}
+    checkpoint.save_tensors(folder / "model.safetensors", tensors)
+    if dtype:
+        config = {**config, "dtype": str(dtype).removeprefix("torch.")}
+    checkpoint.save_json(folder / "config.json", config)
+    tokenizer.save_pretrained(folder)
+
+
+def write_adapter(folder: Path, model, tokenizer) -> None:
+    """An adapter in PEFT's format, and the tokenizer."""
+    checkpoint.save_json(folder / "adapter_config.json", peft_format.adapter_config(model.adapter))
+    checkpoint.save_tensors(folder / "adapter_model.safetensors", peft_format.adapter_state(model))
+    tokenizer.save_pretrained(folder)
+
+
 def write_classifier(folder: Path, model: models.Classifier, tokenizer, labels: labelling.Labels) -> None:
     """All that a save needs to be loaded alone: an adapter in PEFT's format or the whole model, and the tokenizer."""
     if lora.adapters(model):
@@ -162,7 +180,29 @@ def read_classifier(folder: Path, model: models.Classifier) -> str:
         raise Untrusted(f"{folder}: {e}") from None
 
 
-def export(path: Path, run: "Run") -> str:
+def export(folder: Path, model, tokenizer, config: dict, dtype: torch.dtype, about: dict) -> None:
+    """Merge a model's adapter and write it for others to load.
+
+    A new or empty folder appears whole, sealed by a manifest with the facts `about`. In a folder that holds files, such
+    as a base's config and tokenizer, they are replaced one by one, the weights last.
+    """
+    lora.merge(model)
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(hidden: Path) -> None:
+        write_whole(hidden, model, tokenizer, config, dtype)
+
+    if not folder.is_dir() or not any(folder.iterdir()):
+        checkpoint.save(folder, write, about, keep=0)
+        return
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as hidden:
+        write(Path(hidden))
+        for path in sorted(Path(hidden).iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            checkpoint.fs_rename(path, folder / path.name)
+
+
+def export_run(path: Path, run: "Run") -> str:
     """Write a run as a plain transformers model into a folder: its adapter merged, in the dtype that it ran in.
 
     Raises UserError where transformers' own class could not give the same logits. Returns the class that loads it.
@@ -369,11 +409,12 @@ def chain(path: str) -> list[Path]:
     return found[::-1]
 
 
-def check_chain(cfg: TrainConfig, train: list[str], judges: list[str]) -> str:
+def check_chain(cfg: TrainConfig, train, judges) -> str:
     """Raise UserError where rows that judge (by ids) were trained on by a run that this one starts from; returns a note
     on those that it trains on again.
     """
     again, here = set(), os.path.realpath(cfg.train_data)
+    train, judges = train.ids, judges.ids  # scaffold
     for run in chain(cfg.init_from):
         if not (run / "split.csv").is_file() or len(set(judges)) < len(judges):
             return f"warning: whether {run} was trained on validation rows of this run cannot be told by its ids"
