@@ -32,17 +32,16 @@ MOVED = {
         "pseudo_min_confidence": "python runs/pseudo_labels.py ... --min_confidence 0.9 writes rows to train on",
         "pseudo_soft": "python runs/pseudo_labels.py ... --soft writes probability columns to train on",
     },
-    "InferConfig": {
-        "ensemble": "python ensemble.py --runs A B --ensemble mean_prob ...",
-        "scoring": "python generate.py --score ... reads generated answers as scores",
-        **dict.fromkeys(
-            "generate chat system examples tools max_new_tokens temperature top_p batch_size seed".split(),
-            "python generate.py ... completes prompts",
-        ),
-    },
 }
 # The values of moved fields that mean nothing: configs that hold them load without a note.
 IDLE = (None, "", 0, False, [], "body", 0.9, "mean_logit", "label_words", "all")
+
+
+def moved_fields(cls) -> dict:
+    """Of a config and those it extends; a field that it has itself has not moved."""
+    own = {field.name for field in dataclasses.fields(cls)}
+    every = [MOVED.get(base.__name__, {}) for base in cls.__mro__]
+    return {name: hint for moved in every for name, hint in moved.items() if name not in own}
 
 
 # ---- from argv to a config ------------------------------------------------------------------------------------------
@@ -103,7 +102,7 @@ def read_flags(cls, argv: list[str]) -> dict[str, str]:
     A field that takes several values takes all words up to the next flag.
     """
     hints = {field.name: typing.get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}
-    moved = MOVED.get(cls.__name__, {})
+    moved = moved_fields(cls)
     texts, problems = {}, []
     for flag, words in grouped(argv):
         name = flag.removeprefix("--").replace("-", "_")
@@ -215,7 +214,7 @@ def read_config(cls, path: str | Path):
     Raises UserError naming every field that is unknown or has a wrong value.
     """
     hints = {field.name: typing.get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}
-    moved = MOVED.get(cls.__name__, {})
+    moved = moved_fields(cls)
     fields, problems = {}, []
     for name, value in raw_config(path).items():
         if name == "fold" and value == "all":  # a family of runs over all folds, before folds.py
@@ -242,7 +241,7 @@ def read_config(cls, path: str | Path):
 
 def moved_note(cls, path: str | Path) -> str:
     """Which settings of a config.json are not read any more, and what replaces them; an empty string if none matters."""
-    moved = MOVED.get(cls.__name__, {})
+    moved = moved_fields(cls)
     used = {name: value for name, value in raw_config(path).items() if name in moved and value not in IDLE}
     if not used:
         return ""

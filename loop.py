@@ -136,6 +136,14 @@ def new_job(cfg, world: ddp.World, model, optimizer, precision: str, lengths: np
     return Job(world, model, precision, optimizer, scaler, gradients, plan, state, lengths, digest, about, cfg.keep)
 
 
+def say_ranks(world: ddp.World, wanted: str) -> str:
+    """The precision to train in; prints it, and on what."""
+    precision, why = numerics.choose_precision(wanted, world.device)
+    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
+    ddp.say(world, f"{ranks} on {world.device.type}; precision {precision} ({why})")
+    return precision
+
+
 def say_plan(job: Job, micro_batches: int) -> None:
     """Print how many steps there are and how they are cut. micro_batches: what the config asks for."""
     plan = job.plan

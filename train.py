@@ -80,8 +80,7 @@ def main(argv: list[str]) -> dict:
     problems = splits.audit_rows(cfg, labels, train, judges, print) if world.rank == 0 else {}
 
     # ---- model ------------------------------------------------------------------------------------------------------
-    precision, why = numerics.choose_precision(cfg.precision, world.device)
-    say(f"{world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}; precision {precision} ({why})")
+    precision = loop.say_ranks(world, cfg.precision)
     say(untrained_labels(cfg.task, train.labels, labels.names))
     model = new_model(cfg, material, precision, say, world)
     say(evaluate.weak_tokens(model, tokenizer, train.tokens))
