@@ -142,7 +142,9 @@ def grouped(argv: list[str]) -> list[tuple[str, list[str]]]:
 def starting_config(cls, presets: dict, name: str | None):
     """The config that flags start from: a preset's, that of an earlier run, or by default tiny."""
     if name is None:
-        return presets["tiny"]() if "tiny" in presets else cls()
+        name = "tiny"
+        if name not in presets:
+            return cls()
     if name in presets:
         # A command with more fields than its presets know (folds.py) takes theirs.
         preset = presets[name]()

@@ -5,8 +5,8 @@
         if loop.due(job, job.plan.eval_every): ...
         if loop.due(job, job.plan.save_every) or job.ending: loop.save(job.run / "last", job, write, resumable=True)
 
-A Job holds what a step needs; these are functions over it, and nothing is overridden. A run that is killed anywhere and
-resumed repeats the same steps with the same bits: State, the optimizer and the loss scale are all that a step depends on.
+A Job holds what a step needs; these are functions over it, and nothing is overridden. A run that is killed anywhere
+and resumed repeats the same steps to the bit: they depend on State, the optimizer and the loss scale, nothing else.
 """
 
 import json
@@ -365,13 +365,11 @@ def run_to_resume(cfg, given: set[str], world: ddp.World, family: bool = False):
     return cli.resumed(cfg, given, Path(run)), Path(run)
 
 
-def open_run(job: Job, cfg, run: Path | None, fill: Callable, val_tokens: float = 0.0) -> None:
-    """Make the run's folder, or complete the one to resume, and start the log, the clock and the progress bar.
+def run_folder(cfg, world: ddp.World, run: Path | None, fill: Callable) -> Path:
+    """The next run_<i>, made by rank 0; or the run to resume, completed: folds.py starts runs with a config.json alone.
 
-    fill(folder) writes the files that the script knows before its first step. A folder may hold only its config.json:
-    that is how folds.py starts its runs. val_tokens: of an evaluation, for the time limit.
+    fill(folder) writes the files that a script knows before its first step.
     """
-    world, state = job.world, job.state
 
     def make() -> Path:
         folder = run or checkpoint.new_run(cfg.outputs, cfg.base, configs.dataset_name(cfg))
@@ -380,11 +378,20 @@ def open_run(job: Job, cfg, run: Path | None, fill: Callable, val_tokens: float 
             device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
             environment = checkpoint.environment(torch.get_num_threads(), world.size, device)
             checkpoint.write_atomic(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
-        if not run:  # last: a folder without it is no run
+        if not (folder / "config.json").is_file():  # last: a folder without it is no run
             checkpoint.write_atomic(folder / "config.json", cli.to_json(replace(cfg, resume="")))
         return folder
 
-    job.run = Path(ddp.from_rank0(world, make))
+    return Path(ddp.from_rank0(world, make))
+
+
+def open_run(job: Job, cfg, run: Path | None, fill: Callable, val_tokens: float = 0.0) -> None:
+    """Make or complete the run's folder (see run_folder), and start its log, signals, time limit, bar and clock.
+
+    val_tokens: of an evaluation, for the time limit.
+    """
+    world, state = job.world, job.state
+    job.run = run_folder(cfg, world, run, fill)
     resumed = f", resumed at step {state.step} of {job.plan.total}" if state.step else ""
     ddp.say(world, f"run {job.run}{resumed}")
     job.stop = ddp.StopRequest()

@@ -1,4 +1,4 @@
-"""What a training run reads and checks before its model is loaded: used by train.py, and by folds.py for all its runs."""
+"""What a training run reads and checks before its model is loaded: for train.py, and for all the runs of folds.py."""
 
 import json
 from collections.abc import Callable
@@ -63,7 +63,8 @@ def write(folder: Path, cfg: TrainConfig, material: Material, problems: dict) ->
     shares = splits.class_shares(rows, labels).tolist()
     known = {"values": labels.values, "names": labels.names, "shares": shares}
     checkpoint.write_atomic(folder / "labels.json", json.dumps(known, indent=1))
-    checkpoint.write_atomic(folder / "split.csv", splits.split_csv(cfg, rows, material.val))
+    if not cfg.folds > 0 > cfg.fold:  # a family over all folds has one split in each of its runs
+        checkpoint.write_atomic(folder / "split.csv", splits.split_csv(cfg, rows, material.val))
     if problems:
         text = json.dumps(problems, ensure_ascii=False, indent=1)
         checkpoint.write_atomic(folder / "audit.json", text + "\n")
