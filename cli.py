@@ -307,7 +307,7 @@ def help_text(cls, presets: dict, argv: list[str], doc: str) -> str:
 def describe(cls, presets: dict, everything: bool = False, preset: str | None = None) -> str:
     """Presets and fields of a command as text: the fields that people change first, or all of them by topic."""
     start = starting_config(cls, presets, preset)
-    helps = field_help(cls)
+    helps = {f.name: Help("", "") for f in dataclasses.fields(cls)} | field_help(cls)  # scaffold
     names = [field.name for field in dataclasses.fields(cls)]
     first = [] if everything else getattr(cls, "FIRST", "").split()
     lines = ["presets (--cfg NAME, or the config.json of an earlier run; default: tiny):"] if presets else []

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_ddp import forked, forks, run_of, shas, toy_flags, write_rows
+from test_ddp import finish, forked, forks, run_of, shas, start, toy_flags, write_rows
 
 import checkpoint
 import cli
@@ -211,37 +210,73 @@ def test_the_command_trains_each_run_in_a_process_of_its_own(tmp_path, small_bas
     assert status == 0 and "--nproc_per_node" in out and "--lr" in out
 
 
-def wait_for_lines(folder: Path, pattern: str, lines: int, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not any(log.read_bytes().count(b"\n") >= lines for log in folder.glob(pattern)):
-        assert time.monotonic() < end
-        time.sleep(0.005)
+CHILD = """
+import signal, sys, time
+def note(number, frame):
+    open(sys.argv[1], "a").write(f"{number} ")
+    sys.exit(1)
+signal.signal(signal.SIGTERM, note), signal.signal(signal.SIGINT, note)
+open(sys.argv[1], "w").write("ready ")
+time.sleep(60)
+"""
 
 
-def test_a_signal_is_passed_on_and_killed_runs_continue_without_repeating_finished_ones(family, tmp_path, small_base):
-    """SIGTERM: the run in training saves. SIGKILL: it saves too, on Linux, for its parent's end is a signal there."""
-    flags = toy_flags(tmp_path, small_base, folds=3, seeds="1,2", save_every=2, **QUICK)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pattern = "outputs/*/*/run_0/seed_1_fold_{}/metrics.jsonl"
-    for fold, number, more in ((1, signal.SIGTERM, []), (2, signal.SIGKILL, ["--resume", "auto"])):
-        with open(tmp_path / "err", "w") as err:
-            options = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL, "stderr": err}
-            process = subprocess.Popen([sys.executable, "folds.py", *flags, *more], **options)
-        wait_for_lines(tmp_path, pattern.format(fold), 1)
-        process.send_signal(number)
-        status = process.wait(timeout=120)
-        message = (tmp_path / "err").read_text()
-        if number == signal.SIGTERM:
-            assert status == 1 and "stopped in seed_1_fold_1; continue with python folds.py --resume" in message
+def wait_for_text(path: Path, text: str) -> None:
+    end = time.monotonic() + 30
+    while not path.exists() or path.read_text() != text:
+        assert time.monotonic() < end, path.exists() and path.read_text()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_signals_reach_the_run_in_training_once(tmp_path, number):
+    """Passed on by folds.py; where it is killed itself, Linux tells the run, so that no two write one folder."""
+    if number == signal.SIGKILL and sys.platform != "linux":
+        pytest.skip("only Linux tells a process that its parent is gone")
+    path = tmp_path / "signals"
+
+    def main(argv):
+        status, stopped = started([sys.executable, "-c", CHILD, str(path)])
+        return {"status": status, "stopped": stopped}
+
+    (pid,) = pids = start(main, [], tmp_path)
+    wait_for_text(path, "ready ")
+    os.kill(pid, number)
+    status, out, err = finish(pids, tmp_path)
+    if number == signal.SIGKILL:
+        wait_for_text(path, f"ready {int(signal.SIGTERM)} ")
+        return
+    assert status == 0 and json.loads(out) == {"status": 1, "stopped": True}, err
+    assert path.read_text() == f"ready {int(number)} "
+
+
+def test_a_stopped_run_names_the_way_on(tmp_path, small_base, monkeypatch):
+    monkeypatch.setattr(folds, "started", lambda words: (1, True))
+    with pytest.raises(KeyboardInterrupt, match="stopped in fold_0; continue with python folds.py --resume"):
+        folds.main(toy_flags(tmp_path, small_base, folds=2, **QUICK))
+
+
+def in_process(words: list[str]) -> tuple[int, bool]:
+    train.main(words[words.index(str(folds.TRAIN)) + 1 :])
+    return 0, False
+
+
+def test_killed_in_the_middle_of_a_fold_it_continues_without_repeating_finished_ones(family, tmp_path, small_base):
+    flags = [*toy_flags(tmp_path, small_base, folds=3, seeds="1,2", save_every=2, **QUICK), "--resume", "auto"]
+    (pid,) = start(folds.main, flags, tmp_path, before=lambda: setattr(folds, "started", in_process))
+    logs, end = "outputs/*/*/run_0/seed_1_fold_2/metrics.jsonl", time.monotonic() + 150
+    while not any(log.read_bytes().count(b"\n") >= 3 for log in tmp_path.glob(logs)):
+        assert time.monotonic() < end, (tmp_path / "err.0").read_text()
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     run = next(tmp_path.glob("outputs/*/*/run_0"))
-    end = time.monotonic() + 60
-    while not list(run.glob("seed_1_fold_2/last/manifest.json")) and sys.platform == "linux":  # the orphan's save
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    time.sleep(1)  # and its end
     assert sorted(p.parent.name for p in run.glob("*/result.json")) == ["seed_1_fold_0", "seed_1_fold_1"]
     before = {p: p.stat().st_mtime_ns for n in (0, 1) for p in (run / f"seed_1_fold_{n}").rglob("*") if p.is_file()}
-    folds.main([*flags, "--resume", "auto"])
+    pids = start(folds.main, flags, tmp_path, before=lambda: setattr(folds, "started", in_process))
+    status, out, err = finish(pids, tmp_path)
+    assert status == 0, out + err
+    assert out.count("is finished") == 2 and "resumed at step 2 of 5" in out
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert (run / "val_predictions.csv").read_bytes() == (family / "val_predictions.csv").read_bytes()
     results = [json.loads((r / "result.json").read_text()) for r in (run, family)]
