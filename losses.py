@@ -209,4 +209,4 @@ def pos_weight(setting: str, positives: np.ndarray, rows: int) -> np.ndarray | N
     if len(weights) not in (1, len(positives)):
         expected = f"1 or {len(positives)}, one for each label"
         raise UserError(f"--pos_weight has {len(weights)} numbers, expected {expected}")
-    return np.broadcast_to(weights, positives.shape)
+    return weights * np.ones(len(positives))
