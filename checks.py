@@ -151,7 +151,6 @@ CLASHES = table("""
     TrainConfig CptConfig :: !warmup_steps|!warmup_ratio :: --warmup_steps {warmup_steps} and --warmup_ratio \
 {warmup_ratio}: give one of the two
     TrainConfig CptConfig :: train_data :: --train_data is empty: give the file or folder to train on
-    TrainConfig :: !folds|!fold=-1 :: --folds moved: python folds.py --folds {folds} trains all folds, --fold 0 one here
     TrainConfig :: !folds|!val_data :: --folds {folds} with --val_data {val_data}: folds validate on training rows
     TrainConfig :: !task=multi_label|head=linear :: --head {head} with --task multi_label: use --head linear
     TrainConfig :: !head=label_words|pooling=last :: --head label_words with --pooling {pooling}: use --pooling last

@@ -45,6 +45,12 @@ MOVED = {
 IDLE = (None, "", 0, False, [], "body", 0.9, "mean_logit", "label_words", "all")
 
 
+def moved_fields(cls) -> dict[str, str]:
+    """{flag: what to do instead} of a command, also of one whose settings it extends."""
+    rows = {name: hint for base in cls.__mro__ for name, hint in MOVED.get(base.__name__, {}).items()}
+    return {name: hint for name, hint in rows.items() if not hasattr(cls, name)}
+
+
 # ---- from argv to a config ------------------------------------------------------------------------------------------
 
 
@@ -109,7 +115,7 @@ def read_flags(cls, argv: list[str]) -> dict[str, str]:
     A field that takes several values takes all words up to the next flag.
     """
     hints = kinds_of(cls)
-    moved = MOVED.get(cls.__name__, {})
+    moved = moved_fields(cls)
     texts, problems = {}, []
     for flag, words in grouped(argv):
         name = flag.removeprefix("--").replace("-", "_")
@@ -221,7 +227,7 @@ def read_config(cls, path: str | Path):
     Raises UserError naming every field that is unknown or has a wrong value.
     """
     hints = kinds_of(cls)
-    moved = MOVED.get(cls.__name__, {})
+    moved = moved_fields(cls)
     fields, problems = {}, []
     for name, value in raw_config(path).items():
         if name == "fold" and value == "all":  # a family of runs over all folds, before folds.py
@@ -248,7 +254,7 @@ def read_config(cls, path: str | Path):
 
 def moved_note(cls, path: str | Path) -> str:
     """Which settings of a config.json moved, and what replaces them; an empty string if none has an effect."""
-    moved = MOVED.get(cls.__name__, {})
+    moved = moved_fields(cls)
     used = {name: value for name, value in raw_config(path).items() if name in moved and value not in IDLE}
     if not used:
         return ""

@@ -1,26 +1,48 @@
-"""The training state and the step."""
+"""The training state and the step: what train.py and cpt.py share. Their loops read like this:
+
+    for micro_batches in loop.steps(job):
+        loop.step(job, micro_batches, loss_of, weight)   # backward, sum over ranks, clip, update, log
+        if loop.due(job, job.plan.eval_every): ...
+        if loop.due(job, job.plan.save_every) or job.ending: loop.save(job.run / "last", job, write, resumable=True)
+
+A Job holds what a step needs; these are functions over it, and nothing is overridden. A run that is killed anywhere
+and resumed repeats the same steps to the bit: they depend on State, the optimizer and the loss scale, nothing else.
+"""
 
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 import checkpoint
+import checks
 import cli
 import configs
+import data
 import ddp
-import metrics
+import lora
+import numerics
+import optim
 import tracking
 from errors import UserError
+
+LOADED = time.monotonic()
+
+
+# ---- state ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class State:
-    """Everything that the loop needs beside tensors. Stored as last/state.json."""
+    """Everything that a run's next step depends on beside tensors. Stored in last/state.json."""
 
     micro_batches: int
     step: int = 0  # optimizer steps of the plan that are done
@@ -34,71 +56,270 @@ class State:
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
     done: bool = False  # stopped early
-    evals: list = field(default_factory=list)  # of cpt: all evaluations so far
-    resumed: int = 0  # the step that this process began with
+    evals: list = field(default_factory=list)  # of cpt.py: all evaluations so far
 
 
-def step_line(at: State, epoch: float, lr: float, loss: float | None, grad_norm: float | None) -> dict:
-    """A step's line of metrics.jsonl."""
-    line = {"step": at.step, "epoch": epoch, "lr": lr, "loss": loss, "grad_norm": grad_norm}
-    return {**line, "tokens": at.tokens, "skipped": at.skipped, "seconds": round(at.seconds, 3)}
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run: how many, how rows are cut into them, when to evaluate and save."""
+
+    steps_per_epoch: int
+    total: int
+    warmup: int
+    eval_every: int
+    save_every: int
+    batch_size: int
+    max_tokens: int
+    seed: int
+    schedule: str
+    lr: float
+    grad_clip: float
 
 
-class Log:
-    """metrics.jsonl of a run, and the reports that the config names; rank 0 alone writes."""
+@dataclass
+class Job:
+    """One process's part of a run: what a step reads and changes."""
 
-    def __init__(self, run: Path, cfg, world: ddp.World, step: int):
-        self.path = run / "metrics.jsonl"
-        self.tracker = tracking.Tracker(cfg.report, run, cli.to_json(cfg), step) if world.rank == 0 else None
+    world: ddp.World
+    model: torch.nn.Module
+    precision: str  # of forward passes
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    gradients: ddp.GradientSum
+    plan: Plan
+    state: State
+    lengths: np.ndarray  # (N,) tokens of each training row
+    digest: str  # of the training rows: a resumed run must see the same
+    about: dict  # facts for the manifest of every save
+    keep: int  # earlier saves to keep
+    run: Path | None = None  # from here on set by open_run
+    tracker: tracking.Tracker | None = None
+    stop: ddp.StopRequest | None = None
+    limit: "Limit | None" = None
+    bar: tqdm | None = None
+    lapped: float = 0.0  # when the clock was last read
+    stopping: bool = False  # some rank was asked to stop
+    late: bool = False  # the time limit ends the run with this step
 
-    def write(self, line: dict) -> None:
-        if self.tracker:
-            checkpoint.append_line(self.path, line)
-            self.tracker.log(line)
+    @property
+    def ending(self) -> bool:
+        """Whether the run stops after this step, before its plan is done."""
+        return self.stopping or self.state.done
 
-    def close(self) -> None:
-        if self.tracker:
-            self.tracker.close()
+
+def new_job(cfg, world: ddp.World, model, optimizer, precision: str, lengths: np.ndarray, digest: str, about: dict):
+    """The Job of a config at step 0; `restore` takes it to where a run was."""
+    steps_per_epoch = math.ceil(len(lengths) / cfg.batch_size)
+    total = cfg.epochs * steps_per_epoch
+    if cfg.max_steps:
+        total = min(total, cfg.max_steps)
+    eval_every = cfg.eval_every or steps_per_epoch
+    plan = Plan(
+        steps_per_epoch=steps_per_epoch,
+        total=total,
+        warmup=optim.warmup_updates(total, cfg.warmup_steps, cfg.warmup_ratio),
+        eval_every=eval_every,
+        save_every=cfg.save_every or eval_every,
+        batch_size=cfg.batch_size,
+        max_tokens=cfg.max_tokens,
+        seed=cfg.seed,
+        schedule=cfg.schedule,
+        lr=cfg.lr,
+        grad_clip=cfg.grad_clip,
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = ddp.GradientSum(parameters, world, flags=2)
+    if not gradients.exact:
+        ddp.say(world, f"{gradients.count:,} trained parameters: gradients add up in fp32, equal to rounding only")
+    scaler = optim.loss_scaler(world.device.type, precision == "fp16")
+    state = State(micro_batches=max(cfg.micro_batches, world.size))
+    return Job(world, model, precision, optimizer, scaler, gradients, plan, state, lengths, digest, about, cfg.keep)
+
+
+def say_ranks(world: ddp.World, wanted: str) -> str:
+    """The precision to train in; prints it, and on what."""
+    precision, why = numerics.choose_precision(wanted, world.device)
+    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
+    ddp.say(world, f"{ranks} on {world.device.type}; precision {precision} ({why})")
+    return precision
+
+
+def say_plan(job: Job, micro_batches: int) -> None:
+    """Print how many steps there are and how they are cut. micro_batches: what the config asks for."""
+    plan = job.plan
+    if job.state.micro_batches != micro_batches:
+        ddp.say(
+            job.world,
+            f"steps are cut into {job.state.micro_batches} micro-batches, more than --micro_batches {micro_batches}, "
+            f"to keep {job.world.size} ranks busy: equal to a run on fewer ranks to rounding only",
+        )
+    counts = [len(micro_batches) for micro_batches in epoch_of(job, 0)]
+    ddp.say(
+        job.world,
+        f"plan: {plan.total:,} steps of {plan.batch_size} rows in {np.mean(counts):.1f} micro-batches of at most "
+        f"{plan.max_tokens:,} tokens, warm-up {plan.warmup}, evaluation every {plan.eval_every}, "
+        f"save every {plan.save_every}",
+    )
+
+
+# ---- the step -------------------------------------------------------------------------------------------------------
+
+
+def epoch_of(job: Job, epoch: int) -> list[list[np.ndarray]]:
+    """The steps of an epoch as lists of micro-batches: a function of the seed, not of the number of ranks."""
+    plan, cut = job.plan, job.state.micro_batches
+    return data.plan_epoch(job.lengths, plan.batch_size, plan.max_tokens, cut, plan.seed, epoch)
+
+
+def steps(job: Job) -> Iterator[list[np.ndarray]]:
+    """The micro-batches of each step that is left: arrays of row indices.
+
+    Raises KeyboardInterrupt after a step, its evaluation and its save, when a rank was asked to stop.
+    """
+    state, plan = job.state, job.plan
+    planned = None
+    while state.step < plan.total and not state.done:
+        epoch, index = divmod(state.step, plan.steps_per_epoch)
+        if epoch != planned:
+            planned, batches = epoch, epoch_of(job, epoch)
+        yield batches[index]
+        if job.stopping and state.step < plan.total:
+            raise KeyboardInterrupt(f"stopped after step {state.step}; continue with --resume {job.run}")
+    job.bar.close()
+    job.stop.close()
+
+
+def step(job: Job, micro_batches: list[np.ndarray], loss_of: Callable, weight: float) -> None:
+    """One optimizer step, the same on any number of ranks; then its line of the log.
+
+    loss_of(rows) is the summed loss of a micro-batch, weight what the step's sum is divided by. Raises
+    FloatingPointError for gradients that are not finite, unless a lower fp16 loss scale can still help.
+    """
+    world, state, plan = job.world, job.state, job.plan
+    factor = optim.lr_factor(state.updates, plan.total, plan.warmup, plan.schedule)
+
+    # Each rank takes its share of the micro-batches; a micro-batch's dropout depends on its number, not on the rank.
+    for j, rows in enumerate(micro_batches):
+        if j % world.size == world.rank:
+            torch.manual_seed(ddp.micro_seed(plan.seed, state.step, j))
+            loss = loss_of(rows) / weight
+            job.scaler.scale(loss).backward()
+            job.gradients.add(loss, bool(job.stop.signal), job.limit.over(state))
+
+    # The loss and the reasons to stop travel with the gradients, so that all ranks decide alike.
+    sums = job.gradients.reduce()
+    norm, taken, numbers = optim.step(job.optimizer, job.scaler, factor, plan.grad_clip, sums)
+    loss, stopping, late = numbers
+    job.stopping, job.late = bool(stopping), bool(late)
+    if not taken:
+        state.skipped += 1
+        if not (job.scaler.is_enabled() and job.scaler.get_scale() >= 1.0):
+            problem = f"step {state.step + 1}: loss {loss:.4g}, gradients not finite"
+            raise not_finite(job, micro_batches[0], loss_of, problem)
+
+    # Count what was done. An adapter that its first update does not move is a bug, not a slow start.
+    rows = np.concatenate(micro_batches)
+    state.step += 1
+    state.updates += taken
+    state.rows += len(rows)
+    state.tokens += int(job.lengths[rows].sum())
+    if taken and state.updates == 1:
+        lora.assert_moved(job.model)
+    lap(job, "seconds")
+
+    # Strict JSON has no NaN: a step that was not taken has no loss.
+    line = {
+        "step": state.step,
+        "epoch": round(state.step / plan.steps_per_epoch, 4),
+        "lr": plan.lr * factor,
+        "loss": loss if taken else None,
+        "grad_norm": norm if taken else None,
+        "tokens": state.tokens,
+        "skipped": state.skipped,
+        "seconds": round(state.seconds, 3),
+    }
+    log(job, line)
+    job.bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{state.tokens / state.seconds:,.0f}", refresh=False)
+    job.bar.update()
+    ddp.say(world, job.limit.forecast(state, plan.total))
+
+
+def not_finite(job: Job, rows: np.ndarray, loss_of: Callable, problem: str) -> FloatingPointError:
+    """The error that names the first layer whose output is not finite on these rows, or else the largest activation."""
+    with torch.no_grad(), numerics.activation_maxima(job.model) as maxima:
+        loss_of(rows)
+    layer = numerics.overflow_report(maxima)
+    return FloatingPointError(f"{problem}; {layer}; lower --lr, or try --precision bf16 or fp32")
+
+
+def due(job: Job, every: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens after this one."""
+    done = job.state.step
+    return done % every == 0 or done == job.plan.total or job.late
+
+
+# ---- log and clock --------------------------------------------------------------------------------------------------
+
+
+def log(job: Job, line: dict) -> None:
+    """Append a line to metrics.jsonl, and send it to the trackers of the config; rank 0 alone writes."""
+    if job.tracker:
+        checkpoint.append_line(job.run / "metrics.jsonl", line)
+        job.tracker.log(line)
+
+
+def lap(job: Job, counter: str) -> float:
+    """Add the seconds since the last call to one of the state's counters, and return them."""
+    now = time.perf_counter()
+    seconds, job.lapped = now - job.lapped, now
+    setattr(job.state, counter, getattr(job.state, counter) + seconds)
+    return seconds
 
 
 class Limit:
-    """A time limit (0 for none): when to stop so that evaluations and saves still fit, and what first steps foretell.
+    """A time limit in seconds of this process (0 for none): whether a step must be the last one, so that the final
+    evaluation and the saves still fit.
 
-    val_tokens: of the evaluation, whose time is guessed from training until one was measured. Only rank 0 looks at the
+    val_tokens: of an evaluation, whose time is guessed from training until one was measured. Only rank 0 looks at the
     clock: the others hear of it with the step's sums.
     """
 
     def __init__(self, seconds: float, world: ddp.World, val_tokens: float):
-        self.seconds, self.rank, self.val_tokens = seconds, world.rank, val_tokens
-        self.evaluation, self.begun, self.said = 0.0, None, False
+        self.seconds = seconds
+        self.rank = world.rank
+        self.val_tokens = val_tokens
+        self.evaluation = 0.0  # seconds of an evaluation of all validation rows, once measured
+        self.first = None  # (step, seconds) after this process's first step
+        self.announced = False
 
-    def left(self, at: State) -> float:
+    def left(self, state: State) -> float:
         """Seconds for training: what is left without two evaluations, of the last step and of best/, and the saves."""
-        guess = 0.5 * self.val_tokens * at.seconds / max(at.tokens, 1)
+        guess = 0.5 * self.val_tokens * state.seconds / max(state.tokens, 1)
         return self.seconds - process_seconds() - 2.2 * (self.evaluation or guess) - 4.0
 
-    def over(self, at: State) -> bool:
+    def over(self, state: State) -> bool:
         """Whether this step should be the last one."""
-        return bool(self.seconds) and self.rank == 0 and self.left(at) < 0
+        return bool(self.seconds) and self.rank == 0 and self.left(state) < 0
 
-    def forecast(self, at: State, total: int) -> str:
-        """Once, after a few steps: how long all of them take and how many fit; an empty string otherwise."""
-        self.begun = self.begun or (at.step, at.seconds)
-        steps, seconds = at.step - self.begun[0], at.seconds - self.begun[1]
-        if not self.seconds or self.said or steps < 10:
+    def forecast(self, state: State, total: int) -> str:
+        """Once, after ten steps: how long all of them take and how many fit; an empty string otherwise."""
+        self.first = self.first or (state.step, state.seconds)
+        steps = state.step - self.first[0]
+        if not self.seconds or self.announced or steps < 10:
             return ""
-        self.said, a_step = True, seconds / steps
-        fit = min(total, at.step + int(max(0.0, self.left(at)) / a_step))
-        whole = f"{total - at.step:,} more steps take about {(total - at.step) * a_step / 60:.1f} min"
-        ends = "all of them fit" if fit == total else f"it will end at about step {fit:,} of {total:,}"
-        return f"forecast: {whole}; with the time limit of {self.seconds / 60:.1f} min {ends}"
-
-
-LOADED = time.monotonic()
+        self.announced = True
+        seconds_per_step = (state.seconds - self.first[1]) / steps
+        more = total - state.step
+        fit = min(more, int(max(0.0, self.left(state)) / seconds_per_step))
+        outcome = "all of them fit" if fit == more else f"it will end at about step {state.step + fit:,} of {total:,}"
+        return (
+            f"forecast: {more:,} more steps take about {more * seconds_per_step / 60:.1f} min; "
+            f"with the time limit of {self.seconds / 60:.1f} min {outcome}"
+        )
 
 
 def process_seconds() -> float:
-    """Seconds since this process was started; since this file was loaded where the system does not tell."""
+    """Seconds since this process was started; since this file was loaded if the system does not say."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         age = float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
@@ -107,111 +328,14 @@ def process_seconds() -> float:
     return max(age, time.monotonic() - LOADED)
 
 
-class Clock:
-    """Adds the time since the last lap to one of the state's counters of seconds, and returns it."""
-
-    def __init__(self, at: State):
-        self.at, self.last = at, time.perf_counter()
-
-    def lap(self, counter: str) -> float:
-        now, before = time.perf_counter(), self.last
-        setattr(self.at, counter, getattr(self.at, counter) + now - before)
-        self.last = now
-        return now - before
-
-
-def run_to_resume(cfg, given: set[str], world: ddp.World):
-    """(config, run folder) of the run that cfg.resume means; (cfg, None) when a new run starts.
-
-    Rank 0 looks, all know. Raises UserError for flags given by hand that contradict the run.
-    """
-    if not cfg.resume:
-        return cfg, None
-    name = configs.dataset_name(cfg)
-    found = ddp.from_rank0(world, lambda: checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, name))
-    if not found:
-        ddp.say(world, "--resume auto: no unfinished run of this base and dataset; a new one starts")
-        return cfg, None
-    return cli.resumed(cfg, given, Path(found)), Path(found)
-
-
-def new_run(cfg, world: ddp.World, facts: dict[str, str], folder: Path | None = None) -> Path:
-    """Make the run folder, on rank 0, and write what is known at the start; facts: more files and their texts.
-
-    folder: of one run among several, in the place of the next run_<i>.
-    """
-
-    def make() -> Path:
-        run = folder or checkpoint.new_run(cfg.outputs, cfg.base, configs.dataset_name(cfg))
-        run.mkdir(exist_ok=True)
-        environment = checkpoint.environment(torch.get_num_threads(), world.size, device_name(world))
-        texts = {"environment.json": json.dumps(environment, indent=1) + "\n", **facts}
-        for name, text in {**texts, "config.json": cli.to_json(replace(cfg, resume=""))}.items():
-            checkpoint.write_atomic(run / name, text)
-        return run
-
-    return Path(ddp.from_rank0(world, make))
-
-
-def save(target: Path, world, write, about: dict, keep: int, state: tuple | None = None) -> None:
-    """Write best/ or, with the state (log, at, optimizer, scaler, digest) to go on from, last/. Rank 0 alone writes."""
-    if world.rank != 0:
-        return
-
-    def whole(folder: Path) -> None:
-        write(folder)
-        if state:
-            log, at, optimizer, scaler, digest = state
-            checkpoint.save_tensors(folder / "state.safetensors", checkpoint.optimizer_tensors(optimizer))
-            facts = {
-                "at": vars(at),
-                "scaler": scaler.state_dict(),
-                "log_bytes": log.path.stat().st_size,
-                "digest": digest,
-            }
-            checkpoint.save_json(folder / "state.json", {**facts, "threads": torch.get_num_threads()})
-
-    versions = {"torch": torch.__version__, "lasttoken": 1}
-    checkpoint.save(target, whole, {**about, "versions": versions}, keep)
-
-
-def restore(run: Path, world, read, optimizer, scaler, digest: str) -> State | None:
-    """Load the last save, the model by read(folder), and cut the log back to it; None if nothing was saved yet.
-
-    Raises UserError when the training rows are not those the run began with.
-    """
-    found = checkpoint.last_state(run)
-    if world.rank == 0:
-        checkpoint.cut_log(run / "metrics.jsonl", found[1]["log_bytes"] if found else 0)
-    if not found:
-        ddp.say(world, f"{run} has no save yet: it starts at step 0")
-        return None
-    folder, saved = found
-    if saved["digest"] != digest:
-        raise UserError(f"--resume {run}: the training rows or their tokens changed since this run began")
-    if saved["threads"] != torch.get_num_threads():
-        ddp.say(
-            world,
-            f"warning: {torch.get_num_threads()} threads, the run began with {saved['threads']}: "
-            "equal to rounding, not to the bit (set OMP_NUM_THREADS)",
-        )
-    read(folder)
-    checkpoint.load_optimizer_tensors(optimizer, checkpoint.load_tensors(folder / "state.safetensors"))
-    if saved["scaler"] and scaler.is_enabled():
-        scaler.load_state_dict(saved["scaler"])
-    elif bool(saved["scaler"]) != scaler.is_enabled():
-        ddp.say(world, "warning: the precision is not the one this run began with: equal to rounding, not to the bit")
-    at = State(**saved["at"])
-    at.resumed = at.step
-    return at
-
-
-def device_name(world: ddp.World) -> str:
-    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+def close_log(job: Job) -> None:
+    """End the trackers' curves; metrics.jsonl needs no end."""
+    if job.tracker:
+        job.tracker.close()
 
 
 def peak_memory_gb(world: ddp.World) -> float:
-    """Of this process: memory allocated on its GPU, or resident on a CPU (0 where that is not known)."""
+    """Of this process: memory allocated on its GPU, or resident on a CPU (0 if that is not known)."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 1e9
     try:
@@ -222,6 +346,117 @@ def peak_memory_gb(world: ddp.World) -> float:
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
-def better(scores: dict[str, float], best: float | None, metric: str) -> bool:
-    """Whether an evaluation beats the best so far; losses and errors are the smaller the better."""
-    return metrics.better(scores.get(metric), best, metric)
+# ---- runs on disk ---------------------------------------------------------------------------------------------------
+
+
+def run_to_resume(cfg, given: set[str], world: ddp.World, family: bool = False):
+    """(config, run folder) of the run that cfg.resume means; (cfg, None) when a new run starts.
+
+    family: whether a family of runs over folds and seeds is meant, or one run. Rank 0 looks for it. Raises UserError
+    for flags given by hand that contradict the run.
+    """
+    if not cfg.resume:
+        return cfg, None
+    name = configs.dataset_name(cfg)
+    run = ddp.from_rank0(world, lambda: checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, name, family))
+    if not run:
+        ddp.say(world, "--resume auto: no unfinished run of this base and dataset; a new one starts")
+        return cfg, None
+    return cli.resumed(cfg, given, Path(run)), Path(run)
+
+
+def run_folder(cfg, world: ddp.World, run: Path | None, fill: Callable) -> Path:
+    """The next run_<i>, made by rank 0; or the run to resume, completed: folds.py starts runs with a config.json alone.
+
+    fill(folder) writes the files that a script knows before its first step.
+    """
+
+    def make() -> Path:
+        folder = run or checkpoint.new_run(cfg.outputs, cfg.base, configs.dataset_name(cfg))
+        if not (folder / "environment.json").is_file():
+            fill(folder)
+            device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+            environment = checkpoint.environment(torch.get_num_threads(), world.size, device)
+            checkpoint.write_atomic(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+        if not (folder / "config.json").is_file():  # last: a folder without it is no run
+            checkpoint.write_atomic(folder / "config.json", cli.to_json(replace(cfg, resume="")))
+        return folder
+
+    return Path(ddp.from_rank0(world, make))
+
+
+def open_run(job: Job, cfg, run: Path | None, fill: Callable, val_tokens: float = 0.0) -> None:
+    """Make or complete the run's folder (see run_folder), and start its log, signals, time limit, bar and clock.
+
+    val_tokens: of an evaluation, for the time limit.
+    """
+    world, state = job.world, job.state
+    job.run = run_folder(cfg, world, run, fill)
+    resumed = f", resumed at step {state.step} of {job.plan.total}" if state.step else ""
+    ddp.say(world, f"run {job.run}{resumed}")
+    job.stop = ddp.StopRequest()
+    if world.rank == 0:
+        job.tracker = tracking.Tracker(cfg.report, job.run, cli.to_json(cfg), state.step)
+    job.limit = Limit(checks.seconds(getattr(cfg, "time_limit", "")), world, val_tokens)
+    job.bar = tqdm(
+        total=job.plan.total,
+        initial=state.step,
+        disable=world.rank != 0,
+        unit="step",
+        file=sys.stderr,
+        mininterval=1.0,
+    )
+    job.lapped = time.perf_counter()
+
+
+def save(folder: Path, job: Job, write: Callable, resumable: bool = False) -> None:
+    """A save of the model by write(folder); resumable: with all that the next step depends on. Rank 0 alone writes."""
+    if job.world.rank != 0:
+        return
+
+    def whole(hidden: Path) -> None:
+        write(hidden)
+        if resumable:
+            checkpoint.save_tensors(hidden / "state.safetensors", checkpoint.optimizer_tensors(job.optimizer))
+            state = {
+                "at": vars(job.state),
+                "scaler": job.scaler.state_dict(),
+                "log_bytes": (job.run / "metrics.jsonl").stat().st_size,
+                "digest": job.digest,
+                "threads": torch.get_num_threads(),
+            }
+            checkpoint.save_json(hidden / "state.json", state)
+
+    versions = {"torch": torch.__version__, "lasttoken": 1}
+    checkpoint.save(folder, whole, {"step": job.state.step, **job.about, "versions": versions}, job.keep)
+
+
+def restore(job: Job, run: Path, read: Callable) -> None:
+    """Take a job to the run's last save: the model by read(save), optimizer, scaler, state; cut the log back to it.
+
+    Without a save the run starts at step 0. Raises UserError when the training rows are not those it began with.
+    """
+    newest = checkpoint.last_state(run)
+    if job.world.rank == 0:
+        checkpoint.cut_log(run / "metrics.jsonl", newest[1]["log_bytes"] if newest else 0)
+    if not newest:
+        ddp.say(job.world, f"{run} has no save yet: it starts at step 0")
+        return
+    save, saved = newest
+    if saved["digest"] != job.digest:
+        raise UserError(f"--resume {run}: the training rows or their tokens changed since this run began")
+    threads = torch.get_num_threads()
+    if saved["threads"] != threads:
+        ddp.say(
+            job.world,
+            f"warning: {threads} threads, the run began with {saved['threads']}: equal to rounding, not to the bit "
+            "(set OMP_NUM_THREADS)",
+        )
+    read(save)
+    checkpoint.load_optimizer_tensors(job.optimizer, checkpoint.load_tensors(save.folder / "state.safetensors"))
+    if saved["scaler"] and job.scaler.is_enabled():
+        job.scaler.load_state_dict(saved["scaler"])
+    elif bool(saved["scaler"]) != job.scaler.is_enabled():
+        ddp.say(job.world, "warning: this run began in another precision: equal to rounding, not to the bit")
+    saved["at"].pop("resumed", None)  # of runs before it was left out
+    job.state = State(**saved["at"])

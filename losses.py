@@ -1,21 +1,172 @@
-"""Losses as sums: each returns (sum, weight), so that any split of a batch adds up to the whole batch.
+"""Losses as sums over rows, and the weights of those rows: one table, a row for each task.
 
-The caller divides by the weight of the whole optimizer step, which it knows from the plan.
+A training step divides the summed loss of its micro-batches by the weight of all its rows. Both add up, so any split
+of a step into micro-batches and ranks gives the loss of the whole step. To add a loss, write its sum and put it into
+TASKS.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from configs import TrainConfig
 from errors import UserError
 
-POS_WEIGHT_CAP = 20.0  # a rarer label would rule the gradient by a few rows
+POS_WEIGHT_CAP = 20.0  # a rarer label would dominate the gradient with a few rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# weights of the loss
+# ---- losses of a micro-batch ----------------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    reduction: str = "sum",
+) -> Tensor:
+    """Label-smoothed, class-weighted cross-entropy in fp32: logits (B, C), labels (B,) int64 or (B, C) probabilities.
+
+    A row weighs as much as its class, weights (C,), as in torch. Smoothing: Szegedy et al. 2015, arXiv:1512.00567.
+    """
+    logits = logits.float()
+    return F.cross_entropy(logits, labels, weights, label_smoothing=smoothing, reduction=reduction)
+
+
+def binary_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    reduction: str = "sum",
+) -> Tensor:
+    """Cross-entropy of every cell in fp32: logits (B, C), labels (B, C) from 0 to 1. weights (C,): of positives.
+
+    Smoothing moves a label by half its share towards the other one: 1 becomes 1 - s / 2, 0 becomes s / 2, as two-class
+    smoothing does.
+    """
+    logits = logits.float()
+    smooth = labels.float() * (1 - smoothing) + smoothing / 2
+    return F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=weights, reduction=reduction)
+
+
+def squared_error(outputs: Tensor, targets: Tensor, smoothing=0.0, weights=None) -> Tensor:
+    """Squared error in fp32: outputs (B, 1), targets (B,). Smoothing and weights are of classes only."""
+    return F.mse_loss(outputs[:, 0].float(), targets.float(), reduction="sum")
+
+
+def lm_cross_entropy(hidden: Tensor, head, targets: Tensor, chunk: int = 512) -> Tensor:
+    """Next-token cross-entropy (the sum of nats) without ever holding all logits: they are recomputed in chunks.
+
+    hidden (N, D) states, head: states -> logits over the vocabulary (the LM head, adapted or not), targets (N,) int64.
+    At most `chunk` x V logits exist at a time.
+    """
+
+    def loss_of_chunk(states, ids):
+        return F.cross_entropy(head(states).float(), ids, reduction="sum")
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for i in range(0, len(targets), chunk):
+        chunks = hidden[i : i + chunk], targets[i : i + chunk]
+        total = total + checkpoint(loss_of_chunk, *chunks, use_reentrant=False)
+    return total
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def softened_classes(probabilities: Tensor, temperature: float) -> Tensor:
+    """p^(1 / T) of a row's classes (B, C), normalised."""
+    return F.softmax(probabilities.log() / temperature, dim=1)
+
+
+def softened_cells(probabilities: Tensor, temperature: float) -> Tensor:
+    """p^(1 / T) of each cell (B, C), normalised with that of 1 - p."""
+    return F.sigmoid(probabilities.logit() / temperature)
+
+
+def weight_of_rows(labels: np.ndarray, weights: np.ndarray | None) -> float:
+    """The class weights of rows, summed; their number where all classes weigh the same."""
+    return float(len(labels)) if weights is None else float(weights[labels].sum())
+
+
+def weight_of_cells(labels: np.ndarray, weights: np.ndarray | None) -> float:
+    """A row of several labels weighs as much as it has cells, whatever its positives cost."""
+    return float(labels.size)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a task needs: the loss of rows, the weight of rows that a mean divides by, and soft targets at T."""
+
+    of: Callable  # (logits, labels, smoothing, weights, reduction) -> tensor
+    weight: Callable  # (labels, weights) -> float
+    softened: Callable | None = None  # (probabilities, temperature) -> probabilities
+
+
+TASKS = {
+    "single_label": Loss(cross_entropy, weight_of_rows, softened_classes),
+    "multi_label": Loss(binary_cross_entropy, weight_of_cells, softened_cells),
+    "regression": Loss(squared_error, weight_of_rows),
+}
+
+
+def weight_of(task: str, labels: np.ndarray, weights: np.ndarray | None) -> float:
+    """What the summed loss of these rows is divided by to be a mean."""
+    return TASKS[task].weight(labels, weights)
+
+
+def loss_sum(
+    task: str,
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    soft: Tensor | None = None,
+    share: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The task's loss of a micro-batch, summed over its rows.
+
+    soft (B, C): a teacher's probabilities, NaN in rows without. The loss of the others becomes
+    (1 - share) * loss(z, label) + share * T^2 * loss(z / T, p^(1 / T) normalised), which is knowledge distillation
+    (Hinton et al. 2015, arXiv:1503.02531).
+    """
+    loss = TASKS[task]
+    if soft is None:
+        return loss.of(logits, labels, smoothing, weights)
+    hard = loss.of(logits, labels, smoothing, weights, "none")  # (B,), or (B, C) of cells
+    targets = loss.softened(soft.nan_to_num(0.5), temperature)  # NaN would spoil gradients even of unused terms
+    taught = loss.of(logits / temperature, targets, 0.0, weights, "none")
+    both = (1 - share) * hard + share * temperature**2 * taught
+    known = soft.isnan().logical_not()
+    if hard.ndim == 1:
+        known = known.all(dim=1)
+    return torch.where(known, both, hard).sum()
+
+
+# ---- weights of classes and labels ----------------------------------------------------------------------------------
+
+
+def label_counts(task: str, labels: np.ndarray, classes: int) -> np.ndarray:
+    """(C,) rows of each class or label."""
+    if task == "multi_label":
+        return labels.sum(axis=0).astype(int)
+    return np.bincount(labels, minlength=classes)
+
+
+def label_weights(task: str, by_class: str, by_label: str, labels: np.ndarray, classes: int) -> np.ndarray | None:
+    """(C,) weights of classes (--class_weights), or of the positives of labels (--pos_weight); None for equal ones."""
+    if task == "regression":
+        return None
+    counts = label_counts(task, labels, classes)
+    if task == "multi_label":
+        return pos_weight(by_label, counts, len(labels))
+    return class_weights(by_class, counts)
 
 
 def class_weights(setting: str, counts: np.ndarray) -> np.ndarray | None:
@@ -23,126 +174,39 @@ def class_weights(setting: str, counts: np.ndarray) -> np.ndarray | None:
 
     balanced (or inverse): N / (C * count). effective or effective:BETA: (1 - BETA) / (1 - BETA^count), BETA 0.999
     (Cui et al. 2019, arXiv:1901.05555). Both have mean 1 over rows. Otherwise C numbers, as given.
-    ValueError when these are not C numbers, or BETA is not in [0, 1).
+    Raises UserError when these are not C numbers, or BETA is not in [0, 1).
     """
     if setting == "none":
         return None
     present = np.maximum(counts, 1).astype(np.float64)
     if setting in ("balanced", "inverse"):
         return counts.sum() / (len(counts) * present)
-    name, _, given = setting.partition(":")
-    if name == "effective":
-        if not 0 <= (beta := float(given or 0.999)) < 1:
-            raise ValueError(f"--class_weights {setting}: expected effective:BETA, BETA from 0 to below 1, like 0.999")
+    if setting.startswith("effective"):
+        beta = float(setting.partition(":")[2] or 0.999)
+        if not 0 <= beta < 1:
+            raise UserError(f"--class_weights {setting}: expected effective:BETA, BETA from 0 to below 1, like 0.999")
         weights = (1 - beta) / (1 - beta**present)
         return weights * counts.sum() / (weights @ counts)
-    weights = np.array([float(w) for w in setting.split(",")])
+    weights = np.array(setting.split(","), dtype=float)
     if len(weights) != len(counts):
-        raise ValueError(f"--class_weights has {len(weights)} numbers, expected one for each of {len(counts)} classes")
+        expected = f"one for each of {len(counts)} classes"
+        raise UserError(f"--class_weights has {len(weights)} numbers, expected {expected}")
     return weights
 
 
 def pos_weight(setting: str, positives: np.ndarray, rows: int) -> np.ndarray | None:
     """The weights (C,) of `--pos_weight`, of each label's positive part of the BCE; None for "none".
 
-    balanced: negatives / positives, kept within 1/20 and 20, and 1 for a label without a positive row. Otherwise one
-    number for all, or C. positives (C,): rows that have the label. ValueError on other counts of numbers.
+    balanced: negatives / positives, limited to 1/20 and 20, and 1 for a label without a positive row. Otherwise one
+    number for all, or C. positives (C,): rows that have the label. Raises UserError on other counts of numbers.
     """
     if setting == "none":
         return None
-    if setting != "balanced":
-        weights = np.array([float(w) for w in setting.split(",")])
-        if len(weights) not in (1, len(positives)):
-            raise ValueError(
-                f"--pos_weight has {len(weights)} numbers, expected 1 or {len(positives)}, one for each label"
-            )
-        return np.ones(len(positives)) * weights
-    ratio = (rows - positives) / np.maximum(positives, 1)
-    return np.where(positives > 0, np.clip(ratio, 1 / POS_WEIGHT_CAP, POS_WEIGHT_CAP), 1.0)
-
-
-def cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0, class_weights: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | float]:
-    """Label-smoothed, class-weighted cross-entropy in fp32, as torch defines it (a row's weight is its class's).
-
-    logits (B, C), labels (B,) int64 or (B, C) probabilities, class_weights (C,) -> (sum of the rows' losses, sum of the
-    rows' weights). Smoothing: Szegedy et al. 2015, https://arxiv.org/abs/1512.00567.
-    """
-    weight = float(len(labels))
-    if class_weights is not None:
-        weight = (class_weights[labels] if labels.ndim == 1 else labels @ class_weights).sum()
-    loss = F.cross_entropy(
-        logits.float(), labels, weight=class_weights, label_smoothing=label_smoothing, reduction="sum"
-    )
-    return loss, weight
-
-
-def binary_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0, pos_weight: torch.Tensor | None = None
-) -> tuple[torch.Tensor, float]:
-    """Cross-entropy of each cell on its own, in fp32: logits (B, C), targets (B, C) of 0 and 1 -> (sum, cells).
-
-    Smoothing moves a target by half its share towards the other: 1 becomes 1 - s / 2, 0 becomes s / 2, as two-class
-    smoothing does. pos_weight (C,): of each label's positive part, as torch defines it.
-    """
-    smooth = targets.float() * (1 - label_smoothing) + label_smoothing / 2
-    loss = F.binary_cross_entropy_with_logits(logits.float(), smooth, pos_weight=pos_weight, reduction="sum")
-    return loss, float(targets.numel())
-
-
-def squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """outputs (B, 1), targets (B,) -> (sum of squared errors in fp32, number of rows)."""
-    return F.mse_loss(outputs[:, 0].float(), targets.float(), reduction="sum"), float(len(targets))
-
-
-def lm_cross_entropy(hidden: torch.Tensor, head, targets: torch.Tensor, chunk: int = 512):
-    """Next-token cross-entropy without ever holding all logits: chunks of rows, recomputed in the backward pass.
-
-    hidden (N, D) states, head: states -> logits over the vocabulary (the LM head, adapted or not), targets (N,) int64
-    -> (sum of nats, number of targets). At most `chunk` x V logits exist at a time.
-    """
-
-    def part(h, t):
-        return F.cross_entropy(head(h).float(), t, reduction="sum")
-
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for i in range(0, len(targets), chunk):
-        total = total + checkpoint(part, hidden[i : i + chunk], targets[i : i + chunk], use_reentrant=False)
-    return total, len(targets)
-
-
-# ---- the loop's small parts -----------------------------------------------------------------------------------------
-
-
-def class_counts(task: str, labels: np.ndarray, classes: int) -> np.ndarray:
-    """(C,) rows of each class or label."""
-    return labels.sum(axis=0).astype(int) if task == "multi_label" else np.bincount(labels, minlength=classes)
-
-
-def weights_of_config(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndarray | None:
-    """(C,) weights of classes, or of the positive part of labels; None for equal ones."""
-    if cfg.task == "regression":
-        return None
-    counts = class_counts(cfg.task, labels, classes)
-    try:
-        if cfg.task == "multi_label":
-            return pos_weight(cfg.pos_weight, counts, len(labels))
-        return class_weights(cfg.class_weights, counts)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-
-
-def loss_sum(task: str, logits: torch.Tensor, target: torch.Tensor, label_smoothing: float, weights) -> torch.Tensor:
-    """The task's loss as a sum over rows, or over cells for multi_label."""
-    if task == "regression":
-        return squared_error(logits, target)[0]
-    loss = binary_cross_entropy if task == "multi_label" else cross_entropy
-    return loss(logits, target, label_smoothing, weights)[0]
-
-
-def loss_weight(task: str, targets: np.ndarray, weights: np.ndarray | None) -> float:
-    """What a step's sum is divided by: its rows, their class weights, or its cells for multi_label."""
-    if weights is None or task == "multi_label":
-        return float(targets.size if task == "multi_label" else len(targets))
-    return float((weights[targets] if targets.ndim == 1 else targets @ weights).sum())
+    if setting == "balanced":
+        ratio = (rows - positives) / np.maximum(positives, 1)
+        return np.where(positives > 0, np.clip(ratio, 1 / POS_WEIGHT_CAP, POS_WEIGHT_CAP), 1.0)
+    weights = np.array(setting.split(","), dtype=float)
+    if len(weights) not in (1, len(positives)):
+        expected = f"1 or {len(positives)}, one for each label"
+        raise UserError(f"--pos_weight has {len(weights)} numbers, expected {expected}")
+    return weights * np.ones(len(positives))

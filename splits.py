@@ -157,9 +157,11 @@ def digest_of(rows: Rows) -> str:
 
 
 def class_shares(rows: Split, labels: Labels) -> np.ndarray:
-    """(C,) the share of each class among the rows that may judge."""
-    classes = rows.judging().labels
-    return np.bincount(classes, minlength=len(labels.values)) / len(classes)
+    """(C,) the share of each class among the rows that may judge, of a regression (1,) the mean."""
+    targets = rows.judging().labels
+    if targets.ndim == 2 or not labels.values:
+        return np.atleast_1d(targets.mean(axis=0))
+    return np.bincount(targets, minlength=len(labels.values)) / len(targets)
 
 
 # ---- who judges -----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import data
 import ddp
 import language
 import optim
+import presets
 import train
 from errors import UserError
 
@@ -90,7 +91,7 @@ def test_loss_falls_and_the_base_loads_everywhere(done, small_base, tmp_path):
 
 def test_held_out_loss_is_that_of_each_segment_alone_in_transformers(done, source, tmp_path):
     result, flags = done
-    cfg, _ = cli.parse(configs.CptConfig, configs.CPT_PRESETS, flags)
+    cfg, _ = cli.parse(configs.CptConfig, presets.CPT_PRESETS, flags)
     texts = cpt.load_texts(cfg, bases.load_tokenizer(cfg.base), ALONE)
     segments, held_out = texts.train, texts.val
     lm = AutoModelForCausalLM.from_pretrained(Path(result["run"]) / "last", dtype=torch.float32).eval()
@@ -134,7 +135,7 @@ def test_sigterm_saves_and_names_the_way_on(done, source, tmp_path):
     os.kill(pid, signal.SIGTERM)
     status, out, err = finish(pids, tmp_path)
     run = next((tmp_path / "outputs").glob("*/*/run_0"))
-    assert status == 1 and f"go on with --resume {run}" in err and "Traceback" not in err, err
+    assert status == 1 and f"continue with --resume {run}" in err and "Traceback" not in err, err
     resumed = cpt.main([*cpt_flags(source, tmp_path), "--resume", str(run)])
     assert weights(Path(resumed["run"])) == weights(Path(done[0]["run"]))
 
@@ -174,7 +175,7 @@ def test_live_merged_and_reloaded_give_the_same_logits(adapted):
         torch.testing.assert_close(whole(input_ids=ids).logits, want, rtol=0, atol=1e-5 * float(want.abs().max()))
         assert (plain(input_ids=ids).logits - want).abs().max() > 1e-2
     assert not whole.config.tie_word_embeddings
-    cfg, _ = cli.parse(configs.CptConfig, configs.CPT_PRESETS, flags)
+    cfg, _ = cli.parse(configs.CptConfig, presets.CPT_PRESETS, flags)
     held_out = cpt.load_texts(checks.own_data(cfg, set()), bases.load_tokenizer(base), ALONE).val
     scores = language.language_scores(
         language.load_language_model(str(merged), torch.device("cpu"), torch.float32), held_out, ALONE, "fp32", 128
@@ -190,7 +191,7 @@ def test_exactly_what_is_listed_is_trained_each_group_at_its_rate(adapted, capsy
     want = {f"base_model.model.{s}.{e}" for s in stems for e in ends[s.rsplit(".", 1)[-1]]}
     want |= {f"base_model.model.model.embed_tokens.lora_embedding_{x}" for x in "AB"}
     assert tensors.keys() == want and all(t.any() for t in tensors.values())
-    cfg, given = cli.parse(configs.CptConfig, configs.CPT_PRESETS, flags)
+    cfg, given = cli.parse(configs.CptConfig, presets.CPT_PRESETS, flags)
     lm = cpt.new_language_model(checks.own_data(cfg, given), ALONE, "fp32")
     names = {id(p): n for n, p in lm.named_parameters()}
     groups = optim.parameter_groups(lm.named_parameters(), 1e-2, 1e-3, 0.1, language.vocabulary_modules(lm))

@@ -197,7 +197,11 @@ def test_more_ranks_than_micro_batches_says_so_and_a_mistake_ends_all_ranks(tmp_
 
 
 def test_any_cut_of_a_step_is_one_big_batch(tmp_path, small_base):
-    """Class weights and label smoothing on: the denominators are the step's, not the micro-batch's."""
+    """Class weights and label smoothing on: the denominators are the step's, not the micro-batch's.
+
+    Losses and parameters are equal to the rounding of a forward pass. On this random base attention is nearly uniform,
+    so gradients of q and k are 1e-3 of the others', and AdamW, which divides by their size, magnifies that rounding.
+    """
     changes = {"lora_dropout": 0, "head_dropout": 0, "class_weights": "balanced", "label_smoothing": 0.1}
     changes |= {"batch_size": 24, "epochs": 4, "train_data": uneven(tmp_path)}
     adapters, losses = [], []
@@ -209,9 +213,10 @@ def test_any_cut_of_a_step_is_one_big_batch(tmp_path, small_base):
         losses.append([line["loss"] for line in log_of(run) if "loss" in line])
     assert len(losses[0]) == 8
     for other, loss in zip(adapters[1:], losses[1:], strict=True):
-        np.testing.assert_allclose(loss, losses[0], atol=1e-5)
+        np.testing.assert_allclose(loss, losses[0], atol=2e-6)
         for name, tensor in adapters[0].items():
-            torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=0)
+            room = 5e-5 if "q_proj" in name or "k_proj" in name else 1e-6  # of a learning rate of 3e-3
+            torch.testing.assert_close(other[name], tensor, atol=room, rtol=0)
     assert not torch.equal(adapters[0]["base_model.model.score.weight"], adapters[-1]["base_model.model.score.weight"])
 
 

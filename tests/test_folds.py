@@ -1,143 +1,159 @@
-"""Folds, seeds and groups: who judges whom, a family of runs under one folder, and what they say together."""
+"""folds.py: a family of runs over folds and seeds under one folder, and what they predict together."""
 
 import csv
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_ddp import forked, forks, run_of, shas, start, toy_flags, write_rows
+from test_ddp import finish, forked, forks, run_of, shas, start, toy_flags, write_rows
 
-import configs
+import checkpoint
+import cli
 import decide
 import files
+import folds
 import infer
+import loop
 import metrics
 import splits
 import train
 import trained
-from errors import UserError
+from configs import TrainConfig
+from errors import Degenerate, UserError
 
 pytestmark = forks
 QUICK = {"val_data": None, "batch_size": 8, "epochs": 1, "eval_every": 4, "audit": "none"}
 SILENT = lambda *words: None  # noqa: E731
+started = folds.started
 
 
-# ---- a family of runs -----------------------------------------------------------------------------------------------
+@pytest.fixture(autouse=True)
+def forked_members(tmp_path_factory, monkeypatch):
+    """Fork train.py instead of starting an interpreter, which takes seconds; `started` above is the real one."""
+    monkeypatch.setattr(folds, "started", fork_of(tmp_path_factory.mktemp("members")))
+
+
+def fork_of(folder: Path):
+    def fork(words: list[str]) -> tuple[int, bool]:
+        flags = words[words.index(str(folds.TRAIN)) + 1 :]
+        ranks = [int(word.partition("=")[2]) for word in words if word.startswith("--nproc_per_node=")]
+        status, out, err = forked(train.main, flags, folder, *ranks)
+        print(out, err)
+        return status, False
+
+    return fork
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory, small_base) -> Path:
     """Seeds 1 and 2 over 3 folds of 58 rows, never interrupted."""
     folder = tmp_path_factory.mktemp("family")
-    told = train.main(toy_flags(folder, small_base, folds=3, seeds="1,2", **QUICK))
-    assert told["steps"] == 6 * 5 and len(told["runs"]) == 6
-    return Path(told["run"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folds, "started", fork_of(folder))
+        result = folds.main(toy_flags(folder, small_base, folds=3, seeds="1,2", **QUICK))
+    assert result["steps"] == 6 * 5 and len(result["runs"]) == 6
+    return Path(result["run"])
 
 
-def facts_of(run: Path):
+def judged_by(run: Path):
     cfg, labels = trained.run_facts(run)
     rows, val, _ = splits.read(cfg, SILENT)
     return cfg, labels, splits.judged(cfg, rows, val)
 
 
+def member_configs(run: Path) -> dict[str, TrainConfig]:
+    return {name: cli.read_config(TrainConfig, folder) for name, folder in trained.members(run).items()}
+
+
+# ---- the folder of a family -----------------------------------------------------------------------------------------
+
+
+def test_files_of_a_family_and_of_its_members(family):
+    names = {p.name for p in family.iterdir()}
+    members = {f"seed_{s}_fold_{f}" for s in (1, 2) for f in range(3)}
+    assert names == members | {
+        "config.json", "family.json", "labels.json", "environment.json", "val_predictions.csv", "decision.json",
+        "result.json",
+    }  # fmt: skip
+    stored = json.loads((family / "family.json").read_text())
+    assert stored == {"members": {name: name for name in stored["members"]}, "folds": 3, "seeds": ["1", "2"]}
+    assert set(stored["members"]) == members
+    cfg = cli.read_config(TrainConfig, family)
+    assert (cfg.folds, cfg.fold) == (3, -1)
+    for name, one in member_configs(family).items():
+        assert name == f"seed_{one.seed}_fold_{one.fold}" and one.split_seed == 0
+        found = {p.name for p in (family / name).iterdir()}
+        assert found >= {"config.json", "labels.json", "split.csv", "environment.json", "best", "last", "result.json"}
+
+
 def test_the_out_of_fold_file_holds_each_row_once_with_the_logits_of_the_run_that_did_not_see_it(family):
-    cfg, labels, judged = facts_of(family)
+    cfg, labels, judged = judged_by(family)
     ids, targets, logits = trained.validation_rows(family, cfg, labels)
     assert ids == judged.ids == [r["id"] for r in files.read_rows(cfg.train_data, "x")] and len(set(ids)) == 58
     assert np.array_equal(targets, judged.labels)
     seen, total = dict.fromkeys(ids, 0), {}
-    for name, one in configs.members(cfg).items():
+    for name, one in member_configs(family).items():
         theirs, _, z = trained.validation_rows(family / name, one, labels)
         for i, row in zip(theirs, z, strict=True):
             total[i], seen[i] = total.get(i, 0) + row.astype(np.float64), seen[i] + 1
     assert set(seen.values()) == {2}  # once for each seed
     np.testing.assert_allclose(logits, [total[i] / 2 for i in ids], rtol=1e-6)
-    seeds = {configs.members(cfg)[n].seed for n in ("seed_1_fold_0", "seed_2_fold_0")}
-    splits_of = {configs.members(cfg)[f"seed_{s}_fold_0"].split_seed for s in (1, 2)}
-    assert seeds == {1, 2} and splits_of == {0}
 
 
 def test_the_summary_is_that_of_its_runs_and_rows(family):
-    told = json.loads((family / "result.json").read_text())
-    cfg, labels, judged = facts_of(family)
+    result = json.loads((family / "result.json").read_text())
+    cfg, labels, judged = judged_by(family)
     logits = trained.validation_rows(family, cfg, labels)[2]
     want = metrics.of_task("single_label", logits, judged.labels)
-    assert told["metrics"] == {k: round(v, 6) for k, v in want.items()}
-    each = [json.loads((family / n / "result.json").read_text())["metrics"] for n in configs.members(cfg)]
-    for name in told["mean"]:
+    assert result["metrics"] == {k: round(v, 6) for k, v in want.items()}
+    each = [json.loads((folder / "result.json").read_text())["metrics"] for folder in trained.members(family).values()]
+    for name in result["mean"]:
         values = [e[name] for e in each if name in e]
-        assert (
-            abs(told["mean"][name] - np.mean(values)) < 1e-6 and abs(told["std"][name] - np.std(values, ddof=1)) < 1e-6
-        )
-    low, high = told["intervals"]["micro_f1"]
-    assert low <= told["metrics"]["micro_f1"] <= high and high - low > 0.05  # 58 rows
+        assert abs(result["mean"][name] - np.mean(values)) < 1e-6
+        assert abs(result["std"][name] - np.std(values, ddof=1)) < 1e-6
+    low, high = result["intervals"]["micro_f1"]
+    assert low <= result["metrics"]["micro_f1"] <= high and high - low > 0.05  # 58 rows
     decision = trained.read_decision(family, "single_label", 8)
     assert decision == decide.fit_decision("single_label", logits, judged.labels, "none", "out-of-fold")
 
 
 def test_a_member_is_the_run_that_is_started_alone(family, tmp_path, small_base):
-    """One process that trains six runs gives the same bits as one that trains one of them."""
     alone = train.main(toy_flags(tmp_path, small_base, folds=3, fold=1, seed=2, split_seed=0, **QUICK))
     mine, theirs = Path(alone["run"]), family / "seed_2_fold_1"
-    assert shas(mine, "adapter_model.safetensors") == shas(theirs, "adapter_model.safetensors")
+    assert shas(mine) == shas(theirs)
     assert (mine / "val_predictions.csv").read_bytes() == (theirs / "val_predictions.csv").read_bytes()
 
 
 def test_two_ranks_train_every_fold_together(family, tmp_path, small_base):
-    flags = toy_flags(tmp_path, small_base, folds=3, seeds="1,2", **QUICK)
-    status, out, err = forked(train.main, flags, tmp_path, ranks=2)
-    assert status == 0, out + err
-    run = run_of(out)
+    flags = toy_flags(tmp_path, small_base, folds=3, seeds="1,2", nproc_per_node=2, **QUICK)
+    run = Path(folds.main(flags)["run"])
     for file in ("val_predictions.csv", "decision.json"):
         assert (run / file).read_bytes() == (family / file).read_bytes()
-    assert shas(run / "seed_1_fold_2", "adapter_model.safetensors") == shas(
-        family / "seed_1_fold_2", "adapter_model.safetensors"
-    )
-
-
-def test_killed_in_the_middle_of_a_fold_it_goes_on_without_repeating_finished_ones(family, tmp_path, small_base):
-    flags = [*toy_flags(tmp_path, small_base, folds=3, seeds="1,2", save_every=2, **QUICK), "--resume", "auto"]
-    (pid,) = start(train.main, flags, tmp_path)
-    logs, end = "outputs/*/*/run_0/seed_1_fold_2/metrics.jsonl", time.monotonic() + 150
-    while not any(log.read_bytes().count(b"\n") >= 3 for log in tmp_path.glob(logs)):
-        assert time.monotonic() < end, (tmp_path / "err.0").read_text()
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    run = next(tmp_path.glob("outputs/*/*/run_0"))
-    assert sorted(p.parent.name for p in run.glob("*/result.json")) == ["seed_1_fold_0", "seed_1_fold_1"]
-    before = {p: p.stat().st_mtime_ns for n in (0, 1) for p in (run / f"seed_1_fold_{n}").rglob("*") if p.is_file()}
-    status, out, err = forked(train.main, flags, tmp_path)
-    assert status == 0, out + err
-    assert out.count("is finished") == 2 and "resumed at step 2 of 5" in out
-    assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert (run / "val_predictions.csv").read_bytes() == (family / "val_predictions.csv").read_bytes()
-    told = [json.loads((r / "result.json").read_text()) for r in (run, family)]
-    assert all(told[0][k] == told[1][k] for k in ("metrics", "mean", "std", "intervals", "runs", "decided"))
-
-
-def test_a_finished_family_is_not_begun_again(family):
-    with pytest.raises(UserError, match="finished"):
-        train.main(["--resume", str(family)])
+    assert shas(run / "seed_1_fold_2") == shas(family / "seed_1_fold_2")
+    environment = json.loads((run / "seed_1_fold_2/environment.json").read_text())
+    assert environment["world_size"] == 2
 
 
 def test_seeds_alone_share_one_hold_out(tmp_path, small_base):
-    told = train.main(toy_flags(tmp_path, small_base, seeds="3,5", **{**QUICK, "val_size": 0.3}))
-    run = Path(told["run"])
+    result = folds.main(toy_flags(tmp_path, small_base, seeds="3,5", **{**QUICK, "val_size": 0.3}))
+    run = Path(result["run"])
     one, two = ((run / f"seed_{s}" / "val_predictions.csv").read_text().splitlines() for s in (3, 5))
     assert [line.split(",")[0] for line in one] == [line.split(",")[0] for line in two] and one != two
-    assert told["metrics"]["rows"] == len(one) - 1 and list(told["runs"]) == ["seed_3", "seed_5"]
+    assert result["metrics"]["rows"] == len(one) - 1 and list(result["runs"]) == ["seed_3", "seed_5"]
+    assert (run / "split.csv").read_bytes() == (run / "seed_3/split.csv").read_bytes()
 
 
-def test_a_dry_run_of_a_family_leaves_nothing(tmp_path, small_base, capsys):
-    told = train.main(toy_flags(tmp_path, small_base, folds=3, **QUICK) + ["--dry_run"])
-    assert told["runs"] == 3 and "3 runs like this one" in capsys.readouterr().out
-    assert not (tmp_path / "outputs").exists()
+def test_one_seed_is_that_seed(small_base, tmp_path):
+    result = folds.main(toy_flags(tmp_path, small_base, seeds="5", audit="none"))
+    alone = train.main(toy_flags(tmp_path, small_base, seed=5, audit="none"))
+    assert list(result["runs"]) == ["seed_5"] and result["runs"]["seed_5"] == alone["metrics"]
+    assert trained.load_run(result["run"]).predict(["1 + 1"])
 
 
 @pytest.mark.parametrize("task", ["regression", "multi_label"])
@@ -149,30 +165,24 @@ def test_other_tasks_have_families_too(tmp_path, small_base, task):
         for i, row in enumerate(rows):
             writer.writerow([row["Question"], i / 60 if task == "regression" else ["a", "b|c", "", "c|a"][i % 4]])
     flags = toy_flags(tmp_path, small_base, train_data=tmp_path / "rows.csv", task=task, folds=3, **QUICK)
-    told = train.main(flags)
-    assert told["metrics"]["rows"] == 60 and len(told["runs"]) == 3
+    result = folds.main(flags)
+    assert result["metrics"]["rows"] == 60 and len(result["runs"]) == 3
     output = tmp_path / "p.jsonl"
-    flags = ["--runs", told["run"], "--input", str(tmp_path / "rows.csv"), "--output", str(output), "--submission", ""]
-    assert infer.main(flags)["rows"] == 60 and len(output.read_text().splitlines()) == 60
-
-
-# ---- what a family predicts -----------------------------------------------------------------------------------------
+    flags = ["--runs", result["run"], "--input", str(tmp_path / "rows.csv"), "--output", str(output)]
+    assert infer.main([*flags, "--submission", ""])["rows"] == 60 and len(output.read_text().splitlines()) == 60
 
 
 def test_a_family_predicts_the_mean_of_its_runs(family, tmp_path):
-    cfg, _, judged = facts_of(family)
+    cfg, _, judged = judged_by(family)
     logits, _ = trained.load_run(family).logits(judged.rows)
-    each = [trained.load_run(family / name).logits(judged.rows)[0] for name in configs.members(cfg)]
+    each = [trained.load_run(folder).logits(judged.rows)[0] for folder in trained.members(family).values()]
     np.testing.assert_allclose(logits, np.mean(each, axis=0), atol=1e-6)
-    told = infer.main(
-        ["--runs", str(family), "--input", cfg.train_data, "--output", str(tmp_path / "a.csv"), "--submission", ""]
-    )
-    shares = np.array(
-        [[float(r[f"probability_{c}"]) for c in range(8)] for r in files.read_rows(str(tmp_path / "a.csv"), "x")]
-    )
+    flags = ["--runs", str(family), "--input", cfg.train_data, "--output", str(tmp_path / "a.csv"), "--submission", ""]
+    assert infer.main(flags)["rows"] == 58
+    rows = files.read_rows(str(tmp_path / "a.csv"), "x")
+    shares = np.array([[float(r[f"probability_{c}"]) for c in range(8)] for r in rows])
     decision = trained.read_decision(family, "single_label", 8)
     np.testing.assert_allclose(shares, decide.apply(decision, logits)[1], atol=1e-6)
-    assert told["rows"] == 58
     once = trained.load_run(family).predict([judged.rows[0]["Question"]])[0]
     np.testing.assert_allclose(once["logits"], logits[0], atol=1e-5)
 
@@ -185,43 +195,275 @@ def test_one_run_is_exported_or_merged_never_a_family(family, tmp_path):
     assert not (tmp_path / "e").exists()
 
 
+# ---- as users start it ----------------------------------------------------------------------------------------------
+
+
+def test_the_command_trains_each_run_in_a_process_of_its_own(tmp_path, small_base, command):
+    flags = toy_flags(tmp_path, small_base, folds=2, **{**QUICK, "max_steps": 2})
+    status, out, err = command("folds.py", *flags, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert status == 0, err
+    run = run_of(out)
+    assert "== fold_0: 1 of 2" in out and "== fold_1: 2 of 2" in out and "== 2 runs together, 58 rows" in out
+    assert out.count("best checkpoint by micro_f1") == 2 and err.count("2/2") >= 2  # the runs' own output
+    assert checkpoint.finished(run) and all(checkpoint.finished(f) for f in trained.members(run).values())
+    status, out, err = command("folds.py", "--help")
+    assert status == 0 and "--nproc_per_node" in out and "--lr" in out
+
+
+CHILD = """
+import signal, sys, time
+def note(number, frame):
+    open(sys.argv[1], "a").write(f"{number} ")
+    sys.exit(1)
+signal.signal(signal.SIGTERM, note), signal.signal(signal.SIGINT, note)
+open(sys.argv[1], "w").write("ready ")
+time.sleep(60)
+"""
+
+
+def wait_for_text(path: Path, text: str) -> None:
+    end = time.monotonic() + 30
+    while not path.exists() or path.read_text() != text:
+        assert time.monotonic() < end, path.exists() and path.read_text()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_signals_reach_the_run_in_training_once(tmp_path, number):
+    """Passed on by folds.py; where it is killed itself, Linux tells the run, so that no two write one folder."""
+    if number == signal.SIGKILL and sys.platform != "linux":
+        pytest.skip("only Linux tells a process that its parent is gone")
+    path = tmp_path / "signals"
+
+    def main(argv):
+        status, stopped = started([sys.executable, "-c", CHILD, str(path)])
+        return {"status": status, "stopped": stopped}
+
+    (pid,) = pids = start(main, [], tmp_path)
+    wait_for_text(path, "ready ")
+    os.kill(pid, number)
+    status, out, err = finish(pids, tmp_path)
+    if number == signal.SIGKILL:
+        wait_for_text(path, f"ready {int(signal.SIGTERM)} ")
+        return
+    assert status == 0 and json.loads(out) == {"status": 1, "stopped": True}, err
+    assert path.read_text() == f"ready {int(number)} "
+
+
+def test_a_stopped_run_names_the_way_on(tmp_path, small_base, monkeypatch):
+    monkeypatch.setattr(folds, "started", lambda words: (1, True))
+    with pytest.raises(KeyboardInterrupt, match="stopped in fold_0; continue with python folds.py --resume"):
+        folds.main(toy_flags(tmp_path, small_base, folds=2, **QUICK))
+
+
+def in_process(words: list[str]) -> tuple[int, bool]:
+    train.main(words[words.index(str(folds.TRAIN)) + 1 :])
+    return 0, False
+
+
+def test_killed_in_the_middle_of_a_fold_it_continues_without_repeating_finished_ones(family, tmp_path, small_base):
+    flags = [*toy_flags(tmp_path, small_base, folds=3, seeds="1,2", save_every=2, **QUICK), "--resume", "auto"]
+    (pid,) = start(folds.main, flags, tmp_path, before=lambda: setattr(folds, "started", in_process))
+    logs, end = "outputs/*/*/run_0/seed_1_fold_2/metrics.jsonl", time.monotonic() + 150
+    while not any(log.read_bytes().count(b"\n") >= 3 for log in tmp_path.glob(logs)):
+        assert time.monotonic() < end, (tmp_path / "err.0").read_text()
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    run = next(tmp_path.glob("outputs/*/*/run_0"))
+    assert sorted(p.parent.name for p in run.glob("*/result.json")) == ["seed_1_fold_0", "seed_1_fold_1"]
+    before = {p: p.stat().st_mtime_ns for n in (0, 1) for p in (run / f"seed_1_fold_{n}").rglob("*") if p.is_file()}
+    pids = start(folds.main, flags, tmp_path, before=lambda: setattr(folds, "started", in_process))
+    status, out, err = finish(pids, tmp_path)
+    assert status == 0, out + err
+    assert out.count("is finished") == 2 and "resumed at step 2 of 5" in out
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert (run / "val_predictions.csv").read_bytes() == (family / "val_predictions.csv").read_bytes()
+    results = [json.loads((r / "result.json").read_text()) for r in (run, family)]
+    assert all(results[0][k] == results[1][k] for k in ("metrics", "mean", "std", "intervals", "runs", "decided"))
+
+
+def test_train_resumes_no_family_and_folds_no_single_run(family, tmp_path, small_base):
+    with pytest.raises(UserError, match="finished"):
+        folds.main(["--resume", str(family)])
+    with pytest.raises(UserError, match="a family of runs; continue with python folds.py --resume"):
+        train.main(["--resume", str(family)])
+    with pytest.raises(UserError, match="one run, not a family; continue with python train.py --resume"):
+        folds.main(["--resume", str(family / "seed_1_fold_0")])
+    # an unfinished family is not what train.py continues, nor the other way around
+    flags = toy_flags(tmp_path, small_base, folds=2, **{**QUICK, "max_steps": 1})
+    run = Path(folds.main(flags)["run"])
+    (run / "result.json").unlink()
+    one = train.main([*flags, "--fold", "0", "--resume", "auto"])
+    assert Path(one["run"]).name == "run_1"
+    assert folds.main([*flags, "--resume", "auto"])["run"] == str(run)
+
+
+def test_an_old_family_is_continued_to_the_same_bytes(family, tmp_path, small_base):
+    """As train.py left them before folds.py: "fold": "all" and seeds in config.json, no family.json, audited once."""
+    flags = toy_flags(tmp_path, small_base, folds=3, seeds="1,2", **QUICK)
+    run = Path(folds.main(flags)["run"])
+    old = {"balance": False, "train_start": 0, "split": "", "examples": [], "pseudo_labels": ""}
+    for folder in (run, *trained.members(run).values()):
+        config = json.loads((folder / "config.json").read_text())
+        fold = str(config.pop("fold")) if folder != run else "all"
+        seeds = ["1", "2"] if folder == run else []
+        (folder / "config.json").write_text(json.dumps({**config, "fold": fold, "seeds": seeds, **old}))
+    (run / "family.json").unlink()
+    for name in ("result.json", "seed_2_fold_2/result.json"):
+        (run / name).unlink()
+    for path in sorted((run / "seed_2_fold_1").rglob("*"), reverse=True):  # was not begun
+        path.rmdir() if path.is_dir() else path.unlink()
+    (run / "seed_2_fold_1").rmdir()
+    folds.main(["--resume", str(run)])
+    for file in ("val_predictions.csv", "decision.json"):
+        assert (run / file).read_bytes() == (family / file).read_bytes()
+    assert shas(run / "seed_2_fold_1") == shas(family / "seed_2_fold_1")
+    assert not (run / "seed_2_fold_2/audit.json").exists()
+
+
+def test_a_dry_run_of_a_family_leaves_nothing(tmp_path, small_base, capsys):
+    result = folds.main(toy_flags(tmp_path, small_base, folds=3, **QUICK) + ["--dry_run"])
+    out = capsys.readouterr().out
+    assert result["runs"] == 3 and "3 runs like this one" in out and "plan: " in out
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_limit_is_shared_by_the_runs_of_a_family(small_base, tmp_path, monkeypatch):
+    given = []
+    fork = folds.started
+    monkeypatch.setattr(folds, "started", lambda words: given.append(words[-2:]) or fork(words))
+    flags = toy_flags(tmp_path, small_base, val_data=None, folds=2, time_limit="2h", audit="none", max_steps=2)
+    folds.main(flags)
+    now = loop.process_seconds()
+    (flag, first), (_, second) = given
+    assert flag == "--time_limit" and float(first.removesuffix("s")) == pytest.approx(3600 - now / 2, abs=60)
+    assert float(second.removesuffix("s")) == pytest.approx(7200 - now, abs=60)
+    monkeypatch.setattr(loop, "process_seconds", lambda: 9000.0)
+    with pytest.raises(KeyboardInterrupt, match="time_limit is over; continue with python folds.py --resume"):
+        folds.main(flags)
+
+
+def test_degenerate_runs_are_told_when_the_family_is_whole(tmp_path, small_base, monkeypatch):
+    """Every run is trained and pooled, then the family ends with status 5."""
+    flags = toy_flags(tmp_path, small_base, folds=2, **{**QUICK, "max_steps": 1})
+    fork = folds.started
+    monkeypatch.setattr(folds, "started", lambda words: (5, fork(words)[1]) if "fold_0" in str(words) else fork(words))
+    with pytest.raises(Degenerate, match="the scores of fold_0 are degenerate"):
+        folds.main(flags)
+    assert checkpoint.finished(next((tmp_path / "outputs").glob("*/*/run_0")))
+
+
+def test_a_failing_run_ends_the_family_with_its_status(tmp_path, small_base):
+    flags = toy_flags(tmp_path, small_base, folds=2, **{**QUICK, "lr": 1e30})
+    with pytest.raises(folds.Failed, match="fold_0 failed with status 4; continue with") as error:
+        folds.main(flags)
+    assert error.value.exit_status == 4
+
+
+def test_a_finished_fold_of_other_texts_is_not_taken(small_base, tmp_path):
+    flags = toy_flags(tmp_path, small_base, val_data=None, folds=2, audit="none", max_steps=2)
+    run = Path(folds.main(flags)["run"])
+    (run / "result.json").unlink()  # as if it had been killed before its end
+    path = tmp_path / "train.csv"
+    rows = files.read_rows(str(path), "x")
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({**r, "Question": r["Question"][::-1]} for r in rows)
+    with pytest.raises(UserError, match="was trained on other rows or tokens"):
+        folds.main(["--resume", str(run)])
+
+
+# ---- runs trained elsewhere -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory, small_base) -> tuple[Path, list[str]]:
+    """The runs of `family`, each started alone as a job array does."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    runs = []
+    for seed in (1, 2):
+        for fold in range(3):
+            flags = toy_flags(folder, small_base, folds=3, fold=fold, seed=seed, split_seed=0, **QUICK)
+            runs.append(train.main(flags)["run"])
+    return folder, runs
+
+
+def test_pooled_runs_are_the_family(family, elsewhere, tmp_path):
+    folder, runs = elsewhere
+    result = folds.main(["--pool", *runs[::-1], "--outputs", str(tmp_path / "pooled")])
+    run = Path(result["run"])
+    assert run.is_relative_to(tmp_path / "pooled")
+    for file in ("val_predictions.csv", "decision.json"):
+        assert (run / file).read_bytes() == (family / file).read_bytes()
+    assert set(trained.members(run).values()) == {Path(r).resolve() for r in runs}
+    rows = files.read_rows(str(folder / "train.csv"), "x")[:5]
+    logits = [trained.load_run(r).logits(rows)[0] for r in (run, family)]
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
+
+
+def test_what_is_no_family_is_not_pooled(elsewhere, tmp_path, small_base):
+    folder, runs = elsewhere
+    out = ["--outputs", str(tmp_path / "pooled")]
+    with pytest.raises(UserError, match="no run for seed_1_fold_1, seed_2_fold_0"):
+        folds.main(["--pool", runs[0], runs[2], *runs[4:], *out])
+    with pytest.raises(UserError, match="is seed_1_fold_0 too"):
+        folds.main(["--pool", *runs, runs[0], *out])
+    with pytest.raises(UserError, match="no finished run"):
+        folds.main(["--pool", runs[0], str(tmp_path), *out])
+    other = train.main(toy_flags(tmp_path, small_base, folds=3, fold=1, seed=1, split_seed=0, rank=2, **QUICK))["run"]
+    with pytest.raises(UserError, match="not a run of the same family: .*rank"):
+        folds.main(["--pool", runs[0], other, *out])
+    assert not (tmp_path / "pooled").exists()
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
+        ({}, "nothing to train: give --folds 5, or --seeds 1,2,3"),
         ({"folds": 1}, "--folds 1 .*expected 2 or more"),
         ({"folds": -3}, "--folds -3: expected 0 or more"),
-        ({"folds": 5, "fold": 5}, "--folds 5 --fold 5: expected"),
-        ({"folds": 5, "fold": "first"}, "--fold first: expected"),
-        ({"fold": 2}, "--fold has no effect without --folds"),
+        ({"folds": 5, "fold": 2}, "--fold 2: folds.py trains every fold"),
         ({"folds": 3, "val_size": 0.2}, "--val_size has no effect with --folds"),
         ({"folds": 3, "val_data": "x.csv"}, "--folds 3 with --val_data x.csv"),
         ({"folds": 99}, "--folds 99: there are only 58 rows"),
         ({"seeds": "1,one"}, "--seeds 1,one: expected whole numbers"),
         ({"seeds": "1,1"}, "--seeds 1,1: expected whole numbers of 0 or more, each once"),
+        ({"seeds": "1,01"}, "each once"),
+        ({"folds": 2, "nproc_per_node": 0}, "--nproc_per_node 0: expected 1 or more"),
         ({"folds": 2, "group_column": "topic"}, "no column topic"),
-        ({"folds": 5, "group_column": "label", "fold": 0}, None),
         ({"folds": 9, "group_column": "label"}, "--folds 9: there are only 8 groups"),
-        ({"report": "excel"}, "--report excel: expected tensorboard, wandb or both"),
-        ({"audit": "much"}, "--audit much: expected one of near, equal, none"),
+        ({"folds": 2, "class_weights": "1,2"}, "expected one for each of 8"),
+        ({"folds": 8, "metric": "roc_auc"}, "--metric roc_auc needs every class"),  # folds of 7 or 8 rows lack some
     ],
 )
 def test_bad_families_are_one_line_before_anything_is_written(small_base, tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        folds.main(toy_flags(tmp_path, small_base, **{**QUICK, **changes}))
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"folds": 5}, "--folds 5 without --fold: train one of 0 to 4, or all of them with folds.py"),
+        ({"folds": 5, "fold": 5}, "--folds 5 --fold 5: expected"),
+        ({"folds": 5, "fold": "first"}, "--fold first: expected"),
+        ({"fold": 2}, "--fold has no effect without --folds"),
+        ({"folds": 5, "group_column": "label", "fold": 0}, None),
+    ],
+)
+def test_one_fold_is_trained_by_train(small_base, tmp_path, changes, words):
     flags = toy_flags(tmp_path, small_base, **{**QUICK, **changes})
     if words is None:  # folds by label: a class that no training row has is warned of, and trains
         assert train.main(flags)["steps"] > 0
         return
     with pytest.raises(UserError, match=words):
         train.main(flags)
-    assert not (tmp_path / "outputs").exists()
-
-
-def test_what_is_wrong_with_the_last_fold_is_said_before_the_first_begins(small_base, tmp_path):
-    """AUC needs every class among the validation rows: 8 classes in 58 rows, the folds of 7 or 8 rows lack some."""
-    with pytest.raises(UserError, match="--metric roc_auc needs rows with and without every label"):
-        train.main(toy_flags(tmp_path, small_base, folds=8, metric="roc_auc", **QUICK))
     assert not (tmp_path / "outputs").exists()
 
 
@@ -257,7 +499,7 @@ def test_the_audit_of_a_run_names_rows_and_is_kept(planted, tmp_path, small_base
 
 
 def test_dropped_conflicts_are_in_no_split(planted, tmp_path, small_base, capsys):
-    told = train.main(
+    told = folds.main(
         toy_flags(
             tmp_path, small_base, train_data=planted, drop_conflicts="true", folds=2, **{**QUICK, "audit": "equal"}
         )

@@ -1,4 +1,4 @@
-"""losses.py against torch on the whole batch: however a step is cut, the parts' sums and weights make the same mean."""
+"""losses.py against torch on the whole batch: however a step is cut, the sums and weights of its parts add up."""
 
 import pytest
 import torch
@@ -19,11 +19,21 @@ def toy_rows(dtype=torch.float32):
     return logits.to(dtype).requires_grad_(), labels
 
 
-def by_parts(logits, labels, sizes, smoothing, weights):
+def mass_of(labels, weights):
+    return losses.weight_of("single_label", labels.numpy(), None if weights is None else weights.numpy())
+
+
+def by_parts(logits, labels, sizes, smoothing, weights, soft=None, share=1.0, temperature=1.0):
     """Sum of the parts' sums, and of their weights."""
-    parts = zip(logits.split(sizes), labels.split(sizes), strict=True)
-    sums, masses = zip(*(losses.cross_entropy(z, y, smoothing, weights) for z, y in parts), strict=True)
-    return torch.stack(sums).sum(), sum(masses)
+    total, mass, start = 0.0, 0.0, 0
+    for size in sizes:
+        part = slice(start, start + size)
+        teacher = None if soft is None else soft[part]
+        mix = smoothing, weights, teacher, share, temperature
+        total = total + losses.loss_sum("single_label", logits[part], labels[part], *mix)
+        mass += mass_of(labels[part], weights)
+        start += size
+    return total, mass
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -46,7 +56,7 @@ def test_loss_normalisation_under_accumulation():
     weights = torch.tensor(WEIGHTS)
     logits, labels = toy_rows()
     whole = F.cross_entropy(logits, labels, weight=weights, label_smoothing=0.1)
-    halves = [losses.cross_entropy(logits[i : i + 6], labels[i : i + 6], 0.1, weights) for i in (0, 6)]
+    halves = [by_parts(logits[i : i + 6], labels[i : i + 6], [6], 0.1, weights) for i in (0, 6)]
     mean_of_halves = sum(s / m for s, m in halves) / 2
     assert abs(mean_of_halves - whole) > 0.05 * whole
     torch.testing.assert_close(sum(s for s, _ in halves) / sum(m for _, m in halves), whole, rtol=1e-6, atol=0)
@@ -58,17 +68,107 @@ def test_smoothed_weighted_loss_equals_its_definition():
     nll = -F.log_softmax(logits.detach().double(), dim=1)
     w = torch.tensor(WEIGHTS, dtype=torch.float64)
     want = sum(0.9 * w[y] * nll[i, y] + 0.1 / CLASSES * (w * nll[i]).sum() for i, y in enumerate(labels))
-    total, mass = losses.cross_entropy(logits, labels, 0.1, torch.tensor(WEIGHTS))
+    total = losses.cross_entropy(logits, labels, 0.1, torch.tensor(WEIGHTS))
     assert float(total.detach()) == pytest.approx(float(want), rel=1e-6)
-    assert float(mass) == pytest.approx(float(w[labels].sum()), rel=1e-6)
+    assert mass_of(labels, w) == pytest.approx(float(w[labels].sum()), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_loss_of_half_precision_logits_is_taken_in_fp32(dtype):
     logits, labels = toy_rows(dtype)
-    total, mass = losses.cross_entropy(logits, labels, 0.1)
-    assert total.dtype == torch.float32 and float(mass) == ROWS
-    assert torch.equal(total, losses.cross_entropy(logits.float(), labels, 0.1)[0])
+    total = losses.cross_entropy(logits, labels, 0.1)
+    assert total.dtype == torch.float32 and mass_of(labels, None) == ROWS
+    assert torch.equal(total, losses.cross_entropy(logits.float(), labels, 0.1))
+
+
+# ---- soft targets ---------------------------------------------------------------------------------------------------
+
+
+def toy_teacher(rows: int = ROWS) -> torch.Tensor:
+    return torch.randn(rows, CLASSES, generator=torch.Generator().manual_seed(7)).softmax(1)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_teacher_that_says_the_labels_changes_nothing(weighted):
+    logits, labels = toy_rows()
+    weights = torch.tensor(WEIGHTS) if weighted else None
+    plain = losses.loss_sum("single_label", logits, labels, 0.0, weights)
+    for share in (0.0, 0.3, 1.0):
+        taught = losses.loss_sum(
+            "single_label", logits, labels, 0.0, weights, F.one_hot(labels, CLASSES).float(), share
+        )
+        torch.testing.assert_close(taught, plain, rtol=1e-6, atol=0)
+
+
+def test_share_1_at_temperature_1_is_torchs_loss_of_probabilities():
+    logits, labels = toy_rows()
+    soft = toy_teacher()
+    got = losses.loss_sum("single_label", logits, labels, 0.1, None, soft)
+    torch.testing.assert_close(got, F.cross_entropy(logits, soft, reduction="sum"), rtol=1e-6, atol=0)
+
+
+def test_soft_targets_equal_their_definition():
+    """(1 - s) CE(z, y) + s T^2 CE(z / T, p^(1 / T) normalised) in fp64; rows without a teacher: CE(z, y)."""
+    logits, labels = toy_rows()
+    soft, share, t = toy_teacher(), 0.7, 3.0
+    soft[[2, 5, 11]] = float("nan")
+    z, p = logits.detach().double(), soft.double()
+    want = 0.0
+    for i, y in enumerate(labels):
+        hard = -F.log_softmax(z[i], 0)[y]
+        if i in (2, 5, 11):
+            want += hard
+            continue
+        q = p[i] ** (1 / t) / (p[i] ** (1 / t)).sum()
+        want += (1 - share) * hard - share * t**2 * (q * F.log_softmax(z[i] / t, 0)).sum()
+    total = losses.loss_sum("single_label", logits, labels, 0.0, None, soft, share, t)
+    assert float(total.detach()) == pytest.approx(float(want), rel=1e-6)
+    (grad,) = torch.autograd.grad(total, logits)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_soft_targets_add_up_over_any_split(split):
+    weights = torch.tensor(WEIGHTS)
+    logits, labels = toy_rows()
+    soft = toy_teacher()
+    soft[3] = float("nan")
+    whole, _ = by_parts(logits, labels, [ROWS], 0.1, weights, soft, 0.6, 2.0)
+    total, mass = by_parts(logits, labels, SPLITS[split], 0.1, weights, soft, 0.6, 2.0)
+    torch.testing.assert_close(total, whole, rtol=1e-6, atol=0)
+    assert mass == pytest.approx(float(weights[labels].sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("t", [1.0, 2.5])
+def test_soft_cells_of_several_labels(t):
+    generator = torch.Generator().manual_seed(3)
+    logits, labels = torch.randn(6, 3, generator=generator), (torch.rand(6, 3, generator=generator) > 0.5).float()
+    weights, soft, share = torch.tensor([1.0, 2.0, 5.0]), torch.rand(6, 3, generator=generator), 0.4
+    soft[4] = float("nan")
+    soft[0, 0], soft[0, 1] = 0.0, 1.0
+    q = soft ** (1 / t) / (soft ** (1 / t) + (1 - soft) ** (1 / t))
+    rest = [0, 1, 2, 3, 5]
+    bce = F.binary_cross_entropy_with_logits
+    options = {"pos_weight": weights, "reduction": "sum"}
+    hard = [bce(logits[rows], labels[rows], **options) for rows in (rest, [4])]
+    want = (1 - share) * hard[0] + share * t**2 * bce(logits[rest] / t, q[rest], **options) + hard[1]
+    got = losses.loss_sum("multi_label", logits, labels, 0.0, weights, soft, share, t)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    same = losses.loss_sum("multi_label", logits, labels, 0.0, weights, labels, 1.0, 1.0)
+    torch.testing.assert_close(same, bce(logits, labels, **options), rtol=1e-6, atol=0)
+
+
+def test_weights_of_steps():
+    """Rows, class weights of labels, or cells: what a step's summed loss is divided by."""
+    labels = torch.tensor([0, 2, 2]).numpy()
+    weights = torch.tensor(WEIGHTS).double().numpy()
+    assert losses.weight_of("single_label", labels, None) == 3.0
+    assert losses.weight_of("single_label", labels, weights) == pytest.approx(0.3 + 2.5 + 2.5)
+    assert losses.weight_of("multi_label", torch.zeros(3, 4).numpy(), weights) == 12.0
+    assert losses.weight_of("regression", torch.zeros(3).numpy(), None) == 3.0
+
+
+# ---- language models ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 10, 11, 64])
@@ -83,8 +183,7 @@ def test_chunked_lm_cross_entropy_equals_plain(chunk):
     targets = torch.randint(0, 23, (11,), generator=generator)
     want = F.cross_entropy(hidden @ head.T, targets, reduction="sum")
     want_grads = torch.autograd.grad(want, [hidden, head])
-    total, count = losses.lm_cross_entropy(hidden, lambda h: F.linear(h, head), targets, chunk)
-    assert count == 11
+    total = losses.lm_cross_entropy(hidden, lambda h: F.linear(h, head), targets, chunk)
     torch.testing.assert_close(total, want, rtol=1e-6, atol=0)
     for got, wanted in zip(torch.autograd.grad(total, [hidden, head]), want_grads, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
@@ -96,5 +195,5 @@ def test_lm_cross_entropy_never_holds_all_logits(monkeypatch):
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda h, w: seen.append(len(h)) or linear(h, w))
     hidden, head = torch.randn(10, 8, requires_grad=True), torch.randn(23, 8)
-    losses.lm_cross_entropy(hidden, lambda h: F.linear(h, head), torch.zeros(10).long(), chunk=4)[0].backward()
+    losses.lm_cross_entropy(hidden, lambda h: F.linear(h, head), torch.zeros(10).long(), chunk=4).backward()
     assert sorted(seen) == [2, 2, 4, 4, 4, 4]

@@ -119,7 +119,7 @@ def test_sigterm_to_one_of_two_ranks_saves_and_stops_both(whole, tmp_path, small
     os.kill(pids[1], signal.SIGTERM)
     status, out, err = finish(pids, tmp_path)
     run = next((tmp_path / "outputs").glob("*/*/run_0"))
-    assert status == 1 and f"go on with --resume {run}" in err and "Traceback" not in err, err
+    assert status == 1 and f"continue with --resume {run}" in err and "Traceback" not in err, err
     stopped = checkpoint.verify(run / "last")["step"]
     assert 7 <= stopped < 30 and f"stopped after step {stopped};" in err and not (run / "result.json").exists()
     assert max(line["step"] for line in log_of(run)) == stopped

@@ -9,7 +9,7 @@ import pytest
 from test_ddp import forked, forks, log_of, run_of, start, toy_flags
 from test_resume import wait_for
 
-import configs
+import checks
 import cpt
 import train
 from errors import UserError
@@ -110,8 +110,8 @@ def logged(file: Path) -> dict[str, dict[int, float]]:
 
 
 def test_what_is_not_installed_is_named_before_anything_starts(monkeypatch, tmp_path, small_base):
-    find = configs.importlib.util.find_spec
-    monkeypatch.setattr(configs.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    find = checks.importlib.util.find_spec
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
     with pytest.raises(UserError, match="--report wandb: it is not installed: pip install wandb"):
         train.main(toy_flags(tmp_path, small_base, report="wandb"))
     assert not (tmp_path / "outputs").exists()

@@ -12,7 +12,7 @@ from test_ddp import forked, forks, log_of, toy_flags
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import checkpoint
-import loop
+import metrics
 import optim
 import train
 import trained
@@ -251,7 +251,7 @@ def test_a_failing_save_leaves_no_half_written_one(tmp_path, small_base, monkeyp
         return original(path, *args, **kwargs)
 
     monkeypatch.setattr(checkpoint, part, fail)
-    monkeypatch.setattr(loop, "better", lambda *a: True)  # every evaluation saves best/
+    monkeypatch.setattr(metrics, "better", lambda *a: True)  # every evaluation saves best/
     flags = toy_flags(tmp_path, small_base, eval_every=1, save_every=1, max_steps=5)
     with pytest.raises(OSError, match="No space"):
         train.main(flags)

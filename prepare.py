@@ -1,0 +1,71 @@
+"""What a training run reads and checks before its model is loaded: for train.py, and for all the runs of folds.py."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import bases
+import chains
+import checkpoint
+import data
+import losses
+import prompts
+import splits
+import trained
+from configs import TrainConfig
+from labelling import Labels
+from splits import Split
+
+
+@dataclass
+class Material:
+    """The rows of a config's files, tokenized, and what their labels mean."""
+
+    rows: Split  # of train_data
+    val: Split | None  # of val_data
+    labels: Labels
+    tokenizer: object
+
+
+def read(cfg: TrainConfig, say: Callable) -> tuple[TrainConfig, Material]:
+    """The config with its prompt as text, and the rows. Raises UserError for what is wrong with files, base or adapter.
+
+    say: prints what is worth knowing about the rows.
+    """
+    if cfg.prompt:
+        cfg = trained.prompted(cfg, bases.load_tokenizer(bases.need_base(cfg.base)))
+        say(f"prompt {cfg.prompt} ({prompts.digest(cfg.text)}):\n{cfg.text}")
+    rows, val, labels = splits.read(cfg, say)
+    tokenizer = bases.load_tokenizer(bases.need_base(cfg.base))
+    trained.check_model(cfg, labels, tokenizer)
+    for name, split in (("train_data", rows), ("val_data", val)):
+        if split:
+            rules = cfg.max_length, cfg.kept, cfg.budgets
+            split.tokens, report = data.tokenize(tokenizer, cfg.text, split.rows, *rules)
+            split.uncut = np.array(report.lengths)
+            say(f"{name}: {report}")
+    tokenizer.model_max_length = cfg.max_length  # as others read it from a save
+    return cfg, Material(rows, val, labels, tokenizer)
+
+
+def check(cfg: TrainConfig, train: Split, judges: Split, classes: int) -> str:
+    """Raise UserError for weights, evaluations or earlier runs that do not fit a run's rows; returns a note."""
+    losses.label_weights(cfg.task, cfg.class_weights, cfg.pos_weight, train.labels, classes)
+    splits.periodic_rows(cfg, judges.labels, classes)
+    return chains.check_chain(cfg, train, judges)
+
+
+def write(folder: Path, cfg: TrainConfig, material: Material, problems: dict) -> None:
+    """What a run's folder holds before its first step: its labels, its split, and what is wrong with its rows."""
+    labels, rows = material.labels, material.rows
+    shares = splits.class_shares(rows, labels).tolist()
+    known = {"values": labels.values, "names": labels.names, "shares": shares}
+    checkpoint.write_atomic(folder / "labels.json", json.dumps(known, indent=1))
+    if not cfg.folds > 0 > cfg.fold:  # a family over all folds has one split in each of its runs
+        checkpoint.write_atomic(folder / "split.csv", splits.split_csv(cfg, rows, material.val))
+    if problems:
+        text = json.dumps(problems, ensure_ascii=False, indent=1)
+        checkpoint.write_atomic(folder / "audit.json", text + "\n")
