@@ -154,12 +154,11 @@ def grouped(argv: list[str]) -> list[tuple[str, list[str]]]:
 
 def starting_config(cls, presets: dict, name: str | None):
     """The config that flags start from: a preset's, that of an earlier run, or by default tiny."""
-    if name is None:
-        return presets["tiny"]() if "tiny" in presets else cls()
-    if name in presets:
-        # A command with more fields than its presets know (folds.py) takes theirs.
-        preset = presets[name]()
-        return preset if isinstance(preset, cls) else cls(**vars(preset))
+    if name is None and "tiny" not in presets:
+        return cls()
+    name = name or "tiny"
+    if name in presets:  # folds.py has more fields than its presets know
+        return cls(**vars(presets[name]()))
     if name.endswith(".json") or os.path.isdir(name):
         note = moved_note(cls, name)
         if note:

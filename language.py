@@ -82,7 +82,7 @@ def vocabulary_modules(lm: nn.Module) -> tuple[str, ...]:
 def next_token_loss(lm, batch: Batch) -> torch.Tensor:
     """Sum of the next-token losses (nats) of a packed micro-batch; no token is predicted from another sequence."""
     hidden = models.hidden_states(lm.base_model, batch)[batch.targets - 1]  # (P, D) states that predict a token
-    return losses.lm_cross_entropy(hidden, vocabulary_head(lm), batch.input_ids[batch.targets])[0]
+    return losses.lm_cross_entropy(hidden, vocabulary_head(lm), batch.input_ids[batch.targets])
 
 
 @torch.no_grad()
