@@ -44,14 +44,9 @@ from packed import pack
 
 
 def main(argv: list[str]) -> dict:
-    # ---- settings, ranks --------------------------------------------------------------------------------------------
-    cfg, given = cli.parse(CptConfig, CPT_PRESETS, argv, __doc__)
-    cfg = checks.own_data(cfg, given)
-    checks.check(cfg, given)
-    world = ddp.setup()
+    # ---- settings, ranks, the run to resume -------------------------------------------------------------------------
+    cfg, given, world, run = loop.begin(CptConfig, CPT_PRESETS, argv, __doc__)
     say = partial(ddp.say, world)
-    cfg, run = loop.run_to_resume(cfg, given, world)
-    say(checks.preset_note(given, argv))
     precision = loop.say_ranks(world, cfg.precision)
 
     # ---- data -------------------------------------------------------------------------------------------------------
@@ -69,30 +64,37 @@ def main(argv: list[str]) -> dict:
         say(f"the weights of {cfg.base} are drawn from seed {cfg.seed}, not loaded")
     else:
         say(evaluate.weak_tokens(lm, tokenizer, texts.train))
-    if cfg.rank:
-        say(lora.trainable_table(lm))
-    else:
-        say(f"{sum(p.numel() for p in lm.parameters() if p.requires_grad):,} parameters trained")
+    say(lora.trainable_table(lm))
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
+    # The embedding and the LM head may have a learning rate of their own.
     vocabulary = language.vocabulary_modules(lm)
-    groups = optim.parameter_groups(lm.named_parameters(), cfg.lr, cfg.embed_lr, cfg.weight_decay, vocabulary)
+    rates = cfg.lr, cfg.embed_lr, cfg.weight_decay
+    groups = optim.parameter_groups(lm.named_parameters(), *rates, vocabulary)
     for group in groups:
         name = group["name"].replace("head", "embedding and LM head")
         say(f"{name}: {len(group['params'])} tensors, lr {group['lr']:g}, decay {group['weight_decay']:g}")
     optimizer = optim.adamw(groups, cfg.optimizer)
-    about = {"base": lm.base_fingerprint} if cfg.rank else {}
-    job = loop.new_job(cfg, world, lm, optimizer, precision, texts.train.lengths, texts.train.digest(), about)
+    job = loop.Job(
+        cfg,
+        world,
+        lm,
+        optimizer,
+        precision,
+        lengths=texts.train.lengths,
+        digest=texts.train.digest(),
+        about={"base": lm.base_fingerprint} if cfg.rank else {},
+    )
 
     # ---- resume, or a new run ---------------------------------------------------------------------------------------
     if run:
         loop.restore(job, run, partial(read_save, lm=lm))
-    loop.say_plan(job, cfg.micro_batches)
-    loop.open_run(job, cfg, run, partial(write_record, texts=texts))
+    loop.say_plan(job)
+    loop.open_run(job, run, partial(write_record, texts=texts))
 
     # ---- loop, end --------------------------------------------------------------------------------------------------
     fit(job, texts, tokenizer)
-    return finish(cfg, job, texts, tokenizer)
+    return finish(job, texts, tokenizer)
 
 
 # ---- loop -----------------------------------------------------------------------------------------------------------
@@ -118,30 +120,33 @@ def fit(job: loop.Job, texts: "Texts", tokenizer) -> None:
         loop.step(job, micro_batches, loss_of, targets)
 
         # evaluation: best/ holds the model with the lowest held-out loss so far
-        if loop.due(job, job.plan.eval_every):
+        if loop.due(job, job.eval_every):
             loss = held_out(job, state.step, texts.periodic, texts, tokenizer)
             if state.best is None or loss < state.best:
                 state.best, state.best_step = loss, state.step
                 loop.save(job.run / "best", job, write)
 
         # save: last/ holds all that the next step depends on
-        if loop.due(job, job.plan.save_every) or job.ending:
+        if loop.due(job, job.save_every) or job.ending:
             loop.save(job.run / "last", job, write, resumable=True)
 
 
 def held_out(job: loop.Job, step: int, val: data.Tokens, texts: "Texts", tokenizer) -> float:
     """Evaluate on held-out and guard text, log and print it with a few completions; returns the held-out loss."""
     world, lm = job.world, job.model
-    scores = language.language_scores(lm, val, world, job.precision, job.plan.max_tokens)
+    options = world, job.precision, job.cfg.max_tokens
+    scores = language.language_scores(lm, val, *options)
     if texts.guard:
-        general = language.language_scores(lm, texts.guard, world, job.precision, job.plan.max_tokens)
+        general = language.language_scores(lm, texts.guard, *options)
         scores |= {f"guard_{name}": value for name, value in general.items()}
     if not all(math.isfinite(value) for value in scores.values()):
         raise FloatingPointError(f"step {step}: the held-out loss is not finite; lower --lr")
-    job.state.evals.append({"step": step, "tokens": int(val.targets.sum()), "eval": scores})
-    ddp.say(world, f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    tokens = int(val.targets.sum())
+    job.state.evals.append({"step": step, "tokens": tokens, "eval": scores})
+    shown = [f"{name} {value:.4f}" for name, value in scores.items()]
+    ddp.say(world, f"step {step}: {', '.join(shown)}")
     if world.rank == 0:
-        samples = complete_samples(lm, tokenizer, texts.samples, job.precision)
+        samples = complete_samples(job, texts, tokenizer)
         loop.log(job, {"step": step, "eval": scores, "samples": samples})
         for prompt, completion in samples:
             print(f"sample: {prompt[-60:]!r} -> {completion!r}", flush=True)
@@ -152,9 +157,10 @@ def held_out(job: loop.Job, step: int, val: data.Tokens, texts: "Texts", tokeniz
 # ---- end ------------------------------------------------------------------------------------------------------------
 
 
-def finish(cfg: CptConfig, job: loop.Job, texts: "Texts", tokenizer) -> dict:
+def finish(job: loop.Job, texts: "Texts", tokenizer) -> dict:
     """Evaluate the best save on everything held out, export it, and write the results."""
-    world, state, lm, run = job.world, job.state, job.model, job.run
+    world, state = job.world, job.state
+    lm, run = job.model, job.run
     ddp.barrier(world)  # rank 0 has written best/
     if state.best_step != state.step:
         read_save(checkpoint.trusted(run / "best"), lm)
@@ -163,7 +169,8 @@ def finish(cfg: CptConfig, job: loop.Job, texts: "Texts", tokenizer) -> dict:
         held_out(job, state.best_step, texts.val, texts, tokenizer)
     loop.close_log(job)
     ddp.say(world, eval_table(state.evals))
-    before, after = state.evals[0]["eval"], state.evals[-1]["eval"]
+    before = state.evals[0]["eval"]
+    after = state.evals[-1]["eval"]
     if after["loss"] >= before["loss"]:
         ddp.say(world, "warning: the held-out loss did not fall; lower --lr, or train on more text")
     result = {
@@ -171,15 +178,15 @@ def finish(cfg: CptConfig, job: loop.Job, texts: "Texts", tokenizer) -> dict:
         "before": before,
         "metrics": after,
         "best_step": state.best_step,
-        "steps": job.plan.total,
+        "steps": job.total,
         "tokens_per_second": round(state.tokens / state.seconds, 1),
         "peak_memory_gb": round(loop.peak_memory_gb(world), 3),
         "train_seconds": round(state.seconds, 2),
         "eval_seconds": round(state.eval_seconds, 2),
     }
     if world.rank == 0:
-        if cfg.export:
-            export(cfg, lm, tokenizer, run)
+        if job.cfg.export:
+            export(job.cfg, lm, tokenizer, run)
         checkpoint.write_atomic(run / "result.json", json.dumps(result) + "\n")
     return result
 
@@ -187,10 +194,12 @@ def finish(cfg: CptConfig, job: loop.Job, texts: "Texts", tokenizer) -> dict:
 def eval_table(evals: list[dict]) -> str:
     """Evaluations as a table: held-out and guard text, before, during and after."""
     names = [name for name in evals[0]["eval"] if not name.endswith("loss")]
-    lines = ["  ".join(["    step", "    tokens", *(f"{name.replace('_', ' '):>20}" for name in names)])]
+    titles = [f"{name.replace('_', ' '):>20}" for name in names]
+    lines = ["  ".join(["    step", "    tokens", *titles])]
     for line in evals:
         scores = [f"{line['eval'][name]:>20.4f}" for name in names]
-        lines.append("  ".join([f"{line['step']:>8}", f"{line['tokens']:>10,}", *scores]))
+        counts = f"{line['step']:>8}", f"{line['tokens']:>10,}"
+        lines.append("  ".join([*counts, *scores]))
     return "\n".join(lines)
 
 
@@ -252,30 +261,39 @@ def spread(rows: np.ndarray, most: int) -> np.ndarray:
 
 def beginnings(documents: corpus.Corpus, rows: np.ndarray, most: int = 32) -> list[list[int]]:
     """Token ids of the beginning of documents, or of everything before a pair's first answer."""
-    tokens, found = documents.tokens, []
-    for start, stop in zip(tokens.starts[rows], tokens.stops[rows], strict=True):
+    tokens = documents.tokens
+    prompts = []
+    for row in rows:
+        start, stop = tokens.starts[row], tokens.stops[row]
         end = min(start + most, stop - 1)
         if documents.pairs:
             end = start + int(tokens.learned[start:stop].argmax())
-        if end > start:  # a pair may have an empty prompt
-            found.append(tokens.ids[start:end].tolist())
-    return found
+        prompts.append(tokens.ids[start:end].tolist())
+    return [ids for ids in prompts if ids]  # a pair may have an empty prompt
 
 
-def complete_samples(lm, tokenizer, prompts: list[list[int]], precision: str, most: int = 48) -> list[list[str]]:
-    """(prompt, greedy completion) of each prompt."""
-    if not prompts:
+def complete_samples(job: loop.Job, texts: "Texts", tokenizer) -> list[list[str]]:
+    """(prompt, greedy completion of at most 48 tokens) of each sample, for a person to read."""
+    if not texts.samples:
         return []
-    completions = language.generate(lm, tokenizer, prompts, precision, most)
-    return [[tokenizer.decode(ids), text] for ids, text in zip(prompts, completions, strict=True)]
+    prompts = [tokenizer.decode(ids) for ids in texts.samples]
+    completions = language.generate(job.model, tokenizer, texts.samples, job.precision, 48)
+    return [list(pair) for pair in zip(prompts, completions, strict=True)]
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
 
 
 def adapter_of(cfg: CptConfig) -> lora.Adapter:
-    sizes = cfg.rank, cfg.alpha, cfg.lora_dropout
-    return lora.Adapter(cfg.targets, *sizes, saved=cfg.modules_to_save, task="CAUSAL_LM", base=cfg.base)
+    return lora.Adapter(
+        cfg.targets,
+        cfg.rank,
+        cfg.alpha,
+        cfg.lora_dropout,
+        saved=cfg.modules_to_save,
+        task="CAUSAL_LM",
+        base=cfg.base,
+    )
 
 
 def check_model(cfg: CptConfig, tokenizer) -> None:
@@ -296,9 +314,15 @@ def check_model(cfg: CptConfig, tokenizer) -> None:
 
 def new_language_model(cfg: CptConfig, world: ddp.World, precision: str):
     """The base to train: whole in fp32, or frozen under an adapter drawn from the seed."""
-    dtype = numerics.weight_dtype(world.device, precision) if cfg.rank else torch.float32
-    drawn = cfg.seed if cfg.random_init else None
-    lm = language.load_language_model(cfg.base, world.device, dtype, drawn, cfg.quant, numerics.DTYPES[precision])
+    frozen = numerics.weight_dtype(world.device, precision)
+    lm = language.load_language_model(
+        cfg.base,
+        world.device,
+        frozen if cfg.rank else torch.float32,
+        cfg.seed if cfg.random_init else None,
+        cfg.quant,
+        numerics.DTYPES[precision],
+    )
     lm.train()
     if cfg.rank:
         torch.manual_seed(cfg.seed)
@@ -345,7 +369,8 @@ def export(cfg: CptConfig, lm, tokenizer, run: Path) -> None:
         lora.inject(lm, adapter_of(cfg))
         trained.read_classifier(checkpoint.trusted(run / "best").folder, lm)
     lora.merge(lm)
-    trained.export(Path(cfg.export), lm, tokenizer, whole_config(lm), dtype, {"exported": str(run)})
+    about = {"exported": str(run)}
+    trained.export(Path(cfg.export), lm, tokenizer, whole_config(lm), dtype, about)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     for micro_batches in loop.steps(job):
         loop.step(job, micro_batches, loss_of, weight)   # backward, sum over ranks, clip, update, log
-        if loop.due(job, job.plan.eval_every): ...
-        if loop.due(job, job.plan.save_every) or job.ending: loop.save(job.run / "last", job, write, resumable=True)
+        if loop.due(job, job.eval_every): ...
+        if loop.due(job, job.save_every) or job.ending: loop.save(job.run / "last", job, write, resumable=True)
 
 A Job holds what a step needs; these are functions over it, and nothing is overridden. A run that is killed anywhere
 and resumed repeats the same steps to the bit: they depend on State, the optimizer and the loss scale, nothing else.
@@ -59,39 +59,18 @@ class State:
     evals: list = field(default_factory=list)  # of cpt.py: all evaluations so far
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The steps of a run: how many, how rows are cut into them, when to evaluate and save."""
-
-    steps_per_epoch: int
-    total: int
-    warmup: int
-    eval_every: int
-    save_every: int
-    batch_size: int
-    max_tokens: int
-    seed: int
-    schedule: str
-    lr: float
-    grad_clip: float
-
-
 @dataclass
 class Job:
-    """One process's part of a run: what a step reads and changes."""
+    """One process's part of a run at step 0: what a step reads and changes. `restore` takes it to where a run was."""
 
+    cfg: object  # the settings that train.py and cpt.py share
     world: ddp.World
     model: torch.nn.Module
-    precision: str  # of forward passes
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    gradients: ddp.GradientSum
-    plan: Plan
-    state: State
+    precision: str  # of forward passes
     lengths: np.ndarray  # (N,) tokens of each training row
     digest: str  # of the training rows: a resumed run must see the same
-    about: dict  # facts for the manifest of every save
-    keep: int  # earlier saves to keep
+    about: dict  # entries for the manifest of every save
     run: Path | None = None  # from here on set by open_run
     tracker: tracking.Tracker | None = None
     stop: ddp.StopRequest | None = None
@@ -101,39 +80,25 @@ class Job:
     stopping: bool = False  # some rank was asked to stop
     late: bool = False  # the time limit ends the run with this step
 
+    def __post_init__(self):
+        cfg = self.cfg
+        self.state = State(micro_batches=max(cfg.micro_batches, self.world.size))
+        self.scaler = optim.loss_scaler(self.world.device.type, self.precision == "fp16")
+        self.gradients = ddp.GradientSum([p for p in self.model.parameters() if p.requires_grad], self.world, flags=2)
+
+        # The plan: how many steps there are, and when to evaluate and save.
+        self.steps_per_epoch = math.ceil(len(self.lengths) / cfg.batch_size)
+        self.total = cfg.epochs * self.steps_per_epoch
+        if cfg.max_steps:
+            self.total = min(self.total, cfg.max_steps)
+        self.warmup = optim.warmup_updates(self.total, cfg.warmup_steps, cfg.warmup_ratio)
+        self.eval_every = cfg.eval_every or self.steps_per_epoch
+        self.save_every = cfg.save_every or self.eval_every
+
     @property
     def ending(self) -> bool:
         """Whether the run stops after this step, before its plan is done."""
         return self.stopping or self.state.done
-
-
-def new_job(cfg, world: ddp.World, model, optimizer, precision: str, lengths: np.ndarray, digest: str, about: dict):
-    """The Job of a config at step 0; `restore` takes it to where a run was."""
-    steps_per_epoch = math.ceil(len(lengths) / cfg.batch_size)
-    total = cfg.epochs * steps_per_epoch
-    if cfg.max_steps:
-        total = min(total, cfg.max_steps)
-    eval_every = cfg.eval_every or steps_per_epoch
-    plan = Plan(
-        steps_per_epoch=steps_per_epoch,
-        total=total,
-        warmup=optim.warmup_updates(total, cfg.warmup_steps, cfg.warmup_ratio),
-        eval_every=eval_every,
-        save_every=cfg.save_every or eval_every,
-        batch_size=cfg.batch_size,
-        max_tokens=cfg.max_tokens,
-        seed=cfg.seed,
-        schedule=cfg.schedule,
-        lr=cfg.lr,
-        grad_clip=cfg.grad_clip,
-    )
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = ddp.GradientSum(parameters, world, flags=2)
-    if not gradients.exact:
-        ddp.say(world, f"{gradients.count:,} trained parameters: gradients add up in fp32, equal to rounding only")
-    scaler = optim.loss_scaler(world.device.type, precision == "fp16")
-    state = State(micro_batches=max(cfg.micro_batches, world.size))
-    return Job(world, model, precision, optimizer, scaler, gradients, plan, state, lengths, digest, about, cfg.keep)
 
 
 def say_ranks(world: ddp.World, wanted: str) -> str:
@@ -144,21 +109,24 @@ def say_ranks(world: ddp.World, wanted: str) -> str:
     return precision
 
 
-def say_plan(job: Job, micro_batches: int) -> None:
-    """Print how many steps there are and how they are cut. micro_batches: what the config asks for."""
-    plan = job.plan
-    if job.state.micro_batches != micro_batches:
+def say_plan(job: Job) -> None:
+    """Print how many steps there are and how they are cut."""
+    cfg, cut = job.cfg, job.state.micro_batches
+    if cut != cfg.micro_batches:
         ddp.say(
             job.world,
-            f"steps are cut into {job.state.micro_batches} micro-batches, more than --micro_batches {micro_batches}, "
-            f"to keep {job.world.size} ranks busy: equal to a run on fewer ranks to rounding only",
+            f"steps are cut into {cut} micro-batches, more than --micro_batches {cfg.micro_batches}, to keep "
+            f"{job.world.size} ranks busy: equal to a run on fewer ranks to rounding only",
         )
-    counts = [len(micro_batches) for micro_batches in epoch_of(job, 0)]
+    if not job.gradients.exact:
+        count = job.gradients.count
+        ddp.say(job.world, f"{count:,} trained parameters: gradients are summed in fp32, equal to rounding only")
+    mean = np.mean([len(micro_batches) for micro_batches in epoch_of(job, 0)])
     ddp.say(
         job.world,
-        f"plan: {plan.total:,} steps of {plan.batch_size} rows in {np.mean(counts):.1f} micro-batches of at most "
-        f"{plan.max_tokens:,} tokens, warm-up {plan.warmup}, evaluation every {plan.eval_every}, "
-        f"save every {plan.save_every}",
+        f"plan: {job.total:,} steps of {cfg.batch_size} rows in {mean:.1f} micro-batches of at most "
+        f"{cfg.max_tokens:,} tokens, warm-up {job.warmup}, evaluation every {job.eval_every}, "
+        f"save every {job.save_every}",
     )
 
 
@@ -167,8 +135,8 @@ def say_plan(job: Job, micro_batches: int) -> None:
 
 def epoch_of(job: Job, epoch: int) -> list[list[np.ndarray]]:
     """The steps of an epoch as lists of micro-batches: a function of the seed, not of the number of ranks."""
-    plan, cut = job.plan, job.state.micro_batches
-    return data.plan_epoch(job.lengths, plan.batch_size, plan.max_tokens, cut, plan.seed, epoch)
+    cfg = job.cfg
+    return data.plan_epoch(job.lengths, cfg.batch_size, cfg.max_tokens, job.state.micro_batches, cfg.seed, epoch)
 
 
 def steps(job: Job) -> Iterator[list[np.ndarray]]:
@@ -176,14 +144,13 @@ def steps(job: Job) -> Iterator[list[np.ndarray]]:
 
     Raises KeyboardInterrupt after a step, its evaluation and its save, when a rank was asked to stop.
     """
-    state, plan = job.state, job.plan
-    planned = None
-    while state.step < plan.total and not state.done:
-        epoch, index = divmod(state.step, plan.steps_per_epoch)
+    state, planned = job.state, None
+    while state.step < job.total and not state.done:
+        epoch, index = divmod(state.step, job.steps_per_epoch)
         if epoch != planned:
             planned, batches = epoch, epoch_of(job, epoch)
         yield batches[index]
-        if job.stopping and state.step < plan.total:
+        if job.stopping and state.step < job.total:
             raise KeyboardInterrupt(f"stopped after step {state.step}; continue with --resume {job.run}")
     job.bar.close()
     job.stop.close()
@@ -195,20 +162,20 @@ def step(job: Job, micro_batches: list[np.ndarray], loss_of: Callable, weight: f
     loss_of(rows) is the summed loss of a micro-batch, weight what the step's sum is divided by. Raises
     FloatingPointError for gradients that are not finite, unless a lower fp16 loss scale can still help.
     """
-    world, state, plan = job.world, job.state, job.plan
-    factor = optim.lr_factor(state.updates, plan.total, plan.warmup, plan.schedule)
+    world, state, cfg = job.world, job.state, job.cfg
+    factor = optim.lr_factor(state.updates, job.total, job.warmup, cfg.schedule)
 
     # Each rank takes its share of the micro-batches; a micro-batch's dropout depends on its number, not on the rank.
     for j, rows in enumerate(micro_batches):
         if j % world.size == world.rank:
-            torch.manual_seed(ddp.micro_seed(plan.seed, state.step, j))
+            torch.manual_seed(ddp.micro_seed(cfg.seed, state.step, j))
             loss = loss_of(rows) / weight
             job.scaler.scale(loss).backward()
             job.gradients.add(loss, bool(job.stop.signal), job.limit.over(state))
 
     # The loss and the reasons to stop travel with the gradients, so that all ranks decide alike.
     sums = job.gradients.reduce()
-    norm, taken, numbers = optim.step(job.optimizer, job.scaler, factor, plan.grad_clip, sums)
+    norm, taken, numbers = optim.step(job.optimizer, job.scaler, factor, cfg.grad_clip, sums)
     loss, stopping, late = numbers
     job.stopping, job.late = bool(stopping), bool(late)
     if not taken:
@@ -230,8 +197,8 @@ def step(job: Job, micro_batches: list[np.ndarray], loss_of: Callable, weight: f
     # Strict JSON has no NaN: a step that was not taken has no loss.
     line = {
         "step": state.step,
-        "epoch": round(state.step / plan.steps_per_epoch, 4),
-        "lr": plan.lr * factor,
+        "epoch": round(state.step / job.steps_per_epoch, 4),
+        "lr": cfg.lr * factor,
         "loss": loss if taken else None,
         "grad_norm": norm if taken else None,
         "tokens": state.tokens,
@@ -241,7 +208,7 @@ def step(job: Job, micro_batches: list[np.ndarray], loss_of: Callable, weight: f
     log(job, line)
     job.bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{state.tokens / state.seconds:,.0f}", refresh=False)
     job.bar.update()
-    ddp.say(world, job.limit.forecast(state, plan.total))
+    ddp.say(world, job.limit.forecast(state, job.total))
 
 
 def not_finite(job: Job, rows: np.ndarray, loss_of: Callable, problem: str) -> FloatingPointError:
@@ -255,7 +222,7 @@ def not_finite(job: Job, rows: np.ndarray, loss_of: Callable, problem: str) -> F
 def due(job: Job, every: int) -> bool:
     """Whether something that happens every so many steps, and at the end, happens after this one."""
     done = job.state.step
-    return done % every == 0 or done == job.plan.total or job.late
+    return done % every == 0 or done == job.total or job.late
 
 
 # ---- log and clock --------------------------------------------------------------------------------------------------
@@ -349,6 +316,20 @@ def peak_memory_gb(world: ddp.World) -> float:
 # ---- runs on disk ---------------------------------------------------------------------------------------------------
 
 
+def begin(cls, presets: dict, argv: list[str], doc: str, clashes=()):
+    """(settings, the flags given by hand, ranks, the run to resume or None) of a training command.
+
+    Raises UserError for everything wrong with the settings.
+    """
+    cfg, given = cli.parse(cls, presets, argv, doc)
+    cfg = checks.own_data(cfg, given)
+    checks.check(cfg, given, clashes=clashes)
+    world = ddp.setup()
+    cfg, run = run_to_resume(cfg, given, world)
+    ddp.say(world, checks.preset_note(given, argv))
+    return cfg, given, world, run
+
+
 def run_to_resume(cfg, given: set[str], world: ddp.World, family: bool = False):
     """(config, run folder) of the run that cfg.resume means; (cfg, None) when a new run starts.
 
@@ -385,21 +366,21 @@ def run_folder(cfg, world: ddp.World, run: Path | None, fill: Callable) -> Path:
     return Path(ddp.from_rank0(world, make))
 
 
-def open_run(job: Job, cfg, run: Path | None, fill: Callable, val_tokens: float = 0.0) -> None:
+def open_run(job: Job, run: Path | None, fill: Callable, val_tokens: float = 0.0) -> None:
     """Make or complete the run's folder (see run_folder), and start its log, signals, time limit, bar and clock.
 
     val_tokens: of an evaluation, for the time limit.
     """
-    world, state = job.world, job.state
+    cfg, world, state = job.cfg, job.world, job.state
     job.run = run_folder(cfg, world, run, fill)
-    resumed = f", resumed at step {state.step} of {job.plan.total}" if state.step else ""
+    resumed = f", resumed at step {state.step} of {job.total}" if state.step else ""
     ddp.say(world, f"run {job.run}{resumed}")
     job.stop = ddp.StopRequest()
     if world.rank == 0:
         job.tracker = tracking.Tracker(cfg.report, job.run, cli.to_json(cfg), state.step)
     job.limit = Limit(checks.seconds(getattr(cfg, "time_limit", "")), world, val_tokens)
     job.bar = tqdm(
-        total=job.plan.total,
+        total=job.total,
         initial=state.step,
         disable=world.rank != 0,
         unit="step",
@@ -428,7 +409,7 @@ def save(folder: Path, job: Job, write: Callable, resumable: bool = False) -> No
             checkpoint.save_json(hidden / "state.json", state)
 
     versions = {"torch": torch.__version__, "lasttoken": 1}
-    checkpoint.save(folder, whole, {"step": job.state.step, **job.about, "versions": versions}, job.keep)
+    checkpoint.save(folder, whole, {"step": job.state.step, **job.about, "versions": versions}, job.cfg.keep)
 
 
 def restore(job: Job, run: Path, read: Callable) -> None:

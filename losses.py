@@ -22,13 +22,7 @@ POS_WEIGHT_CAP = 20.0  # a rarer label would dominate the gradient with a few ro
 # ---- losses of a micro-batch ----------------------------------------------------------------------------------------
 
 
-def cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    smoothing: float = 0.0,
-    weights: Tensor | None = None,
-    reduction: str = "sum",
-) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing=0.0, weights=None, reduction="sum") -> Tensor:
     """Label-smoothed, class-weighted cross-entropy in fp32: logits (B, C), labels (B,) int64 or (B, C) probabilities.
 
     A row weighs as much as its class, weights (C,), as in torch. Smoothing: Szegedy et al. 2015, arXiv:1512.00567.
@@ -37,13 +31,7 @@ def cross_entropy(
     return F.cross_entropy(logits, labels, weights, label_smoothing=smoothing, reduction=reduction)
 
 
-def binary_cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    smoothing: float = 0.0,
-    weights: Tensor | None = None,
-    reduction: str = "sum",
-) -> Tensor:
+def binary_cross_entropy(logits: Tensor, labels: Tensor, smoothing=0.0, weights=None, reduction="sum") -> Tensor:
     """Cross-entropy of every cell in fp32: logits (B, C), labels (B, C) from 0 to 1. weights (C,): of positives.
 
     Smoothing moves a label by half its share towards the other one: 1 becomes 1 - s / 2, 0 becomes s / 2, as two-class

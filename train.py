@@ -28,7 +28,6 @@ import torch
 
 import chains
 import checkpoint
-import checks
 import ddp
 import estimates
 import evaluate
@@ -60,16 +59,9 @@ CLASHES = [
 
 
 def main(argv: list[str]) -> dict:
-    # ---- settings ---------------------------------------------------------------------------------------------------
-    cfg, given = cli.parse(TrainConfig, TRAIN_PRESETS, argv, __doc__)
-    cfg = checks.own_data(cfg, given)
-    checks.check(cfg, given, clashes=CLASHES)
-
-    # ---- ranks ------------------------------------------------------------------------------------------------------
-    world = ddp.setup()
+    # ---- settings, ranks, the run to resume -------------------------------------------------------------------------
+    cfg, _, world, run = loop.begin(TrainConfig, TRAIN_PRESETS, argv, __doc__, CLASHES)
     say = partial(ddp.say, world)
-    cfg, run = loop.run_to_resume(cfg, given, world)
-    say(checks.preset_note(given, argv))
 
     # ---- data -------------------------------------------------------------------------------------------------------
     # Everything that can be wrong with the rows is found here, before the base's weights are loaded.
@@ -90,27 +82,35 @@ def main(argv: list[str]) -> dict:
         say(chains.start_from(Path(cfg.init_from), cfg, labels, model))
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
-    groups = optim.parameter_groups(model.named_parameters(), cfg.lr, cfg.head_lr, cfg.weight_decay, model.heads)
+    rates = cfg.lr, cfg.head_lr, cfg.weight_decay
+    groups = optim.parameter_groups(model.named_parameters(), *rates, model.heads)
     optimizer = optim.adamw(groups, cfg.optimizer)
     if cfg.optimizer.startswith("paged") and world.device.type != "cuda":
         say(f"{cfg.optimizer}: paging exists on GPUs only; the state stays in this machine's memory")
-    about = {"base": model.base_fingerprint}
-    lengths, digest = train.tokens.lengths, train.digest()
-    job = loop.new_job(cfg, world, model, optimizer, precision, lengths, digest, about)
+    job = loop.Job(
+        cfg,
+        world,
+        model,
+        optimizer,
+        precision,
+        lengths=train.tokens.lengths,
+        digest=train.digest(),
+        about={"base": model.base_fingerprint},
+    )
 
     # ---- resume, or a new run ---------------------------------------------------------------------------------------
     if run and not cfg.dry_run:
         loop.restore(job, run, partial(read_save, model=model))
-    loop.say_plan(job, cfg.micro_batches)
+    loop.say_plan(job)
     if cfg.dry_run:
-        return dry_run(job, train, cfg.grad_checkpoint)
+        return dry_run(job, train)
     fill = partial(prepare.write, cfg=cfg, material=material, problems=problems)
-    loop.open_run(job, cfg, run, fill, val_tokens=float(judges.tokens.lengths.sum()))
+    loop.open_run(job, run, fill, val_tokens=float(judges.tokens.lengths.sum()))
 
     # ---- loop, end --------------------------------------------------------------------------------------------------
     write = partial(trained.write_classifier, model=model, tokenizer=tokenizer, labels=labels)
-    fit(cfg, job, train, judges, len(labels.names), write)
-    return finish(cfg, job, train, judges, labels)
+    fit(job, train, judges, len(labels.names), write)
+    return finish(job, train, judges, labels)
 
 
 # ---- set-up ---------------------------------------------------------------------------------------------------------
@@ -143,9 +143,9 @@ def read_save(save: checkpoint.Save, model: models.Classifier) -> None:
     trained.read_classifier(save.folder, model)
 
 
-def dry_run(job: loop.Job, train: Split, recomputed: bool) -> dict:
+def dry_run(job: loop.Job, train: Split) -> dict:
     """Time one micro-batch forward and backward, print what the run would take, and stop."""
-    world, plan = job.world, job.plan
+    world = job.world
     rows = loop.epoch_of(job, 0)[0][0]
     for _ in range(2):  # the first one warms up
         started = time.perf_counter()
@@ -156,8 +156,8 @@ def dry_run(job: loop.Job, train: Split, recomputed: bool) -> dict:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
     rate = float(job.lengths[rows].sum()) / seconds * world.size
-    tokens = float(job.lengths.sum()) * plan.total / plan.steps_per_epoch
-    memory = estimates.memory_estimate(job.model, plan.max_tokens, job.precision, recomputed)
+    tokens = float(job.lengths.sum()) * job.total / job.steps_per_epoch
+    memory = estimates.memory_estimate(job.model, job.cfg.max_tokens, job.precision, job.cfg.grad_checkpoint)
     total = sum(memory.values())
     parts = ", ".join(f"{name} {gigabytes:.2f}" for name, gigabytes in memory.items())
     ddp.say(world, f"memory: about {total:.2f} GB a rank ({parts})")
@@ -169,7 +169,7 @@ def dry_run(job: loop.Job, train: Split, recomputed: bool) -> dict:
     return {
         "run": None,
         "dry_run": True,
-        "steps": plan.total,
+        "steps": job.total,
         "rows": len(train.labels),
         "tokens": int(tokens),
         "memory_gb": round(total, 3),
@@ -180,9 +180,10 @@ def dry_run(job: loop.Job, train: Split, recomputed: bool) -> dict:
 # ---- loop -----------------------------------------------------------------------------------------------------------
 
 
-def fit(cfg: TrainConfig, job: loop.Job, train: Split, judges: Split, classes: int, write: Callable) -> None:
+def fit(job: loop.Job, train: Split, judges: Split, classes: int, write: Callable) -> None:
     """Step, log, evaluation, save: until the plan is done, patience or a time limit ends it, or a signal stops it."""
-    world, state, device = job.world, job.state, job.world.device
+    cfg, world, state = job.cfg, job.world, job.state
+    device = world.device
     weights = losses.label_weights(cfg.task, cfg.class_weights, cfg.pos_weight, train.labels, classes)
     on_device = None if weights is None else torch.from_numpy(weights).float().to(device)
     some = splits.periodic_rows(cfg, judges.labels, classes)
@@ -193,8 +194,16 @@ def fit(cfg: TrainConfig, job: loop.Job, train: Split, judges: Split, classes: i
         soft = None if train.soft is None else torch.from_numpy(train.soft[rows]).to(device)
         with numerics.autocast(device, job.precision):
             logits = job.model(pack(train.tokens, rows, device))
-        mix = soft, cfg.soft_share, cfg.soft_temperature
-        return losses.loss_sum(cfg.task, logits, labels, cfg.label_smoothing, on_device, *mix)
+        return losses.loss_sum(
+            cfg.task,
+            logits,
+            labels,
+            cfg.label_smoothing,
+            on_device,
+            soft,
+            cfg.soft_share,
+            cfg.soft_temperature,
+        )
 
     for micro_batches in loop.steps(job):
         # step, log: micro-batches are means over the whole step, so their losses are divided by its weight
@@ -203,8 +212,9 @@ def fit(cfg: TrainConfig, job: loop.Job, train: Split, judges: Split, classes: i
         loop.step(job, micro_batches, loss_of, weight)
 
         # evaluation: best/ holds the model with the best metric so far
-        if loop.due(job, job.plan.eval_every):
-            logits = evaluate.score(job.model, judges.tokens.take(some), world, job.precision, cfg.max_tokens)
+        if loop.due(job, job.eval_every):
+            tokens = judges.tokens.take(some)
+            logits = evaluate.score(job.model, tokens, world, job.precision, cfg.max_tokens)
             if not np.isfinite(logits).all():
                 raise loop.not_finite(job, micro_batches[0], loss_of, f"step {state.step}: scores not finite")
             scores = metrics.of_task(cfg.task, logits, judges.labels[some])
@@ -223,7 +233,7 @@ def fit(cfg: TrainConfig, job: loop.Job, train: Split, judges: Split, classes: i
             state.done = out_of_patience or job.late
 
         # save: last/ holds all that the next step depends on
-        if loop.due(job, job.plan.save_every) or job.ending:
+        if loop.due(job, job.save_every) or job.ending:
             loop.save(job.run / "last", job, write, resumable=True)
     loop.close_log(job)
 
@@ -231,19 +241,17 @@ def fit(cfg: TrainConfig, job: loop.Job, train: Split, judges: Split, classes: i
 # ---- end ------------------------------------------------------------------------------------------------------------
 
 
-def finish(cfg: TrainConfig, job: loop.Job, train: Split, judges: Split, labels: Labels) -> dict:
+def finish(job: loop.Job, train: Split, judges: Split, labels: Labels) -> dict:
     """Score the best save on all validation rows, fit thresholds and calibration, and write the results.
 
     Raises Degenerate for scores that cannot be right.
     """
-    world, state, run = job.world, job.state, job.run
+    cfg, world, state, run = job.cfg, job.world, job.state, job.run
     say = partial(ddp.say, world)
     ended_by = ""
     if state.done:
         ended_by = "time_limit" if job.late else "patience"
-        patience = f"{cfg.patience} evaluations without a better {cfg.metric}"
-        why = f"--time_limit {cfg.time_limit}" if job.late else patience
-        say(f"stopped early, at step {state.step} of {job.plan.total}: {why}")
+        say(f"stopped early, at step {state.step} of {job.total}: --{ended_by} {getattr(cfg, ended_by)}")
 
     # The best save is what users load: it is scored as it was read back from the disk.
     ddp.barrier(world)  # rank 0 has written best/
@@ -253,7 +261,8 @@ def finish(cfg: TrainConfig, job: loop.Job, train: Split, judges: Split, labels:
     loop.lap(job, "eval_seconds")
     reached = scores.get(cfg.metric, -1.0)
     room = 0.02 * max(1.0, abs(state.best))  # other hardware may flip a few rows
-    if not 0 < cfg.eval_rows < len(judges.labels) and abs(reached - state.best) > room:
+    evaluated_all = not 0 < cfg.eval_rows < len(judges.labels)
+    if evaluated_all and abs(reached - state.best) > room:
         raise AssertionError(f"best/ reloaded scores {cfg.metric} {reached}, saved with {state.best}")
     say(f"best checkpoint by {cfg.metric}: step {state.best_step}")
     say(tables.summary(cfg.task, logits, judges.labels, labels.names))
@@ -278,7 +287,7 @@ def finish(cfg: TrainConfig, job: loop.Job, train: Split, judges: Split, labels:
         "eval_seconds": round(state.eval_seconds, 2),
     }
     if cfg.init_from:
-        result["chain"] = chain_table(cfg, result, say)
+        result["chain"] = chains.chain_table(cfg, result, say)
     if world.rank == 0:  # result.json last: it marks the run as finished
         predictions.write_predictions(run / "val_predictions.csv", judges, cfg.task, logits, labels)
         checkpoint.write_atomic(run / "result.json", json.dumps(result) + "\n")
@@ -286,24 +295,6 @@ def finish(cfg: TrainConfig, job: loop.Job, train: Split, judges: Split, labels:
     if reason:
         raise Degenerate(f"{reason}; the run is in {run}")
     return result
-
-
-def chain_table(cfg: TrainConfig, result: dict, say: Callable) -> list[dict]:
-    """The runs that this one started from one after the other, and itself: rows and metrics, printed as a table."""
-    chain = []
-    for run in chains.chain(cfg.init_from):
-        known = checkpoint.load_json(run / "result.json") if checkpoint.finished(run) else {}
-        chain.append({"run": str(run), "train_data": trained.run_facts(run)[0].train_data, **known})
-    chain.append({"train_data": cfg.train_data, **result})
-    names = [cfg.metric, "accuracy", "roc_auc", "log_loss"]
-    names = [name for name in dict.fromkeys(names) if name in result["metrics"]]
-    say(f"{'rows':>9} " + " ".join(f"{name:>10}" for name in names) + "  run")
-    for link in chain:
-        scores = [link.get("metrics", {}).get(name, float("nan")) for name in names]
-        numbers = " ".join(f"{score:10.4f}" for score in scores)
-        say(f"{link.get('train_rows', 0):>9,} {numbers}  {link['run']}")
-    kept = {"run": "", "train_data": "", "train_rows": 0, "metrics": {}}
-    return [{name: link.get(name, default) for name, default in kept.items()} for link in chain]
 
 
 if __name__ == "__main__":
