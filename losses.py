@@ -22,7 +22,9 @@ POS_WEIGHT_CAP = 20.0  # a rarer label would dominate the gradient with a few ro
 # ---- losses of a micro-batch ----------------------------------------------------------------------------------------
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, smoothing=0.0, weights=None, reduction="sum") -> Tensor:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, smoothing=0.0, weights: Tensor | None = None, reduction="sum"
+) -> Tensor:
     """Label-smoothed, class-weighted cross-entropy in fp32: logits (B, C), labels (B,) int64 or (B, C) probabilities.
 
     A row weighs as much as its class, weights (C,), as in torch. Smoothing: Szegedy et al. 2015, arXiv:1512.00567.
@@ -31,7 +33,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing=0.0, weights=None, r
     return F.cross_entropy(logits, labels, weights, label_smoothing=smoothing, reduction=reduction)
 
 
-def binary_cross_entropy(logits: Tensor, labels: Tensor, smoothing=0.0, weights=None, reduction="sum") -> Tensor:
+def binary_cross_entropy(
+    logits: Tensor, labels: Tensor, smoothing=0.0, weights: Tensor | None = None, reduction="sum"
+) -> Tensor:
     """Cross-entropy of every cell in fp32: logits (B, C), labels (B, C) from 0 to 1. weights (C,): of positives.
 
     Smoothing moves a label by half its share towards the other one: 1 becomes 1 - s / 2, 0 becomes s / 2, as two-class
@@ -44,7 +48,8 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor, smoothing=0.0, weights=
 
 def squared_error(outputs: Tensor, targets: Tensor, smoothing=0.0, weights=None) -> Tensor:
     """Squared error in fp32: outputs (B, 1), targets (B,). Smoothing and weights are of classes only."""
-    return F.mse_loss(outputs[:, 0].float(), targets.float(), reduction="sum")
+    numbers = outputs[:, 0].float()
+    return F.mse_loss(numbers, targets.float(), reduction="sum")
 
 
 def lm_cross_entropy(hidden: Tensor, head, targets: Tensor, chunk: int = 512) -> Tensor:
@@ -59,8 +64,9 @@ def lm_cross_entropy(hidden: Tensor, head, targets: Tensor, chunk: int = 512) ->
 
     total = hidden.new_zeros((), dtype=torch.float32)
     for i in range(0, len(targets), chunk):
-        chunks = hidden[i : i + chunk], targets[i : i + chunk]
-        total = total + checkpoint(loss_of_chunk, *chunks, use_reentrant=False)
+        states = hidden[i : i + chunk]
+        ids = targets[i : i + chunk]
+        total = total + checkpoint(loss_of_chunk, states, ids, use_reentrant=False)
     return total
 
 
@@ -79,7 +85,9 @@ def softened_cells(probabilities: Tensor, temperature: float) -> Tensor:
 
 def weight_of_rows(labels: np.ndarray, weights: np.ndarray | None) -> float:
     """The class weights of rows, summed; their number where all classes weigh the same."""
-    return float(len(labels)) if weights is None else float(weights[labels].sum())
+    if weights is None:
+        return float(len(labels))
+    return float(weights[labels].sum())
 
 
 def weight_of_cells(labels: np.ndarray, weights: np.ndarray | None) -> float:
@@ -101,11 +109,6 @@ TASKS = {
     "multi_label": Loss(binary_cross_entropy, weight_of_cells, softened_cells),
     "regression": Loss(squared_error, weight_of_rows),
 }
-
-
-def weight_of(task: str, labels: np.ndarray, weights: np.ndarray | None) -> float:
-    """What the summed loss of these rows is divided by to be a mean."""
-    return TASKS[task].weight(labels, weights)
 
 
 def loss_sum(
@@ -147,8 +150,11 @@ def label_counts(task: str, labels: np.ndarray, classes: int) -> np.ndarray:
     return np.bincount(labels, minlength=classes)
 
 
-def label_weights(task: str, by_class: str, by_label: str, labels: np.ndarray, classes: int) -> np.ndarray | None:
-    """(C,) weights of classes (--class_weights), or of the positives of labels (--pos_weight); None for equal ones."""
+def label_weights(task: str, by_class: str, by_label: str, labels: np.ndarray, classes: int):
+    """(C,) weights of classes (--class_weights), or of the positives of labels (--pos_weight); None for equal ones.
+
+    Raises UserError for settings that do not fit the number of classes.
+    """
     if task == "regression":
         return None
     counts = label_counts(task, labels, classes)
@@ -170,7 +176,8 @@ def class_weights(setting: str, counts: np.ndarray) -> np.ndarray | None:
     if setting in ("balanced", "inverse"):
         return counts.sum() / (len(counts) * present)
     if setting.startswith("effective"):
-        beta = float(setting.partition(":")[2] or 0.999)
+        given = setting.partition(":")[2]
+        beta = float(given or 0.999)
         if not 0 <= beta < 1:
             raise UserError(f"--class_weights {setting}: expected effective:BETA, BETA from 0 to below 1, like 0.999")
         weights = (1 - beta) / (1 - beta**present)
@@ -192,7 +199,8 @@ def pos_weight(setting: str, positives: np.ndarray, rows: int) -> np.ndarray | N
         return None
     if setting == "balanced":
         ratio = (rows - positives) / np.maximum(positives, 1)
-        return np.where(positives > 0, np.clip(ratio, 1 / POS_WEIGHT_CAP, POS_WEIGHT_CAP), 1.0)
+        limited = np.clip(ratio, 1 / POS_WEIGHT_CAP, POS_WEIGHT_CAP)
+        return np.where(positives > 0, limited, 1.0)
     weights = np.array(setting.split(","), dtype=float)
     if len(weights) not in (1, len(positives)):
         expected = f"1 or {len(positives)}, one for each label"

@@ -208,7 +208,7 @@ def fit(job: loop.Job, train: Split, judges: Split, classes: int, write: Callabl
     for micro_batches in loop.steps(job):
         # step, log: micro-batches are means over the whole step, so their losses are divided by its weight
         rows = np.concatenate(micro_batches)
-        weight = losses.weight_of(cfg.task, train.labels[rows], weights)
+        weight = losses.TASKS[cfg.task].weight(train.labels[rows], weights)
         loop.step(job, micro_batches, loss_of, weight)
 
         # evaluation: best/ holds the model with the best metric so far

@@ -20,7 +20,7 @@ def toy_rows(dtype=torch.float32):
 
 
 def mass_of(labels, weights):
-    return losses.weight_of("single_label", labels.numpy(), None if weights is None else weights.numpy())
+    return losses.TASKS["single_label"].weight(labels.numpy(), None if weights is None else weights.numpy())
 
 
 def by_parts(logits, labels, sizes, smoothing, weights, soft=None, share=1.0, temperature=1.0):
@@ -162,10 +162,10 @@ def test_weights_of_steps():
     """Rows, class weights of labels, or cells: what a step's summed loss is divided by."""
     labels = torch.tensor([0, 2, 2]).numpy()
     weights = torch.tensor(WEIGHTS).double().numpy()
-    assert losses.weight_of("single_label", labels, None) == 3.0
-    assert losses.weight_of("single_label", labels, weights) == pytest.approx(0.3 + 2.5 + 2.5)
-    assert losses.weight_of("multi_label", torch.zeros(3, 4).numpy(), weights) == 12.0
-    assert losses.weight_of("regression", torch.zeros(3).numpy(), None) == 3.0
+    assert losses.TASKS["single_label"].weight(labels, None) == 3.0
+    assert losses.TASKS["single_label"].weight(labels, weights) == pytest.approx(0.3 + 2.5 + 2.5)
+    assert losses.TASKS["multi_label"].weight(torch.zeros(3, 4).numpy(), weights) == 12.0
+    assert losses.TASKS["regression"].weight(torch.zeros(3).numpy(), None) == 3.0
 
 
 # ---- language models ------------------------------------------------------------------------------------------------
