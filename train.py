@@ -157,7 +157,12 @@ def dry_run(job: loop.Job, train: Split) -> dict:
         seconds = time.perf_counter() - started
     rate = float(job.lengths[rows].sum()) / seconds * world.size
     tokens = float(job.lengths.sum()) * job.total / job.steps_per_epoch
-    memory = estimates.memory_estimate(job.model, job.cfg.max_tokens, job.precision, job.cfg.grad_checkpoint)
+    memory = estimates.memory_estimate(
+        job.model,
+        job.cfg.max_tokens,
+        job.precision,
+        job.cfg.grad_checkpoint,
+    )
     total = sum(memory.values())
     parts = ", ".join(f"{name} {gigabytes:.2f}" for name, gigabytes in memory.items())
     ddp.say(world, f"memory: about {total:.2f} GB a rank ({parts})")

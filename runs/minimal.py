@@ -45,7 +45,8 @@ def main(
     classes = {path: labelling.encode_labels([row[column] for row in rows[path]], labels, path) for path in rows}
 
     # The base is frozen. What is trained: the adapters of its linears, and a fresh head.
-    model = models.load_classifier(base, len(labels.names), device, torch.float32, dropout=0.1, seed=SEED)
+    head = models.Head(len(labels.names), dropout=0.1)
+    model = models.load_classifier(base, head, device, torch.float32, seed=SEED)
     models.add_adapter(model, lora.Adapter(**LORA, saved=models.head_to_save(model)))
     model.train()
     print(lora.trainable_table(model))
