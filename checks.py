@@ -86,7 +86,8 @@ FORMS = {  # field: (regular expression of the value, or of each value of a tupl
 # "base|adapter": one of them is enough. Several needs are separated by spaces.
 
 NEEDS = table("""
-    TrainConfig CptConfig :: alpha lora_dropout targets rslora :: rank
+    TrainConfig CptConfig :: alpha lora_dropout targets :: rank
+    TrainConfig :: rslora :: rank
     TrainConfig :: fold :: folds
     TrainConfig :: val_size :: !val_data !folds
     TrainConfig :: split_seed :: !val_data

@@ -201,9 +201,10 @@ def settings_of_pool(cfg: FoldsConfig) -> tuple[FoldsConfig, dict[str, Path]]:
 
 def new_member(name: str, cfg: TrainConfig, material: Material, folder: Path | None) -> Member:
     """A run with its rows, checked. Raises UserError for what does not fit them."""
-    if folder and (folder / "config.json").is_file():
-        cfg = cli.read_config(TrainConfig, folder)
-    train, judges = splits.cut(cfg, material.rows, material.val, folder)
+    recorded = folder if folder and (folder / "config.json").is_file() else None
+    if recorded:
+        cfg = cli.read_config(TrainConfig, recorded)
+    train, judges = splits.cut(cfg, material.rows, material.val, recorded)
     note = prepare.check(cfg, train, judges, len(material.labels.names))
     if note:
         print(note, flush=True)

@@ -23,6 +23,7 @@ import corpus
 import cpt
 import data
 import ddp
+import presets
 from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -337,7 +338,7 @@ def test_segments_share_one_token_and_documents_end_with_eos(papers, tokenizer, 
 
 
 def test_no_text_is_on_both_sides(papers, small_base, tmp_path):
-    cfg, _ = cli.parse(configs.CptConfig, configs.CPT_PRESETS, cpt_flags(small_base, papers, tmp_path, eval_rows=3))
+    cfg, _ = cli.parse(configs.CptConfig, presets.CPT_PRESETS, cpt_flags(small_base, papers, tmp_path, eval_rows=3))
     texts = cpt.load_texts(cfg, bases.load_tokenizer(small_base), ALONE)
 
     def documents(tokens: data.Tokens) -> set[int]:  # each segment's document, by where the text begins in the file

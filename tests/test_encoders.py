@@ -32,6 +32,7 @@ import labelling
 import lora
 import model as models
 import numerics
+import presets
 import train
 import trained
 from errors import UserError
@@ -591,7 +592,7 @@ def test_deberta_regresses_from_the_command_line(base, shared, tmp_path):
 )
 def test_presets_hold_the_published_recipes(name, base, expected):
     """The table of the design, and each passes every check once the user's rows are named."""
-    cfg, given = cli.parse(configs.TrainConfig, configs.TRAIN_PRESETS, ["--cfg", name, "--train_data", "mine.csv"])
+    cfg, given = cli.parse(configs.TrainConfig, presets.TRAIN_PRESETS, ["--cfg", name, "--train_data", "mine.csv"])
     cfg = checks.own_data(cfg, given)
     checks.check(cfg, given)
     assert cfg.base.removeprefix("FacebookAI/") == base and cfg.train_data == "mine.csv" and cfg.test_data == ""

@@ -95,7 +95,7 @@ def test_a_model_that_answers_nothing_readable_is_stopped_at_the_first_batch(sma
         (["--label_words", "a,b,c"], "--label_words a,b,c: expected those of two classes"),
         (["--prompt", "verify_plan"], "did you mean verify_plain"),
         (["--input", ""], "names no test_data: give the rows to score with --input"),
-        (["--examples", "x.csv"], "--examples has no effect with --score"),
+        (["--examples", "x.csv"], "--examples has no effect: it is used without --score"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(small_base, tmp_path, change, words):

@@ -20,6 +20,7 @@ import infer
 import labelling
 import losses
 import metrics
+import presets
 import strata
 import train
 import trained
@@ -123,16 +124,16 @@ def test_bce_is_torchs_and_parts_add_up(smoothing, weighted):
     want = F.binary_cross_entropy_with_logits(
         z.float(), torch.where(y > 0, 1 - smoothing / 2, smoothing / 2), pos_weight=weight, reduction="sum"
     )
-    got, cells = losses.binary_cross_entropy(z, y, smoothing, weight)
+    got = losses.binary_cross_entropy(z, y, smoothing, weight)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
-    assert cells == 36 == losses.loss_weight("multi_label", y.numpy(), None)
-    parts = [losses.binary_cross_entropy(z[i : i + 4], y[i : i + 4], smoothing, weight)[0] for i in (0, 4, 8)]
+    assert losses.TASKS["multi_label"].weight(y.numpy(), None) == 36
+    parts = [losses.binary_cross_entropy(z[i : i + 4], y[i : i + 4], smoothing, weight) for i in (0, 4, 8)]
     torch.testing.assert_close(sum(parts), want, rtol=1e-6, atol=0)
 
 
 def test_pos_weight_changes_no_denominator():
     y = np.array([[1, 0], [0, 1], [0, 0]], np.float32)
-    assert losses.loss_weight("multi_label", y, np.array([5.0, 2.0])) == 6.0
+    assert losses.TASKS["multi_label"].weight(y, np.array([5.0, 2.0])) == 6.0
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
@@ -267,10 +268,10 @@ def test_the_users_command(command, small_base, tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"class_weights": "balanced"}, "--class_weights balanced with --task multi_label"),
-        ({"head": "label_words"}, "words exclude one another"), ({"pos_weight": "-1"}, "--pos_weight -1: expected"),
+        ({"class_weights": "balanced"}, "--class_weights balanced has no meaning with --task multi_label"),
+        ({"head": "label_words"}, "use --head linear"), ({"pos_weight": "-1"}, "--pos_weight -1: expected"),
         ({"pos_weight": "1,2"}, "2 numbers, expected"), ({"metric": "accuracy"}, "--metric accuracy: expected one of"),
-        ({"task": "single_label", "pos_weight": "balanced"}, "--pos_weight balanced with --task single_label"),
+        ({"task": "single_label", "pos_weight": "balanced"}, "--pos_weight balanced has no meaning"),
         ({"label_column": "nope"}, "no column nope"), ({"val_size": 100}, "--val_size 100 of 60 rows"),
     ],
 )  # fmt: skip
@@ -282,7 +283,7 @@ def test_settings_that_mean_nothing_are_refused(small_base, tmp_path, changes, w
 
 
 def test_the_preset_has_the_published_values():
-    cfg = configs.TRAIN_PRESETS["llama1b_multilabel"]()
+    cfg = presets.TRAIN_PRESETS["llama1b_multilabel"]()
     want = {
         "base": "meta-llama/Llama-3.2-1B", "task": "multi_label", "rank": 2, "alpha": 2.0, "lora_dropout": 0.05,
         "targets": configs.ALL_PROJECTIONS, "quant": "nf4", "precision": "bf16", "max_length": 1024, "lr": 2e-4,

@@ -26,6 +26,7 @@ import ddp
 import files
 import language
 import model as models
+import presets
 import prompts
 from errors import UserError
 from packed import pack
@@ -515,7 +516,7 @@ def test_presets_are_the_published_recipes():
         },
     }  # fmt: skip
     for name, values in want.items():
-        found = dataclasses.asdict(configs.CPT_PRESETS[name]())
+        found = dataclasses.asdict(presets.CPT_PRESETS[name]())
         assert {k: v for k, v in found.items() if v != plain[k]} == values
         assert (found["alpha"], found["schedule"]) == (16.0, "cosine")
         assert (found["lora_dropout"] == 0.05) == (name == "qwen_math15b")

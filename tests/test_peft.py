@@ -775,7 +775,7 @@ def replaced(name, make):
     return spoil
 
 
-NOT_SAFE = r"adapter_model\.safetensors: .*; it is damaged or cut short, get it again"
+NOT_SAFE = r"adapter_model\.safetensors: .*; it is damaged or incomplete, download it again"
 FIT = "the adapter does not fit this model: "
 BYTES = {  # what becomes of the bytes of the weights: refused as no safetensors file
     "truncated": lambda b: b[:-100],
@@ -1230,4 +1230,4 @@ def test_the_real_truncated_adapter_is_refused_in_one_line(shared, hollow, tmp_p
     rows = tmp_path / "rows.csv"
     rows.write_text("Question\nWhat is 2 + 2?\n")
     status, _, err = command("infer.py", "--base", hollow, "--adapter", shared / CUT, "--input", rows, timeout=120)
-    assert status == 3 and err.startswith("error: ") and err.count("\n") == 1 and "get it again" in err, err
+    assert status == 3 and err.startswith("error: ") and err.count("\n") == 1 and "download it again" in err, err

@@ -34,6 +34,7 @@ import lora
 import model as models
 import numerics
 import optim
+import presets
 import train
 import trained
 from errors import Untrusted, UserError
@@ -457,7 +458,7 @@ def test_merge_is_refused_with_the_way_out(done, tmp_path, toy):
     with pytest.raises(UserError, match=r"is quantized.*--export DIR merges its 16-bit base"):
         infer.main([f"--runs={done}", f"--input={done.parents[3] / 'val.csv'}", "--merge=true"])
     given = [f"--base={toy}", f"--adapter={done / 'best'}", "--quant=nf4", "--merge=true"]
-    with pytest.raises(UserError, match=r"--merge with --quant nf4: quantized weights take no update"):
+    with pytest.raises(UserError, match=r"--merge with --quant nf4: an adapter is never merged into 4-bit weights"):
         infer.main([*given, f"--input={done.parents[3] / 'val.csv'}"])
     with pytest.raises(ValueError, match="is quantized .*merge into the 16-bit base"):
         lora.merge(trained.load_run(done).model)
@@ -516,7 +517,7 @@ def test_a_swapped_base_is_refused_under_nf4(tmp_path, toy, change):
 
 
 def test_nf4_without_an_adapter_is_refused(tmp_path, toy):
-    with pytest.raises(UserError, match="--quant nf4 with --rank 0: quantized weights cannot be trained"):
+    with pytest.raises(UserError, match="--quant nf4 with --rank 0: 4-bit weights cannot be trained"):
         train.main(toy_flags(tmp_path, toy, quant="nf4", rank=0, alpha=None, lora_dropout=None))
     assert not (tmp_path / "outputs").exists()
 
@@ -560,10 +561,10 @@ def test_nothing_else_needs_bitsandbytes(tmp_path, toy):
 
 
 def test_qwen32b_is_a_valid_preset():
-    cfg = replace(configs.qwen32b(), train_data="x.csv")
+    cfg = replace(presets.qwen32b(), train_data="x.csv")
     checks.check(cfg)
     assert (cfg.quant, cfg.base, cfg.bias) == ("nf4", "Qwen/Qwen2.5-32B", "all")
-    cfg, given = cli.parse(configs.TrainConfig, configs.TRAIN_PRESETS, ["--cfg", "qwen32b", "--train_data", "x.csv"])
+    cfg, given = cli.parse(configs.TrainConfig, presets.TRAIN_PRESETS, ["--cfg", "qwen32b", "--train_data", "x.csv"])
     checks.check(cfg, given)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import last_json
 from test_ddp import forks, toy_flags
+from test_folds import fork_of
 from test_multilabel import flags_of, write_rows
 
 pytest.importorskip("matplotlib", reason="reports are drawn with matplotlib: pip install matplotlib")
@@ -84,7 +85,10 @@ def runs(tmp_path_factory, small_base) -> dict[str, Path]:
         else:
             more = {"folds": 2, "seeds": "1,2", "val_data": None} if name == "family" else {}
             flags = toy_flags(folder, small_base, **QUICK, **more)
-        trained_runs[name] = Path(train.main(flags)["run"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(folds, "started", fork_of(tmp_path_factory.mktemp("members")))
+            command = folds if name == "family" else train
+            trained_runs[name] = Path(command.main(flags)["run"])
     return trained_runs
 
 
