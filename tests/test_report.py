@@ -28,6 +28,7 @@ import cli  # noqa: E402
 import compare_runs  # noqa: E402
 import ddp  # noqa: E402
 import decide  # noqa: E402
+import folds  # noqa: E402
 import labelling  # noqa: E402
 import metrics  # noqa: E402
 import pictures  # noqa: E402
