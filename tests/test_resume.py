@@ -97,7 +97,7 @@ def test_killed_between_the_two_renames_of_a_save(whole, tmp_path, small_base, s
     run = next((tmp_path / "outputs").glob("*/*/run_0"))
     status, out, err = forked(train.main, [*flags, "--resume", str(run)], tmp_path)
     assert status == 0 and "resumed at step" in out, err
-    assert (f"{side} is missing: its last save was cut short" in err) == ((side, nth) == ("last", 3))
+    assert (f"{side} is missing: its last save was interrupted" in err) == ((side, nth) == ("last", 3))
     same(run, whole)
 
 
@@ -145,7 +145,7 @@ def test_sigterm_to_one_of_two_ranks_saves_and_stops_both(whole, tmp_path, small
     same(run, whole)
     with pytest.raises(UserError, match="this run is finished"):
         train.main(["--resume", str(run)])
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         train.main(["--resume", str(tmp_path / "outputs")])
 
 

@@ -311,5 +311,5 @@ def test_a_run_that_does_not_fit_is_no_start(chain, tmp_path):
     runs, folder, base = chain
     with pytest.raises(UserError, match="it does not fit these settings"):
         train.main(slice_flags(tmp_path, base, 1, folder, init_from=runs[0]["run"], rank=2))
-    with pytest.raises(UserError, match="its task or labels are others"):
+    with pytest.raises(UserError, match="it has another task or other labels"):
         train.main(toy_flags(tmp_path, base, init_from=runs[0]["run"]))

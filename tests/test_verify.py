@@ -1,6 +1,5 @@
-"""Verification and rules: soft targets, preflight, time limits, chains."""
+"""Verification and rules: preflight, time limits, chains."""
 
-import csv
 import json
 import time
 from pathlib import Path
@@ -18,7 +17,6 @@ import files
 import foreign
 import infer
 import loop
-import losses
 import train
 import trained
 from errors import Degenerate, UserError
@@ -31,25 +29,6 @@ def slices(tmp_path_factory, small_base):
     """(three runs, each on a slice and from the one before; the rows that were cut; the base)."""
     folder = tmp_path_factory.mktemp("slices")
     return chain_of(folder, small_base), folder / "p.jsonl", small_base
-
-
-# ---- soft targets ---------------------------------------------------------------------------------------------------
-
-
-def test_soft_targets_are_torchs_and_hard_ones_are_a_special_case():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(7, 4, generator=generator)
-    hard = torch.randint(4, (7,), generator=generator)
-    weights = torch.rand(4, generator=generator) + 0.5
-    for smoothing in (0.0, 0.1):
-        for w in (None, weights):
-            one, many = (losses.cross_entropy(logits, t, smoothing, w) for t in (hard, torch.eye(4)[hard]))
-            if w is None or not smoothing:  # torch weighs the smoothed part by class weights in its own two ways
-                torch.testing.assert_close(one[0], many[0])
-            assert float(one[1]) == pytest.approx(float(many[1]))
-    for targets in (hard.numpy(), torch.eye(4)[hard].numpy()):
-        assert losses.loss_weight("single_label", targets, weights.numpy()) == pytest.approx(float(weights[hard].sum()))
-        assert losses.loss_weight("single_label", targets, None) == 7.0
 
 
 # ---- preflight ------------------------------------------------------------------------------------------------------
@@ -162,12 +141,16 @@ def test_what_is_no_duration_is_refused(text, small_base, tmp_path):
 # ---- what a review found --------------------------------------------------------------------------------------------
 
 
+def killed(job, line):
+    raise KeyboardInterrupt("killed")
+
+
 def test_a_run_that_starts_from_another_does_so_after_a_kill_before_its_first_save_too(slices, tmp_path):
     runs, path, base = slices
     same = {"lr": 1e-12, "head_lr": 1e-12, "init_from": runs[0]["run"]}
     flags = slice_flags(tmp_path, base, 1, path.parent, **same)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Log, "write", lambda self, line: (_ for _ in ()).throw(KeyboardInterrupt("killed")))
+        patch.setattr(loop, "log", killed)
         with pytest.raises(KeyboardInterrupt):
             train.main(flags)
     told = train.main([*flags, "--resume", "auto"])
@@ -180,50 +163,18 @@ def test_a_run_that_starts_from_another_does_so_after_a_kill_before_its_first_sa
 @pytest.mark.parametrize("how", ["a fold", "another spelling", "a validation file"])
 def test_rows_learned_before_are_noticed_however_the_chain_began(how, small_base, tmp_path):
     path, more = write_pairs(tmp_path / "p.jsonl", 60), {}
-    first = {"a fold": {"folds": 2}, "a validation file": {"val_data": write_pairs(tmp_path / "v.jsonl", 70)}}.get(
-        how, {}
-    )
+    first = {
+        "a fold": {"folds": 2, "fold": 0},
+        "a validation file": {"val_data": write_pairs(tmp_path / "v.jsonl", 70)},
+    }.get(how, {})
     if how == "another spelling":
         more = {"train_data": tmp_path / ".." / tmp_path.name / "p.jsonl", "split_seed": 9}
     begun = train.main(
         toy_flags(tmp_path, small_base, train_data=path, val_size=None if first else 0.2, **{**BINARY, **first})
     )
-    start = Path(begun["run"]) / "fold_0" if how == "a fold" else begun["run"]
-    settings = {**BINARY, "train_data": path, "val_size": 0.3, "init_from": start, **more}
+    settings = {**BINARY, "train_data": path, "val_size": 0.3, "init_from": begun["run"], **more}
     with pytest.raises(UserError, match="validation rows of this run were trained on there"):
         train.main(toy_flags(tmp_path, small_base, **settings))
-
-
-def test_one_seed_is_that_seed(small_base, tmp_path):
-    flags = toy_flags(tmp_path, small_base, seeds="5", audit="none")
-    told = train.main(flags)
-    alone = train.main(toy_flags(tmp_path, small_base, seed=5, audit="none"))
-    assert list(told["runs"]) == ["seed_5"] and told["runs"]["seed_5"] == alone["metrics"]
-    assert trained.load_run(told["run"]).predict(["1 + 1"])
-
-
-def test_a_limit_is_shared_by_the_runs_of_a_family(small_base, tmp_path, monkeypatch):
-    asked = []
-    before = loop.Limit.__init__
-    monkeypatch.setattr(loop.Limit, "__init__", lambda s, end, *a: (asked.append(end), before(s, end, *a))[1])
-    train.main(toy_flags(tmp_path, small_base, val_data=None, folds=2, time_limit="2h", audit="none", max_steps=2))
-    now = loop.process_seconds()
-    assert len(asked) == 2 and asked[0] - now == pytest.approx(3600 - now / 2, abs=120)
-    assert asked[1] == pytest.approx(7200, abs=5)
-
-
-def test_a_finished_fold_of_other_texts_is_not_taken(small_base, tmp_path):
-    flags = toy_flags(tmp_path, small_base, val_data=None, folds=2, audit="none", max_steps=2)
-    run = Path(train.main(flags)["run"])
-    (run / "result.json").unlink()  # as if it had been killed before its end
-    path = tmp_path / "train.csv"
-    rows = files.read_rows(str(path), "x")
-    with open(path, "w", encoding="utf-8", newline="") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({**r, "Question": r["Question"][::-1]} for r in rows)
-    with pytest.raises(UserError, match="was trained on other rows or tokens"):
-        train.main(["--resume", str(run)])
 
 
 @pytest.mark.parametrize(
