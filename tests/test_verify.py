@@ -188,25 +188,3 @@ def test_flags_that_would_do_nothing_are_refused(changes, words, small_base, tmp
     path = write_pairs(tmp_path / "p.jsonl", 30)
     with pytest.raises(UserError, match=words):
         train.main(toy_flags(tmp_path, small_base, train_data=path, **{**BINARY, **changes}))
-
-
-def test_a_regression_and_a_classifier_are_averaged_by_their_ranks(slices, small_base, tmp_path):
-    """The encoder's one output and the log-odds of two classes: midranks of each, averaged."""
-    runs, path, _ = slices
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    numbers = tmp_path / "numbers.jsonl"
-    numbers.write_text("".join(json.dumps({**r, "is_correct": int(r["is_correct"])}) + "\n" for r in lines))
-    flags = {**BINARY, "train_data": numbers, "task": "regression", "metric": "roc_auc", "val_size": 0.2}
-    other = train.main(toy_flags(tmp_path, small_base, **flags))["run"]
-    target = tmp_path / "both.csv"
-    both = ["--runs", runs[-1]["run"], other, "--ensemble", "rank", "--input", str(path), "--submission", ""]
-    infer.main([*both, "--output", str(target), "--force"])
-    rows = files.read_rows(str(path), "x")
-    z, out = (trained.load_run(r).logits(rows)[0] for r in (runs[-1]["run"], other))
-    from scipy.stats import rankdata
-
-    mean = (rankdata(z[:, 1] - z[:, 0]) + rankdata(out[:, 0])) / 2
-    got = np.array([float(r["probability_True"]) for r in files.read_rows(str(target), "x")])
-    assert np.array_equal(rankdata(np.round(got, 9)), rankdata(np.round(mean, 6)))
-    with pytest.raises(UserError, match="its task or labels are not those"):
-        infer.main([*("mean_logit" if b == "rank" else b for b in both), "--output", str(target)])
