@@ -68,21 +68,15 @@ from splits import Split
 TRAIN = Path(__file__).parent / "train.py"
 WORLD = ddp.World(0, 1, torch.device("cpu"))  # this process trains nothing
 CLASHES = [
+    ("--fold {fold}: folds.py trains every fold; train a single one with train.py", lambda cfg: cfg.fold >= 0),
     (
-        lambda cfg: f"--fold {cfg.fold}: folds.py trains every fold; train a single one with train.py",
-        lambda cfg: cfg.fold >= 0,
+        "--seeds {seeds}: a seed is given twice",
+        lambda cfg: len({seed.lstrip("0") for seed in cfg.seeds}) < len(cfg.seeds),
     ),
-    (
-        lambda cfg: f"--seeds {','.join(cfg.seeds)}: expected whole numbers of 0 or more, each once",
-        lambda cfg: not all(s.isdigit() for s in cfg.seeds) or len(set(map(int, cfg.seeds))) < len(cfg.seeds),
-    ),
-    (
-        lambda cfg: f"--nproc_per_node {cfg.nproc_per_node}: expected 1 or more",
-        lambda cfg: cfg.nproc_per_node < 1,
-    ),
+    ("--nproc_per_node {nproc_per_node}: expected 1 or more", lambda cfg: cfg.nproc_per_node < 1),
     (
         "torchrun folds.py: start folds.py with python, and give it --nproc_per_node",
-        lambda cfg: int(os.environ.get("WORLD_SIZE", 1)) > 1,
+        lambda cfg: "WORLD_SIZE" in os.environ,
     ),
 ]
 FREE = {"fold", "seed", "split_seed", "audit", "report", "outputs", "keep", "time_limit"}  # may differ between runs
@@ -125,7 +119,9 @@ def main(argv: list[str]) -> dict:
     # ---- data -------------------------------------------------------------------------------------------------------
     # What is wrong with any of the runs is found here, before the first one starts.
     cfg, material = prepare.read(cfg, print)
-    members = [new_member(name, one, material, folders.get(name)) for name, one in settings_of_members(cfg).items()]
+    members = []
+    for name, one in settings_of_members(cfg).items():
+        members.append(new_member(name, one, material, folders.get(name), run))
     if cfg.folds:
         judged, audited = material.rows.judging(), (material.rows.judging(), None)
     else:
@@ -199,12 +195,15 @@ def settings_of_pool(cfg: FoldsConfig) -> tuple[FoldsConfig, dict[str, Path]]:
     return family, folders
 
 
-def new_member(name: str, cfg: TrainConfig, material: Material, folder: Path | None) -> Member:
-    """A run with its rows, checked. Raises UserError for what does not fit them."""
-    recorded = folder if folder and (folder / "config.json").is_file() else None
-    if recorded:
-        cfg = cli.read_config(TrainConfig, recorded)
-    train, judges = splits.cut(cfg, material.rows, material.val, recorded)
+def new_member(name: str, cfg: TrainConfig, material: Material, folder: Path | None, family: Path | None) -> Member:
+    """A run with its rows, checked. Raises UserError for what does not fit them.
+
+    folder: where it is already; family: the folder of all runs, if it is resumed.
+    """
+    begun = folder and (folder / "config.json").is_file()
+    if begun:
+        cfg = cli.read_config(TrainConfig, folder)
+    train, judges = splits.cut(cfg, material.rows, material.val, recorded=folder if begun else family)
     note = prepare.check(cfg, train, judges, len(material.labels.names))
     if note:
         print(note, flush=True)

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import train
 import trained
 
 tqdm.monitor_interval = 0  # no monitor thread in a process that forks
+tqdm.set_lock(threading.RLock())  # its own lock is shared by forks: one that is killed would keep it for ever
 ROOT = Path(__file__).resolve().parent.parent
 forks = pytest.mark.skipif(torch.cuda.is_available(), reason="ranks are forked: run with CUDA_VISIBLE_DEVICES= on CPUs")
 pytestmark = forks

@@ -286,9 +286,9 @@ def test_killed_in_the_middle_of_a_fold_it_continues_without_repeating_finished_
 def test_train_resumes_no_family_and_folds_no_single_run(family, tmp_path, small_base):
     with pytest.raises(UserError, match="finished"):
         folds.main(["--resume", str(family)])
-    with pytest.raises(UserError, match="this run belongs to another command: python folds.py --resume"):
+    with pytest.raises(UserError, match="belongs to another command: python folds.py --resume"):
         train.main(["--resume", str(family)])
-    with pytest.raises(UserError, match="this run belongs to another command: python train.py --resume"):
+    with pytest.raises(UserError, match="belongs to another command: python train.py --resume"):
         folds.main(["--resume", str(family / "seed_1_fold_0")])
     # an unfinished family is not what train.py continues, nor the other way around
     flags = toy_flags(tmp_path, small_base, folds=2, **{**QUICK, "max_steps": 1})
@@ -431,9 +431,9 @@ def test_what_is_no_family_is_not_pooled(elsewhere, tmp_path, small_base):
         ({"folds": 3, "val_size": 0.2}, "--val_size has no effect: it is used without --folds"),
         ({"folds": 3, "val_data": "x.csv"}, "--folds 3 with --val_data x.csv"),
         ({"folds": 99}, "--folds 99: there are only 58 rows"),
-        ({"seeds": "1,one"}, "--seeds 1,one: expected whole numbers"),
-        ({"seeds": "1,1"}, "--seeds 1,1: expected whole numbers of 0 or more, each once"),
-        ({"seeds": "1,01"}, "each once"),
+        ({"seeds": "1,one"}, "--seeds one: expected whole numbers"),
+        ({"seeds": "1,1"}, "--seeds 1,1: a seed is given twice"),
+        ({"seeds": "1,01"}, "a seed is given twice"),
         ({"folds": 2, "nproc_per_node": 0}, "--nproc_per_node 0: expected 1 or more"),
         ({"folds": 2, "group_column": "topic"}, "no column topic"),
         ({"folds": 9, "group_column": "label"}, "--folds 9: there are only 8 groups"),
@@ -453,9 +453,9 @@ def test_bad_families_are_one_line_before_anything_is_written(small_base, tmp_pa
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"folds": 5}, "--folds moved: python folds.py --folds 5"),
+        ({"folds": 5}, "--folds moved: python folds.py --folds 5 trains every fold"),
         ({"folds": 5, "fold": 5}, "--folds 5 --fold 5: expected"),
-        ({"folds": 5, "fold": "first"}, "--fold first: expected"),
+        ({"folds": 5, "fold": "first"}, "--fold first: expected a whole number"),
         ({"fold": 2}, "--fold has no effect: it is used with --folds"),
         ({"folds": 5, "group_column": "label", "fold": 0}, None),
     ],

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_ddp import forked, forks, log_of, toy_flags
+from test_ddp import forked, forks, log_of, toy_flags, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import checkpoint
+import infer
 import metrics
 import optim
 import train
@@ -151,6 +152,37 @@ def test_without_adapter_the_base_is_trained_saved_and_loads_in_transformers(tmp
     used = {n for n in before if not n.endswith("k_proj.bias")}  # a key bias has no gradient but rounding
     wanted = {0: set(), 1: {n for n in used if n.startswith(("layers.1.", "norm."))}, -1: used}[layers]
     assert wanted <= changed and (layers == -1 or all(n.startswith(("layers.1.", "norm.")) for n in changed))
+
+
+# ---- soft targets ---------------------------------------------------------------------------------------------------
+
+
+def test_a_student_learns_from_the_probabilities_that_infer_writes(tmp_path, small_base):
+    """Distillation: predictions with probability columns, beside the labels, are soft targets; some rows have none."""
+    rows = rows_of(write_rows(tmp_path / "rows.csv", 40))
+    teacher = train.main(no_dropout(tmp_path, small_base, lr=1e-2))["run"]
+    infer.main(["--runs", teacher, "--input", str(tmp_path / "rows.csv"), "--output", str(tmp_path / "p.csv"),
+                "--submission", ""])  # fmt: skip
+    predictions = rows_of(tmp_path / "p.csv")
+    names = [name for name in predictions[0] if name.startswith("probability_")]
+    assert len(names) == 8 and [r["id"] for r in predictions] == [r["id"] for r in rows]
+    for i, (row, predicted) in enumerate(zip(rows, predictions, strict=True)):
+        row.update({name: predicted[name] if i % 5 else "" for name in names})
+    taught = tmp_path / "taught.csv"
+    with open(taught, "w", encoding="utf-8", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+    losses = {}
+    for share in (None, 0.0, 0.5, 1.0):
+        data = tmp_path / "rows.csv" if share is None else taught
+        flags = no_dropout(tmp_path, small_base, train_data=data, soft_share=share, soft_temperature=2.0)
+        run = Path(train.main(flags)["run"])
+        losses[share] = [x["loss"] for x in log_of(run) if "loss" in x]
+    np.testing.assert_allclose(losses[0.0], losses[None], rtol=1e-6)
+    assert abs(losses[1.0][0] - losses[None][0]) > 1e-3
+    assert losses[0.5][0] == pytest.approx((losses[0.0][0] + losses[1.0][0]) / 2, rel=1e-5)
 
 
 # ---- switches -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Verification and rules: soft targets, preflight, time limits, chains."""
+"""Verification and rules: preflight, time limits, chains."""
 
 import json
 import time
@@ -141,12 +141,16 @@ def test_what_is_no_duration_is_refused(text, small_base, tmp_path):
 # ---- what a review found --------------------------------------------------------------------------------------------
 
 
+def killed(job, line):
+    raise KeyboardInterrupt("killed")
+
+
 def test_a_run_that_starts_from_another_does_so_after_a_kill_before_its_first_save_too(slices, tmp_path):
     runs, path, base = slices
     same = {"lr": 1e-12, "head_lr": 1e-12, "init_from": runs[0]["run"]}
     flags = slice_flags(tmp_path, base, 1, path.parent, **same)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "log", lambda job, line: (_ for _ in ()).throw(KeyboardInterrupt("killed")))
+        patch.setattr(loop, "log", killed)
         with pytest.raises(KeyboardInterrupt):
             train.main(flags)
     told = train.main([*flags, "--resume", "auto"])
@@ -159,8 +163,10 @@ def test_a_run_that_starts_from_another_does_so_after_a_kill_before_its_first_sa
 @pytest.mark.parametrize("how", ["a fold", "another spelling", "a validation file"])
 def test_rows_learned_before_are_noticed_however_the_chain_began(how, small_base, tmp_path):
     path, more = write_pairs(tmp_path / "p.jsonl", 60), {}
-    other = {"val_data": write_pairs(tmp_path / "v.jsonl", 70)}
-    first = {"a fold": {"folds": 2, "fold": 0}, "a validation file": other}.get(how, {})
+    first = {
+        "a fold": {"folds": 2, "fold": 0},
+        "a validation file": {"val_data": write_pairs(tmp_path / "v.jsonl", 70)},
+    }.get(how, {})
     if how == "another spelling":
         more = {"train_data": tmp_path / ".." / tmp_path.name / "p.jsonl", "split_seed": 9}
     begun = train.main(
