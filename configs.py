@@ -217,4 +217,4 @@ if __name__ == "__main__":
         ("infer.py", InferConfig, {}),
         ("cpt.py", CptConfig, CPT_PRESETS),
     ):
-        print(f"== {script}: {config.__doc__}\n{cli.describe(config, presets, everything=True)}\n")
+        print(f"== {script}: {config.__doc__}\n{cli.describe(config, presets, ['all'])}\n")

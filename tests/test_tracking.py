@@ -112,6 +112,6 @@ def logged(file: Path) -> dict[str, dict[int, float]]:
 def test_what_is_not_installed_is_named_before_anything_starts(monkeypatch, tmp_path, small_base):
     find = checks.importlib.util.find_spec
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
-    with pytest.raises(UserError, match="--report wandb: it is not installed: pip install wandb"):
+    with pytest.raises(UserError, match="--report wandb: not installed: pip install wandb"):
         train.main(toy_flags(tmp_path, small_base, report="wandb"))
     assert not (tmp_path / "outputs").exists()
