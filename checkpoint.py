@@ -8,7 +8,6 @@ manifest and falls back with a warning; it never continues with files that do no
                                         .best.1/ .last.1/     the previous ones
 """
 
-import contextlib
 import glob
 import hashlib
 import itertools
@@ -90,12 +89,8 @@ def _number_of(run):
 
 def run_parent(outputs: str, base: str, dataset: str) -> Path:
     """outputs/<base>/<dataset>; a base's "/" becomes "__", and no name can leave the outputs folder."""
-    return Path(outputs) / _safe(base.strip("/").replace("/", "__"), "base") / _safe(dataset, "data")
-
-
-def _safe(name, otherwise):
-    """A name as that of one folder."""
-    return re.sub(r"[^\w.+-]", "_", name).lstrip(".") or otherwise
+    names = ((base.strip("/").replace("/", "__"), "base"), (dataset, "data"))
+    return Path(outputs, *(re.sub(r"[^\w.+-]", "_", name).lstrip(".") or otherwise for name, otherwise in names))
 
 
 def new_run(outputs: str, base: str, dataset: str) -> Path:
@@ -104,9 +99,11 @@ def new_run(outputs: str, base: str, dataset: str) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(max(map(_number_of, runs_of(outputs, base, dataset)), default=-1) + 1):
         run = parent / f"run_{number}"
-        with contextlib.suppress(FileExistsError):
+        try:
             run.mkdir()
             return run
+        except FileExistsError:  # of another process
+            continue
 
 
 def finished(run: Path) -> bool:
@@ -373,11 +370,6 @@ def last_state(run: Path) -> tuple[Save, dict] | None:
     """
     save = trusted(run / "last")
     return (save, load_json(save.folder / "state.json")) if save else None
-
-
-def append_line(path: Path, line: dict) -> None:
-    """Append one JSON object to a log."""
-    append_whole(path, json.dumps(line) + "\n")
 
 
 def append_whole(path: Path, text: str) -> None:

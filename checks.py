@@ -48,44 +48,37 @@ METRICS = {
         regression :: mse rmse mae r2 pearson roc_auc
     """)
 }
+# fmt: off
 RANGES = (  # fields, what is expected, test
-    (
-        "lr epochs batch_size max_new_tokens max_tokens micro_batches max_length alpha soft_temperature",
-        "a number above 0",
-        lambda value: value > 0,
-    ),
-    (
-        "rank head_lr embed_lr weight_decay max_steps warmup_steps grad_clip eval_every save_every keep patience seed "
-        "eval_rows limit samples worst folds",
-        "0 or more",
-        lambda value: value >= 0,
-    ),
-    (
-        "lora_dropout head_dropout label_smoothing warmup_ratio",
-        "a fraction from 0 to below 1",
-        lambda value: 0 <= value < 1,
-    ),
+    ("lr epochs batch_size max_new_tokens max_tokens micro_batches max_length alpha soft_temperature",
+     "a number above 0", lambda value: value > 0),
+    ("rank head_lr embed_lr weight_decay max_steps warmup_steps grad_clip eval_every save_every keep patience seed "
+     "eval_rows limit samples worst folds", "0 or more", lambda value: value >= 0),
+    ("lora_dropout head_dropout label_smoothing warmup_ratio", "a fraction from 0 to below 1",
+     lambda value: 0 <= value < 1),
     ("soft_share", "a fraction from 0 to 1", lambda value: 0 <= value <= 1),
     ("top_p", "a fraction above 0, at most 1", lambda value: 0 < value <= 1),
     ("threshold", "a probability below 1, or 0 for the run's own", lambda value: 0 <= value < 1),
     ("temperature", "0 for greedy, or 0.01 and more", lambda value: value == 0 or value >= 0.01),
     ("val_size", "a whole number of rows, if not a fraction", lambda value: value < 1 or value == int(value)),
 )
-NUMBERS = r"(?=[^,]*[1-9])[0-9.]+(?:e-?[0-9]+)?"  # a positive number
-LIST = rf"{NUMBERS}(?:,{NUMBERS})*"
+# fmt: on
+NUMBERS = r"(?:(?=[^,]*[1-9])[0-9.]+(?:e-?[0-9]+)?(?:,(?!$)|$))+"  # positive, separated by commas
 FORMS = {  # field: (regular expression of the value, or of each value of a tuple; what is expected)
-    name: (form.replace("LIST", LIST), expected)
-    for name, form, expected in table(r"""
+    name: rule
+    for name, *rule in table(
+        r"""
         text :: (?s).*\{[^{}]+\}.* :: a template that names a column, like "{Question}"
         label_delimiter :: (?s).+ :: the separator of the labels, or a JSON list in the column
         budgets :: [^=]+=[1-9]\d* :: field=tokens, such as body=300
         time_limit :: (?:(?:\d+(?:\.\d+)?)[hms])* :: a duration like 8.5h, 90m or 60s
-        pos_weight :: none|balanced|LIST :: none, balanced or positive numbers like 1,2.5
-        class_weights :: none|balanced|inverse|effective(:0?\.\d+)?|LIST :: none, balanced, effective:0.99 or numbers
+        pos_weight :: none|balanced|NUMBERS :: none, balanced or positive numbers like 1,2.5
+        class_weights :: none|balanced|inverse|effective(:0?\.\d+)?|NUMBERS :: none, balanced, effective:0.99 or numbers
         report :: tensorboard|wandb :: tensorboard, wandb or both
         submission :: \s*|[^,]*[^,\s][^,]*,[^,]*[^,\s][^,]* :: two column names such as "id,label", or empty
         seeds :: \d+ :: whole numbers of 0 or more
-    """)
+    """.replace("NUMBERS", NUMBERS)
+    )
 }
 
 # ---- what a field that is given by hand needs -----------------------------------------------------------------------
@@ -93,7 +86,8 @@ FORMS = {  # field: (regular expression of the value, or of each value of a tupl
 # "base|adapter": one of them is enough. Several needs are separated by spaces.
 
 NEEDS = table("""
-    Shared :: alpha lora_dropout targets rslora :: rank
+    Shared :: alpha lora_dropout targets :: rank
+    TrainConfig :: rslora :: rank
     TrainConfig :: fold :: folds
     TrainConfig :: val_size :: !val_data !folds
     TrainConfig :: split_seed :: !val_data
@@ -227,8 +221,8 @@ def _export_problem(folder, base=None):
         forbidden = forbidden[:-1]
     names = [name for name in os.listdir(path) if name.endswith(forbidden)] if path.is_dir() else []
     if names:
-        weights_first = sorted(names, key=lambda name: (not name.endswith(".safetensors"), name))
-        return f"it already holds {weights_first[0]}; name another folder or remove it"
+        first = min(names, key=lambda name: (not name.endswith(".safetensors"), name))
+        return f"it already holds {first}; name another folder or remove it"
     parent = next(folder for folder in (path, *path.parents) if folder.exists())
     writable = parent.is_dir() and os.access(parent, os.W_OK)
     return "" if writable else f"{parent} is not a folder that can be written to"
@@ -318,7 +312,7 @@ def check_texts(given: set[str], pairs: bool) -> None:
 
 def preset_note(given: set[str], argv: list[str]) -> str:
     """A warning where another base meets the tiny preset's settings, or an empty string."""
-    if "base" not in given or any(word.split("=")[0] == "--cfg" for word in argv):
+    if "base" not in given or any(word.startswith("--cfg") for word in argv):
         return ""
     return "note: without --cfg the settings are those of the tiny preset, made for tiny/base; see --help for others"
 

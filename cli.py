@@ -35,7 +35,7 @@ on
 generate.py ... completes prompts
 """)
 # The values of moved fields that mean nothing: configs that hold them load without a note.
-IDLE = (None, "", 0, False, [], "body", 0.9, "mean_logit", "label_words", "all")
+IDLE = (None, "", 0, [], "body", 0.9, "mean_logit", "label_words", "all")
 
 
 def moved_fields(cls) -> dict[str, str]:
@@ -195,7 +195,9 @@ def _converted(raw, kinds, problems, dashes="", where=""):
 
 def raw_config(path: str | Path) -> dict:
     """The fields of a config.json, or of the run folder that holds one, as they are stored."""
-    path = Path(path) / "config.json" if os.path.isdir(path) else Path(path)
+    path = Path(path)
+    if path.is_dir():
+        path /= "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -210,21 +212,23 @@ def read_config(cls, path: str | Path):
 
     Raises UserError naming every field that is unknown or has a wrong value.
     """
-    kinds, moved = _kinds_of(cls), moved_fields(cls)
-    raw = {name: value for name, value in raw_config(path).items() if name not in moved}
+    kinds, raw = _kinds_of(cls), raw_config(path)
+    unknown = sorted(raw.keys() - kinds.keys() - moved_fields(cls).keys())
+    problems = [f"unknown field {name}{nearest(name, kinds)}" for name in unknown]
     if raw.get("fold") == "all":  # a family of runs over all folds, before folds.py
         del raw["fold"]
-    problems = [f"unknown field {name}{nearest(name, kinds)}" for name in raw if name not in kinds]
-    raw = {name: value for name, value in raw.items() if name in kinds}
-    return cls(**_converted(raw, kinds, problems, where=f"config {path}: "))
+    known = {name: value for name, value in raw.items() if name in kinds}
+    return cls(**_converted(known, kinds, problems, where=f"config {path}: "))
 
 
 def moved_note(cls, path: str | Path) -> str:
     """Which settings of a config.json moved, and what replaces them; an empty string if none has an effect."""
     moved = moved_fields(cls)
     used = {name: value for name, value in raw_config(path).items() if name in moved and value not in IDLE}
-    hints = "; ".join(f"{name} {json.dumps(value)}: {moved[name]}" for name, value in used.items())
-    return f"note: {path}: not read, because it moved: {hints}" if used else ""
+    if not used:
+        return ""
+    hints = [f"{name} {json.dumps(value)}: {moved[name]}" for name, value in used.items()]
+    return f"note: {path}: not read, because it moved: {'; '.join(hints)}"
 
 
 def resumed(cfg, given: set[str], run: Path):

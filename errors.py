@@ -42,7 +42,7 @@ def nearest(name: str, known, prefix: str = "") -> str:
     """ " (did you mean --lr?)" for a name that resembles a known one, also by another tool's word; else nothing."""
     theirs = [other for other in ELSEWHERE if ELSEWHERE[other] in known]
     close = [ELSEWHERE[other] for other in difflib.get_close_matches(str(name), theirs, n=1, cutoff=0.8)]
-    close += difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    close += difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f" (did you mean {prefix}{close[0]}?)" if close else ""
 
 

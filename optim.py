@@ -13,17 +13,19 @@ def parameter_groups(named, lr: float, head_lr: float, weight_decay: float, head
     heads: names of the head's modules. head_lr 0 means lr. Each group keeps its peak learning rate in `peak_lr`, for
     the schedule.
     """
-    groups: dict[str, dict] = {}
+    groups = {}
     for name, p in named:
-        if p.requires_grad:
-            part, peak = "body", lr
-            if name.startswith(tuple(f"{head}." for head in heads)):
-                part, peak = "head", head_lr or lr
-            decay = weight_decay
-            if p.ndim < 2:
-                part, decay = f"{part} (no decay)", 0.0
-            group = {"params": [], "name": part, "lr": peak, "peak_lr": peak, "weight_decay": decay}
-            groups.setdefault(part, group)["params"].append(p)
+        if not p.requires_grad:
+            continue
+        is_head = name.startswith(tuple(f"{head}." for head in heads))
+        part = "head" if is_head else "body"
+        peak = (head_lr or lr) if is_head else lr
+        decay = weight_decay
+        if p.ndim < 2:
+            part += " (no decay)"
+            decay = 0.0
+        group = {"params": [], "name": part, "lr": peak, "peak_lr": peak, "weight_decay": decay}
+        groups.setdefault(part, group)["params"].append(p)
     return list(groups.values())
 
 

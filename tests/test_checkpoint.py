@@ -328,9 +328,9 @@ def test_write_atomic_is_the_old_or_the_new_file(tmp_path):
 def test_a_log_is_cut_back_and_never_grown(tmp_path):
     log = tmp_path / "metrics.jsonl"
     checkpoint.cut_log(log, 5)  # nothing there
-    checkpoint.append_line(log, {"step": 1})
+    checkpoint.append_whole(log, '{"step": 1}\n')
     size = log.stat().st_size
-    checkpoint.append_line(log, {"step": 2})
+    checkpoint.append_whole(log, '{"step": 2}\n')
     checkpoint.cut_log(log, size)
     checkpoint.cut_log(log, 10_000)
     assert log.read_text() == '{"step": 1}\n'
