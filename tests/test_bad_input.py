@@ -67,7 +67,7 @@ def refused(main, outputs: Path, *flags) -> str:
         (["--epoch", "1"], ["unknown flag --epoch (did you mean --epochs?)"]),
         (["--cfg", "qwen3"], ["unknown preset qwen3 (did you mean qwen3b?)"]),
         (["--lr", "fast"], ["--lr fast: expected a number"]),
-        (["--text", "{Question"], ['--text "{Question" names no column']),
+        (["--text", "{Question"], ['--text {Question: expected a template that names a column']),
         (["--text", "{Question} {b"], ["--text: template", "expected '}'"]),
         (["--text", "{0}"], ["expected named columns"]),
         (["--text", "{Question} {}"], ["expected named columns"]),
@@ -261,7 +261,7 @@ def test_infer_with_a_run_that_has_saved_nothing_yet(tmp_path, unloadable, good)
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--submission", "id,label,more"], '--submission "id,label,more": expected two column names'),
+        (["--submission", "id,label,more"], "--submission id,label,more: expected two column names"),
         (["--sumbission", "id,label"], "unknown flag --sumbission (did you mean --submission?)"),
         (["--cfg", "qwen3b"], "unknown preset qwen3b"),
         (["--limit", "-3"], "--limit -3: expected 0 or more"),
