@@ -10,6 +10,7 @@ manifest and falls back with a warning; it never continues with files that do no
 
 import glob
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -78,31 +79,30 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 def runs_of(outputs: str, base: str, dataset: str) -> list[Path]:
     """The run folders of a base and dataset, oldest first."""
     parent = run_parent(outputs, base, dataset)
-    found = [p for p in parent.glob("run_*") if re.fullmatch(r"run_\d+", p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name[4:]))
+    runs = [path for path in parent.glob("run_*") if path.name[4:].isdecimal() and path.is_dir()]
+    return sorted(runs, key=_number_of)
+
+
+def _number_of(run):
+    return int(run.name.removeprefix("run_"))
 
 
 def run_parent(outputs: str, base: str, dataset: str) -> Path:
     """outputs/<base>/<dataset>; a base's "/" becomes "__", and no name can leave the outputs folder."""
-    return Path(outputs) / _safe(base.strip("/").replace("/", "__"), "base") / _safe(dataset, "data")
-
-
-def _safe(name: str, otherwise: str) -> str:
-    """A name as that of one folder."""
-    return re.sub(r"[^\w.+-]", "_", name).lstrip(".") or otherwise
+    names = ((base.strip("/").replace("/", "__"), "base"), (dataset, "data"))
+    return Path(outputs, *(re.sub(r"[^\w.+-]", "_", name).lstrip(".") or otherwise for name, otherwise in names))
 
 
 def new_run(outputs: str, base: str, dataset: str) -> Path:
     """Make the next run_<i>; two processes never get the same one."""
     parent = run_parent(outputs, base, dataset)
     parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        numbers = [int(run.name[4:]) for run in runs_of(outputs, base, dataset)]
-        run = parent / f"run_{max(numbers, default=-1) + 1}"
+    for number in itertools.count(max(map(_number_of, runs_of(outputs, base, dataset)), default=-1) + 1):
+        run = parent / f"run_{number}"
         try:
             run.mkdir()
             return run
-        except FileExistsError:
+        except FileExistsError:  # of another process
             continue
 
 
@@ -113,21 +113,18 @@ def finished(run: Path) -> bool:
 
 def newest_finished(outputs: str, marker: str, without: str = "") -> Path | None:
     """The run under outputs that finished last and holds the file `marker` but not `without`, or None."""
-    runs = []
     # glob, unlike Path.glob, tolerates folders that disappear meanwhile.
-    for result in map(Path, glob.glob(f"{glob.escape(outputs)}/*/*/run_*/result.json")):
-        excluded = without and (result.parent / without).exists()
-        if (result.parent / marker).is_file() and not excluded:
-            runs.append((result.stat().st_mtime_ns, result.parent))
-    return max(runs)[1] if runs else None
+    runs = [Path(path).parent for path in glob.glob(f"{glob.escape(outputs)}/*/*/run_*/result.json")]
+    runs = [run for run in runs if (run / marker).is_file() and not (without and (run / without).exists())]
+    return max(runs, key=lambda run: ((run / "result.json").stat().st_mtime_ns, run), default=None)
 
 
 # ---- saves ----------------------------------------------------------------------------------------------------------
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file and make it durable."""
-    save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+    save_file(tensors, path, metadata={"format": "pt"})
     os.chmod(path, 0o644)  # safetensors makes it private to the user
     fs_sync(path)
 
@@ -143,7 +140,6 @@ def save(target: Path, write, about: dict, keep: int = 1) -> None:
     about: entries of the manifest (step, base fingerprint, versions). keep: earlier saves that are kept as fallbacks.
     If anything fails, `target` is as it was and the half-written sibling is removed.
     """
-    target = Path(target)
     hidden = target.with_name(f".{target.name}.new")
     # Newest first: each save moves one place down, the last one is removed.
     places = [target, *(target.with_name(f".{target.name}.{i}") for i in range(1, max(keep, 1) + 1))]
@@ -155,7 +151,7 @@ def save(target: Path, write, about: dict, keep: int = 1) -> None:
         write(hidden)
         seal(hidden, about)
         if target.exists():
-            for newer, older in reversed(list(zip(places, places[1:], strict=False))):
+            for newer, older in reversed(list(itertools.pairwise(places))):
                 if newer.exists():
                     if older.exists():
                         fs_remove(older)
@@ -177,7 +173,7 @@ def seal(folder: Path, about: dict) -> None:
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         fs_sync(path)
-        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+        files[path.relative_to(folder).as_posix()] = _size_and_hash(path)
     manifest = {**about, "files": files}
     save_json(folder / MANIFEST, {**manifest, "seal": seal_of(manifest)})
     fs_sync(folder)
@@ -189,35 +185,32 @@ def seal_of(manifest: dict) -> str:
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _size_and_hash(path):
+    """What a manifest holds about a file."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def verify(folder: Path) -> dict:
     """The manifest of a save whose files all match it. Raises Untrusted with the first thing that does not."""
     folder = Path(folder)
+    if not folder.exists():
+        raise Untrusted(f"{folder} is missing: its last save was interrupted")
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        files = manifest["files"]
-        for name, fact in files.items():
-            path = folder / name
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise Untrusted(f"{folder}: the manifest names {name}, outside the save")
-            if not path.is_file():
-                raise Untrusted(f"{folder}: {name} is missing")
-            if path.stat().st_size != fact["size"]:
-                raise Untrusted(f"{folder}: {name} has {path.stat().st_size} bytes, expected {fact['size']}")
-            if sha256(path) != fact["sha256"]:
-                raise Untrusted(f"{folder}: {name} does not have the sha256 of its manifest")
         if manifest.pop("seal") != seal_of(manifest):
             raise Untrusted(f"{folder}: {MANIFEST} does not have its own sha256")
-    except FileNotFoundError:
-        raise Untrusted(f"{folder}: no {MANIFEST}") from None
+        for name, expected in manifest["files"].items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise Untrusted(f"{folder}: {MANIFEST} names {name}, outside the save")
+            actual = _size_and_hash(folder / name)
+            if actual != expected:
+                raise Untrusted(f"{folder}: {name} is {actual}, expected {expected} as in {MANIFEST}")
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as e:
-        raise Untrusted(f"{folder}: unreadable {MANIFEST} ({type(e).__name__}: {e})") from None
+        raise Untrusted(f"{folder}: incomplete or damaged ({type(e).__name__}: {e})") from None
     return manifest
 
 
@@ -233,43 +226,34 @@ def trusted(target: Path) -> Save | None:
 
     Raises Untrusted when there are saves but none verifies.
     """
-    target = Path(target)
-    older = sorted(target.parent.glob(f".{target.name}.[0-9]*"), key=lambda path: int(path.name.rsplit(".", 1)[-1]))
+    older = sorted(target.parent.glob(f".{target.name}.[0-9]*"), key=lambda path: int(path.suffix[1:]))
+    if not (older or target.exists()):
+        return None
     reasons = []
-    if older and not target.exists():
-        reasons.append(f"{target} is missing: its last save was interrupted")
     for folder in [target, *older]:
-        if not folder.exists():
-            continue
         try:
-            manifest = verify(folder)
+            save = Save(folder, verify(folder))
         except Untrusted as e:
             reasons.append(str(e))
             continue
         for reason in reasons:
             print(f"warning: {reason}; falling back to the previous save", file=sys.stderr, flush=True)
-        return Save(folder, manifest)
-    if reasons:
-        raise Untrusted("no save can be trusted: " + "; ".join(reasons))
-    return None
+        return save
+    raise Untrusted("no save can be trusted: " + "; ".join(reasons))
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file on the CPU. Raises Untrusted when the file is not one."""
+def load_tensors(path: Path, read=safe_open.get_tensor) -> dict:
+    """Tensors of a safetensors file on the CPU, by name. Raises Untrusted when the file is not one."""
     try:
         with safe_open(path, framework="pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (safe_open is no dict)
+            return {name: read(f, name) for name in f.keys()}  # noqa: SIM118 (safe_open is no dict)
     except (SafetensorError, OSError, ValueError) as e:
-        raise Untrusted(f"{path}: {e}") from None
+        raise Untrusted(f"{path}: {e}; if it was downloaded, it is damaged or incomplete: download it again") from None
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a safetensors file, read from its header. Raises Untrusted when the file is not one."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118 (as above)
-    except (SafetensorError, OSError, ValueError) as e:
-        raise Untrusted(f"{path}: {e}; it is damaged or incomplete, download it again") from None
+    return load_tensors(path, lambda f, name: tuple(f.get_slice(name).get_shape()))
 
 
 def load_json(path: Path) -> dict:
@@ -285,15 +269,17 @@ def load_json(path: Path) -> dict:
 
 def environment(threads: int, world: int, device: str) -> dict:
     """Versions, commit, hardware and threads of a run."""
-    versions = {"python": platform.python_version(), "platform": platform.platform(), "command": sys.argv}
-    for name in ("torch", "transformers", "safetensors", "numpy", "tqdm"):
-        versions[name] = version(name)
+    packages = ("torch", "transformers", "safetensors", "numpy", "tqdm")
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        versions["commit"] = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        versions["commit"] = "unknown"
-    return {**versions, "device": device, "world_size": world, "threads": threads, "cores": os.cpu_count()}
+        commit = "unknown"
+    return {
+        "python": platform.python_version(), "platform": platform.platform(), "command": sys.argv,
+        **{name: version(name) for name in packages}, "commit": commit,
+        "device": device, "world_size": world, "threads": threads, "cores": os.cpu_count(),
+    }  # fmt: skip
 
 
 # ---- optimizer state as tensors -------------------------------------------------------------------------------------
@@ -302,18 +288,18 @@ def environment(threads: int, world: int, device: str) -> dict:
 def optimizer_tensors(optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's state as `group.index.key` -> tensor, in the order of its parameters."""
     tensors = {}
-    for prefix, p in _numbered(optimizer):
+    for g, i, p in _numbered(optimizer):
         for key, value in optimizer.state.get(p, {}).items():
             if not key.startswith("qmap"):  # bitsandbytes' constant tables, shared by all parameters
-                tensors[prefix + key] = torch.as_tensor(value).detach().cpu().contiguous()
+                tensors[f"{g}.{i}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
     return tensors
 
 
 def _numbered(optimizer):
-    """(group.index., parameter) of every parameter of an optimizer."""
+    """(group, index, parameter) of every parameter of an optimizer."""
     for g, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
-            yield f"{g}.{i}.", p
+            yield g, i, p
 
 
 def load_optimizer_tensors(optimizer, tensors: dict[str, torch.Tensor]) -> None:
@@ -324,28 +310,24 @@ def load_optimizer_tensors(optimizer, tensors: dict[str, torch.Tensor]) -> None:
     init_state = getattr(optimizer, "init_state", None)
     if init_state:
         optimizer.check_overrides()
-    for prefix, p in _numbered(optimizer):
+    for g, i, p in _numbered(optimizer):
+        prefix = f"{g}.{i}."
         saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if not saved:
             continue
-        fresh = {"exp_avg": p, "exp_avg_sq": p, "step": None}
+        own = {"exp_avg": p, "exp_avg_sq": p, "step": 0}
         if init_state:
-            g, i = map(int, prefix.split(".")[:2])
             init_state(optimizer.param_groups[g], p, g, i)
-            fresh = optimizer.state[p]
-        expected = {key for key in fresh if not key.startswith("qmap")}
-        if saved.keys() != expected:
-            raise Untrusted(f"optimizer state {prefix}* has {sorted(saved)}, expected {sorted(expected)}")
+            own = optimizer.state[p]
+        expected = {key: tuple(torch.as_tensor(own[key]).shape) for key in own if not key.startswith("qmap")}
+        actual = {key: tuple(value.shape) for key, value in saved.items()}
+        if actual != expected:
+            raise Untrusted(f"optimizer state {prefix}* has shapes {actual}, expected {expected}")
         for key, value in saved.items():
-            own = fresh[key]
-            if torch.is_tensor(own) and value.shape != own.shape:
-                raise Untrusted(f"optimizer state {prefix}{key} is {tuple(value.shape)}, expected {tuple(own.shape)}")
             if not init_state:
                 optimizer.state[p][key] = value.to(p.device)
-            elif torch.is_tensor(own):
-                optimizer.state[p][key] = own.copy_(value)
             else:
-                optimizer.state[p][key] = int(value)
+                own[key] = own[key].copy_(value) if torch.is_tensor(own[key]) else int(value)
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------
@@ -356,10 +338,10 @@ def is_family(run: Path) -> bool:
     if (run / "family.json").exists():
         return True
     try:
-        config = json.loads((run / "config.json").read_bytes())
-        return bool(config.get("seeds") or (config.get("folds") and config.get("fold") == "all"))
-    except (OSError, ValueError, AttributeError):
+        config = load_json(run / "config.json")
+    except Untrusted:
         return False
+    return bool(config.get("seeds") or (config.get("folds") and config.get("fold") == "all"))
 
 
 def find_run(resume: str, outputs: str, base: str, dataset: str, family: bool = False) -> Path | None:
@@ -368,14 +350,13 @@ def find_run(resume: str, outputs: str, base: str, dataset: str, family: bool = 
     family: of folds.py. Raises UserError when RUN is no such run, or already finished.
     """
     if resume == "auto":
-        begun = [run for run in runs_of(outputs, base, dataset) if (run / "config.json").is_file()]
-        unfinished = [run for run in begun if not finished(run) and is_family(run) == family]
-        return unfinished[-1] if unfinished else None
+        runs = [run for run in runs_of(outputs, base, dataset) if (run / "config.json").is_file() and not finished(run)]
+        return next((run for run in reversed(runs) if is_family(run) == family), None)
     run = Path(resume)
     if not (run / "config.json").is_file():
         raise UserError(f"--resume {resume}: not a run folder (expected config.json in it)")
     if is_family(run) != family:
-        script = "folds.py" if is_family(run) else "train.py"
+        script = "train.py" if family else "folds.py"
         raise UserError(f"--resume {resume}: this run belongs to another command: python {script} --resume {resume}")
     if finished(run):
         raise UserError(f"--resume {resume}: this run is finished; start a new one, or predict with infer.py")
@@ -391,12 +372,6 @@ def last_state(run: Path) -> tuple[Save, dict] | None:
     return (save, load_json(save.folder / "state.json")) if save else None
 
 
-def append_line(path: Path, line: dict) -> None:
-    """Append one JSON object to a log."""
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(line) + "\n")
-
-
 def append_whole(path: Path, text: str) -> None:
     """Append whole lines in one write; if the disk takes only a part of them, none of them."""
     with open(path, "ab", buffering=0) as f:
@@ -409,7 +384,5 @@ def append_whole(path: Path, text: str) -> None:
 def cut_log(path: Path, size: int) -> None:
     """Truncate a log to `size` bytes: lines after the save that a run resumes from will be written again."""
     if path.exists() and path.stat().st_size > size:
-        with open(path, "r+b") as f:
-            f.truncate(size)
-            f.flush()
-            os.fsync(f.fileno())
+        os.truncate(path, size)
+        fs_sync(path)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from configs import CptConfig
-from errors import UserError, nearest
+from errors import nearest, refuse
 
 
 def table(text: str) -> list[list[str]]:
@@ -48,37 +48,37 @@ METRICS = {
         regression :: mse rmse mae r2 pearson roc_auc
     """)
 }
-ABOVE = "lr epochs batch_size max_new_tokens max_tokens micro_batches max_length alpha soft_temperature"
-NOT_BELOW = (
-    "rank head_lr embed_lr weight_decay max_steps warmup_steps grad_clip eval_every save_every keep patience seed "
-    "eval_rows limit samples worst folds"
-)
-FRACTIONS = "lora_dropout head_dropout label_smoothing warmup_ratio"
+# fmt: off
 RANGES = (  # fields, what is expected, test
-    (ABOVE, "a number above 0", lambda value: value > 0),
-    (NOT_BELOW, "0 or more", lambda value: value >= 0),
-    (FRACTIONS, "a fraction from 0 to below 1", lambda value: 0 <= value < 1),
+    ("lr epochs batch_size max_new_tokens max_tokens micro_batches max_length alpha soft_temperature",
+     "a number above 0", lambda value: value > 0),
+    ("rank head_lr embed_lr weight_decay max_steps warmup_steps grad_clip eval_every save_every keep patience seed "
+     "eval_rows limit samples worst folds", "0 or more", lambda value: value >= 0),
+    ("lora_dropout head_dropout label_smoothing warmup_ratio", "a fraction from 0 to below 1",
+     lambda value: 0 <= value < 1),
     ("soft_share", "a fraction from 0 to 1", lambda value: 0 <= value <= 1),
     ("top_p", "a fraction above 0, at most 1", lambda value: 0 < value <= 1),
     ("threshold", "a probability below 1, or 0 for the run's own", lambda value: 0 <= value < 1),
     ("temperature", "0 for greedy, or 0.01 and more", lambda value: value == 0 or value >= 0.01),
     ("val_size", "a whole number of rows, if not a fraction", lambda value: value < 1 or value == int(value)),
 )
-NUMBERS = r"(?=[^,]*[1-9])[0-9.]+(?:e-?[0-9]+)?"  # a positive number
-LIST = rf"{NUMBERS}(?:,{NUMBERS})*"
+# fmt: on
+NUMBERS = r"(?:(?=[^,]*[1-9])[0-9.]+(?:e-?[0-9]+)?(?:,(?!$)|$))+"  # positive, separated by commas
 FORMS = {  # field: (regular expression of the value, or of each value of a tuple; what is expected)
-    name: (form.replace("LIST", LIST), expected)
-    for name, form, expected in table(r"""
+    name: rule
+    for name, *rule in table(
+        r"""
         text :: (?s).*\{[^{}]+\}.* :: a template that names a column, like "{Question}"
         label_delimiter :: (?s).+ :: the separator of the labels, or a JSON list in the column
         budgets :: [^=]+=[1-9]\d* :: field=tokens, such as body=300
         time_limit :: (?:(?:\d+(?:\.\d+)?)[hms])* :: a duration like 8.5h, 90m or 60s
-        pos_weight :: none|balanced|LIST :: none, balanced or positive numbers like 1,2.5
-        class_weights :: none|balanced|inverse|effective(:0?\.\d+)?|LIST :: none, balanced, effective:0.99 or numbers
+        pos_weight :: none|balanced|NUMBERS :: none, balanced or positive numbers like 1,2.5
+        class_weights :: none|balanced|inverse|effective(:0?\.\d+)?|NUMBERS :: none, balanced, effective:0.99 or numbers
         report :: tensorboard|wandb :: tensorboard, wandb or both
         submission :: \s*|[^,]*[^,\s][^,]*,[^,]*[^,\s][^,]* :: two column names such as "id,label", or empty
         seeds :: \d+ :: whole numbers of 0 or more
-    """)
+    """.replace("NUMBERS", NUMBERS)
+    )
 }
 
 # ---- what a field that is given by hand needs -----------------------------------------------------------------------
@@ -86,7 +86,7 @@ FORMS = {  # field: (regular expression of the value, or of each value of a tupl
 # "base|adapter": one of them is enough. Several needs are separated by spaces.
 
 NEEDS = table("""
-    TrainConfig CptConfig :: alpha lora_dropout targets :: rank
+    Shared :: alpha lora_dropout targets :: rank
     TrainConfig :: rslora :: rank
     TrainConfig :: fold :: folds
     TrainConfig :: val_size :: !val_data !folds
@@ -114,19 +114,23 @@ NO_MEANING = {  # fields that must have their default with a task
 def rows_of(rows, cls):
     """The rows of a table that are about a command's config, or about one that it extends."""
     commands = {base.__name__ for base in cls.__mro__}
-    return [row[1:] for row in rows if commands & set(row[0].split())]
+    return [row[1:] for row in rows if row[0] in commands]
+
+
+def by_field(rows, cls) -> dict[str, str]:
+    """{field: text} of a command from a table of: command, fields, text."""
+    return {name: text for names, text in rows_of(rows, cls) for name in names.split()}
 
 
 def needs_of(cls) -> dict[str, str]:
     """{field: its needs} of a command: its own (a class variable NEEDS), or those above."""
-    own = {name: need for names, need in rows_of(NEEDS, cls) for name in names.split()}
-    return getattr(cls, "NEEDS", None) or own
+    return getattr(cls, "NEEDS", None) or by_field(NEEDS, cls)
 
 
-def holds(cfg, need: str) -> bool:
+def _holds(cfg, need):
     """Whether a config meets one need, such as "rank", "!prompt", "head=label_words" or "base|adapter"."""
     if "|" in need:
-        return any(holds(cfg, part) for part in need.split("|"))
+        return any(_holds(cfg, part) for part in need.split("|"))
     name, equals, value = need.removeprefix("!").partition("=")
     actual = getattr(cfg, name)
     is_set = str(actual) == value if equals else bool(actual)
@@ -137,21 +141,20 @@ def in_words(needs: str) -> str:
     """Needs as a person reads them: "with --folds, without --val_data"."""
     words = []
     for need in needs.split():
-        flags = " or ".join("--" + part.removeprefix("!").replace("=", " ") for part in need.split("|"))
-        words.append(f"without {flags}" if need.startswith("!") else f"with {flags}")
+        flags = need.removeprefix("!").replace("=", " ").replace("|", " or --")
+        words.append(f"without --{flags}" if need.startswith("!") else f"with --{flags}")
     return ", ".join(words)
 
 
 # ---- what does not go together --------------------------------------------------------------------------------------
-# Rows of: commands, a need that must hold, the message. {name} in a message is the value of a field.
+# Rows of: command (Shared: train.py and cpt.py), a need that must hold, the message. {name} there is a field's value.
 
-TRAINING = "TrainConfig CptConfig"
 CLASHES = table("""
-    TrainConfig CptConfig :: quant=none|rank :: --quant {quant} with --rank 0: 4-bit weights cannot be trained
-    TrainConfig CptConfig :: !rank|targets :: --rank {rank} with empty --targets: name linears, or all-linear
-    TrainConfig CptConfig :: !warmup_steps|!warmup_ratio :: --warmup_steps {warmup_steps} and --warmup_ratio \
-{warmup_ratio}: give one of the two
-    TrainConfig CptConfig :: train_data :: --train_data is empty: give the file or folder to train on
+    Shared :: quant=none|rank :: --quant {quant} with --rank 0: 4-bit weights cannot be trained
+    Shared :: !rank|targets :: --rank {rank} with empty --targets: name linears, or all-linear
+    Shared :: !warmup_steps|!warmup_ratio :: --warmup_steps {warmup_steps} and --warmup_ratio {warmup_ratio}: give \
+one of the two
+    Shared :: train_data :: --train_data is empty: give the file or folder to train on
     TrainConfig :: !folds|!val_data :: --folds {folds} with --val_data {val_data}: folds validate on training rows
     TrainConfig :: !task=multi_label|head=linear :: --head {head} with --task multi_label: use --head linear
     TrainConfig :: !head=label_words|pooling=last :: --head label_words with --pooling {pooling}: use --pooling last
@@ -164,69 +167,65 @@ would be trained
     CptConfig :: rank|!modules_to_save :: --modules_to_save with --rank 0: the whole base is trained already
     InferConfig :: !merge|quant=none :: --merge with --quant {quant}: an adapter is never merged into 4-bit weights
 """)
-# Rows of: commands, a function that is true where it does not hold, the message (or a function that makes it).
+# Rows of: command, a message ({problem}: what the function returns), a function that is true where it does not hold.
 # fmt: off
 PROBLEMS = [
-    (TRAINING, lambda cfg: cfg.max_tokens < cfg.max_length,
-     "--max_tokens {max_tokens} is below --max_length {max_length}: the longest row would fit in no micro-batch"),
-    (TRAINING, lambda cfg: cfg.optimizer != "adamw" and not installed("bitsandbytes"),
-     "--optimizer {optimizer} needs bitsandbytes: pip install bitsandbytes"),
-    (TRAINING, lambda cfg: "all-linear" in cfg.targets and len(cfg.targets) > 1,
-     "--targets {targets}: all-linear cannot be combined with names"),
-    (TRAINING, lambda cfg: any(name in ("tensorboard", "wandb") and not installed(name) for name in cfg.report),
-     "--report {report}: not installed: pip install {report}"),
-    (TRAINING, lambda cfg: not getattr(cfg, "val_data", "") and cfg.val_size <= 0,
-     "--val_size {val_size}: expected a fraction or a count above 0"),
-    ("TrainConfig", lambda cfg: cfg.folds and not cfg.fold < cfg.folds > 1,
-     "--folds {folds} --fold {fold}: expected 2 or more folds, and one of 0 to folds - 1"),
-    ("TrainConfig", lambda cfg: len(cfg.label_names) == 1 or len(set(cfg.label_names)) < len(cfg.label_names),
-     "--label_names {label_names}: expected at least 2 names, each once"),
-    ("TrainConfig", lambda cfg: cfg.task in METRICS and cfg.metric not in METRICS[cfg.task],
-     lambda cfg: f"--metric {cfg.metric}: expected one of {one_of(cfg.metric, METRICS[cfg.task])}"),
-    ("CptConfig", lambda cfg: export_problem(cfg.export, cfg.base),
-     lambda cfg: f"--export {cfg.export}: {export_problem(cfg.export, cfg.base)}"),
-    ("InferConfig", lambda cfg: taken_problem(cfg.export),
-     lambda cfg: f"--export {cfg.export}: {taken_problem(cfg.export)}"),
-    ("InferConfig", lambda cfg: len(cfg.runs) > 1,
-     "--runs {runs} moved: python ensemble.py --runs A B combines several runs"),
-    ("InferConfig", lambda cfg: not cfg.output.endswith((".csv", ".jsonl")),
-     "--output {output}: expected a name that ends in .csv or .jsonl"),
+    ("Shared", "--max_tokens {max_tokens} is below --max_length {max_length}: the longest row fits in no micro-batch",
+     lambda cfg: cfg.max_tokens < cfg.max_length),
+    ("Shared", "--optimizer {optimizer} needs bitsandbytes: pip install bitsandbytes",
+     lambda cfg: cfg.optimizer != "adamw" and _missing("bitsandbytes")),
+    ("Shared", "--targets {targets}: all-linear cannot be combined with names",
+     lambda cfg: "all-linear" in cfg.targets and len(cfg.targets) > 1),
+    ("Shared", "--report {report}: not installed: pip install {report}",
+     lambda cfg: any(name in ("tensorboard", "wandb") and _missing(name) for name in cfg.report)),
+    ("Shared", "--val_size {val_size}: expected a fraction or a count above 0",
+     lambda cfg: not getattr(cfg, "val_data", "") and cfg.val_size <= 0),
+    ("TrainConfig", "--folds {folds} --fold {fold}: expected 2 or more folds, and one of 0 to folds - 1",
+     lambda cfg: cfg.folds and not cfg.fold < cfg.folds > 1),
+    ("TrainConfig", "--label_names {label_names}: expected at least 2 names, each once",
+     lambda cfg: len(cfg.label_names) == 1 or len(set(cfg.label_names)) < len(cfg.label_names)),
+    ("TrainConfig", "--metric {metric}: expected one of {problem}",
+     lambda cfg: cfg.task in METRICS and _not_among(cfg.metric, METRICS[cfg.task])),
+    ("CptConfig", "--export {export}: {problem}", lambda cfg: _export_problem(cfg.export, cfg.base)),
+    ("InferConfig", "--export {export}: {problem}", lambda cfg: _export_problem(cfg.export)),
+    ("InferConfig", "--runs {runs} moved: python ensemble.py --runs A B combines several runs",
+     lambda cfg: len(cfg.runs) > 1),
+    ("InferConfig", "--output {output}: expected a name that ends in .csv or .jsonl",
+     lambda cfg: not cfg.output.endswith((".csv", ".jsonl"))),
 ]
 # fmt: on
 
 
-def one_of(value: str, choices: list[str]) -> str:
-    """The choices, and the one that was probably meant."""
-    return ", ".join(choices) + nearest(value, choices)
+def _not_among(value, choices):
+    """The choices, and the one that was probably meant; an empty string for a value that is one of them."""
+    return "" if value in choices else ", ".join(choices) + nearest(value, choices)
 
 
-def installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+def _missing(package):
+    return importlib.util.find_spec(package) is None
 
 
-def export_problem(folder: str, base: str) -> str:
-    """Why cpt.py cannot export to a folder, or an empty string. The base's own folder may lack only its weights."""
+def _export_problem(folder, base=None):
+    """Why a model cannot be exported to a folder, or an empty string.
+
+    infer.py wants a new or empty one. cpt.py (base) leaves other files in place: there may be none of a model, and in
+    the base's own folder no weights.
+    """
     if not folder:
         return ""
-    own = os.path.realpath(folder) == os.path.realpath(base)
-    foreign = ("adapter_config.json",) if own else ("adapter_config.json", "chat_template.jinja")
-    names = sorted(os.listdir(folder), reverse=True) if os.path.isdir(folder) else []
-    taken = [name for name in names if name.endswith((".safetensors", ".index.json")) or name in foreign]
-    if taken:
-        return f"it already holds {taken[0]}; name another folder or remove it"
     path = Path(folder).absolute()
+    forbidden = (".safetensors", ".index.json", "adapter_config.json", "chat_template.jinja")
+    if base is None:
+        forbidden = ""  # with which every name ends
+    elif os.path.realpath(folder) == os.path.realpath(base):
+        forbidden = forbidden[:-1]
+    names = [name for name in os.listdir(path) if name.endswith(forbidden)] if path.is_dir() else []
+    if names:
+        first = min(names, key=lambda name: (not name.endswith(".safetensors"), name))
+        return f"it already holds {first}; name another folder or remove it"
     parent = next(folder for folder in (path, *path.parents) if folder.exists())
     writable = parent.is_dir() and os.access(parent, os.W_OK)
     return "" if writable else f"{parent} is not a folder that can be written to"
-
-
-def taken_problem(folder: str) -> str:
-    """Why infer.py cannot export to a folder, or an empty string: it must be new or empty."""
-    if os.path.isfile(folder):
-        return "it is a file; name a new folder"
-    names = sorted(os.listdir(folder), reverse=True) if os.path.isdir(folder) else []
-    weights = [name for name in names if name.endswith(".safetensors")]
-    return f"it already holds {(weights or names)[0]}; name a new folder" if names else ""
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
@@ -238,38 +237,35 @@ def check(cfg, given: set[str] = frozenset(), needs: dict[str, str] | None = Non
     given: fields set by hand, which must have an effect. needs, clashes: the rules of a command that has its own.
     """
     needs = needs_of(type(cfg)) if needs is None else needs
-    problems = idle_fields(cfg, given, needs) + field_problems(cfg)
-    problems += [message_of(text, cfg) for need, text in rows_of(CLASHES, type(cfg)) if not holds(cfg, need)]
-    problems += [message_of(text, cfg) for test, text in rows_of(PROBLEMS, type(cfg)) if test(cfg)]
-    problems += [message_of(text, cfg) for text, test in clashes if test(cfg)]
-    if problems:
-        count = "" if len(problems) == 1 else f"{len(problems)} problems in the settings: "
-        raise UserError(count + " | ".join(problems))
+    problems = _idle_fields(cfg, given, needs) + _field_problems(cfg)
+    problems += [_message_of(text, cfg) for need, text in rows_of(CLASHES, type(cfg)) if not _holds(cfg, need)]
+    for text, test in [*rows_of(PROBLEMS, type(cfg)), *clashes]:
+        problem = test(cfg)
+        if problem:
+            problems.append(_message_of(text, cfg, problem))
+    refuse(problems, f"{len(problems)} problems in the settings: " if len(problems) > 1 else "")
 
 
-def idle_fields(cfg, given: set[str], needs: dict[str, str]) -> list[str]:
+def _idle_fields(cfg, given, needs):
     """A problem for each field that was given by hand and has no effect."""
     problems = []
     for name in sorted(given & needs.keys()):
-        missing = [need for need in needs[name].split() if not holds(cfg, need)]
+        missing = [need for need in needs[name].split() if not _holds(cfg, need)]
         # A field set to its empty value is how a preset's is switched off: that is no request.
         if missing and getattr(cfg, name) not in ("", (), None):
             problems.append(f"--{name} has no effect: it is used {in_words(' '.join(missing))}")
     for name in NO_MEANING.get(getattr(cfg, "task", ""), "").split():
-        if hasattr(cfg, name) and getattr(cfg, name) != cfg.__dataclass_fields__[name].default:
-            problems.append(f"--{name} {shown(getattr(cfg, name))} has no meaning with --task {cfg.task}: leave it out")
-    if isinstance(cfg, CptConfig) and "embed_lr" in given and not trains_vocabulary(cfg):
-        problems.append("--embed_lr has no effect: neither --targets nor --modules_to_save names embedding or LM head")
+        value = getattr(cfg, name, None)
+        if value != getattr(type(cfg), name, None):  # the default
+            problems.append(f"--{name} {shown(value)} has no meaning with --task {cfg.task}: leave it out")
+    if isinstance(cfg, CptConfig) and "embed_lr" in given and cfg.rank:
+        vocabulary = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
+        if not any(name.endswith(vocabulary) for name in cfg.targets + cfg.modules_to_save):
+            problems.append("--embed_lr has no effect: no embedding or LM head in --targets or --modules_to_save")
     return problems
 
 
-def trains_vocabulary(cfg: CptConfig) -> bool:
-    """Whether the embedding or the LM head is trained."""
-    ends = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
-    return cfg.rank == 0 or any(name.endswith(ends) for name in cfg.targets + cfg.modules_to_save)
-
-
-def field_problems(cfg) -> list[str]:
+def _field_problems(cfg):
     """A problem for each field whose value is out of its range, no known choice, or malformed."""
     problems = []
     ranges = {name: (expected, test) for names, expected, test in RANGES for name in names.split()}
@@ -279,25 +275,23 @@ def field_problems(cfg) -> list[str]:
         elif name in ranges and not ranges[name][1](value):
             problems.append(f"--{name} {value}: expected {ranges[name][0]}")
         elif name in CHOICES and value not in CHOICES[name]:
-            problems.append(f"--{name} {value}: expected one of {one_of(value, CHOICES[name])}")
+            problems.append(f"--{name} {value}: expected one of {_not_among(value, CHOICES[name])}")
         elif name in FORMS:
             form, expected = FORMS[name]
             values = value if isinstance(value, tuple) else (value,)
-            wrong = [part for part in values if not re.fullmatch(form, part)]
-            problems += [f"--{name} {part}: expected {expected}" for part in wrong]
+            problems += [f"--{name} {part}: expected {expected}" for part in values if not re.fullmatch(form, part)]
     return problems
 
 
-def message_of(message, cfg) -> str:
+def _message_of(message, cfg, problem=None):
     """The text of a rule: a function of the config, or a text in which {name} stands for a field's value."""
     if callable(message):
         return message(cfg)
-    values = {name: str(shown(value)) for name, value in vars(cfg).items()}
-    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), message)
+    return message.format(problem=problem, **{name: shown(value) for name, value in vars(cfg).items()})
 
 
-def shown(value):
-    return ",".join(value) if isinstance(value, tuple) else value
+def shown(value) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 # ---- what follows from settings -------------------------------------------------------------------------------------
@@ -312,14 +306,13 @@ def seconds(text: str) -> float:
 def check_texts(given: set[str], pairs: bool) -> None:
     """Raise UserError for flags of cpt.py given by hand that have no effect on pairs, or on documents."""
     idle = sorted(given & ({"cross_document"} if pairs else {"chat", "system"}))
-    if idle:
-        kind = "pairs of prompt and response" if pairs else "documents"
-        raise UserError(" | ".join(f"--{name} has no effect: the training data are {kind}" for name in idle))
+    kind = "pairs of prompt and response" if pairs else "documents"
+    refuse([f"--{name} has no effect: the training data are {kind}" for name in idle])
 
 
 def preset_note(given: set[str], argv: list[str]) -> str:
     """A warning where another base meets the tiny preset's settings, or an empty string."""
-    if "base" not in given or any(word.split("=")[0] == "--cfg" for word in argv):
+    if "base" not in given or any(word.startswith("--cfg") for word in argv):
         return ""
     return "note: without --cfg the settings are those of the tiny preset, made for tiny/base; see --help for others"
 
@@ -330,17 +323,14 @@ def own_data(cfg, given: set[str]):
     With training data of the user's own, the preset's validation and test files are dropped; a task takes its first
     metric, and drops settings that have no meaning for it.
     """
-    if isinstance(cfg, CptConfig):
-        return replace(cfg, dataset="") if "train_data" in given and "dataset" not in given else cfg
     changes = {}
+    if "train_data" in given:
+        changes = {"dataset": ""} if isinstance(cfg, CptConfig) else {"val_data": "", "test_data": ""}
+    if "folds" in given:
+        changes["val_data"] = ""
     if "task" in given:
+        changes |= {name: getattr(type(cfg), name) for name in NO_MEANING.get(cfg.task, "").split()}
         metrics = METRICS.get(cfg.task, [cfg.metric])
         if cfg.metric not in metrics:
             changes["metric"] = metrics[0]
-        defaults = cfg.__dataclass_fields__
-        changes |= {name: defaults[name].default for name in NO_MEANING.get(cfg.task, "").split()}
-    if "folds" in given:
-        changes["val_data"] = ""
-    if "train_data" in given:
-        changes |= {"val_data": "", "test_data": ""}
     return replace(cfg, **{name: value for name, value in changes.items() if name not in given})

@@ -10,45 +10,42 @@ import os
 import re
 import sys
 import textwrap
-import typing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import checks
-from errors import UserError, nearest
+from errors import UserError, nearest, refuse
 
-# Flags that live in another command now: {command's config: {flag: what to do instead}}.
-MOVED = {
-    "TrainConfig": {
-        "seeds": "python folds.py --seeds 1,2 ...",
-        "balance": "python slices.py --balance ... writes slices; train on one of them",
-        "train_start": "python slices.py --slice_rows 20000 ... writes slices; train on one of them",
-        "train_stop": "python slices.py --slice_rows 20000 ... writes slices; train on one of them",
-        "split": "python slices.py ... writes the validation rows to a file for --val_data",
-        "examples": "python runs/example_rows.py TRAIN OUT --examples column=label ... writes rows to train on",
-        "examples_column": "python runs/example_rows.py TRAIN OUT --column body ... writes rows to train on",
-        "pseudo_labels": "python runs/pseudo_labels.py TRAIN PREDICTIONS TEST OUT writes rows to train on",
-        "pseudo_data": "python runs/pseudo_labels.py TRAIN PREDICTIONS TEST OUT writes rows to train on",
-        "pseudo_min_confidence": "python runs/pseudo_labels.py ... --min_confidence 0.9 writes rows to train on",
-        "pseudo_soft": "python runs/pseudo_labels.py ... --soft writes probability columns to train on",
-    },
-    "InferConfig": {
-        "ensemble": "python ensemble.py --runs A B --ensemble mean_prob ...",
-        "scoring": "python generate.py --score ... reads generated answers as scores",
-        **dict.fromkeys(
-            "generate chat system examples tools max_new_tokens temperature top_p batch_size seed".split(),
-            "python generate.py ... completes prompts",
-        ),
-    },
-}
+# Flags that live in another command now: commands, flags, what to do instead.
+MOVED = checks.table("""
+    TrainConfig :: seeds :: python folds.py --seeds 1,2 ...
+    TrainConfig :: balance :: python slices.py --balance ... writes slices; train on one of them
+    TrainConfig :: train_start train_stop :: python slices.py --slice_rows 20000 ... writes slices; train on one of them
+    TrainConfig :: split :: python slices.py ... writes the validation rows to a file for --val_data
+    TrainConfig :: examples :: python runs/example_rows.py TRAIN OUT --examples column=label ... writes rows to train on
+    TrainConfig :: examples_column :: python runs/example_rows.py TRAIN OUT --column body ... writes rows to train on
+    TrainConfig :: pseudo_labels pseudo_data :: python runs/pseudo_labels.py TRAIN PREDICTIONS TEST OUT writes rows to \
+train on
+    TrainConfig :: pseudo_min_confidence :: python runs/pseudo_labels.py ... --min_confidence 0.9 writes rows to train \
+on
+    TrainConfig :: pseudo_soft :: python runs/pseudo_labels.py ... --soft writes probability columns to train on
+    InferConfig :: ensemble :: python ensemble.py --runs A B --ensemble mean_prob ...
+    InferConfig :: scoring :: python generate.py --score ... reads generated answers as scores
+    InferConfig :: generate chat system examples tools max_new_tokens temperature top_p batch_size seed :: python \
+generate.py ... completes prompts
+""")
 # The values of moved fields that mean nothing: configs that hold them load without a note.
-IDLE = (None, "", 0, False, [], "body", 0.9, "mean_logit", "label_words", "all")
+IDLE = (None, "", 0, [], "body", 0.9, "mean_logit", "label_words", "all")
 
 
 def moved_fields(cls) -> dict[str, str]:
     """{flag: what to do instead} of a command, also of one whose settings it extends."""
-    rows = {name: hint for base in cls.__mro__ for name, hint in MOVED.get(base.__name__, {}).items()}
-    return {name: hint for name, hint in rows.items() if not hasattr(cls, name)}
+    return {name: hint for name, hint in checks.by_field(MOVED, cls).items() if not hasattr(cls, name)}
+
+
+def _kinds_of(cls):
+    """The type of each field of a config."""
+    return {field.name: field.type for field in dataclasses.fields(cls)}
 
 
 # ---- from argv to a config ------------------------------------------------------------------------------------------
@@ -75,86 +72,63 @@ def parse(cls, presets: dict, argv: list[str], doc: str = ""):
     and exits with 0 at --help. The config is not checked yet: call `checks.check`.
     """
     if "--help" in argv or "-h" in argv:
-        print(help_text(cls, presets, argv, doc))
+        print(f"{doc.strip()}\n\n{describe(cls, presets, argv)}")
         sys.exit(0)
-    texts = read_flags(cls, argv)
-    start = starting_config(cls, presets, texts.pop("cfg", None))
-    hints = kinds_of(cls)
-    values, problems = {}, []
-    for name, text in texts.items():
-        try:
-            values[name] = convert(text, hints[name])
-        except ValueError as e:
-            problems.append(f"--{name} {text}: expected {e}")
-    refuse(problems)
+    values = _read_flags(cls, argv)
+    start = _starting_config(cls, presets, values.pop("cfg", None))
     given = set(values)
-
     # Two ways to state the warm-up: the one given by hand replaces the preset's.
-    if "warmup_steps" in given and "warmup_ratio" not in given:
-        values["warmup_ratio"] = 0.0
-    if "warmup_ratio" in given and "warmup_steps" not in given:
-        values["warmup_steps"] = 0
+    warmup = {"warmup_steps": 0, "warmup_ratio": 0.0}
+    if given & warmup.keys():
+        values = {**warmup, **values}
     return replace(start, **values), given
 
 
-def kinds_of(cls) -> dict[str, type]:
-    """The type of each field of a config."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def refuse(problems: list[str], prefix: str = "") -> None:
-    """Raise one UserError with all problems, if there are any."""
-    if problems:
-        raise UserError(prefix + " | ".join(problems))
-
-
-def read_flags(cls, argv: list[str]) -> dict[str, str]:
-    """{field: text} of `--field value`, `--field=value` and, for bool fields, `--field` alone.
+def _read_flags(cls, argv):
+    """{field: value} of `--field value`, `--field=value` and, for bool fields, `--field` alone; also of --cfg.
 
     A field that takes several values takes all words up to the next flag.
     """
-    hints = kinds_of(cls)
+    kinds = {**_kinds_of(cls), "cfg": str}
     moved = moved_fields(cls)
     texts, problems = {}, []
     for flag, words in grouped(argv):
         name = flag.removeprefix("--").replace("-", "_")
-        kind = str if name == "cfg" else hints.get(name)
+        kind = kinds.get(name)
         if not flag.startswith("--"):
             problems.append(f"'{flag}' is not a flag: expected --field value")
         elif name in moved:
             problems.append(f"{flag} moved: {moved[name]}")
         elif kind is None:
-            problems.append(f"unknown flag {flag}{nearest(name, [*hints, 'cfg'], '--')}")
+            problems.append(f"unknown flag {flag}{nearest(name, kinds, '--')}")
         elif name in texts:
             problems.append(f"{flag} is given twice")
         elif not words and kind is not bool:
             problems.append(f"{flag} has no value")
-        elif len(words) > 1 and kind in (str, int, float, bool):
+        elif len(words) > 1 and kind != SEVERAL:
             problems.append(f"'{words[1]}' is not a flag: expected --field value")
         else:
             texts[name] = ",".join(words) if words else "true"
-    refuse(problems)
-    return texts
+    return _converted(texts, kinds, problems, "--")
 
 
 def grouped(argv: list[str]) -> list[tuple[str, list[str]]]:
-    """Each flag with the words that follow it; `--field=value` counts as two words, leading words as flags."""
+    """Each flag with the words that follow it; `--field=value` counts as two words, a leading word as a flag."""
     groups = []
     for word in argv:
+        flag, equals, value = word.partition("=")
         if word.startswith("--"):
-            flag, equals, value = word.partition("=")
             groups.append((flag, [value] if equals else []))
-        elif groups and groups[-1][0].startswith("--"):
+        elif groups:
             groups[-1][1].append(word)
         else:
             groups.append((word, []))
     return groups
 
 
-def starting_config(cls, presets: dict, name: str | None):
+def _starting_config(cls, presets, name):
     """The config that flags start from: a preset's, that of an earlier run, or by default tiny."""
-    if name is None and "tiny" not in presets:
+    if name is None and not presets:
         return cls()
     name = name or "tiny"
     if name in presets:  # folds.py has more fields than its presets know
@@ -168,39 +142,52 @@ def starting_config(cls, presets: dict, name: str | None):
     raise UserError(f"unknown preset {name}{nearest(name, presets)}: expected one of {known}, or a config.json")
 
 
-def convert(value, kind):
-    """A command-line or JSON value as the type of its field. Raises ValueError with what was expected."""
-    text = str(value)
-    if kind is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if text.lower() not in words:
-            raise ValueError("true or false")
-        return words[text.lower()]
-    if kind is int:
-        return whole_number(text)
-    if kind is float:
-        try:
-            return float(text)
-        except ValueError:
-            raise ValueError("a number") from None
-    if kind is str:
-        return text
-    return tuple(part.strip() for part in text.split(",") if part.strip())  # tuple[str, ...]
-
-
 def whole_number(text: str) -> int:
     """An int of any size, also written as 1e4. Raises ValueError for anything else."""
     try:
         return int(text)
     except ValueError:
-        pass
-    try:
         number = float(text)
-        if number == int(number):
-            return int(number)
-    except (ValueError, OverflowError):
+    if not number.is_integer():
+        raise ValueError(text)
+    return int(number)
+
+
+SEVERAL = tuple[str, ...]
+TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+READERS = {  # type of a field: how a text is read as its value, what is expected
+    bool: (lambda text: TRUTH[text.lower()], "true or false"),
+    int: (whole_number, "a whole number"),
+    float: (float, "a number"),
+    str: (str, "a string"),
+    SEVERAL: (lambda text: tuple(part.strip() for part in text.split(",") if part.strip()), "a string"),
+}
+
+
+def convert(value, kind):
+    """A command-line or JSON value as the type of its field. Raises ValueError with what was expected."""
+    if kind == SEVERAL and isinstance(value, list):
+        return tuple(map(str, value))
+    read, expected = READERS[kind]
+    try:
+        if isinstance(value, (str, int, float)):
+            return read(str(value))
+    except (ValueError, KeyError):
         pass
-    raise ValueError("a whole number")
+    raise ValueError(expected)
+
+
+def _converted(raw, kinds, problems, dashes="", where=""):
+    """{field: value} of raw values. Raises UserError for the problems so far and those met here."""
+    fields = {}
+    for name, value in raw.items():
+        try:
+            fields[name] = convert(value, kinds[name])
+        except ValueError as e:
+            shown = value if isinstance(value, str) else json.dumps(value)
+            problems.append(f"{dashes}{name} {shown}: expected {e}")
+    refuse(problems, where)
+    return fields
 
 
 # ---- config files ---------------------------------------------------------------------------------------------------
@@ -208,13 +195,13 @@ def whole_number(text: str) -> int:
 
 def raw_config(path: str | Path) -> dict:
     """The fields of a config.json, or of the run folder that holds one, as they are stored."""
-    path = Path(path) / "config.json" if os.path.isdir(path) else Path(path)
+    path = Path(path)
+    if path.is_dir():
+        path /= "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"config {path} cannot be read: {e.strerror}") from None
-    except ValueError as e:
-        raise UserError(f"config {path} is not JSON: {e}") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"config {path} cannot be read as JSON: {e}") from None
     if not isinstance(values, dict):
         raise UserError(f"config {path}: expected an object of fields, got {type(values).__name__}")
     return values
@@ -225,30 +212,13 @@ def read_config(cls, path: str | Path):
 
     Raises UserError naming every field that is unknown or has a wrong value.
     """
-    hints = kinds_of(cls)
-    moved = moved_fields(cls)
-    fields, problems = {}, []
-    for name, value in raw_config(path).items():
-        if name == "fold" and value == "all":  # a family of runs over all folds, before folds.py
-            continue
-        kind = hints.get(name)
-        several = isinstance(value, list) and kind not in (str, int, float, bool)
-        if name in moved:
-            continue
-        if kind is None:
-            problems.append(f"unknown field {name}{nearest(name, hints)}")
-        elif several:
-            fields[name] = tuple(str(part) for part in value)
-        elif value is None or isinstance(value, (list, dict)):
-            expected = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a string")
-            problems.append(f"{name} {json.dumps(value)}: expected {expected}")
-        else:
-            try:
-                fields[name] = convert(value, kind)
-            except ValueError as e:
-                problems.append(f"{name} {value}: expected {e}")
-    refuse(problems, f"config {path}: ")
-    return cls(**fields)
+    kinds, raw = _kinds_of(cls), raw_config(path)
+    unknown = sorted(raw.keys() - kinds.keys() - moved_fields(cls).keys())
+    problems = [f"unknown field {name}{nearest(name, kinds)}" for name in unknown]
+    if raw.get("fold") == "all":  # a family of runs over all folds, before folds.py
+        del raw["fold"]
+    known = {name: value for name, value in raw.items() if name in kinds}
+    return cls(**_converted(known, kinds, problems, where=f"config {path}: "))
 
 
 def moved_note(cls, path: str | Path) -> str:
@@ -257,8 +227,8 @@ def moved_note(cls, path: str | Path) -> str:
     used = {name: value for name, value in raw_config(path).items() if name in moved and value not in IDLE}
     if not used:
         return ""
-    hints = "; ".join(f"{name} {json.dumps(value)}: {moved[name]}" for name, value in used.items())
-    return f"note: {path}: not read, because it moved: {hints}"
+    hints = [f"{name} {json.dumps(value)}: {moved[name]}" for name, value in used.items()]
+    return f"note: {path}: not read, because it moved: {'; '.join(hints)}"
 
 
 def resumed(cfg, given: set[str], run: Path):
@@ -266,13 +236,13 @@ def resumed(cfg, given: set[str], run: Path):
 
     Raises UserError for flags given by hand that contradict it.
     """
-    saved = read_config(type(cfg), run)
-    free = {"resume", "dry_run", "outputs", "keep", "export", "export_dtype", "time_limit"} & set(vars(cfg))
-    changed = [name for name in sorted(given - free) if getattr(cfg, name) != getattr(saved, name)]
+    new, old = vars(cfg), vars(read_config(type(cfg), run))
+    free = {"resume", "dry_run", "outputs", "keep", "export", "export_dtype", "time_limit"} & new.keys()
+    changed = [name for name in sorted(given - free) if new[name] != old[name]]
     if changed:
-        pairs = ", ".join(f"--{name} {getattr(cfg, name)} (the run has {getattr(saved, name)})" for name in changed)
+        pairs = ", ".join(f"--{name} {new[name]} (the run has {old[name]})" for name in changed)
         raise UserError(f"--resume {run}: a run continues with its own settings, but {pairs}; leave these flags out")
-    return replace(saved, **{name: getattr(cfg, name) for name in free})
+    return replace(cfg, **{name: old[name] for name in old.keys() - free})
 
 
 def to_json(cfg) -> str:
@@ -283,69 +253,46 @@ def to_json(cfg) -> str:
 # ---- help -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Help:
-    """What the source says about a field."""
-
-    topic: str
-    text: str
-
-
-def field_help(cls) -> dict[str, Help]:
-    """The comment behind each field, and the topic (a comment line of its own) that it stands under."""
+def field_help(cls) -> dict[str, tuple[str, str]]:
+    """{field: (topic, text)}: the comment behind it, and the comment line of its own that it stands under."""
     fields = {}
     for part in reversed(cls.__mro__[:-1]):
         topic = ""
-        for line in inspect.getsource(part).splitlines():
-            heading = re.fullmatch(r"    # (.+)", line)
-            field = re.match(r"    (\w+):[^#]*#\s*(.+)$", line)
-            if heading:
-                topic = heading[1]
-            elif field:
-                fields[field[1]] = Help(topic, field[2])
+        for heading, name, text in re.findall(r"(?m)^    (?:# (.+)|(\w+):[^#\n]*# *(.+))$", inspect.getsource(part)):
+            topic = heading or topic
+            if name:
+                fields[name] = topic, text
     return fields
 
 
-def help_text(cls, presets: dict, argv: list[str], doc: str) -> str:
-    """The answer to --help: the script's own text, presets, and fields with the values of --cfg."""
-    preset = None
-    if "--cfg" in argv and argv[-1] != "--cfg":
-        preset = argv[argv.index("--cfg") + 1]
-    return f"{doc.strip()}\n\n{describe(cls, presets, everything='all' in argv, preset=preset)}"
+def describe(cls, presets: dict, argv: list[str]) -> str:
+    """The answer to --help: presets, and the fields that people change first, or with "all" every field by topic.
 
+    The values shown are those of --cfg.
+    """
+    preset = (dict(grouped(argv)).get("--cfg") or [None])[0]
+    start = _starting_config(cls, presets, preset)
+    needs = checks.needs_of(cls)
+    topics, described = {}, {}
+    for name, (topic, text) in field_help(cls).items():
+        topics.setdefault(topic, []).append(name)
+        need = f" (only {checks.in_words(needs[name])})" if name in needs else ""
+        value = checks.shown(getattr(start, name)) or '""'
+        described[name] = f"  --{name:<16} {text}{need} [{value}]"
 
-def describe(cls, presets: dict, everything: bool = False, preset: str | None = None) -> str:
-    """Presets and fields of a command as text: the fields that people change first, or all of them by topic."""
-    start = starting_config(cls, presets, preset)
-    helps = field_help(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    first = [] if everything else getattr(cls, "FIRST", "").split()
     lines = ["presets (--cfg NAME, or the config.json of an earlier run; default: tiny):"] if presets else []
-    for name, make in presets.items():
-        lines.append(f"  {name:<18} {inspect.getdoc(make)}")
+    lines += [f"  {name:<18} {inspect.getdoc(make)}" for name, make in presets.items()]
     values = f"the values of {preset}" if preset else "their defaults"
     lines.append(f"settings (--name value), with {values} in brackets:")
-    lines += [field_line(cls, start, name, helps[name].text) for name in first]
-
-    # The rest by topic: named only, or described.
-    for topic in dict.fromkeys(helps[name].topic for name in names):
-        rest = [name for name in names if helps[name].topic == topic and name not in first]
-        if not first:
-            lines.append(f" {topic}:" if topic else "")
-            lines += [field_line(cls, start, name, helps[name].text) for name in rest]
-        elif rest:
-            text = f"more on {topic}: " + " ".join(f"--{name}" for name in rest)
+    first = [] if "all" in argv else getattr(cls, "FIRST", "").split()
+    if not first:
+        for topic, names in topics.items():
+            lines += [f" {topic}:" if topic else "", *(described[name] for name in names)]
+        return "\n".join(lines)
+    lines += [described[name] for name in first]
+    for topic, names in topics.items():
+        rest = " ".join(f"--{name}" for name in names if name not in first)
+        if rest:
+            text = f"more on {topic}: {rest}"
             lines.append(textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="    "))
-    if first:
-        lines.append("`--help all` describes every setting")
-    return "\n".join(lines)
-
-
-def field_line(cls, start, name: str, text: str) -> str:
-    """One field of the help: its name, its comment, what it needs, its value."""
-    value = getattr(start, name)
-    shown = ",".join(value) if isinstance(value, tuple) else value
-    shown = '""' if shown == "" else shown
-    need = checks.needs_of(cls).get(name)
-    need = f" (only {checks.in_words(need)})" if need else ""
-    return f"  --{name:<16} {text}{need} [{shown}]"
+    return "\n".join([*lines, "`--help all` describes every setting"])

@@ -212,9 +212,5 @@ if __name__ == "__main__":
     import cli
     from presets import CPT_PRESETS, TRAIN_PRESETS
 
-    for script, config, presets in (
-        ("train.py", TrainConfig, TRAIN_PRESETS),
-        ("infer.py", InferConfig, {}),
-        ("cpt.py", CptConfig, CPT_PRESETS),
-    ):
-        print(f"== {script}: {config.__doc__}\n{cli.describe(config, presets, everything=True)}\n")
+    for config, presets in ((TrainConfig, TRAIN_PRESETS), (InferConfig, {}), (CptConfig, CPT_PRESETS)):
+        print(f"== {config.__name__[:-6].lower()}.py: {config.__doc__}\n{cli.describe(config, presets, ['all'])}\n")

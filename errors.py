@@ -21,28 +21,28 @@ class Degenerate(RuntimeError):
     exit_status = 5
 
 
-# What other tools call our settings.
-ELSEWHERE = {
-    "learning_rate": "lr",
-    "lora_r": "rank",
-    "lora_alpha": "alpha",
-    "target_modules": "targets",
-    "model": "base",
-    "model_name_or_path": "base",
-    "num_train_epochs": "epochs",
-    "train_file": "train_data",
-    "max_seq_length": "max_length",
-    "gradient_checkpointing": "grad_checkpoint",
-    "max_grad_norm": "grad_clip",
-    "lr_scheduler_type": "schedule",
-}
+# What other tools call our settings: theirs=ours.
+ELSEWHERE = dict(
+    pair.split("=")
+    for pair in """
+        learning_rate=lr lora_r=rank lora_alpha=alpha target_modules=targets model=base model_name_or_path=base
+        num_train_epochs=epochs train_file=train_data max_seq_length=max_length gradient_checkpointing=grad_checkpoint
+        max_grad_norm=grad_clip lr_scheduler_type=schedule
+    """.split()
+)
+
+
+def refuse(problems: list[str], prefix: str = "") -> None:
+    """Raise one UserError with all problems, if there are any."""
+    if problems:
+        raise UserError(prefix + " | ".join(problems))
 
 
 def nearest(name: str, known, prefix: str = "") -> str:
     """ " (did you mean --lr?)" for a name that resembles a known one, also by another tool's word; else nothing."""
     theirs = [other for other in ELSEWHERE if ELSEWHERE[other] in known]
     close = [ELSEWHERE[other] for other in difflib.get_close_matches(str(name), theirs, n=1, cutoff=0.8)]
-    close += difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    close += difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f" (did you mean {prefix}{close[0]}?)" if close else ""
 
 

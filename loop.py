@@ -231,7 +231,7 @@ def due(job: Job, every: int) -> bool:
 def log(job: Job, line: dict) -> None:
     """Append a line to metrics.jsonl, and send it to the trackers of the config; rank 0 alone writes."""
     if job.tracker:
-        checkpoint.append_line(job.run / "metrics.jsonl", line)
+        checkpoint.append_whole(job.run / "metrics.jsonl", json.dumps(line) + "\n")
         job.tracker.log(line)
 
 

@@ -13,19 +13,20 @@ def parameter_groups(named, lr: float, head_lr: float, weight_decay: float, head
     heads: names of the head's modules. head_lr 0 means lr. Each group keeps its peak learning rate in `peak_lr`, for
     the schedule.
     """
-    parts: dict[tuple[bool, bool], list] = {}
+    groups = {}
     for name, p in named:
-        if p.requires_grad:
-            is_head = name.startswith(tuple(f"{head}." for head in heads))
-            parts.setdefault((is_head, p.ndim >= 2), []).append(p)
-    groups = []
-    for (is_head, is_matrix), params in parts.items():
+        if not p.requires_grad:
+            continue
+        is_head = name.startswith(tuple(f"{head}." for head in heads))
+        part = "head" if is_head else "body"
         peak = (head_lr or lr) if is_head else lr
-        name = "head" if is_head else "body"
-        decay = weight_decay if is_matrix else 0.0
-        name += "" if is_matrix else " (no decay)"
-        groups.append({"params": params, "name": name, "lr": peak, "peak_lr": peak, "weight_decay": decay})
-    return groups
+        decay = weight_decay
+        if p.ndim < 2:
+            part += " (no decay)"
+            decay = 0.0
+        group = {"params": [], "name": part, "lr": peak, "peak_lr": peak, "weight_decay": decay}
+        groups.setdefault(part, group)["params"].append(p)
+    return list(groups.values())
 
 
 def adamw(groups: list[dict], kind: str = "adamw") -> torch.optim.Optimizer:

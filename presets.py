@@ -1,23 +1,14 @@
 """Presets: each is a function that returns complete settings, and its name is what `--cfg` takes.
 
-A preset states only what differs from the defaults of configs.py. To add one, write a function under @preset.
+A preset states only what differs from the defaults of configs.py. To add one, write a function and list it at the end.
 """
 
 from dataclasses import replace
 
 from configs import ALL_PROJECTIONS, CptConfig, TrainConfig
 
-TRAIN_PRESETS = {}
-
-
-def preset(make):
-    """Register a function that returns a TrainConfig as `--cfg NAME`."""
-    TRAIN_PRESETS[make.__name__] = make
-    return make
-
 
 # fmt: off
-@preset
 def tiny() -> TrainConfig:
     """The embedded base and problems: about a minute on two CPU cores."""
     return TrainConfig(
@@ -26,7 +17,6 @@ def tiny() -> TrainConfig:
     )
 
 
-@preset
 def qwen05b() -> TrainConfig:
     """Qwen2.5-0.5B on the math problems, on two T4s: the published recipe of the 3B, at the smallest size."""
     return TrainConfig(
@@ -36,31 +26,26 @@ def qwen05b() -> TrainConfig:
     )
 
 
-@preset
 def qwen15b() -> TrainConfig:
     """Qwen2.5-1.5B with the same recipe."""
     return replace(qwen05b(), base="Qwen/Qwen2.5-1.5B")
 
 
-@preset
 def qwen3b() -> TrainConfig:
     """Qwen2.5-3B with the same recipe: published micro-F1 0.87 on the math problems, where encoders reach 0.85."""
     return replace(qwen05b(), base="Qwen/Qwen2.5-3B")
 
 
-@preset
 def qwen32b() -> TrainConfig:
     """Qwen2.5-32B with the same recipe in nf4: needs 24 GB or more on each GPU."""
     return replace(qwen05b(), base="Qwen/Qwen2.5-32B", quant="nf4")
 
 
-@preset
 def llama1b() -> TrainConfig:
     """Llama-3.2-1B with the same recipe."""
     return replace(qwen05b(), base="meta-llama/Llama-3.2-1B")
 
 
-@preset
 def mathbert() -> TrainConfig:
     """MathBERT, the whole encoder trained: published validation micro-F1 0.84 on the math problems."""
     return TrainConfig(
@@ -69,19 +54,16 @@ def mathbert() -> TrainConfig:
     )
 
 
-@preset
 def modernbert_base() -> TrainConfig:
     """ModernBERT base with the same recipe: published 0.84."""
     return replace(mathbert(), base="answerdotai/ModernBERT-base", pooling="mean")
 
 
-@preset
 def modernbert_large() -> TrainConfig:
     """ModernBERT large with the same recipe: published 0.85."""
     return replace(modernbert_base(), base="answerdotai/ModernBERT-large")
 
 
-@preset
 def deberta_base() -> TrainConfig:
     """DeBERTa-v3 base, one-output regression of rule violations: published AUC 0.904."""
     return replace(
@@ -91,19 +73,16 @@ def deberta_base() -> TrainConfig:
     )
 
 
-@preset
 def deberta_large() -> TrainConfig:
     """DeBERTa-v3 large with the same recipe."""
     return replace(deberta_base(), base="microsoft/deberta-v3-large")
 
 
-@preset
 def roberta_large() -> TrainConfig:
     """RoBERTa large with the same recipe."""
     return replace(deberta_base(), base="roberta-large")
 
 
-@preset
 def llama8b_verify() -> TrainConfig:
     """Llama-3.1-8B in nf4 on slices of a balanced pool: is this solution right? Published accuracy 0.83, 0.85, 0.87."""
     return TrainConfig(
@@ -116,7 +95,6 @@ def llama8b_verify() -> TrainConfig:
     )
 
 
-@preset
 def qwen15b_rules() -> TrainConfig:
     """Qwen2.5-1.5B-Instruct on posts and rules, ranked by AUC: r 16, alpha 32, dropout 0.05 on q and v."""
     return TrainConfig(
@@ -127,7 +105,6 @@ def qwen15b_rules() -> TrainConfig:
     )
 
 
-@preset
 def llama1b_multilabel() -> TrainConfig:
     """Llama-3.2-1B with several labels a text: published micro-F1 0.824, macro-F1 0.741 (means of seeds 1, 3, 4, 5)."""
     return TrainConfig(
@@ -165,4 +142,7 @@ def llama8b_sft() -> CptConfig:
 # fmt: on
 
 
+TRAIN_MAKERS = (tiny, qwen05b, qwen15b, qwen3b, qwen32b, llama1b, mathbert, modernbert_base, modernbert_large)
+TRAIN_MAKERS += (deberta_base, deberta_large, roberta_large, llama8b_verify, qwen15b_rules, llama1b_multilabel)
+TRAIN_PRESETS = {make.__name__: make for make in TRAIN_MAKERS}
 CPT_PRESETS = {"tiny": cpt_tiny, "qwen_math15b": qwen_math15b, "llama8b_sft": llama8b_sft}

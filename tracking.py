@@ -13,63 +13,55 @@ class Tracker:
     """
 
     def __init__(self, reports: tuple[str, ...], run: Path, config: str, step: int):
-        kinds = {"tensorboard": TensorBoard, "wandb": WandB}
+        kinds = {"tensorboard": _tensorboard, "wandb": _weights_and_biases}
         self.sinks = [kinds[name](run, config, step) for name in reports]
 
     def log(self, line: dict) -> None:
         """The numbers of a step are named train/..., those of a dict within the line by its own name (eval/...)."""
-        values = {f"train/{name}": value for name, value in line.items() if name != "step"}
-        for group, scores in line.items():
-            if isinstance(scores, dict):
-                values |= {f"{group}/{name}": value for name, value in scores.items()}
-        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-        for sink in self.sinks:
-            sink.log(numbers, line["step"])
+        groups = {"train": line, **{name: scores for name, scores in line.items() if isinstance(scores, dict)}}
+        numbers = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+        numbers = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
+        step = numbers.pop("train/step")
+        for log, _ in self.sinks:
+            log(numbers, step)
 
     def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
+        for _, close in self.sinks:
+            close()
 
 
-class TensorBoard:
+# A sink is two functions: one logs numbers by name at a step, one closes it.
+
+
+def _tensorboard(run, config, step):
     """Event files in run/tensorboard: tensorboard --logdir outputs."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, run: Path, config: str, step: int):
-        from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(run / "tensorboard", purge_step=step + 1 if step else None)
 
-        self.writer = SummaryWriter(run / "tensorboard", purge_step=step + 1 if step else None)
-
-    def log(self, numbers: dict[str, float], step: int) -> None:
+    def log(numbers, step):
         for name, value in numbers.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
-    def close(self) -> None:
-        self.writer.close()
+    return log, writer.close
 
 
-class WandB:
+def _weights_and_biases(run, config, step):
     """A W&B run in the project lasttoken, named and identified by the run's folder.
 
     Everything else is W&B's own environment: WANDB_MODE=offline, WANDB_PROJECT and so on.
     """
+    import wandb
 
-    def __init__(self, run: Path, config: str, step: int):
-        import wandb
-
-        folder = run.absolute()
-        self.run = wandb.init(
-            project=wandb.Settings().project or "lasttoken",
-            name="/".join(folder.parts[-4:]),
-            id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
-            dir=run,
-            config=json.loads(config),
-            resume="allow",
-        )
-        self.run.define_metric("*", step_metric="at")  # W&B's own step never goes back, that of a resumed run does
-
-    def log(self, numbers: dict[str, float], step: int) -> None:
-        self.run.log({**numbers, "at": step})
-
-    def close(self) -> None:
-        self.run.finish()
+    folder = run.absolute()
+    report = wandb.init(
+        project=wandb.Settings().project or "lasttoken",
+        name="/".join(folder.parts[-4:]),
+        id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
+        dir=run,
+        config=json.loads(config),
+        resume="allow",
+    )
+    report.define_metric("*", step_metric="at")  # W&B's own step never goes back, that of a resumed run does
+    return lambda numbers, step: report.log({**numbers, "at": step}), report.finish

@@ -328,9 +328,9 @@ def test_write_atomic_is_the_old_or_the_new_file(tmp_path):
 def test_a_log_is_cut_back_and_never_grown(tmp_path):
     log = tmp_path / "metrics.jsonl"
     checkpoint.cut_log(log, 5)  # nothing there
-    checkpoint.append_line(log, {"step": 1})
+    checkpoint.append_whole(log, '{"step": 1}\n')
     size = log.stat().st_size
-    checkpoint.append_line(log, {"step": 2})
+    checkpoint.append_whole(log, '{"step": 2}\n')
     checkpoint.cut_log(log, size)
     checkpoint.cut_log(log, 10_000)
     assert log.read_text() == '{"step": 1}\n'
@@ -463,9 +463,9 @@ def test_optimizer_state_goes_round_bit_for_bit(tmp_path):
     fresh = make()
     steps(*fresh, [3, 4])
     assert not np.allclose(fresh[0][0].detach(), params[0].detach())
-    with pytest.raises(Untrusted, match=r"0\.1\.exp_avg is \(2, 3\), expected \(3, 2\)"):
+    with pytest.raises(Untrusted, match=r"0\.1\.\* has .*'exp_avg': \(2, 3\).*, expected .*'exp_avg': \(3, 2\)"):
         checkpoint.load_optimizer_tensors(other, {**tensors, "0.1.exp_avg": torch.zeros(2, 3)})
-    with pytest.raises(Untrusted, match=r"0\.1\.\* has \['exp_avg'\], expected"):
+    with pytest.raises(Untrusted, match=r"0\.1\.\* has shapes {'exp_avg': \(3, 2\)}, expected"):
         checkpoint.load_optimizer_tensors(other, {"0.1.exp_avg": torch.zeros(3, 2)})
 
 

@@ -662,7 +662,7 @@ def test_state_goes_round_and_goes_on_bit_for_bit(kind, tmp_path):
 @pytest.mark.parametrize("kind", ("adamw", *KIND))
 def test_state_of_other_shapes_is_refused(kind):
     tensors = checkpoint.optimizer_tensors(stepped(kind, parameters(65)))
-    with pytest.raises(Untrusted, match=r"optimizer state 0\.0\.\w+ is \(.*\), expected \("):
+    with pytest.raises(Untrusted, match=r"optimizer state 0\.0\.\* has shapes {.*}, expected {"):
         checkpoint.load_optimizer_tensors(stepped(kind, parameters(64), 0), tensors)
 
 
