@@ -128,7 +128,7 @@ def new_job(cfg, world: ddp.World, model, optimizer, precision: str, lengths: np
         grad_clip=cfg.grad_clip,
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = ddp.GradientSum(parameters, world, flags=2)
+    gradients = ddp.GradientSum(parameters, world)
     if not gradients.exact:
         ddp.say(world, f"{gradients.count:,} trained parameters: gradients add up in fp32, equal to rounding only")
     scaler = optim.loss_scaler(world.device.type, precision == "fp16")
