@@ -23,9 +23,8 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of every tensor of the adapter under the key that peft gives it, on the CPU, in fp32."""
     tensors = {}
     for name in lora.adapter_names(model):
-        tensors[PEFT_PREFIX + name] = (
-            model.get_parameter(name).detach().to("cpu", torch.float32, copy=True).contiguous()
-        )
+        p = model.get_parameter(name).detach()
+        tensors[PEFT_PREFIX + name] = p.to("cpu", torch.float32, copy=True).contiguous()
     return tensors
 
 
@@ -202,9 +201,8 @@ def read_adapter_config(config: dict) -> lora.Adapter:
         values[name] = value
 
     # What is not known here may change the model, unless it is off.
-    start = config.get("init_lora_weights", True)
-    if repr(start) not in PLAIN_STARTS:
-        problems.append(f"init_lora_weights {start}: it changed the base's own weights")
+    if repr(config.get("init_lora_weights", True)) not in PLAIN_STARTS:
+        problems.append(f"init_lora_weights {config['init_lora_weights']}: it changed the base's own weights")
     known = NO_EFFECT + [key for _, key, _ in FORMAT]
     for key, value in config.items():
         if value and key not in known:
