@@ -457,7 +457,7 @@ def test_merge_is_refused_with_the_way_out(done, tmp_path, toy):
     with pytest.raises(UserError, match=r"is quantized.*--export DIR merges its 16-bit base"):
         infer.main([f"--runs={done}", f"--input={done.parents[3] / 'val.csv'}", "--merge=true"])
     given = [f"--base={toy}", f"--adapter={done / 'best'}", "--quant=nf4", "--merge=true"]
-    with pytest.raises(UserError, match=r"--merge with --quant nf4: quantized weights take no update"):
+    with pytest.raises(UserError, match=r"--merge with --quant nf4: an adapter is never merged into 4-bit weights"):
         infer.main([*given, f"--input={done.parents[3] / 'val.csv'}"])
     with pytest.raises(ValueError, match="is quantized .*merge into the 16-bit base"):
         lora.merge(trained.load_run(done).model)
