@@ -10,8 +10,8 @@ import signal
 import sys
 import time
 import traceback
-from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ WAIT = timedelta(hours=12)  # the others wait while rank 0 encodes a corpus; tor
 FP64_LIMIT = 200_000_000  # trained parameters up to which gradients are summed in fp64
 
 
-@dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """This process among all: its rank, the number of ranks, its device."""
 
     rank: int
@@ -38,19 +37,19 @@ def setup() -> World:
 
     On GPUs, deterministic kernels are chosen where there is a choice. Raises UserError for more ranks than GPUs.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cpu")
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    device, backend = torch.device("cpu"), {"backend": "gloo"}
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            gpus = torch.cuda.device_count()
+        gpus = torch.cuda.device_count()
+        if local >= gpus:
             raise UserError(f"local rank {local} has no GPU of its own: use --nproc_per_node={gpus}")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+        backend = {"backend": "nccl", "device_id": device}
     if size > 1 and not dist.is_initialized():
-        backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
         dist.init_process_group(**backend, timeout=WAIT)
     return World(rank, size, device)
 
@@ -129,35 +128,32 @@ class GradientSum:
     stop requests are reduced with it. Above FP64_LIMIT parameters everything is fp32, equal to rounding only.
     """
 
-    def __init__(self, params: list[torch.nn.Parameter], world: World, flags: int = 1):
+    def __init__(self, params: list[torch.nn.Parameter], world: World):
         if any(p.dtype != torch.float32 for p in params):
             raise AssertionError(f"trained parameters must be fp32 masters: {sorted({str(p.dtype) for p in params})}")
-        self.params, self.world, self.count = params, world, sum(p.numel() for p in params)
+        sizes = [p.numel() for p in params]
+        self.world, self.count = world, sum(sizes)
         self.exact = self.count <= FP64_LIMIT
-        device = params[0].device
-        self.flat = torch.zeros(self.count, dtype=torch.float32, device=device)
+        self.flat = torch.zeros(self.count, device=params[0].device)
         dtype = torch.float64 if self.exact else torch.float32
-        self.total = torch.zeros(self.count + 1 + flags, dtype=dtype, device=device)
-        start = 0
-        for p in params:
-            p.grad = self.flat[start : start + p.numel()].view_as(p)
-            start += p.numel()
+        self.total = torch.zeros(self.count + 3, dtype=dtype, device=self.flat.device)
+        self.sums, self.riders = self.total.split([self.count, 3])  # the loss and two reasons to stop ride along
+        for p, view in zip(params, self.flat.split(sizes), strict=True):
+            p.grad = view.view_as(p)
 
-    def add(self, loss: torch.Tensor, *flags: bool) -> None:
-        """Add the gradients of the micro-batch just run backward, its loss, and this rank's reasons to stop."""
-        self.total[: self.count].add_(self.flat)
+    def add(self, loss: torch.Tensor, *reasons: bool) -> None:
+        """Add the gradients of the micro-batch just run backward, its loss, and this rank's two reasons to stop."""
+        self.sums.add_(self.flat)
         self.flat.zero_()
-        self.total[self.count].add_(loss.detach())
-        for i, flag in enumerate(flags, 1):
-            if flag:
-                self.total[self.count + i].add_(1.0)
+        for rider, value in zip(self.riders, (loss.detach(), *reasons), strict=True):
+            rider.add_(value)
 
     def reduce(self) -> torch.Tensor:
-        """Sum over ranks into the .grad views and reset; returns (loss, number of ranks per flag) on the device."""
+        """Sum over ranks into the .grad views and reset; returns (loss, number of ranks per reason) on the device."""
         if self.world.size > 1:
             dist.all_reduce(self.total)
-        self.flat.copy_(self.total[: self.count])
-        riders = self.total[self.count :].clone()
+        self.flat.copy_(self.sums)
+        riders = self.riders.clone()
         self.total.zero_()
         return riders
 
@@ -169,30 +165,29 @@ def gather_rows(world: World, rows: np.ndarray, values: np.ndarray, count: int, 
     of a zero matrix, and the sum over ranks is exact. partial: a row that no rank scored is NaN. Raises
     AssertionError unless every row was scored exactly once.
     """
-    width = values.shape[1]
-    full = torch.zeros(count, width + 1, dtype=torch.float32)
-    full[torch.from_numpy(rows), :width] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    np.add.at(full.numpy()[:, width], rows, 1.0)
+    full = np.zeros((count, values.shape[1] + 1), np.float32)
+    full[rows, :-1] = values
+    np.add.at(full[:, -1], rows, 1)
+    full = _all_reduce(world, torch.from_numpy(full)).numpy()
+    seen = full[:, -1]
+    wrong = np.count_nonzero(seen > 1 if partial else seen != 1)
+    if wrong:
+        raise AssertionError(f"{wrong} of {count} rows were not scored exactly once")
+    full[seen == 0] = np.nan
+    return full[:, :-1].copy()
+
+
+def sum_over_ranks(world: World, value: float) -> float:
+    """Sum a host number over ranks, in fp64."""
+    return _all_reduce(world, torch.tensor(value, dtype=torch.float64)).item()
+
+
+def _all_reduce(world, tensor):
+    """The sum over ranks of a tensor on the CPU, on the CPU."""
     if world.size > 1:
-        full = full.to(world.device)
-        dist.all_reduce(full)
-        full = full.cpu()
-    seen = full[:, width].numpy().copy()
-    if partial:
-        full[seen == 0] = float("nan")
-        seen = np.maximum(seen, 1)
-    if not (seen == 1).all():
-        raise AssertionError(f"{int((seen != 1).sum())} of {count} rows were not scored exactly once")
-    return full[:, :width].numpy().copy()
-
-
-def sum_over_ranks(world: World, values: list[float]) -> list[float]:
-    """Sum a few host numbers over ranks, in fp64."""
-    if world.size == 1:
-        return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device=world.device)
-    dist.all_reduce(total)
-    return total.tolist()
+        tensor = tensor.to(world.device)
+        dist.all_reduce(tensor)
+    return tensor.cpu()
 
 
 def gather_objects(world: World, value) -> list:
@@ -211,7 +206,4 @@ def barrier(world: World) -> None:
 
 def from_rank0(world: World, make) -> str:
     """The result of make() on rank 0, as a string on every rank; None becomes an empty string."""
-    box = [str(make() or "") if world.rank == 0 else ""]
-    if world.size > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return gather_objects(world, str(make() or "") if world.rank == 0 else "")[0]

@@ -96,7 +96,7 @@ def language_scores(lm, tokens: data.Tokens, world: ddp.World, precision: str, m
             with numerics.autocast(world.device, precision):
                 total += next_token_loss(lm, pack(tokens, rows, world.device, predict=True)).double()
     lm.train(was_training)
-    (total,) = ddp.sum_over_ranks(world, [float(total)])
+    total = ddp.sum_over_ranks(world, float(total))
     loss = total / float(tokens.targets.sum())
     scores = {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}  # e^710 is more than a float holds
     if tokens.bytes:

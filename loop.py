@@ -84,7 +84,7 @@ class Job:
         cfg = self.cfg
         self.state = State(micro_batches=max(cfg.micro_batches, self.world.size))
         self.scaler = optim.loss_scaler(self.world.device.type, self.precision == "fp16")
-        self.gradients = ddp.GradientSum([p for p in self.model.parameters() if p.requires_grad], self.world, flags=2)
+        self.gradients = ddp.GradientSum([p for p in self.model.parameters() if p.requires_grad], self.world)
 
         # The plan: how many steps there are, and when to evaluate and save.
         self.steps_per_epoch = math.ceil(len(self.lengths) / cfg.batch_size)

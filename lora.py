@@ -13,7 +13,7 @@ https://arxiv.org/abs/2312.03732. File format: https://huggingface.co/docs/peft/
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -55,7 +55,7 @@ class LoRA(nn.Module):
 
     A has `rank` rows and B as many columns, both in fp32 whatever the base's dtype. One of them starts at zero, so that
     training starts from the base. Names of submodules and parameters are peft's, so that they are adapter keys. A kind
-    of LoRA defines forward, add_factors(rank, options), which makes A and B, and factors() -> (A, B).
+    of LoRA defines add_factors(rank, options), which makes A and B, and update(x), which is added to the base's output.
     """
 
     transposed = False  # whether the base stores its weight as (D_in, D_out)
@@ -75,13 +75,23 @@ class LoRA(nn.Module):
         fp32 = {"device": base_layer.weight.device, "dtype": torch.float32}
         self.add_factors(rank, fp32)
         self.lora_dropout = nn.Dropout(dropout)
-        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.enabled = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.base_layer(x)  # (..., D_out)
+        if not self.enabled:
+            return out
+        return (out + self.update(x)).to(out.dtype)
+
+    def factors(self) -> list[nn.Parameter]:
+        """A and B."""
+        return [p for name, p in self.named_parameters() if "lora_" in name]
 
     def delta(self) -> torch.Tensor:
         """The update as one fp32 matrix, shaped as the base's weight."""
         a, b = self.factors()
-        update = (b.float() @ a.float()) * self.scaling
+        update = b @ a * self.scaling
         return update.T if self.transposed else update
 
     def idle(self) -> bool:
@@ -107,18 +117,11 @@ class LoRALinear(LoRA):
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
-    def factors(self):
-        return self.lora_A.weight, self.lora_B.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.base_layer(x)  # (..., D_out)
-        if not self.enabled:
-            return out
+    def update(self, x):
         if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_A.weight.dtype)
+            x = x.float()
         low = self.lora_A(self.lora_dropout(x))  # (..., rank)
-        update = self.lora_B(low) * self.scaling
-        return (out + update).to(out.dtype)
+        return self.lora_B(low) * self.scaling
 
 
 class LoRAEmbedding(LoRA):
@@ -134,20 +137,10 @@ class LoRAEmbedding(LoRA):
         self.lora_embedding_A = nn.Parameter(torch.zeros(rank, base.num_embeddings, **fp32))
         self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, rank, **fp32))
 
-    def factors(self):
-        return self.lora_embedding_A, self.lora_embedding_B
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        out = self.base_layer(ids)  # (..., D)
-        if not self.enabled:
-            return out
+    def update(self, ids):
         a, b = self.factors()
         rows = F.embedding(ids, a.T, self.base_layer.padding_idx)  # (..., rank)
-        update = rows @ b.T * self.scaling
-        scale = getattr(self.base_layer, "embed_scale", None)
-        if scale is not None:
-            update = update * scale
-        return (out + update).to(out.dtype)
+        return rows @ b.T * self.scaling * getattr(self.base_layer, "embed_scale", 1)
 
 
 def output_rows(linear: nn.Module, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -171,15 +164,15 @@ def adapters(model: nn.Module) -> dict[str, LoRA]:
 
 
 def named(name: str, ends) -> bool:
-    """Whether a module's name is one of `ends` or ends in one, by whole segments."""
-    return any(name == end or name.endswith(f".{end}") for end in ends)
+    """Whether a module's name is, or ends in, one of `ends` by whole segments; or a regex means the whole of it."""
+    if isinstance(ends, str):
+        return re.fullmatch(ends, name) is not None
+    return f".{name}".endswith(tuple(f".{end}" for end in ends))
 
 
 def within(name: str, ends) -> bool:
-    """Whether a name lies in, or is, a module that `named` finds."""
-    segments = name.split(".")
-    parents = [".".join(segments[: i + 1]) for i in range(len(segments))]
-    return any(named(parent, ends) for parent in parents)
+    """Whether a name lies in, or is, a module that ends in one of `ends` by whole segments."""
+    return any(f".{end}." in f".{name}." for end in ends)
 
 
 def find_targets(model: nn.Module, adapter: Adapter) -> list[str]:
@@ -197,46 +190,37 @@ def find_targets(model: nn.Module, adapter: Adapter) -> list[str]:
 
     # What the targets name.
     targets = adapter.targets
+    names = [name for name in modules if named(name, targets)]
+    problems = []
     if targets in ALL_LINEAR:
-        names = [name for name in linears if not set(HEADS) & {*name.split(".")}]
-        unmatched = []
-    elif isinstance(targets, str):
-        names = [name for name in modules if re.fullmatch(targets, name)]
-        unmatched = [] if names else [targets]
-    else:
-        names = [name for name in modules if named(name, targets)]
+        names = [name for name in linears if not within(name, HEADS)]
+    elif not isinstance(targets, str):
         unmatched = [target for target in targets if not any(named(name, [target]) for name in names)]
-        names = [name for name in names if name in targets or in_layers(name, adapter)]
+        problems = [f"target {target} matches no module" for target in unmatched]
+        names = [name for name in names if name in targets or _in_layers(name, adapter)]
+
+    # Not what is excluded or trained whole, nor weights that the base does not hold (model.fresh): an update of them
+    # could never be loaded, because nothing stores what it is added to.
+    fresh = getattr(model, "fresh", ())
+    names = [
+        name
+        for name in names
+        if not (named(name, adapter.exclude) or within(name, adapter.saved) or f"{name}.weight" in fresh)
+    ]
 
     # All of them must be of a kind that has an update.
-    names = [name for name in names if not left_out(name, adapter, model)]
-    problems = [f"target {target} matches no module" for target in unmatched]
     for name in names:
-        if not isinstance(modules[name], (nn.Linear, nn.Embedding, Conv1D)):
+        if name not in linears and not isinstance(modules[name], nn.Embedding):
             problems.append(f"target {name} is not a linear or an embedding but {type(modules[name]).__name__}")
-    if not problems and not names:
-        problems.append("the targets leave no module to adapt")
+    if not names and not problems:
+        problems.append(f"targets {targets} leave no module to adapt")
     if problems:
         known = sorted({name.rsplit(".", 1)[-1] for name in linears} - set(HEADS))
         raise ValueError(f"{in_one_line(problems, 5)}: the linears here are {', '.join(known)} (or all-linear)")
     return names
 
 
-def left_out(name: str, adapter: Adapter, model: nn.Module) -> bool:
-    """Whether a module that the targets name is not adapted: by `exclude`, or because it is trained whole.
-
-    An update of weights that the base does not hold (model.fresh) could never be loaded: nothing stores what it is
-    added to.
-    """
-    if isinstance(adapter.exclude, str):
-        excluded = re.fullmatch(adapter.exclude, name) is not None
-    else:
-        excluded = named(name, adapter.exclude)
-    fresh = f"{name}.weight" in getattr(model, "fresh", ())
-    return excluded or fresh or within(name, adapter.saved)
-
-
-def in_layers(name: str, adapter: Adapter) -> bool:
+def _in_layers(name, adapter):
     """Whether a module is in one of the adapter's layers: the first number after the list's name is its layer."""
     if not adapter.layers:
         return True
@@ -244,7 +228,7 @@ def in_layers(name: str, adapter: Adapter) -> bool:
     for pattern in lists:
         match = re.match(pattern + LAYER, name)
         if match:
-            return match["layer"] is not None and int(match["layer"]) in adapter.layers
+            return int(match["layer"] or -1) in adapter.layers  # a branch of the regex may have no number
     return False
 
 
@@ -257,19 +241,19 @@ def inject(model: nn.Module, adapter: Adapter) -> list[str]:
     modules = dict(model.named_modules())
 
     # A module that is trained whole and shares its weight (a tied LM head) gets one of its own.
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for end in adapter.saved:
-        saved = [name for name in modules if name.endswith(end)]
+        saved = [module for name, module in modules.items() if name.endswith(end)]
         if not saved and end not in ("score", "classifier"):  # peft names both, whichever the model has
             raise ValueError(f"modules_to_save {in_one_line([end])} matches no module")
-        for name in saved:
-            for module in modules[name].modules():
-                weight = getattr(module, "weight", None)
-                if weight is not None and is_shared(model, weight):
-                    module.weight = nn.Parameter(weight.detach().clone())
+        for module in nn.ModuleList(saved).modules():
+            weight = getattr(module, "weight", None)
+            if owners[id(weight)] > 1:
+                module.weight = nn.Parameter(weight.detach().clone())
 
     for name in names:
-        rank = by_pattern(adapter.rank_pattern, name, adapter.rank)
-        alpha = by_pattern(adapter.alpha_pattern, name, adapter.alpha)
+        rank = _by_pattern(adapter.rank_pattern, name, adapter.rank)
+        alpha = _by_pattern(adapter.alpha_pattern, name, adapter.alpha)
         base = modules[name]
         kind = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
         model.set_submodule(name, kind(base, rank, alpha, adapter.dropout, adapter.rslora))
@@ -277,22 +261,12 @@ def inject(model: nn.Module, adapter: Adapter) -> list[str]:
     return names
 
 
-def by_pattern(patterns: dict, name: str, default):
+def _by_pattern(patterns, name, default):
     """The value of the first pattern (a regex) that a module's name ends in."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
-
-
-def is_shared(model: nn.Module, weight: torch.Tensor) -> bool:
-    """Whether the model has this weight, or its storage, under several names."""
-    owners = 0
-    for _, p in model.named_parameters(remove_duplicate=False):
-        storage = p.data_ptr()  # 0 on the meta device
-        if p is weight or storage == weight.data_ptr() != 0 and p.shape == weight.shape:
-            owners += 1
-    return owners > 1
 
 
 def assert_moved(model: nn.Module) -> None:
@@ -305,37 +279,30 @@ def assert_moved(model: nn.Module) -> None:
 # ---- what is trained ------------------------------------------------------------------------------------------------
 
 
+BIASES = {"none": (), "lora_only": ("base_layer.bias",), "all": ("bias",)}  # ends of the names of those trained
+
+
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of the parameters of the model's adapter: updates, saved modules, and biases as `bias` says."""
     adapter = model.adapter
-    if adapter.bias not in ("none", "lora_only", "all"):
+    if adapter.bias not in BIASES:
         raise ValueError(f"bias {adapter.bias}: expected none, lora_only or all")
-    adapted = adapters(model)
+    biases = BIASES[adapter.bias]
     saved = tuple(f"{name}." for name, _ in model.named_modules() if name.endswith(adapter.saved))  # peft: no segments
-
-    def belongs(name: str) -> bool:
-        owner, _, last = name.rpartition(".")
-        if ".lora_" in name or name.startswith(saved):
-            return True
-        if last != "bias" or adapter.bias == "none":
-            return False
-        return adapter.bias == "all" or owner.removesuffix(".base_layer") in adapted
-
-    return [name for name, _ in model.named_parameters() if belongs(name)]
+    names = [name for name, _ in model.named_parameters()]
+    return [name for name in names if ".lora_" in name or name.startswith(saved) or named(name, biases)]
 
 
 def train_only(model: nn.Module) -> list[str]:
     """Freeze everything but the adapter, whose tensors become fp32 masters; returns the names of what is trained."""
     names = adapter_names(model)
-    heads = getattr(model, "heads", HEADS)
+    model.requires_grad_(False)
     model.base_values = {}
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in names)
-        if not p.requires_grad:
-            continue
+    for name in names:
+        p = model.get_parameter(name).requires_grad_()
 
         # The base's own biases and saved modules that are no heads are remembered, for `disable` to give them back.
-        if ".lora_" not in name and not within(name, heads):
+        if ".lora_" not in name and not within(name, getattr(model, "heads", HEADS)):
             model.base_values[name] = p.detach().clone()
         p.data = p.data.float()
     return names
@@ -343,23 +310,18 @@ def train_only(model: nn.Module) -> list[str]:
 
 def trainable_table(model: nn.Module) -> str:
     """What is trained: one line per pattern of names, with tensors, parameters and their share of all."""
-    tensors, sizes = Counter(), Counter()
+    sizes = defaultdict(list)
     everything = 0
     for name, p in model.named_parameters():
-        everything += p.numel()
-        if p.dtype == torch.uint8:  # nf4 stores two in a byte
-            everything += p.numel()
+        everything += p.numel() * (2 if p.dtype == torch.uint8 else 1)  # nf4 stores two in a byte
         if p.requires_grad:
-            pattern = ".".join("*" if segment.isdigit() else segment for segment in name.split("."))
-            tensors[pattern] += 1
-            sizes[pattern] += p.numel()
+            sizes[re.sub(r"\b\d+\b", "*", name)].append(p.numel())
 
-    rows = [(pattern, tensors[pattern], sizes[pattern]) for pattern in tensors]
-    rows.append(("all", tensors.total(), sizes.total()))
-    width = max(len("trainable"), *(len(pattern) for pattern, _, _ in rows))
+    sizes["all"] = sum(sizes.values(), [])
+    width = max(map(len, ["trainable", *sizes]))
     lines = [f"{'trainable':<{width}} {'tensors':>8} {'parameters':>13} {'share':>8}"]
-    for pattern, count, size in rows:
-        lines.append(f"{pattern:<{width}} {count:>8} {size:>13,} {size / everything:>8.3%}")
+    for pattern, counts in sizes.items():
+        lines.append(f"{pattern:<{width}} {len(counts):>8} {sum(counts):>13,} {sum(counts) / everything:>8.3%}")
     return "\n".join(lines)
 
 
@@ -369,21 +331,23 @@ def trainable_table(model: nn.Module) -> str:
 @contextmanager
 def disable(model: nn.Module):
     """Inside the block the model computes as its base, bit for bit: no update, and the base's own biases."""
-    parameters = dict(model.named_parameters())
-    trained = {}
-    for name, values in getattr(model, "base_values", {}).items():
-        trained[name] = parameters[name].data
-        parameters[name].data = values
-    adapted = adapters(model).values()
-    for module in adapted:
-        module.enabled = False
+    _exchange(model, enabled=False)
     try:
         yield model
     finally:
-        for module in adapted:
-            module.enabled = True
-        for name, values in trained.items():
-            parameters[name].data = values
+        _exchange(model, enabled=True)
+
+
+def _exchange(model, enabled):
+    """Turn updates on or off, and exchange trained biases and saved modules for what the base has there, or back."""
+    values = getattr(model, "base_values", {})
+    for name in values:
+        p = model.get_parameter(name)
+        trained = p.data
+        p.data = values[name]
+        values[name] = trained
+    for module in adapters(model).values():
+        module.enabled = enabled
 
 
 @torch.no_grad()
@@ -399,32 +363,26 @@ def merge(model: nn.Module) -> int:
         if not weight.is_floating_point():
             raise ValueError(f"{name} is quantized (stored as {weight.dtype}): merge into the 16-bit base instead")
 
-    # A weight that is shared (a tied LM head) is untied first: the update is its module's own.
+    # A weight of its own: where it was shared (a tied LM head) the update is still its module's alone.
     for name, module in adapted.items():
         base = module.base_layer
         merged = base.weight.float() + module.delta()
-        merged = merged.to(base.weight.dtype)
-        if is_shared(model, base.weight):
-            base.weight = nn.Parameter(merged, requires_grad=False)
-        else:
-            base.weight.copy_(merged)
+        base.weight = nn.Parameter(merged.to(base.weight.dtype), requires_grad=False)
         model.set_submodule(name, base)
 
     # Trained biases return to the dtype of their module.
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        bias = getattr(module, "bias", None)
-        both = isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter)
-        if both and weight.is_floating_point():
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, weight in parameters.items():
+        bias = parameters.get(name.removesuffix("weight") + "bias")
+        if bias is not None and weight.is_floating_point():
             bias.data = bias.data.to(weight.dtype)
-    if adapted:
-        model.base_values = {}
+    model.base_values = {}
     return len(adapted)
 
 
 def in_one_line(problems: list[str], most: int = 20) -> str:
     """Problems as one readable line, whatever names a file made up."""
-    lines = ["".join(c if c.isprintable() else " " for c in problem[:500]) for problem in problems[:most]]
+    text = "; ".join(problem[:500] for problem in problems[:most])
     if len(problems) > most:
-        lines.append(f"and {len(problems) - most} more")
-    return "; ".join(lines)
+        text += f"; and {len(problems) - most} more"
+    return "".join(letter if letter.isprintable() else " " for letter in text)

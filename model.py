@@ -203,7 +203,7 @@ def hidden_states(backbone: nn.Module, batch: Batch) -> torch.Tensor:
         positions = batch.position_ids + first_position(backbone)
         out = backbone(input_ids=batch.input_ids[None], position_ids=positions[None], use_cache=False, packed=batch)
         return out.last_hidden_state[0]
-    index, back = batch.gather()
+    index, back = batch.padding
     lengths = batch.cu_seqlens.diff()
     mask = torch.arange(index.shape[1], device=index.device) < lengths[:, None]  # (B, L)
     out = backbone(input_ids=batch.input_ids[index], attention_mask=mask.long())

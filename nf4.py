@@ -34,12 +34,10 @@ def quantize(backbone: nn.Module, device: torch.device, compute: torch.dtype) ->
 
     # One module at a time goes to the device, so neither memory ever holds the 16-bit base whole.
     for layer in bases.decoder_layers(backbone):
-        linears = [(name, m) for name, m in layer.named_modules() if type(m) is nn.Linear]
+        linears = [(name, m) for name, m in layer.named_modules() if type(m) is nn.Linear and not m.in_features % BLOCK]
         for name, linear in linears:
-            if linear.in_features % BLOCK:
-                continue
-            weight = linear.weight.data.to(compute)  # dequantized to the dtype of products, not rounded to another
             small = NF4Linear(linear.in_features, linear.out_features, compute_dtype=compute, device="meta", **NF4)
+            weight = linear.weight.data.to(compute)  # dequantized to the dtype of products, not rounded to another
             small.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=small, **NF4).to(device)
             small.bias = linear.bias
             layer.set_submodule(name, small)

@@ -1,7 +1,7 @@
 """Precision: which one runs here, autocast, and where activations overflow."""
 
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -36,19 +36,16 @@ def weight_dtype(device: torch.device, precision: str) -> torch.dtype:
 @contextmanager
 def activation_maxima(model: nn.Module):
     """Inside the block, note each layer's largest absolute output; the dict is filled by a forward pass."""
-    maxima: dict[str, torch.Tensor] = {}
+    maxima = {}
 
     def note(name, module, inputs, output):
         states = output[0] if isinstance(output, tuple) else output
         maxima[name] = states.detach().abs().max().float()
 
-    layers = enumerate(bases.decoder_layers(model))
-    hooks = [layer.register_forward_hook(partial(note, f"layer {i}")) for i, layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for i, layer in enumerate(bases.decoder_layers(model)):
+            hooks.enter_context(layer.register_forward_hook(partial(note, f"layer {i}")))
         yield maxima
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def overflow_report(maxima: dict[str, torch.Tensor]) -> str:

@@ -8,7 +8,7 @@
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -20,32 +20,25 @@ from torch.nn.functional import scaled_dot_product_attention
 class Batch:
     """One packed micro-batch on its device: B sequences, T tokens; the longest sequence has L tokens."""
 
+    lengths: tuple[int, ...]  # on the host: reading cu_seqlens would wait for the GPU
     input_ids: Tensor  # (T,) int64
     position_ids: Tensor  # (T,) int64, from 0 in each sequence
     cu_seqlens: Tensor  # (B + 1,) int32, where each sequence starts, and the end of the last one
-    lengths: tuple[int, ...]  # the same on the host: reading cu_seqlens would wait for the GPU
     targets: Tensor | None = None  # (P,) int64, for a language model: positions of the tokens to predict
-    padding: tuple | None = None  # what gather() has computed
 
-    def gather(self) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def padding(self) -> tuple[Tensor, Tensor]:
         """Right-padding, where a sequence repeats its last token, and back: indices (B, L), and (T,) into (B * L)."""
-        if self.padding is None:
-            cu_seqlens = self.cu_seqlens.long()
-            longest = max(self.lengths)
-            columns = torch.arange(longest, device=cu_seqlens.device)
-            starts = cu_seqlens[:-1, None]
-            ends = cu_seqlens[1:, None]
-            index = torch.minimum(starts + columns, ends - 1)
-            sequence = sequence_of_tokens(cu_seqlens, sum(self.lengths))
-            self.padding = index, sequence * longest + self.position_ids
-        return self.padding
+        starts = self.cu_seqlens[:-1, None]
+        longest = max(self.lengths)
+        columns = torch.arange(longest, device=starts.device)
+        index = torch.minimum(starts + columns, self.cu_seqlens[1:, None] - 1)
+        return index, sequence_of_tokens(self.cu_seqlens, sum(self.lengths)) * longest + self.position_ids
 
 
 def sequence_of_tokens(cu_seqlens: Tensor, total: int) -> Tensor:
     """(T,) int64: the sequence of each token of a packed row. total: T, which the host knows without waiting."""
-    lengths = cu_seqlens.diff()
-    sequences = torch.arange(len(lengths), device=cu_seqlens.device)
-    return torch.repeat_interleave(sequences, lengths, output_size=total)
+    return torch.repeat_interleave(cu_seqlens.diff().long(), output_size=total)
 
 
 def pack(tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
@@ -55,7 +48,7 @@ def pack(tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
     bool over the ids of all rows, or None for everything).
     """
     lengths = tokens.lengths[rows]
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
     input_ids = np.concatenate([tokens.row(i) for i in rows]).astype(np.int64)
     position_ids = np.arange(len(input_ids)) - np.repeat(cu_seqlens[:-1], lengths)
     arrays = [input_ids, position_ids, cu_seqlens]
@@ -64,8 +57,7 @@ def pack(tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
     if predict:
         predicted = position_ids > 0
         if tokens.learned is not None:
-            spans = [slice(tokens.starts[i], tokens.stops[i]) for i in rows]
-            predicted &= np.concatenate([tokens.learned[span] for span in spans])
+            predicted &= np.concatenate([tokens.learned[tokens.starts[i] : tokens.stops[i]] for i in rows])
         arrays.append(np.flatnonzero(predicted))
 
     # From pinned memory the copy runs while the GPU still computes.
@@ -73,7 +65,7 @@ def pack(tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
     if torch.device(device).type == "cuda":
         tensors = [tensor.pin_memory() for tensor in tensors]
     tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
-    return Batch(*tensors[:3], tuple(lengths.tolist()), *tensors[3:])
+    return Batch(tuple(lengths.tolist()), *tensors)
 
 
 def packed_attention(
@@ -94,12 +86,11 @@ def packed_attention(
     packed: its Batch. Causal unless is_causal, or else the module, says otherwise. A window lets token i see i - window
     + 1 .. i (and as far ahead if not causal). Raises AssertionError without a batch, ValueError for other options.
     """
-    model = type(module).__name__
     if packed is None:
-        raise AssertionError(f"{model} got no batch: its model does not pass keyword arguments on")
+        raise AssertionError(f"{type(module).__name__} got no batch: its model does not pass keyword arguments on")
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
-            raise ValueError(f"{model} asks for {name}, which packed attention does not compute")
+            raise ValueError(f"{type(module).__name__} asks for {name}, which packed attention does not compute")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
 
     # Rotary angles in fp32 on a residual stream in fp32 leave query and key in fp32.
@@ -130,7 +121,7 @@ def packed_attention(
 
 def padded_attention(attend, query, key, value, packed):
     """One causal call over right-padded sequences: no token sees what follows it, so padding needs no mask."""
-    index, back = packed.gather()
+    index, back = packed.padding
     padded = [t[0][:, index].transpose(0, 1) for t in (query, key, value)]  # (B, H, L, d) each
     out = attend(*padded, is_causal=True)
     return out.transpose(0, 1).flatten(1, 2)[None, :, back]  # (1, H, T, d)
@@ -140,8 +131,7 @@ def attention_by_sequence(attend, query, key, value, lengths, window, causal):
     """One call a sequence, with a mask (n, n) only where the sequence is longer than the window."""
     outs = []
     splits = [t.split(lengths, dim=2) for t in (query, key, value)]
-    for q, k, v in zip(*splits, strict=True):  # (1, H, n, d)
-        length = q.shape[2]
+    for q, k, v, length in zip(*splits, lengths, strict=True):  # (1, H, n, d)
         if window and window < length:
             positions = torch.arange(length, device=q.device)
             distance = positions[:, None] - positions

@@ -268,11 +268,11 @@ def test_gradient_sum_is_the_plain_sum_and_keeps_its_views():
             loss = layers(x).square().sum()
             losses.append(loss.item())
             loss.backward()
-            gradients.add(loss, x is not batches[0])
+            gradients.add(loss, x is not batches[0], False)
         riders = gradients.reduce()
         for p, total in zip(params, plain, strict=True):
             assert torch.equal(p.grad, total.float())
-        assert riders.tolist() == [sum(losses), 2]
+        assert riders.tolist() == [sum(losses), 2, 0]
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         assert [p.grad.data_ptr() for p in params] == where
@@ -287,9 +287,9 @@ def test_gradient_sum_wants_fp32_masters_and_knows_its_limit(monkeypatch):
     monkeypatch.setattr(ddp, "FP64_LIMIT", 8)
     large = ddp.GradientSum([weight], alone())
     weight.sum().backward()
-    large.add(torch.tensor(2.0), False)
+    large.add(torch.tensor(2.0), False, True)
     assert not large.exact and large.total.dtype == torch.float32
-    assert large.reduce().tolist() == [2.0, 0.0] and torch.equal(weight.grad, torch.ones(3, 3))
+    assert large.reduce().tolist() == [2.0, 0.0, 1.0] and torch.equal(weight.grad, torch.ones(3, 3))
 
 
 def test_gather_rows_wants_every_row_once():
@@ -310,7 +310,7 @@ def test_ranks_exchange(tmp_path):
         mine = np.arange(world.rank, 7, 3)
         full = ddp.gather_rows(world, mine, np.stack([mine, -mine], 1).astype(np.float32), 7)
         assert full.tolist() == [[i, -i] for i in range(7)], full
-        assert ddp.sum_over_ranks(world, [world.rank + 0.25, 1]) == [3.75, 3]
+        assert ddp.sum_over_ranks(world, world.rank + 0.25) == 3.75
         assert ddp.from_rank0(world, lambda: f"of {world.rank}") == "of 0"
         try:
             ddp.gather_rows(world, np.array([0, world.rank]), np.zeros((2, 1), np.float32), 3)

@@ -207,7 +207,7 @@ def heads(lengths, query_heads=4, key_heads=2, width=8):
     parts = [torch.randn(s, requires_grad=True) for s in (shape[0], shape[1], shape[1])]
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     positions = torch.cat([torch.arange(n) for n in lengths])
-    return parts, Batch(positions, positions, cu, tuple(lengths))
+    return parts, Batch(tuple(lengths), positions, positions, cu)
 
 
 def naive_attention(query, key, value, lengths, window, causal, scale):
@@ -411,7 +411,7 @@ def test_attention_pooling_is_a_head_that_is_drawn_trained_and_saved_but_never_a
         assert 0.01 < float(model.get_parameter(query).detach().std()) < 0.03
         saved = models.head_to_save(model)
         assert saved == ("score", "attention_pooling")
-        with pytest.raises(ValueError, match="the targets leave no module to adapt"):
+        with pytest.raises(ValueError, match="targets .* leave no module to adapt"):
             lora.inject(model, lora.Adapter(("query",), 4, 6.0, saved=saved))
         models.add_adapter(model, lora.Adapter(targets, 4, 6.0, saved=saved))
         assert not [n for n in lora.adapters(model) if "pooling" in n]
