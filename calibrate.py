@@ -50,8 +50,7 @@ def best_f1(scores: Array, targets: Array) -> float:
     order = np.argsort(-scores)
     last = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # row of each distinct score
     hits = np.cumsum(targets[order])[last]
-    sizes = last + 1 + targets.sum()
-    return (2 * hits / sizes).max()
+    return (2 * hits / (last + 1 + targets.sum())).max()
 
 
 def fit_thresholds(log_odds: Array, targets: Array, kind: str) -> Array:

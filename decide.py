@@ -43,8 +43,7 @@ class Decision:
         multi = self.task == "multi_label"
         lines = self.classes if multi else int(self.classes == 2)
         cuts = lines if multi or self.thresholds else 0
-        scores = map(dict.values, self.scores.values())
-        numbers = [self.temperature, *chain(self.thresholds, *self.platt, *scores)]
+        numbers = [self.temperature, *chain(self.thresholds, *self.platt, *map(dict.values, self.scores.values()))]
         finite = [type(number) in (int, float) and math.isfinite(number) for number in numbers]
         pairs = [len(line) == 2 and line[0] > 0 for line in self.platt]
         rules = [  # field, whether it is right, what is expected

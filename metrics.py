@@ -116,7 +116,8 @@ def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
 
 def ratio(numerator: Array, denominator: Array) -> Array:
     """The quotient, and 0 where the denominator is 0, as scikit-learn's zero_division=0."""
-    return np.divide(numerator, denominator, out=np.zeros(np.shape(numerator)), where=denominator > 0)
+    # [()]: of two numbers a number, not an array without axes
+    return np.divide(numerator, denominator, out=np.zeros(np.shape(numerator)), where=denominator > 0)[()]
 
 
 def of_counts(hits: Array, predicted: Array, support: Array) -> tuple[Array, Array, Array]:
