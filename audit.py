@@ -17,10 +17,10 @@ Pairs worth comparing share a band of their MinHash signatures (Leskovec, Rajara
 
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 
@@ -35,7 +35,7 @@ SHINGLE = 5  # characters
 BANDS, ROWS = 20, 5  # of signatures; a pair of similarity s shares a band with probability 1 - (1 - s^5)^20
 LEAST = 0.6  # agreement of their signatures below which no pair is compared: 5 standard deviations under NEAR
 WIDTH, WORK = 32, 200_000_000  # comparisons a row, and characters of all comparisons
-CHUNK = 1 << 16  # characters hashed at once
+CHUNK = 64  # texts hashed at once
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: Knuth's multiplicative hashing
 
 # ---- findings -------------------------------------------------------------------------------------------------------
@@ -68,63 +68,54 @@ def audit(texts: list[str], labels: list, splits: list[str], near: bool = True) 
     rows_of = defaultdict(list)
     for row, text in enumerate(texts):
         rows_of[normal_form(text)].append(row)
-    duplicates = [rows for rows in rows_of.values() if len(rows) > 1]
-    alike = []
-    if near and len(rows_of) > 1:
-        forms = sorted(rows_of)
-        for group in _near(forms):
-            alike.append(sorted(row for form in group for row in rows_of[forms[form]]))
-        alike.sort()
-    return Findings(
-        duplicates,
-        alike,
-        _conflicts(duplicates, labels),
-        _conflicts(alike, labels),
-        _leaks(duplicates, splits),
-        _leaks(alike, splits),
+    forms = sorted(rows_of)
+    groups = _near(forms) if near and len(forms) > 1 else []
+    kinds = (
+        [rows for rows in rows_of.values() if len(rows) > 1],
+        sorted(sorted(row for form in group for row in rows_of[forms[form]]) for group in groups),
     )
+    conflicts = [_conflicts(groups, labels) for groups in kinds]
+    leaks = [_leaks(groups, splits) for groups in kinds]
+    return Findings(*kinds, *conflicts, *leaks)
 
 
-def _conflicts(groups: Groups, labels: list) -> Groups:
+def _conflicts(groups, labels):
+    """The groups of rows that have two or more labels."""
     conflicts = []
     for group in groups:
-        different = {_key(labels[row]) for row in group}
-        if len(different - {None}) > 1:
+        different = {frozenset(_several(labels[row])) for row in group if labels[row] is not None}
+        if len(different) > 1:
             conflicts.append(group)
     return conflicts
 
 
-def _leaks(groups: Groups, splits: list[str]) -> dict[str, Groups]:
-    leaks = {f"{a}-{b}": [] for a, b in combinations(SPLITS, 2)}
-    for group in groups:
-        present = {splits[row] for row in group}
-        for sides in leaks:
-            if present.issuperset(sides.split("-")):
-                leaks[sides].append(group)
+def _leaks(groups, splits):
+    """The groups of rows that are in both of two splits, by their names."""
+    leaks = {}
+    for pair in combinations(SPLITS, 2):
+        leaks["-".join(pair)] = [group for group in groups if {splits[row] for row in group}.issuperset(pair)]
     return leaks
 
 
-def _key(label) -> Hashable:
-    return frozenset(label) if isinstance(label, list) else label
+def _several(label):
+    return label if isinstance(label, list) else [label]
 
 
 # ---- nearly equal texts ---------------------------------------------------------------------------------------------
 
 
-def _near(texts: Sequence[str]) -> Groups:
+def _near(texts):
     """The groups of nearly equal texts among two or more different ones."""
     signatures = _signatures(texts)
     sketch = signatures.T.astype(np.uint8, order="C")  # b-bit minwise hashing (Li, König 2010)
     width = max(WIDTH, WORK // sum(map(len, texts)))
-    rows = len(texts)
-    group_of, vain = np.arange(rows), np.zeros(rows)
-    members = {row: [row] for row in range(rows)}
+    group_of, vain = np.arange(len(texts)), np.zeros(len(texts))
+    members = {row: [row] for row in range(len(texts))}
 
     @cache
-    def shingles(row: int) -> Array:
-        hashes, _ = _shingles([texts[row]])
-        hashes.sort()
-        return hashes[np.append(True, hashes[1:] != hashes[:-1])]  # np.unique is ten times as slow
+    def shingles(row):
+        hashes = np.sort(_shingles([texts[row]])[0])
+        return hashes[np.append(True, np.diff(hashes) > 0)]  # np.unique is ten times as slow
 
     for a, b in _candidates(signatures, width):
         apart = group_of[a] != group_of[b]
@@ -134,21 +125,19 @@ def _near(texts: Sequence[str]) -> Groups:
         wasted = np.minimum(vain[a], vain[b]) / width
         least = (LEAST + (1 - LEAST) * wasted**2) * BANDS * ROWS
         agree = np.count_nonzero(sketch[a] == sketch[b], axis=1) >= least
-        for i, j in zip(a[agree].tolist(), b[agree].tolist(), strict=True):
+        for i, j in zip(a[agree], b[agree], strict=True):
             if group_of[i] == group_of[j]:
                 continue
             if _jaccard(shingles(i), shingles(j)) < NEAR:
                 vain[[i, j]] += 1
                 continue
-            small, large = group_of[[i, j]].tolist()
-            if len(members[small]) > len(members[large]):
-                small, large = large, small
+            small, large = sorted(group_of[[i, j]], key=lambda group: len(members[group]))
             group_of[members[small]] = large
             members[large] += members.pop(small)
     return [group for group in members.values() if len(group) > 1]
 
 
-def _shingles(texts: Sequence[str]) -> tuple[Array, Array]:
+def _shingles(texts):
     """The hashes (T,) uint64 of the shingles of N texts, one after the other, and where each text's start (N,).
 
     Polynomials of code points mod 2^64, mixed: that two of T shingles share one has a chance of about T^2 / 2^65.
@@ -164,27 +153,23 @@ def _shingles(texts: Sequence[str]) -> tuple[Array, Array]:
     return np.delete(hashes, across.ravel()), ends[:-1] - (SHINGLE - 1) * np.arange(len(texts))
 
 
-def _signatures(texts: Sequence[str]) -> Array:
-    """MinHash signatures (BANDS * ROWS, N) uint32: the least x * factor mod 2^32 of a text's shingles x."""
-    generator = np.random.default_rng(0)
-    factors = 2 * generator.integers(2**31, size=BANDS * ROWS, dtype=np.uint32) + 1
-    signatures = np.empty((len(factors), len(texts)), np.uint32)
-    chunk = np.cumsum([len(text) for text in texts]) // CHUNK
-    starts = np.flatnonzero(np.diff(chunk, prepend=-1))
-    for start, stop in pairwise([*starts, len(texts)]):
-        hashes, segments = _shingles(texts[start:stop])
+def _signatures(texts):
+    """MinHash signatures (BANDS * ROWS, N) uint32 of N texts: the least x * factor mod 2^32 of a text's shingles x."""
+    factors = 2 * np.random.default_rng(0).integers(2**31, size=BANDS * ROWS, dtype=np.uint32) + 1
+    blocks = []
+    for start in range(0, len(texts), CHUNK):
+        hashes, segments = _shingles(texts[start : start + CHUNK])
         x = (hashes >> np.uint64(32)).astype(np.uint32)
-        for k, factor in enumerate(factors):
-            signatures[k, start:stop] = np.minimum.reduceat(x * factor, segments)
-    return signatures
+        blocks.append([np.minimum.reduceat(x * factor, segments) for factor in factors])
+    return np.hstack(blocks)
 
 
-def _candidates(signatures: Array, width: int) -> Iterator[tuple[Array, Array]]:
+def _candidates(signatures, width):
     """Pairs (P,) and (P,) of rows that share a band of their signatures (BANDS * ROWS, N).
 
     Of each band the rows that are next to each other when sorted by it, then those two apart, up to `width` apart.
     """
-    keys = np.zeros((BANDS, signatures.shape[1]), np.uint64)
+    keys = np.uint64(0)  # becomes (BANDS, N)
     for k in range(ROWS):
         keys = keys * FACTOR + signatures[k::ROWS]
     orders = np.argsort(keys, axis=1, kind="stable")
@@ -196,8 +181,8 @@ def _candidates(signatures: Array, width: int) -> Iterator[tuple[Array, Array]]:
                 yield rows[pairs], rows[pairs + step]
 
 
-def _jaccard(a: Array, b: Array) -> float:
-    """The similarity of two sets, each sorted."""
+def _jaccard(a, b):
+    """The similarity of two sets of hashes, each sorted."""
     nearest = b.take(np.searchsorted(b, a), mode="clip")
     common = np.count_nonzero(nearest == a)
     return common / (len(a) + len(b) - common)
@@ -214,87 +199,76 @@ def label_counts(labels: list, splits: list[str], names: Sequence) -> str:
     """
     counts, total = {name: Counter() for name in names}, Counter(splits)
     for label, split in zip(labels, splits, strict=True):
-        several = label if isinstance(label, list) else [label]
-        for name in several or ["(no label)"]:
+        for name in _several("(unlabelled)" if label is None else label) or ["(no label)"]:
             counts.setdefault(name, Counter())[split] += 1
-    if None in counts:
-        counts["(unlabelled)"] = counts.pop(None)
 
     columns = [split for split in SPLITS if total[split]]
     rows = [["", *columns]]
-    order = sorted(counts, key=lambda name: -counts[name].total())
-    for name in order:
-        cells = [f"{counts[name][split]:,} {counts[name][split] / total[split]:6.1%}" for split in columns]
+    sizes = []
+    for name, count in sorted(counts.items(), key=lambda item: -item[1].total()):
+        cells = [f"{count[split]:,} {count[split] / total[split]:6.1%}" for split in columns]
         rows.append([_shown(name), *cells])
+        sizes.append(f"{_shown(name)} ({count.total():,})")
     lines = aligned(rows)
-    if len(order) > 40:
-        lines[21:-20] = [f"({len(order) - 40} more)"]
-    rarest = ", ".join(f"{_shown(name)} ({counts[name].total():,})" for name in order[:-4:-1])
-    return "\n".join([*lines, f"rarest: {rarest}"])
+    if len(sizes) > 40:
+        lines[21:-20] = [f"({len(sizes) - 40} more)"]
+    return "\n".join([*lines, f"rarest: {', '.join(sizes[:-4:-1])}"])
 
 
 def length_table(lengths: Array, splits: list[str], max_length: int) -> str:
     """A table of each split's lengths (N,), in tokens before they were cut to max_length: quantiles that are lengths of
     rows, rows over max_length, and the share of tokens that the cut loses.
     """
-    rows = [["tokens", "rows", "min", "median", "90%", "99%", "max", f"over {max_length}", "lost"]]
+    rows = [[*"tokens rows min median 90% 99% max".split(), f"over {max_length}", "lost"]]
     for split in SPLITS:
         own = lengths[np.asarray(splits) == split]
-        if len(own) == 0:
-            continue
-        quantiles = np.quantile(own, (0, 0.5, 0.9, 0.99, 1), method="inverted_cdf")
-        cut = np.maximum(own - max_length, 0)
-        counts = [len(own), *quantiles.astype(int), np.count_nonzero(cut)]
-        lost = cut.sum() / max(1, own.sum())
-        rows.append([split, *(f"{count:,}" for count in counts), f"{lost:.2%}"])
+        if len(own):
+            quantiles = np.quantile(own, (0, 0.5, 0.9, 0.99, 1), method="inverted_cdf")
+            cut = np.maximum(own - max_length, 0)
+            counts = [len(own), *quantiles.astype(int), np.count_nonzero(cut)]
+            rows.append([split, *map("{:,}".format, counts), f"{cut.sum() / max(1, own.sum()):.2%}"])
     return "\n".join(aligned(rows))
 
 
 def warnings_of(findings: Findings, labels: list, splits: list[str], rows_of: list[str]) -> list[str]:
     """A line for each kind of finding: how many rows, examples by the rows' names and labels, and what to do."""
-    check = "Check some of them: "
     kinds = [
         (findings.duplicates, "have the same text", "Each copy counts as a row of its own"),
-        (findings.near, "have nearly the same text", check + "are they meant to be separate rows?"),
+        (findings.near, "have nearly the same text", "Check some of them: are they meant to be separate rows?"),
         (findings.conflicts, "have the same text but different labels", "--drop_conflicts removes those of train"),
         (
             findings.near_conflicts,
             "have nearly the same text but different labels",
-            check + "should so small a difference change the label?",
+            "Check some of them: should so small a difference change the label?",
         ),
     ]
     for same, leaks in (("the same", findings.leaks), ("nearly the same", findings.near_leaks)):
         for sides, groups in leaks.items():
-            first, second = sides.split("-")
-            advice = f"They inflate the scores of {second}: remove them from one side"
+            advice = f"They inflate the scores of {sides.split('-')[1]}: remove them from one side"
             if sides == "train-validation":
                 advice += ", or hold out whole groups: --group_column with a column that such rows share"
-            kinds.append((groups, f"of {first} and {second} have {same} text", advice))
+            kinds.append((groups, f"of {sides.replace('-', ' and ')} have {same} text", advice))
+
+    def examples_of(group):
+        """Up to three rows, by name and label; those that differ in split or label come first."""
+        different = {(splits[row], frozenset(_several(labels[row]))): row for row in reversed(group)}
+        rows = dict.fromkeys([*sorted(different.values()), *group])
+        shown = []
+        for row in list(rows)[:3]:
+            shown.append(rows_of[row] if labels[row] is None else f"{rows_of[row]} ({_shown(labels[row])})")
+        return ", ".join(shown)
 
     lines = []
     for groups, finding, advice in kinds:
-        if not groups:
-            continue
-        examples = [_examples(group, labels, splits, rows_of) for group in groups[:3]]
+        examples = [examples_of(group) for group in groups[:3]]
         if len(groups) > 3:
             examples.append(f"and {len(groups) - 3:,} more")
-        plural = "s" if len(groups) > 1 else ""
-        count = f"{sum(map(len, groups)):,} rows in {len(groups):,} group{plural}"
-        lines.append(f"{count} {finding}: {'; '.join(examples)}. {advice}")
+        noun = "group" if len(groups) == 1 else "groups"
+        count = f"{sum(map(len, groups)):,} rows in {len(groups):,} {noun}"
+        if groups:
+            lines.append(f"{count} {finding}: {'; '.join(examples)}. {advice}")
     return lines
 
 
-def _examples(group: list[int], labels: list, splits: list[str], rows_of: list[str]) -> str:
-    """Up to three rows of a group, by name and label; those that differ in split or label come first."""
-    different = {(splits[row], _key(labels[row])): row for row in reversed(group)}
-    rows = dict.fromkeys([*sorted(different.values()), *group])
-    shown = []
-    for row in list(rows)[:3]:
-        label = "" if labels[row] is None else f" ({_shown(labels[row])})"
-        shown.append(rows_of[row] + label)
-    return ", ".join(shown)
-
-
-def _shown(label) -> str:
-    text = ", ".join(map(str, label)) if isinstance(label, list) else str(label)
-    return clip(text)
+def _shown(label):
+    return clip(", ".join(map(str, _several(label))))

@@ -35,21 +35,20 @@ def intervals(
 
 
 def resamples(rows: int, samples: int, seed: int) -> Iterator[Array]:
-    """How often each row was drawn (1, N), for each resample."""
+    """How often each row was drawn (N,), for each resample."""
     generator = np.random.default_rng(seed)
     for _ in range(samples):
         draw = generator.integers(rows, size=rows)
-        counts = np.bincount(draw, minlength=rows)
-        yield counts[None].astype(np.float64)
+        yield np.bincount(draw, minlength=rows).astype(np.float64)
 
 
 def bootstrap(score: Callable, rows: int, samples: int, seed: int) -> dict[str, Array]:
-    """What score(weights (S, N)) gives on all resamples, (samples, ...) by name; equal seeds draw equal rows."""
+    """What score(weights (N,)) gives on all resamples, (samples, ...) by name; equal seeds draw equal rows."""
     draws = [score(weights) for weights in resamples(rows, samples, seed)]
     if not draws:
         return {}
     names = draws[0]
-    return {name: np.concatenate([draw[name] for draw in draws]) for name in names}
+    return {name: np.stack([draw[name] for draw in draws]) for name in names}
 
 
 def interval(draws: Array) -> Array:

@@ -8,10 +8,9 @@ import metrics
 from metrics import Array
 
 TASKS = ("single_label", "multi_label")
-KINDS = ("none", "global", "per_class", "given")  # of thresholds; given: the user's, by `Decision.with_threshold`
+KINDS = "none global per_class given".split()  # of thresholds; given: the user's, by `Decision.with_threshold`
 NEVER = 1e9  # the threshold that predicts nothing: a logit no model gives, and finite as JSON demands
 LEAST = 5  # positives below which a label's own optimum is noise, and what all labels together give is taken
-TEMPERATURES = (0.05, 20.0)
 
 # ---- scores of a decision -------------------------------------------------------------------------------------------
 
@@ -26,18 +25,20 @@ def probabilities(task: str, logits: Array) -> Array:
 def scores(task: str, logits: Array, predicted: Array, labels: Array) -> dict[str, float]:
     """What a decision can change: metrics of predictions and calibrated logits (N, C). f1: of class 1 of two."""
     p = probabilities(task, logits)
-    once = np.ones((1, len(labels)))
-    score = metrics.scorer(task, logits, labels, predicted, ranking=False)(once)
+    score = metrics.scorer(task, logits, labels, predicted, ranking=False)(np.ones(len(labels)))
     if task == "multi_label":
-        plain = {name: score[name][0] for name in ("micro_f1", "macro_f1")}
+        plain = {name: score[name] for name in ("micro_f1", "macro_f1")}
         calibration = metrics.ece(p.ravel(), labels.ravel())
     else:
-        plain = {"accuracy": score["accuracy"][0]}
+        plain = {"accuracy": score["accuracy"]}
         calibration = metrics.ece(p.max(axis=1), p.argmax(axis=1) == labels)
         if p.shape[1] == 2:
-            plain["f1"] = score["f1"][0, 1]
-    plain["log_loss"] = score["log_loss"][0]
-    plain |= {"brier": metrics.brier(p, labels), "ece": calibration}
+            plain["f1"] = score["f1"][1]
+    plain |= {
+        "log_loss": score["log_loss"],
+        "brier": metrics.brier(p, labels),
+        "ece": calibration,
+    }
     return {name: float(value) for name, value in plain.items()}
 
 
@@ -47,11 +48,9 @@ def scores(task: str, logits: Array, predicted: Array, labels: Array) -> dict[st
 def best_f1(scores: Array, targets: Array) -> float:
     """The best F1 over all cuts of scores (N,) against targets (N,) of 0 and 1; equal scores go together."""
     order = np.argsort(-scores)
-    steps = np.flatnonzero(np.diff(scores[order]))
-    last = np.append(steps, len(scores) - 1)  # row of each distinct score
+    last = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # row of each distinct score
     hits = np.cumsum(targets[order])[last]
-    sizes = last + 1 + targets.sum()
-    return float((2 * hits / sizes).max())
+    return (2 * hits / (last + 1 + targets.sum())).max()
 
 
 def fit_thresholds(log_odds: Array, targets: Array, kind: str) -> Array:
@@ -62,9 +61,7 @@ def fit_thresholds(log_odds: Array, targets: Array, kind: str) -> Array:
     global: the micro-F1 of all cells with one cut; per_class: each label's own F1, for labels with fewer than LEAST
     positives the global one. NEVER where nothing is positive.
     """
-    classes = targets.shape[1]
-    shared = best_f1(log_odds.ravel(), targets.ravel())
-    best = np.full(classes, shared)
+    best = np.full(targets.shape[1], best_f1(log_odds.ravel(), targets.ravel()))
     if kind == "per_class":
         for c in np.flatnonzero(targets.sum(axis=0) >= LEAST):
             best[c] = best_f1(log_odds[:, c], targets[:, c])
@@ -83,8 +80,7 @@ def fit_temperature(logits: Array, labels: Array) -> float:
     z = logits - logits.max(axis=1, keepdims=True)
     true = z[np.arange(len(z)), labels]
     inverse = 1.0
-    low = 1 / TEMPERATURES[1]
-    high = 1 / TEMPERATURES[0]
+    low, high = 0.05, 20.0  # of 1 / T, as of T
     for _ in range(100):
         p = metrics.softmax(z * inverse)
         mean = (p * z).sum(axis=1)
@@ -112,21 +108,19 @@ def fit_platt(scores: Array, targets: Array) -> tuple[float, float]:
     Platt 1999 with his smoothed targets, by Newton with backtracking (Lin, Lin, Weng 2007); Platt's A and B are -a
     and -b. Constant scores give a = 0; absent positives or negatives a finite b, by the smoothing.
     """
-    rows, positives = len(scores), int(targets.sum())
+    rows, positives = len(scores), targets.sum()
     negatives = rows - positives
     smoothed = np.where(targets, (positives + 1) / (positives + 2), 1 / (negatives + 2))
 
     # Standardized scores, so that both numbers of the line are of one size.
     centre, scale = scores[0], 1.0
     if np.ptp(scores) > 0:
-        centre = scores.mean()
-        scale = scores.std()
-    standardized = (scores - centre) / scale
-    x = np.stack([standardized, np.ones(rows)])  # (2, N)
+        centre, scale = scores.mean(), scores.std()
+    x = np.stack([(scores - centre) / scale, np.ones(rows)])  # (2, N)
 
     def loss(line):
         z = line @ x
-        return float((np.logaddexp(0, z) - smoothed * z).mean())
+        return (np.logaddexp(0, z) - smoothed * z).mean()
 
     line = np.array([0.0, math.log((positives + 1) / (negatives + 1))])
     for _ in range(100):
@@ -137,10 +131,8 @@ def fit_platt(scores: Array, targets: Array) -> tuple[float, float]:
         hessian = (x * p * (1 - p)) @ x.T / rows
         step = -np.linalg.solve(hessian + 1e-12 * np.eye(2), gradient)
         value = loss(line)
-        while np.abs(step).max() > 1e-12:
-            if loss(line + step) <= value + 1e-4 * (gradient @ step):
-                break
+        while np.abs(step).max() > 1e-12 and loss(line + step) > value + 1e-4 * (gradient @ step):
             step = step / 2
         line = line + step
     slope, shift = line
-    return float(slope / scale), float(shift - slope * centre / scale)
+    return slope / scale, shift - slope * centre / scale

@@ -9,7 +9,8 @@ Labels are class ids (N,) for single_label and 0 and 1 (N, C) for multi_label. B
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -42,12 +43,9 @@ class Decision:
         multi = self.task == "multi_label"
         lines = self.classes if multi else int(self.classes == 2)
         cuts = lines if multi or self.thresholds else 0
-        numbers = [self.temperature, *self.thresholds]
-        for line in self.platt:
-            numbers += line
-        for scores in self.scores.values():
-            numbers += scores.values()
+        numbers = [self.temperature, *chain(self.thresholds, *self.platt, *map(dict.values, self.scores.values()))]
         finite = [type(number) in (int, float) and math.isfinite(number) for number in numbers]
+        pairs = [len(line) == 2 and line[0] > 0 for line in self.platt]
         rules = [  # field, whether it is right, what is expected
             ("task", self.task in calibrate.TASKS, f"one of {', '.join(calibrate.TASKS)}"),
             ("kind", self.kind in calibrate.KINDS, f"one of {', '.join(calibrate.KINDS)}"),
@@ -55,10 +53,9 @@ class Decision:
             ("rows", type(self.rows) is int and self.rows > 0, "a count"),
             ("fitted_on", type(self.fitted_on) is str, "text"),
             ("thresholds", len(self.thresholds) == cuts, f"{cuts} numbers"),
-            ("platt", [len(line) for line in self.platt] == [2] * lines, f"{lines} pairs [a, b]"),
+            ("platt", pairs == [True] * lines, f"{lines} pairs [a, b] with a > 0"),
             ("scores", set(self.scores) == {"before", "after"}, "before and after"),
             ("values", all(finite), "finite numbers"),
-            ("platt", all(line[0] > 0 for line in self.platt if line), "a > 0 in each [a, b]"),
             ("temperature", self.temperature > 0, "a number above 0"),
         ]
         for name, right, expected in rules:
@@ -67,23 +64,17 @@ class Decision:
 
     def to_json(self) -> str:
         """One field a line."""
-        lines = []
-        for key, value in asdict(self).items():
-            lines.append(f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}")
+        lines = [f'  "{name}": {json.dumps(value, allow_nan=False)}' for name, value in asdict(self).items()]
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Decision":
         """The decision of `to_json`; ValueError on anything else."""
         values = json.loads(text)
-        names = {field.name for field in fields(cls)}
         try:
-            odd = names.symmetric_difference(values)
-            if odd:
-                raise ValueError(f"decision: missing or unknown {sorted(odd)}, expected the keys {sorted(names)}")
             return cls(**values)
-        except (TypeError, AttributeError) as error:  # a list where a number belongs, and the like
-            raise ValueError(f"decision: a value of the wrong type: {error}") from None
+        except (TypeError, AttributeError) as error:  # a key too many, a list where a number belongs, and the like
+            raise ValueError(f"decision: {error}; expected values for {[*cls.__dataclass_fields__]}") from None
 
     def with_threshold(self, probability: float) -> "Decision":
         """The same with one threshold on the calibrated probability, that of class 1 where there are two classes."""
@@ -92,8 +83,7 @@ class Decision:
         if not 0 < probability < 1:
             raise ValueError(f"threshold: got {probability}, expected a probability in (0, 1)")
         log_odds = math.log(probability / (1 - probability))
-        thresholds = [(log_odds - b) / a for a, b in self.platt]
-        return replace(self, kind="given", thresholds=thresholds)
+        return replace(self, kind="given", thresholds=[(log_odds - b) / a for a, b in self.platt])
 
 
 def plain(task: str, classes: int) -> Decision:
@@ -101,9 +91,8 @@ def plain(task: str, classes: int) -> Decision:
     lines, thresholds = int(classes == 2), []
     if task == "multi_label":
         lines, thresholds = classes, [0.0] * classes
-    platt = [[1.0, 0.0]] * lines
-    empty = {"before": {}, "after": {}}
-    return Decision(task, classes, "none", thresholds, 1.0, platt, "nothing", 1, empty)
+    scores = {"before": {}, "after": {}}
+    return Decision(task, classes, "none", thresholds, 1.0, [[1.0, 0.0]] * lines, "nothing", 1, scores)
 
 
 def apply(decision: Decision, logits: Array) -> tuple[Array, Array]:
@@ -114,10 +103,10 @@ def apply(decision: Decision, logits: Array) -> tuple[Array, Array]:
     return predicted, calibrate.probabilities(decision.task, z)
 
 
-def _decide(decision: Decision, logits: Array) -> tuple[Array, Array]:
-    """Predictions and calibrated logits (N, C)."""
-    z = np.asarray(logits, dtype=np.float64)
-    if z.ndim != 2 or z.shape[1] != decision.classes:
+def _decide(decision, logits):
+    """Predictions and calibrated logits (N, C) of logits (N, C)."""
+    z = np.asarray(logits, float)
+    if z.shape[1:] != (decision.classes,):
         raise ValueError(f"logits: got shape {z.shape}, expected (N, {decision.classes}) as the decision was fitted on")
     predicted = z.argmax(axis=1)
     if not decision.platt:
@@ -126,13 +115,13 @@ def _decide(decision: Decision, logits: Array) -> tuple[Array, Array]:
     slopes, shifts = np.array(decision.platt).T
     line = margin * slopes + shifts
     if decision.thresholds:
-        predicted = (margin > decision.thresholds).astype(np.int64)
+        predicted = (margin > decision.thresholds).astype(int)
     if decision.task == "multi_label":
         return predicted, line
     return predicted.reshape(len(z)), np.hstack([0 * line, line])
 
 
-def _margin(task: str, z: Array) -> Array:
+def _margin(task, z):
     """What thresholds and Platt's lines act on: the logits (N, C), or z1 - z0 (N, 1) of two single-label classes."""
     return z if task == "multi_label" else z[:, 1:] - z[:, :1]
 
@@ -149,8 +138,7 @@ def fit_decision(
     """
     z, y = metrics.checked(task, logits, labels)
     decision = _fitted(task, z, y, kind)
-    predicted, calibrated = _decide(decision, z)
-    scores = _before_and_after(task, z, y, predicted, calibrated)
+    scores = _before_and_after(task, z, y, *_decide(decision, z))
     return replace(decision, fitted_on=fitted_on, rows=len(z), scores=scores)
 
 
@@ -176,23 +164,21 @@ def cross_fitted(
     return scores, predicted, calibrate.probabilities(task, calibrated)
 
 
-def _before_and_after(task: str, z: Array, y: Array, predicted: Array, calibrated: Array) -> dict:
-    before = calibrate.scores(task, z, None, y)
+def _before_and_after(task, z, y, predicted, calibrated):
     after = calibrate.scores(task, calibrated, predicted, y)
-    return {"before": before, "after": after}
+    return {"before": calibrate.scores(task, z, None, y), "after": after}
 
 
-def _fitted(task: str, z: Array, y: Array, kind: str) -> Decision:
+def _fitted(task, z, y, kind):
     """The decision of `fit_decision` without what it says about the rows."""
     argmax = plain(task, z.shape[1])
     if not argmax.platt:
         return replace(argmax, temperature=calibrate.fit_temperature(z, y))
 
-    multi = task == "multi_label"
     cells, targets = _margin(task, z), y.reshape(len(y), -1)
-    lines = _lines(cells, targets, calibrate.LEAST if multi else 0)
+    lines = _lines(cells, targets)
     decision = replace(argmax, platt=lines.tolist())
-    if kind == "none" or (kind == "per_class" and not multi):
+    if kind == "none" or (kind == "per_class" and task == "single_label"):
         return decision
 
     # Thresholds are fitted on calibrated log-odds, and kept on the logits.
@@ -202,16 +188,14 @@ def _fitted(task: str, z: Array, y: Array, kind: str) -> Decision:
     return replace(decision, kind=kind, thresholds=thresholds.tolist())
 
 
-def _lines(cells: Array, targets: Array, least: int) -> Array:
+def _lines(cells, targets):
     """Platt's a > 0 and b (K, 2) of columns (N, K); those with few positives, or a slope below 0, take that of all."""
-    columns = zip(cells.T, targets.T, strict=True)
-    lines = np.array([calibrate.fit_platt(*column) for column in columns])
-    weak = (lines[:, 0] <= 0) | (targets.sum(axis=0) < least)
+    lines = np.array(list(map(calibrate.fit_platt, cells.T, targets.T)))
+    weak = (lines[:, 0] <= 0) | (targets.sum(axis=0) < calibrate.LEAST)
     if weak.any():
         slope, shift = calibrate.fit_platt(cells.ravel(), targets.ravel())
         if slope <= 0:  # the scores know nothing: nearly the share of positives for every cell
             positives = targets.sum()
-            negatives = targets.size - positives
-            slope, shift = 1e-6, math.log((positives + 1) / (negatives + 1))
+            slope, shift = 1e-6, math.log((positives + 1) / (targets.size - positives + 1))
         lines[weak] = slope, shift
     return lines

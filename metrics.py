@@ -2,7 +2,7 @@
 
     scores = of_task("single_label", logits, labels)  # {"accuracy": 0.87, "micro_f1": 0.87, "macro_f1": ...}
     score = scorer("single_label", logits, labels)    # the same scores as a function of how much each row counts
-    draws = score(counts)                             # of bootstrap resamples (S, N): {"accuracy": (S,), ...}
+    draw = score(counts)                              # of a bootstrap resample (N,): {"accuracy": 0.86, ...}
 
 A score is computed in one place, over weighted rows: weights of one give the plain score, counts of rows a resample.
 Call these on the gathered rows of the whole evaluation set: F1 and AUC of batches do not average to that of the set.
@@ -16,7 +16,7 @@ import numpy as np
 Array = np.ndarray
 
 RANKING = ("roc_auc", "average_precision")  # metrics that sort all rows
-LOWER = ("log_loss", "hamming_loss", "mse", "rmse", "mae")  # metrics of which less is better
+LOWER = "log_loss hamming_loss mse rmse mae".split()  # metrics of which less is better
 
 # ---- inputs and probabilities ---------------------------------------------------------------------------------------
 
@@ -29,49 +29,44 @@ def checked(task: str, logits: Array, labels: Array) -> tuple[Array, Array]:
     z, y = np.asarray(logits), np.asarray(labels)
     if z.ndim != 2 or z.size == 0 or z.dtype == np.float16:
         raise ValueError(f"logits: got {z.dtype} {z.shape}, expected float32 or float64 (N, C), not empty")
-    shape = z.shape if task == "multi_label" else z.shape[:1]
+    top, shape = z.shape[1] - 1, z.shape[:1]
+    if task == "multi_label":
+        top, shape = 1, z.shape
     if y.shape != shape:
         raise ValueError(f"labels: got shape {y.shape}, expected {shape} for {task}")
-    _need("logits", z, np.isfinite(z), "finite numbers")
-    z = z.astype(np.float64)
 
-    if task == "regression":
-        _need("labels", y, np.isfinite(y), "finite numbers")
-        return z, y.astype(np.float64)
-    top = 1 if task == "multi_label" else z.shape[1] - 1
-    in_range = (y >= 0) & (y <= top)
-    _need("labels", y, in_range & (y == np.floor(y)), f"integers from 0 to {top}")
-    return z, y.astype(np.int64)
-
-
-def _need(name: str, values: Array, good: Array, expected: str) -> None:
-    bad = np.argwhere(~good)
-    if len(bad):
-        first = tuple(bad[0])
-        raise ValueError(f"{name}: got {values[first]} in row {first[0]}, {len(bad)} such values, expected {expected}")
+    rules = [
+        ("logits", z, np.isfinite(z), "finite numbers"),
+        ("labels", y, np.isfinite(y), "finite numbers"),
+    ]
+    if task != "regression":
+        rules[1] = "labels", y, np.isin(y, range(top + 1)), f"integers from 0 to {top}"
+    for name, values, right, expected in rules:
+        bad = np.argwhere(~right)
+        if len(bad):
+            got = f"{values[tuple(bad[0])]} in row {bad[0, 0]}, {len(bad)} such values"
+            raise ValueError(f"{name}: got {got}, expected {expected}")
+    return z.astype(float), y.astype(float if task == "regression" else int)
 
 
 def one_hot(values: Array, classes: int) -> Array:
     """(N, C) float64 of 0 and 1, from class ids (N,) or from the same."""
     if values.ndim == 2:
-        return values.astype(np.float64)
+        return values.astype(float)
     return np.eye(classes)[values]
 
 
 def softmax(logits: Array) -> Array:
     """(..., C) logits -> probabilities in float64."""
-    z = logits.astype(np.float64)
-    top = z.max(axis=-1, keepdims=True)
-    powers = np.exp(z - top)
+    z = logits.astype(float)
+    powers = np.exp(z - z.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def log_softmax(logits: Array) -> Array:
     """(..., C) logits -> log-probabilities."""
-    top = logits.max(axis=-1, keepdims=True)
-    shifted = logits - top
-    total = np.exp(shifted).sum(axis=-1, keepdims=True)
-    return shifted - np.log(total)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def log_sigmoid(logits: Array) -> Array:
@@ -82,8 +77,7 @@ def log_odds(logits: Array, k: int) -> Array:
     """log p_k - log(1 - p_k) (N,): orders rows as p_k does, but never saturates at 1. z_1 - z_0 for two classes."""
     others = np.delete(logits, k, axis=1)
     top = others.max(axis=1)
-    total = np.exp(others - top[:, None]).sum(axis=1)
-    return logits[:, k] - top - np.log(total)
+    return logits[:, k] - top - np.log(np.exp(others - top[:, None]).sum(axis=1))
 
 
 # ---- metrics of probabilities ---------------------------------------------------------------------------------------
@@ -99,7 +93,7 @@ def ece(probabilities: Array, correct: Array, weights: Array | float = 1.0) -> f
     bins = np.ceil(probabilities * 15).astype(int) - 1
     gaps = weights * (correct - probabilities)
     gaps = np.bincount(bins.clip(0, 14), gaps, minlength=15)  # rows * (accuracy - mean probability)
-    return float(np.abs(gaps).sum() / weights.sum())
+    return np.abs(gaps).sum() / weights.sum()
 
 
 def brier(probabilities: Array, labels: Array) -> float:
@@ -109,7 +103,7 @@ def brier(probabilities: Array, labels: Array) -> float:
     squares = (probabilities - one_hot(labels, probabilities.shape[1])) ** 2
     if labels.ndim == 1:
         squares = squares.sum(axis=1)
-    return float(squares.mean())
+    return squares.mean()
 
 
 # ---- precision, recall, F1 ------------------------------------------------------------------------------------------
@@ -117,40 +111,24 @@ def brier(probabilities: Array, labels: Array) -> float:
 
 def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
     """Counts (C, C) of class ids (N,): rows are the true class, columns the predicted one."""
-    counts = one_hot(labels, classes).T @ one_hot(predictions, classes)
-    return counts.astype(np.int64)
+    return (one_hot(labels, classes).T @ one_hot(predictions, classes)).astype(int)
 
 
 def ratio(numerator: Array, denominator: Array) -> Array:
     """The quotient, and 0 where the denominator is 0, as scikit-learn's zero_division=0."""
-    zeros = np.zeros(np.shape(numerator))
-    return np.divide(numerator, denominator, out=zeros, where=denominator > 0)
+    # [()]: of two numbers a number, not an array without axes
+    return np.divide(numerator, denominator, out=np.zeros(np.shape(numerator)), where=denominator > 0)[()]
 
 
 def of_counts(hits: Array, predicted: Array, support: Array) -> tuple[Array, Array, Array]:
     """Precision, recall and F1 from the numbers of rows that are right, predicted and true, of each class."""
-    precision = ratio(hits, predicted)
-    recall = ratio(hits, support)
-    return precision, recall, ratio(2 * hits, predicted + support)
-
-
-def _f1_scores(hits: Array, predicted: Array, support: Array, every: bool) -> dict[str, Array]:
-    """F1 of each class, and its averages over every class or over those that occur in labels or predictions."""
-    f1 = of_counts(hits, predicted, support)[2]
-    sizes = predicted + support
-    occurs = (sizes > 0) | every
-    return {
-        "f1": f1,
-        "micro_f1": ratio(2 * hits.sum(), sizes.sum()),
-        "macro_f1": f1[occurs].mean(),
-        "weighted_f1": ratio((f1 * support)[occurs].sum(), support.sum()),
-    }
+    return ratio(hits, predicted), ratio(hits, support), ratio(2 * hits, predicted + support)
 
 
 # ---- ranking: AUC, average precision --------------------------------------------------------------------------------
 
 
-def _ranker(scores: Array, positive: Array) -> Callable:
+def _ranker(scores, positive):
     """weights (N,) -> (AUC, average precision) of scores (N,), higher is more positive, against 0 and 1 (N,).
 
     AUC is the share of pairs that rank the positive above the negative, ties counting half (Hanley and McNeil 1982);
@@ -158,38 +136,28 @@ def _ranker(scores: Array, positive: Array) -> Callable:
     """
     order = np.argsort(-scores)
     positive = positive[order]
-    steps = np.diff(scores[order]) != 0
-    starts = np.flatnonzero(np.append(True, steps))  # the first row of each distinct score
+    starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))  # the first row of each distinct score
 
-    def areas(weights):
+    def of_weights(weights):
         weights = weights[order]
         rows = np.add.reduceat(weights, starts)  # (distinct scores,)
         hits = np.add.reduceat(weights * positive, starts)
-        rows_above, hits_above = rows.cumsum(), hits.cumsum()
-        positives = hits_above[-1]
-        negatives = rows_above[-1] - positives
-        pairs = (rows - hits) * (hits_above - hits / 2)
-        precision = ratio(hits_above, rows_above)
+        misses = rows - hits
+        above = hits.cumsum()
+        precision = ratio(above, rows.cumsum())
         with np.errstate(invalid="ignore"):
-            auc = pairs.sum() / (positives * negatives)
-            return auc, (hits / positives * precision).sum()
+            auc = (misses * (above - hits / 2)).sum() / (hits.sum() * misses.sum())
+            return auc, (hits / hits.sum() * precision).sum()
 
-    return areas
+    return of_weights
 
 
-def roc_auc(scores: Array, labels: Array) -> float:
-    """Area under the ROC curve of scores (N,) against labels (N,) of 0 and 1; NaN where only one of them occurs.
+def areas(scores: Array, labels: Array) -> tuple[float, float]:
+    """(AUC, average precision) of scores (N,) against labels (N,) of 0 and 1; see `_ranker`.
 
     Pass logits or log-odds: half-precision probabilities round to ties.
     """
-    weights = np.ones(len(scores))
-    return float(_ranker(scores, labels)(weights)[0])
-
-
-def average_precision(scores: Array, labels: Array) -> float:
-    """Average precision of scores (N,) against labels (N,) of 0 and 1; NaN where no label is 1."""
-    weights = np.ones(len(scores))
-    return float(_ranker(scores, labels)(weights)[1])
+    return _ranker(scores, labels)(np.ones(len(scores)))
 
 
 # ---- the three tasks ------------------------------------------------------------------------------------------------
@@ -203,13 +171,9 @@ def of_task(
     predicted: Array | None = None,
 ) -> dict[str, float]:
     """The metrics of a task that the rows define, and the number of rows; see `scorer`."""
-    rows = len(labels)
-    score = scorer(task, logits, labels, predicted, ranking)
-    known = {}
-    for name, values in score(np.ones((1, rows))).items():
-        if name != "f1" and not np.isnan(values[0]):
-            known[name] = float(values[0])
-    return known | {"rows": rows}
+    scores = scorer(task, logits, labels, predicted, ranking)(np.ones(len(labels)))
+    known = {name: float(value) for name, value in scores.items() if name != "f1" and not np.isnan(value)}
+    return known | {"rows": len(labels)}
 
 
 def scorer(
@@ -219,7 +183,7 @@ def scorer(
     predicted: Array | None = None,
     ranking: bool = True,
 ) -> Callable:
-    """A function of weights (S, N) that gives the metrics (S,) of a task by name, and "f1" (S, C) of each class.
+    """A function of weights (N,) that gives the metrics of a task by name, and "f1" (C,) of each class.
 
     predicted: class ids (N,), or 0 and 1 (N, C), instead of the first argmax, or of logits above 0. ranking: whether
     the metrics of RANKING are wanted. What the weighted rows do not define (AUC with one class, r2 of constant targets)
@@ -233,29 +197,25 @@ def scorer(
     """
     z, y = checked(task, logits, targets)
     if task == "regression":
-        of_weights = _of_numbers(z[:, 0], y)
-    else:
-        of_weights = _of_classes(z, y, predicted, ranking)
-
-    def score(weights):
-        samples = [of_weights(row) for row in weights]
-        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-    return score
+        return _of_numbers(z[:, 0], y)
+    return _of_classes(z, y, predicted, ranking)
 
 
-def _of_classes(z: Array, y: Array, predicted: Array | None, ranking: bool) -> Callable:
+def _of_classes(z, y, predicted, ranking):
     """weights (N,) -> the metrics of single_label, or of multi_label where the labels are y (N, C)."""
-    classes, multi = z.shape[1], y.ndim == 2
-    own = z > 0 if multi else z.argmax(axis=1)
-    chosen = one_hot(own if predicted is None else predicted, classes)
+    classes, multi, own = z.shape[1], y.ndim == 2, predicted is None
+    if own:
+        predicted = z > 0 if multi else z.argmax(axis=1)
+    chosen = one_hot(predicted, classes)
     true = one_hot(y, classes)
-    both = true * chosen
+    both, either = true * chosen, true + chosen
     wrong = true != chosen
     right = ~wrong.any(axis=1)
     if multi:
+        columns = z.T
         loss = np.logaddexp(0, np.where(y, -z, z))  # (N, C)
     else:
+        columns = (log_odds(z, k) for k in range(classes))
         log_p = log_softmax(z)
         loss = -log_p[np.arange(len(z)), y]  # (N,)
         confidence = np.exp(log_p.max(axis=1))
@@ -263,63 +223,71 @@ def _of_classes(z: Array, y: Array, predicted: Array | None, ranking: bool) -> C
     # Each class against the others, by what orders the rows as its probability does.
     rankers = []
     if ranking and true.any(axis=0).all():
-        columns = z.T if multi else [log_odds(z, k) for k in range(classes)]
         rankers = list(map(_ranker, columns, true.T))
 
     def of_weights(weights):
-        scores = {} if multi else {"accuracy": _mean(right, weights)}
-        scores |= _f1_scores(weights @ both, weights @ chosen, weights @ true, every=multi)
+        accuracy = _mean(right, weights)
+        scores = {} if multi else {"accuracy": accuracy}
+        hits, sizes, support = weights @ both, weights @ either, weights @ true  # (C,) each
+        f1 = ratio(2 * hits, sizes)
+        occurs = (sizes > 0) | multi
+        scores |= {
+            "f1": f1,
+            "micro_f1": ratio(2 * hits.sum(), sizes.sum()),
+            "macro_f1": f1[occurs].mean(),
+            "weighted_f1": ratio((f1 * support)[occurs].sum(), support.sum()),
+        }
         if multi:
-            scores["subset_accuracy"] = _mean(right, weights)
-            scores["hamming_loss"] = _mean(wrong, weights)
+            scores |= {"subset_accuracy": accuracy, "hamming_loss": _mean(wrong, weights)}
         scores["log_loss"] = _mean(loss, weights)
         if rankers:
             auc, precision = np.transpose([ranker(weights) for ranker in rankers])  # (C,) each
             if multi:
                 scores["average_precision"] = precision.mean()
             scores["roc_auc"] = auc.mean()
-        if predicted is None and not multi:
+        if own and not multi:
             scores["ece"] = ece(confidence, right, weights)
         return scores
 
     return of_weights
 
 
-def _of_numbers(outputs: Array, targets: Array) -> Callable:
-    """weights (N,) -> the metrics of regression, in the units of the targets."""
+def _of_numbers(outputs, targets):
+    """weights (N,) -> the metrics of regression for outputs (N,) and targets (N,), in the units of the targets."""
     error = outputs - targets
-    ranker = None
-    if np.isin(targets, (0, 1)).all():
-        ranker = _ranker(outputs, targets)
+    ranker = _ranker(outputs, targets)
+    two_classes = np.isin(targets, (0, 1)).all()
 
     def of_weights(weights):
         mse = _mean(error**2, weights)
-        scores = {"mse": mse, "rmse": mse**0.5, "mae": _mean(np.abs(error), weights)}
-        a = _centred(outputs, weights)
-        b = _centred(targets, weights)
+        a, b = _centred(outputs, weights), _centred(targets, weights)
         variation = (weights * b) @ b
         norms = np.sqrt((weights * a) @ a) * np.sqrt(variation)
-        scores["pearson"] = np.clip((weights * a) @ b / norms, -1, 1)
-        scores["r2"] = 1 - (weights * error) @ error / variation
-        if ranker:
+        scores = {
+            "mse": mse,
+            "rmse": mse**0.5,
+            "mae": _mean(np.abs(error), weights),
+            "pearson": np.clip((weights * a) @ b / norms, -1, 1),
+            "r2": 1 - (weights * error) @ error / variation,
+        }
+        if two_classes:
             scores["roc_auc"] = ranker(weights)[0]
         return scores
 
     return of_weights
 
 
-def _centred(values: Array, weights: Array) -> Array:
+def _centred(values, weights):
     """values (N,) less their weighted mean; NaN where all are equal, which correlates with nothing."""
     if np.ptp(values[weights > 0]) == 0:
         return np.full(len(values), np.nan)
     return values - _mean(values, weights)
 
 
-def _mean(values: Array, weights: Array) -> float:
+def _mean(values, weights):
     """The weighted mean of values (N,) or of cells (N, C); weights of one give the very bits of values.mean()."""
     cells = values.reshape(len(values), -1)
-    total = (cells * weights[:, None]).sum()
-    return float(total / (weights.sum() * cells.shape[1]))
+    return (cells * weights[:, None]).sum() / (weights.sum() * cells.shape[1])
 
 
 def majority(task: str, labels: Array) -> float:
@@ -329,8 +297,7 @@ def majority(task: str, labels: Array) -> float:
     if task == "regression":
         return float(np.var(labels))
     if task == "multi_label":
-        most = labels.sum(axis=0).max()
-        return float(2 * most / (len(labels) + labels.sum()))
+        return float(2 * labels.sum(axis=0).max() / (len(labels) + labels.sum()))
     return float(np.bincount(labels).max() / len(labels))
 
 

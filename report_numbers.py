@@ -144,7 +144,7 @@ def classes(run: Run) -> dict[str, list] | None:
     if run.cfg.task == "multi_label":
         areas = []
         for logits, targets in zip(run.logits.T, run.targets.T, strict=True):
-            areas.append(metrics.average_precision(logits, targets) if targets.any() else np.nan)
+            areas.append(metrics.areas(logits, targets)[1])
         columns["average precision"] = areas
     return by_frequency(run, columns)
 

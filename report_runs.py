@@ -73,9 +73,8 @@ class Run:
         ranking: with AUC and average precision. Equal seeds draw equal rows.
         """
         score = metrics.scorer(self.cfg.task, self.logits, self.targets, predicted, ranking)
-        whole = score(np.ones((1, len(self.ids))))
         draws = bootstrap.bootstrap(score, len(self.ids), samples, seed)
-        return {name: values[0] for name, values in whole.items()}, draws
+        return score(np.ones(len(self.ids))), draws
 
     def worth_ranking(self) -> bool:
         """Whether AUC and average precision are resampled: of many columns it takes a while."""

@@ -13,24 +13,26 @@ MOST_LABELS = 100  # lines of a table
 
 def aligned(rows: Sequence[Sequence[str]], gap: str = "  ") -> list[str]:
     """The lines of a table of cells: the first column starts at the left, the others end at the right."""
-    columns = zip(*rows, strict=True)
-    left, *right = [max(map(len, column)) for column in columns]
+    left, *right = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
-        cells = map(str.rjust, others, right)
-        lines.append(gap.join([first.ljust(left), *cells]))
+        lines.append(gap.join([first.ljust(left), *map(str.rjust, others, right)]))
     return lines
 
 
 def clip(name: str, width: int = 40) -> str:
     """A name on one line of at most `width` characters."""
     name = " ".join(name.split())
-    if len(name) <= width:
-        return name
-    return name[: width - 1].rstrip() + "."
+    if len(name) > width:
+        return name[: width - 1].rstrip() + "."
+    return name
 
 
-def distribution(logits: Array, names: Sequence[str], task: str = "single_label") -> str:
+def distribution(
+    logits: Array,
+    names: Sequence[str],
+    task: str = "single_label",
+) -> str:
     """A short summary of predictions: rows and share per class and how sure they are, or a regression's quantiles; of
     multi_label how many labels a row gets, and the commonest.
     """
@@ -40,8 +42,9 @@ def distribution(logits: Array, names: Sequence[str], task: str = "single_label"
         commonest = np.argsort(-shares, kind="stable")[:10]
         listed = ", ".join(f"{names[c]} {shares[c]:.1%}" for c in commonest if shares[c] > 0)
         per_row = predicted.sum(axis=1)
-        none = (per_row == 0).mean()
-        return f"at probability 0.5: {per_row.mean():.2f} labels a row, {none:.1%} of rows none; {listed}"
+        return (
+            f"at probability 0.5: {per_row.mean():.2f} labels a row, {np.mean(per_row == 0):.1%} of rows none; {listed}"
+        )
     if logits.shape[1] == 1:
         return f"{names[0]}: {_quantiles(logits, '.4g')}, mean {logits.mean():.4g}"
 
@@ -50,58 +53,53 @@ def distribution(logits: Array, names: Sequence[str], task: str = "single_label"
     rows = [["predicted", "rows", "share", "mean top probability"]]
     for c, name in enumerate(names):
         own = top[chosen == c]
-        share = len(own) / len(top)
         mean = f"{own.mean():.3f}" if len(own) else "-"
-        rows.append([name, str(len(own)), f"{share:.1%}", mean])
-    lines = aligned(rows)
-    lines.append(f"top probability: {_quantiles(top, '.3f')}")
-    return "\n".join(lines)
+        rows.append([name, str(len(own)), f"{len(own) / len(top):.1%}", mean])
+    return "\n".join([*aligned(rows), f"top probability: {_quantiles(top, '.3f')}"])
 
 
-def _quantiles(values: Array, digits: str) -> str:
+def _quantiles(values, digits):
     low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
     return f"5% below {low:{digits}}, median {middle:{digits}}, 5% above {high:{digits}}"
 
 
-def summary(task: str, logits: Array, labels: Array, names: Sequence[str]) -> str:
-    """The scores of logits (N, C) against labels: a table over classes, or a line."""
+def summary(
+    task: str,
+    logits: Array,
+    labels: Array,
+    names: Sequence[str],
+) -> str:
+    """The scores of logits (N, C) against labels: a table over classes, or a line.
+
+    Of multi_label at probability 0.5, with average precision; of the commonest labels where there are many.
+    """
     if task == "regression":
         scores = metrics.of_task(task, logits, labels)
-        del scores["rows"]
-        return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-    if task == "multi_label":
-        return label_table(logits, labels, names)
-    predicted = logits.argmax(axis=1)
-    confusion = metrics.confusion_matrix(labels, predicted, len(names))
-    return table(confusion, names)
+        return ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "rows")
+    if task == "single_label":
+        confusion = metrics.confusion_matrix(labels, logits.argmax(axis=1), len(names))
+        return table(confusion, names)
 
-
-def label_table(logits: Array, targets: Array, names: Sequence[str]) -> str:
-    """Precision, recall, F1, average precision and support of each label at probability 0.5; the commonest if many."""
-    true = targets > 0
-    predicted = logits > 0
+    true, predicted = labels > 0, logits > 0
     support = true.sum(axis=0)
-    hits = (true & predicted).sum(axis=0)
-    scores = metrics.of_counts(hits, predicted.sum(axis=0), support)
-    precision = list(map(metrics.average_precision, logits.T, true.T))
+    scores = metrics.of_counts((true & predicted).sum(axis=0), predicted.sum(axis=0), support)
+    precision = [areas[1] for areas in map(metrics.areas, logits.T, true.T)]
     scores = np.stack([*scores, precision], axis=1)  # (C, 4)
-    commonest = np.argsort(-support, kind="stable")[:MOST_LABELS]
-    shown = np.sort(commonest)
-    chosen = [names[k] for k in shown]
-    lines = _score_lines(chosen, scores[shown], support[shown])
-    if len(names) > MOST_LABELS:
-        lines.append(f"({len(names) - MOST_LABELS} rarer labels are not shown)")
+    shown = np.sort(np.argsort(-support, kind="stable")[:MOST_LABELS])
+    lines = _score_lines([names[k] for k in shown], scores[shown], support[shown])
+    rarer = len(names) - len(shown)
+    if rarer:
+        lines.append(f"({rarer} rarer labels are not shown)")
     return "\n".join(lines)
 
 
-def _score_lines(names: Sequence[str], scores: Array, support: Sequence[int]) -> list[str]:
-    """A line of scores (C, 3 or 4) for each name; a dash where one is not defined."""
-    heads = ["precision", "recall", "f1", "ap"]
-    rows = [["", *heads[: scores.shape[1]], "support"]]
-    for k, name in enumerate(names):
-        cells = [f"{value:.4f}" for value in scores[k]]
-        cells = ["-" if cell == "nan" else cell for cell in cells]
-        rows.append([clip(name, 60), *cells, str(support[k])])
+def _score_lines(names, scores, support):
+    """A line of scores (C, 3 or 4) and support (C,) for each name; a dash where a score is not defined."""
+    heads = "precision recall f1 ap".split()[: scores.shape[1]]
+    rows = [["", *heads, "support"]]
+    for name, values, count in zip(names, scores, support, strict=True):
+        cells = ["-" if np.isnan(value) else f"{value:.4f}" for value in values]
+        rows.append([clip(name, 60), *cells, str(count)])
     return aligned(rows)
 
 
@@ -112,29 +110,19 @@ def table(confusion: Array, names: Sequence[str]) -> str:
     so. The macro line is over the classes that occur.
     """
     labels = [f"{k} {name}" for k, name in enumerate(names)]
-    hits = np.diag(confusion)
     predicted = confusion.sum(axis=0)
     support = confusion.sum(axis=1)
-    scores = metrics.of_counts(hits, predicted, support)
-    scores = np.stack(scores, axis=1)  # (C, 3)
+    scores = np.stack(metrics.of_counts(np.diag(confusion), predicted, support), axis=1)  # (C, 3)
+    macro = scores[predicted + support > 0].mean(axis=0)
     total = support.sum()
-    occurs = predicted + support > 0
-    macro = scores[occurs].mean(axis=0)
-    weighted = support @ scores / total
-    names = [*labels, "macro", "weighted"]
-    scores = np.vstack([scores, macro, weighted])
-    lines = _score_lines(names, scores, [*support, total, total])
-    return "\n".join([*lines, "", *_matrix_lines(confusion, labels)])
+    scores = np.vstack([scores, macro, support @ scores / total])
+    lines = _score_lines([*labels, "macro", "weighted"], scores, [*support, total, total])
 
-
-def _matrix_lines(confusion: Array, labels: Sequence[str]) -> list[str]:
-    """The confusion matrix; its columns have the numbers of the classes."""
-    numbers = map(str, range(len(labels)))
-    rows = [["", *numbers]]
+    # The columns of the matrix have the numbers of the classes.
+    rows = [["", *map(str, range(len(labels)))]]
     for label, counts in zip(labels, confusion, strict=True):
-        name = clip(label, WIDTH // 5)
-        rows.append([name, *map(str, counts)])
-    lines = aligned(rows, gap=" ")
-    if len(lines[0]) > WIDTH:
-        return [f"confusion matrix: {len(labels)} classes do not fit {WIDTH} columns"]
-    return ["rows: true class, columns: predicted class", *lines]
+        rows.append([clip(label, WIDTH // 5), *map(str, counts)])
+    matrix = ["rows: true class, columns: predicted class", *aligned(rows, gap=" ")]
+    if len(matrix[1]) > WIDTH:
+        matrix = [f"confusion matrix: {len(labels)} classes do not fit {WIDTH} columns"]
+    return "\n".join([*lines, "", *matrix])

@@ -93,9 +93,9 @@ def test_auc_and_average_precision_equal_sklearn_with_ties(sk, rows, decimals):
     rng = np.random.default_rng(rows)
     labels = rng.permutation(np.arange(rows) % 2)
     scores = np.round(rng.normal(size=rows) + labels, decimals)
-    assert metrics.roc_auc(scores, labels) == pytest.approx(sk.roc_auc_score(labels, scores), **TIGHT)
+    assert metrics.areas(scores, labels)[0] == pytest.approx(sk.roc_auc_score(labels, scores), **TIGHT)
     want = sk.average_precision_score(labels, scores)
-    assert metrics.average_precision(scores, labels) == pytest.approx(want, **TIGHT)
+    assert metrics.areas(scores, labels)[1] == pytest.approx(want, **TIGHT)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -142,14 +142,14 @@ def test_regression_equals_sklearn(sk):
 def test_auc_is_the_share_of_ordered_pairs_with_half_for_ties():
     scores, labels = np.array([0.0, 1, 1, 2, 2, 3]), np.array([0, 1, 0, 1, 0, 1])
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels == 1] for b in scores[labels == 0]]
-    assert metrics.roc_auc(scores, labels) == np.mean(pairs)
-    assert metrics.roc_auc(-scores, labels) == 1 - np.mean(pairs)
+    assert metrics.areas(scores, labels)[0] == np.mean(pairs)
+    assert metrics.areas(-scores, labels)[0] == 1 - np.mean(pairs)
 
 
 def test_constant_scores_rank_nothing():
     labels = np.array([0, 1, 0, 0])
-    assert metrics.roc_auc(np.full(4, 0.3), labels) == 0.5
-    assert metrics.average_precision(np.full(4, 0.3), labels) == 0.25  # the share of positives
+    assert metrics.areas(np.full(4, 0.3), labels)[0] == 0.5
+    assert metrics.areas(np.full(4, 0.3), labels)[1] == 0.25  # the share of positives
     scores = metrics.of_task("single_label", np.zeros((4, 2)), labels)
     assert scores["roc_auc"] == 0.5
     assert scores["log_loss"] == pytest.approx(np.log(2), **TIGHT)
@@ -181,13 +181,13 @@ def test_half_precision_probabilities_destroy_auc_and_float32_logits_keep_it():
     rng = np.random.default_rng(7)
     logits = np.linspace(8, 18, 2000).astype(np.float32)  # a confident model: 2,000 distinct logits
     labels = (rng.random(2000) < np.linspace(0, 1, 2000)).astype(int)
-    exact = metrics.roc_auc(logits.astype(np.float64), labels)
+    exact = metrics.areas(logits.astype(np.float64), labels)[0]
     assert len(np.unique(logits)) == 2000
     assert exact > 0.8
-    assert metrics.roc_auc(logits, labels) == exact
+    assert metrics.areas(logits, labels)[0] == exact
     half = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float16)
     assert len(np.unique(half)) < 5
-    assert metrics.roc_auc(half, labels) < exact - 0.2
+    assert metrics.areas(half, labels)[0] < exact - 0.2
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -226,9 +226,9 @@ def test_one_row_and_one_class():
     }
     assert set(metrics.of_task("regression", np.ones((3, 1)), np.arange(3.0))) == {"mse", "rmse", "mae", "r2", "rows"}
     for labels in (np.zeros(4), np.ones(4)):
-        assert np.isnan(metrics.roc_auc(np.arange(4.0), labels))
-    assert np.isnan(metrics.average_precision(np.arange(4.0), np.zeros(4)))
-    assert metrics.average_precision(np.arange(4.0), np.ones(4)) == 1
+        assert np.isnan(metrics.areas(np.arange(4.0), labels)[0])
+    assert np.isnan(metrics.areas(np.arange(4.0), np.zeros(4))[1])
+    assert metrics.areas(np.arange(4.0), np.ones(4))[1] == 1
 
 
 def test_predictions_may_be_given():
