@@ -27,8 +27,9 @@ def kinds(words: str) -> dict[str, tuple[str, str]]:
     return {name: tuple(label.partition("/")[::2]) for name, label in table(words).items()}
 
 
-# What goes, by kind and signature: the number of arguments, then o for an optional one after them; or g: a dimension,
-# f: a font, =: the parameters and body of a definition, l: what a \let copies.
+# Commands by kind and signature: the number of arguments, then o for an optional one after them; or g: a dimension,
+# f: a font, =: the parameters and body of a definition, l: what a \let copies. Of the kind "unwrapped" the text stays,
+# definitions stay untouched, all others go.
 COMMANDS = kinds("""
     layout: noindent indent centering center raggedright raggedleft maketitle titlepage listoffigures listoftables
     parttoc minitoc hfill hfil phantomsection frontmatter mainmatter backmatter tiny scriptsize footnotesize small
@@ -45,7 +46,13 @@ COMMANDS = kinds("""
     paragraph: par bigskip medskip smallskip newpage clearpage cleardoublepage vfill vfil eject paragraph/g: vskip
     graphics/1: includegraphics includesvg includepdf epsfig epsfbox psfig special tikz
     bibliography/1: bibliography bibliographystyle nocite addbibresource bibliography/o: printbibliography
-    index: printglossaries makeglossaries index/1: index glossary index/o: printindex makeindex printglossary""")
+    index: printglossaries makeglossaries index/1: index glossary index/o: printindex makeindex printglossary
+    unwrapped: centerline leftline rightline unwrapped/1: scalebox rotatebox textcolor unwrapped/2: resizebox
+    definition: declaretheorem definition/=: def gdef edef xdef definition/l: let definition/1o: newtheorem
+    definition/1: newcommand renewcommand providecommand DeclareRobustCommand DeclareMathOperator
+    definition/2: DeclarePairedDelimiter NewDocumentCommand RenewDocumentCommand ProvideDocumentCommand
+    DeclareDocumentCommand newenvironment renewenvironment definition/3: NewDocumentEnvironment""")
+DEFINING = [name for name, (kind, _) in COMMANDS.items() if kind == "definition"]
 ENVIRONMENTS = kinds("""
     graphics: tikzpicture pgfpicture asy asydef picture pspicture xy chart axis circuitikz overpic mpost feynmandiagram
     bibliography: thebibliography index: theindex file: filecontents""")  # these go with everything in them
@@ -55,13 +62,7 @@ TAGS = kinds("""
     block: document flushleft flushright titlepage titlingpage landscape raggedleft raggedright""")  # only the tags go
 BETWEEN = {"layout": " ", "paragraph": "\n\n", "float": "\n\n", "block": "\n"}  # what takes the place of a kind
 COUNTED = ("graphics", "bibliography", "index")  # by their own names, all others as layout
-UNWRAPPED = table("centerline leftline rightline 1: scalebox rotatebox textcolor 2: resizebox")  # their text stays
-DEFINED = table("""
-    declaretheorem 1: newcommand renewcommand providecommand DeclareRobustCommand DeclareMathOperator 1o: newtheorem
-    2: DeclarePairedDelimiter NewDocumentCommand RenewDocumentCommand ProvideDocumentCommand DeclareDocumentCommand
-    newenvironment renewenvironment 3: NewDocumentEnvironment =: def gdef edef xdef l: let""")  # these stay, untouched
 HEADINGS = "part chapter section subsection subsubsection paragraph".split()  # the coarsest first
-KNOWN = {*DEFINED, *COMMANDS, *UNWRAPPED}
 CONDITIONALS = set("""if ifcat ifnum ifdim ifodd ifvmode ifhmode ifmmode ifinner ifvoid ifhbox ifvbox ifx ifeof iftrue
     iffalse ifcase ifdefined ifcsname iffontchar ifpdf ifxetex ifluatex""".split())  # fmt: skip
 
@@ -82,7 +83,7 @@ LEX = re.compile(
 NEW_CONDITIONAL = r"\\newif\s*\\(if[a-zA-Z@]+)"
 BRANCH = re.compile(rf"(?s){NEW_CONDITIONAL}|\\(?:(?P<name>if[a-zA-Z@]*|else|fi){END}|.)|%[^\n]*|[{{}}]")
 PAIR = re.compile(rf"\\(?:(?P<tag>begin|end)[ \t]*\{{(?P<name>{'|'.join(ENVIRONMENTS)})\*?\}}|[\\{{}}])|[{{}}]")
-DEFINITION = re.compile(rf"(?s)\\(?:({'|'.join(DEFINED)}){END}|.)")
+DEFINITION = re.compile(rf"(?s)\\(?:({'|'.join(DEFINING)}){END}|.)")
 TOKEN = re.compile(
     rf"(?s)\\(?:(?P<formula>[\[(]|begin[ \t]*\{{(?P<math>{MATH})\*?\}})"
     rf"|(?P<formula_end>[])]|end[ \t]*\{{(?P<math_end>{MATH})\*?\}})"
@@ -230,7 +231,7 @@ def _arguments_end(text: str, position: int, signature: str, ends: dict[int, int
 def _definition_end(text: str, name: str, position: int, ends: dict[int, int]) -> int | None:
     """Where the definition whose arguments start at a position ends; None when it is cut short."""
     definee = DEFINEE.match(text, position)
-    return definee and _arguments_end(text, definee.end(), DEFINED[name], ends)
+    return definee and _arguments_end(text, definee.end(), COMMANDS[name][1], ends)
 
 
 def definitions(text: str):
@@ -279,40 +280,38 @@ def _cuts(text: str):
     ends, formulas, depth, position = ends_of(text), [], 0, 0
     wrapped = set()  # closing braces that go because their opening ones went
     for m in TOKEN.finditer(text):
-        kind, command, start, end = m.lastgroup, m["command"], m.start(), m.end()
-        if kind is None or start < position or (command and command not in KNOWN):
+        token, command, start, end = m.lastgroup, m["command"], m.start(), m.end()
+        if token is None or start < position or (command and command not in COMMANDS):
             continue
         depth = _follow(m, formulas, depth)
-        laid_out = COMMANDS.get(command) or TAGS.get(m["begin"])
-        cut, cut_end = "brace", None
-        if start in wrapped:
-            cut_end = end
-        elif formulas:
+        if formulas and start not in wrapped:
             continue
-        elif kind == "sized_group":  # {\small ...}: its braces go too, unless they hold an argument
+        begin, cut_end = m["begin"], None
+        kind, signature = COMMANDS.get(command) or TAGS.get(begin or m["end"]) or ("brace", "")
+        if start in wrapped or m["end"] in TAGS:
+            cut_end = end
+        elif token == "sized_group":  # {\small ...}: its braces go too, unless they hold an argument
             cut_end = end
             if start in ends and not ARGUMENT_BEFORE.search(text[max(0, start - 40) : start].rstrip(" ")):
                 wrapped.add(ends[start] - 1)
             else:
                 start += 1
-        elif command in DEFINED:
+        elif kind == "definition":
             position = _definition_end(text, command, end, ends) or position
-        elif command in UNWRAPPED:
-            brace = _arguments_end(text, end, UNWRAPPED[command], ends)
+        elif kind == "unwrapped":
+            brace = _arguments_end(text, end, signature, ends)
             brace = brace and GAP.match(text, brace).end()
             if brace in ends and text[brace] == "{":
                 wrapped.add(ends[brace] - 1)
                 depth += 1
                 cut_end = brace + 1
-        elif m["begin"] in ENVIRONMENTS:
-            cut, cut_end = ENVIRONMENTS[m["begin"]][0], ends.get(start)
-        elif laid_out:
-            cut, cut_end = laid_out[0], _arguments_end(text, end, laid_out[1], ends)
-        elif m["end"] in TAGS:
-            cut, cut_end = TAGS[m["end"]][0], end
+        elif begin in ENVIRONMENTS:
+            kind, cut_end = ENVIRONMENTS[begin][0], ends.get(start)
+        elif command or begin in TAGS:
+            cut_end = _arguments_end(text, end, signature, ends)
         if cut_end:
             position = cut_end
-            yield cut, start, position
+            yield kind, start, position
 
 
 def _strip(text: str, dropped: Counter) -> str:
