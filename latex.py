@@ -48,8 +48,8 @@ class FileReport:
 # ---- bytes ----------------------------------------------------------------------------------------------------------
 
 
-def _declared(raw: bytes) -> str | None:
-    """Python's name of the encoding that a source declares, if it does and is known."""
+def _declared(raw):
+    """Python's name of the encoding that a source (bytes) declares, if it does and is known, or None."""
     m = DECLARED.search(raw)
     return m and ENCODINGS.get(m[1].decode().split(",")[-1].strip())
 
@@ -73,8 +73,8 @@ def decode(raw: bytes, otherwise: str | None = None) -> tuple[str, str] | None:
 # ---- projects -------------------------------------------------------------------------------------------------------
 
 
-def _resolve(target: str, folders, files: dict[str, str]) -> tuple[str | None, str]:
-    """The file that a path stands for, looked for in these folders in order, or None and why there is none."""
+def _resolve(target, folders, files):
+    """(name of the file that a path stands for, ""), looked for in these folders in order; or (None, why not)."""
     target, problem = target.strip(' \t"'), "missing"
     if re.match("/|~|[a-zA-Z]:", target):
         return None, "outside the folder"
@@ -88,7 +88,7 @@ def _resolve(target: str, folders, files: dict[str, str]) -> tuple[str | None, s
     return None, problem
 
 
-def _parts(text: str):
+def _parts(text):
     """A source cut at its document tags and \\input commands: (kind, text, line end).
 
     The kinds are text, begin and end (of the document), and input, with the path as its text, and the line end after
@@ -102,8 +102,7 @@ def _parts(text: str):
             break
         if start < position or not m or kind not in ("document", "input"):
             continue
-        if start > position:
-            yield "text", text[position:start], ""
+        yield "text", text[position:start], ""
         position = m.end()
         if kind == "document":
             yield m["document"], m[0], ""
@@ -123,8 +122,7 @@ def inline(files: dict[str, str], root: str) -> tuple[str, list[str], set[str]]:
     out, notes, reached = [], [], set()
     stack = {root: (_parts(files[root]), 0)}  # the open files: what is left to read of each, where it starts in out
     while stack:
-        name = next(reversed(stack))
-        parts, start = stack[name]
+        name, (parts, start) = next(reversed(stack.items()))
         for kind, part, line_end in parts:
             if kind == "input":
                 folders = posixpath.dirname(root), posixpath.dirname(name), ""
@@ -166,19 +164,19 @@ def split(text: str, most: int) -> list[str]:
     for cut in [*(rf"\n(?=\\{name}\b)" for name in HEADINGS), r"\n\n", r"\n", r"\s"]:
         shorter = []
         for piece in pieces:
-            cuts = [m.start() for m in re.finditer(cut, piece)] if len(piece) > most else []
-            start = end = 0  # of what is being filled
-            for place in [*cuts, len(piece)]:
-                if place - start > most and end > start:
-                    shorter.append(piece[start:end].strip())
-                    start = end
-                end = place
-            shorter.append(piece[start:].strip())
-        pieces = [piece for piece in shorter if piece]
+            parts = re.sub(cut, "\0\\g<0>", piece).split("\0") if len(piece) > most else [piece]
+            filled = ""
+            for part in parts:
+                if filled and len(filled) + len(part) > most:
+                    shorter.append(filled.strip())
+                    filled = ""
+                filled += part
+            shorter.append(filled.strip())
+        pieces = list(filter(None, shorter))
     return pieces
 
 
-def _without(text: str, spans) -> str:
+def _without(text, spans):
     """The text without these spans (start, end), which come in order; those inside of another do not count."""
     kept, position = [], 0
     for start, end in spans:
@@ -188,7 +186,7 @@ def _without(text: str, spans) -> str:
     return "".join(kept) + text[position:]
 
 
-def _has_text(text: str, main: bool) -> bool:
+def _has_text(text, main):
     """Whether there is text beside the definitions: any in a document, sentences, formulas or lists in a fragment."""
     text = _without(text, definitions(text))
     if main:
@@ -197,8 +195,8 @@ def _has_text(text: str, main: bool) -> bool:
     return bool(PROSE.search(OPTIONS.sub("|", sentences)))
 
 
-def _read_texts(files: dict[str, bytes], reports: dict[str, FileReport]) -> dict[str, str]:
-    """The sources that are text, decoded; encodings and sizes go into the reports."""
+def _read_texts(files, reports):
+    """The sources that are text, decoded, by name; encodings and sizes go into the reports."""
     encodings = {PurePosixPath(name): _declared(files[name]) for name in reports}
     declared = {path.parent: encoding for path, encoding in encodings.items() if encoding}  # by folder: its last
     texts = {}
@@ -213,8 +211,8 @@ def _read_texts(files: dict[str, bytes], reports: dict[str, FileReport]) -> dict
     return texts
 
 
-def _in_order(texts: dict[str, str]) -> tuple[list[str], set[str]]:
-    """The sources in the order in which to make documents of them, roots first; and which are whole documents."""
+def _in_order(texts):
+    """Names of sources in the order in which to make documents of them, roots first; the set of whole documents."""
     included, mains = set(), set()
     for name, text in texts.items():
         parts, folders = list(_parts(text)), PurePosixPath(name).parents
@@ -250,8 +248,8 @@ def corpus(files: dict[str, bytes], most: int = 50_000) -> tuple[list[tuple[str,
             continue
         report.kept = len(text)
         pieces = split(text, most)
-        names = [f"{name}#{i + 1}" for i in range(len(pieces))] if len(pieces) > 1 else [name]
-        documents += zip(names, pieces, strict=True)
+        for i, piece in enumerate(pieces, 1):
+            documents.append((f"{name}#{i}" if len(pieces) > 1 else name, piece))
     return documents, list(reports.values())
 
 

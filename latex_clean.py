@@ -12,14 +12,9 @@ from collections import Counter, defaultdict
 
 
 def table(words: str) -> dict[str, str]:
-    """{name: label} of words "label: name name label: name"; the names before any label have an empty one."""
-    names, label = {}, ""
-    for word in words.split():
-        if word.endswith(":"):
-            label = word[:-1]
-        else:
-            names[word] = label
-    return names
+    """{name: label} of words "label: name name label: name"."""
+    parts = re.split(r"(\S+):\s", words)[1:]
+    return {name: label for label, names in zip(parts[::2], parts[1::2], strict=True) for name in names.split()}
 
 
 def kinds(words: str) -> dict[str, tuple[str, str]]:
@@ -119,8 +114,8 @@ NO_TEXT = (
 # ---- lexing ------------------------------------------------------------------------------------------------------
 
 
-def _hidden(text: str) -> dict[int, int]:
-    """What \\iffalse hides, start to end: only where it holds whole groups, so that no brace loses its partner."""
+def _hidden(text):
+    """What \\iffalse hides, {start: end}: only where it holds whole groups, so that no brace loses its partner."""
     hidden, conditionals, depth = {}, [], 0
     if "\\iffalse" not in text:
         return hidden
@@ -160,7 +155,7 @@ def lex(text: str):
         m = LEX.search(text, end or m.end())
 
 
-def _uncomment(text: str, start: int, end: int) -> tuple[int, str, int]:
+def _uncomment(text, start, end):
     """Where a comment with its blanks starts, what is left of it, and where it ends: TeX joins the lines around it."""
     left = start
     while left and text[left - 1] in " \t":
@@ -176,7 +171,7 @@ def _uncomment(text: str, start: int, end: int) -> tuple[int, str, int]:
     return left, " " if glued else "", end
 
 
-def _hide(text: str, dropped: Counter) -> tuple[str, list[str]]:
+def _hide(text, dropped):
     """The text without comments and hidden parts and with numbered marks for verbatim ones, and the verbatim ones."""
     out, verbatim, position = [], [], 0
     for kind, start, end, _ in lex(text):
@@ -210,8 +205,8 @@ def ends_of(text: str) -> dict[int, int]:
     return ends
 
 
-def _arguments_end(text: str, position: int, signature: str, ends: dict[int, int]) -> int | None:
-    """Where the arguments that start at a position end; None when they are not all there."""
+def _arguments_end(text, position, signature, ends):
+    """Where the arguments that start at a position end; None when they are not all there. ends: those of `ends_of`."""
     if signature in PLAIN_ARGUMENT:
         m = PLAIN_ARGUMENT[signature].match(text, position)
         return m and m.end()
@@ -228,7 +223,7 @@ def _arguments_end(text: str, position: int, signature: str, ends: dict[int, int
     return OPTIONAL_ARGUMENT.match(text, position).end() if signature.endswith("o") else position
 
 
-def _definition_end(text: str, name: str, position: int, ends: dict[int, int]) -> int | None:
+def _definition_end(text, name, position, ends):
     """Where the definition whose arguments start at a position ends; None when it is cut short."""
     definee = DEFINEE.match(text, position)
     return definee and _arguments_end(text, definee.end(), COMMANDS[name][1], ends)
@@ -247,10 +242,10 @@ def definitions(text: str):
 # ---- cleaning -------------------------------------------------------------------------------------------------------
 
 
-def _follow(m: re.Match, formulas: list[tuple[str, int]], depth: int) -> int:
+def _follow(m, formulas, depth):
     """Read one TOKEN: the depth of groups after it. A formula without end harms no more than its paragraph or section.
 
-    formulas: those that are open, each as (what closes it, the depth of groups it is in).
+    formulas: the list of those that are open, each as (what closes it, the depth of groups it is in).
     """
     kind = m.lastgroup
     depth += DEEPER.get(kind, 0)
@@ -275,7 +270,7 @@ def _follow(m: re.Match, formulas: list[tuple[str, int]], depth: int) -> int:
     return depth
 
 
-def _cuts(text: str):
+def _cuts(text):
     """(kind, start, end) of all that only lays out, draws or indexes, in order; of formulas and definitions nothing."""
     ends, formulas, depth, position = ends_of(text), [], 0, 0
     wrapped = set()  # closing braces that go because their opening ones went
@@ -314,7 +309,7 @@ def _cuts(text: str):
             yield kind, start, position
 
 
-def _strip(text: str, dropped: Counter) -> str:
+def _strip(text, dropped):
     """The body without its cuts. The white space around a cut is joined, and no letter becomes part of a command."""
     out, copied, written = [], 0, "\n"  # written: the end of what is in out
     for kind, start, end in _cuts(text):
@@ -337,7 +332,7 @@ def _strip(text: str, dropped: Counter) -> str:
     return "".join(out) + text[copied:]
 
 
-def _tidy(text: str) -> str:
+def _tidy(text):
     """Lines without blanks around them, single blanks within, at most one blank line in a row."""
     lines = [" ".join(line.split()) for line in text.split("\n")]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
