@@ -136,9 +136,13 @@ class Classifier(nn.Module):
         super().__init__()
         for name, module in whole.named_children():
             self.add_module(name, module)
-        self.config, self.prefix, self.architecture = whole.config, whole.base_model_prefix, type(whole).__name__
+        self.config = whole.config
+        self.prefix = whole.base_model_prefix
+        self.architecture = type(whole).__name__
         self.family = family_of(self.config)
-        self.outputs, self.pooling, self.words = head.outputs, head.pooling, head.words
+        self.outputs = head.outputs
+        self.pooling = head.pooling
+        self.words = head.words
 
         # What a pooling learns is a module of its own.
         if isinstance(POOLINGS[head.pooling], type):
@@ -146,13 +150,11 @@ class Classifier(nn.Module):
 
         # Label words need rows of the LM head; encoders bring a dropout of their own.
         if head.words:
-            ids = [token for tokens in head.words for token in tokens]
-            self.register_buffer("word_ids", torch.tensor(ids), persistent=False)
+            self.register_buffer("word_ids", torch.tensor(sum(head.words, ())), persistent=False)
         elif not self.family.encoder:
             if not hasattr(self, "score"):
-                raise UserError(
-                    f"{self.config.model_type}: its head is not known here; known are {', '.join(FAMILIES)}"
-                )
+                known = ", ".join(FAMILIES)
+                raise UserError(f"{self.config.model_type}: its head is not known here, as those of {known} are")
             self.dropout = nn.Dropout(head.dropout)
 
         # Everything beside the backbone is head, and so is the pooler that BERT keeps in it; an LM head is the base's.
@@ -175,7 +177,9 @@ class Classifier(nn.Module):
         pool = getattr(self, f"{self.pooling}_pooling", POOLINGS[self.pooling])
         with torch.autocast(hidden.device.type, enabled=False):
             pooled = pool(hidden.float(), batch.cu_seqlens)  # (B, D)
-            return self.word_logits(pooled) if self.words else self.family.head(self, pooled)
+            if self.words:
+                return self.word_logits(pooled)
+            return self.family.head(self, pooled)
 
     def word_logits(self, pooled: torch.Tensor) -> torch.Tensor:
         """(B, D) -> (B, C): log of the summed exp of each class's words."""
