@@ -304,10 +304,10 @@ def skeleton(base: str, head: Head, layers: int = 0, max_length: int = 0) -> Cla
     encoder = family_of(config).encoder
     if head.words and (encoder or hasattr(config, "logit_scale") or hasattr(config, "logits_scaling")):
         raise UserError(f"--head label_words on {config.model_type}: it needs a decoder with a plain LM head")
-    if head.pooling == "cls" and not encoder:
-        raise UserError(f"--pooling cls on {config.model_type}: a causal decoder's first token sees nothing; take last")
     with torch.device("meta"):
         model = Classifier(from_config(auto, base, config), head)
+    if head.pooling == "cls" and not encoder:
+        raise UserError(f"--pooling cls on {config.model_type}: a causal decoder's first token sees nothing; take last")
     available = len(bases.decoder_layers(model.backbone))
     if layers > available:
         raise UserError(f"--train_layers {layers}: this base has {available} layers")
