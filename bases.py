@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
 from errors import UserError, one_line
 
 HUB_NAME = r"\w[\w.-]*(/[\w.-]+)?"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+WEIGHT_FILES = (".safetensors", ".bin")
 MOST_CLASSES = 100_000  # a damaged header claims more
 
 
@@ -36,12 +37,11 @@ def find_base(base: str) -> str:
             continue
         if (folder / "config.json").exists():
             return str(folder)
-        if (folder / "adapter_config.json").exists():
-            raise UserError(f"--base {base}: this folder is an adapter; name its base, and the adapter with --adapter")
-        raise UserError(f"--base {base}: no config.json in this folder; give a folder saved by transformers")
+        advice = "give a folder saved by transformers (an adapter goes to --adapter, with its base here)"
+        raise UserError(f"--base {base}: no config.json in this folder; {advice}")
     if not re.fullmatch(HUB_NAME, base):
-        known = "give a local folder or a hub name such as Qwen/Qwen2.5-0.5B"
-        raise UserError(f"--base {one_line(base)}: no such folder; {known}")
+        advice = "give a local folder or a hub name such as Qwen/Qwen2.5-0.5B"
+        raise UserError(f"--base {one_line(base)}: no such folder; {advice}")
     return base
 
 
@@ -58,15 +58,14 @@ def need_weights(folder: str) -> None:
     """Raise UserError when a local base folder holds no weights, or names or links to files outside of itself."""
     if not os.path.isdir(folder):
         return
-    names = sorted(os.listdir(folder))
-    weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
-    if not any(not name.startswith("adapter_") for name in weights):
+    paths = sorted(Path(folder).iterdir())
+    if all(path.name.startswith("adapter_") for path in paths if path.suffix in WEIGHT_FILES):
         raise UserError(f"--base {folder}: no weights in this folder (model.safetensors or its shards)")
 
     # transformers would follow a link, and read whatever it points to.
-    files = [name for name in names if name.endswith(".json") or not os.path.isdir(f"{folder}/{name}")]
-    for name in weights + files:
-        need_own(Path(folder) / name, f"--base {folder}")
+    for path in paths:
+        if path.suffix in (*WEIGHT_FILES, ".json") or not path.is_dir():
+            need_own(path, f"--base {folder}")
 
     # It would also follow paths in an index of shards.
     for index in Path(folder).glob("*.index.json"):
@@ -75,7 +74,7 @@ def need_weights(folder: str) -> None:
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
             raise UserError(f"--base {folder}: {index.name} is no index of shards ({type(e).__name__})") from None
         for shard in shards:
-            if not isinstance(shard, str) or shard in ("", ".", "..") or Path(shard).name != shard:
+            if Path(str(shard)).name != shard or shard in ("", ".."):
                 raise UserError(f"--base {folder}: {index.name} names {shard!r:.200}, outside the folder: not read")
 
 
@@ -93,19 +92,13 @@ def need_own(path: Path, flag: str) -> None:
 
 def load_config(base: str):
     """The transformers config of a base. Raises UserError with what to do when it cannot be loaded."""
+    folder = find_base(base)
     try:
-        config = AutoConfig.from_pretrained(find_base(base), trust_remote_code=False).get_text_config()
-    except UserError:
-        raise
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except Exception as e:  # whatever a foreign file can make of it
-        if "custom code" in str(e) or "trust_remote_code" in str(e):
-            reason = "it needs code of its own (auto_map), which is never run, and transformers has no class for it"
-            advice = "take a base of a family that transformers knows"
-        else:
-            reason = f"its config could not be loaded ({one_line(e)})"
-            advice = "for a gated base accept its licence on its hub page and set HF_TOKEN, offline give a local folder"
-            advice += " with --base"
-        raise UserError(f"--base {base}: {reason}; {advice}") from None
+        advice = "code of its own (auto_map) is never run: take a family that transformers knows; for a gated base "
+        advice += "accept its licence on its hub page and set HF_TOKEN; offline give a local folder"
+        raise UserError(f"--base {base}: its config could not be loaded ({one_line(e)}); {advice}") from None
     config._attn_implementation = None  # a kernel of its choice would be fetched and run
     config.transformers_weights = None  # a file of its choice may be anywhere
     return config
@@ -119,7 +112,7 @@ def stored_labels(base: str, rows: int) -> tuple[str, ...]:
     classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
     if classifier and rows in (0, config.num_labels):
         return tuple(str(config.id2label[i]) for i in range(config.num_labels))
-    return tuple(str(i) for i in range(rows))
+    return tuple(map(str, range(rows)))
 
 
 @contextmanager
@@ -142,15 +135,11 @@ def without_adapter(folder: str):
 
 def load_tokenizer(base: str):
     """The fast tokenizer of a base. Raises UserError when there is none."""
-    from transformers import AutoTokenizer
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except Exception as e:  # whatever a foreign file can make of it
-        reason = one_line(e)
-        if "tiktoken" in reason or "sentencepiece" in reason.lower():  # DeBERTa-v3 is published as spm.model alone
-            reason = "it is a sentencepiece model: pip install sentencepiece protobuf"
-        raise UserError(f"--base {base}: no tokenizer could be loaded ({reason})") from None
+        advice = "a sentencepiece model, as DeBERTa-v3's, needs: pip install sentencepiece protobuf"
+        raise UserError(f"--base {base}: no tokenizer could be loaded ({one_line(e)}); {advice}") from None
     if not tokenizer.is_fast:
         raise UserError(f"--base {base}: its tokenizer has no fast version, which bulk encoding and offsets need")
 
@@ -183,15 +172,11 @@ def find_adapter(adapter: str) -> Path:
     if not os.path.isdir(folder):
         raise UserError(f"--adapter {one_line(adapter)}: no such folder; give the one that peft saved")
     for name in ADAPTER_FILES:
-        if (folder / name).exists():
-            need_own(folder / name, flag)
-        elif any(folder.glob("adapter_model.bin")):
-            raise UserError(
-                f"{flag}: adapter_model.bin is a pickle, which is never read: load it with peft where you trust it, "
-                "and save_pretrained writes adapter_model.safetensors"
-            )
-        else:
-            raise UserError(f"{flag}: no {name} there; give the folder that peft saved")
+        if not (folder / name).exists():
+            advice = "give the folder that peft saved (a pickle such as adapter_model.bin is never read: load it where "
+            advice += "you trust it, and peft's save_pretrained writes adapter_model.safetensors)"
+            raise UserError(f"{flag}: no {name} there; {advice}")
+        need_own(folder / name, flag)
     return folder
 
 

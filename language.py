@@ -35,8 +35,7 @@ def load_language_model(
     """
     if random_seed is not None:
         torch.manual_seed(random_seed)
-        options = {"dtype": dtype, "attn_implementation": models.attention_of(base)}
-        lm = models.from_config(AutoModelForCausalLM, base, models.changed_config(base), **options)
+        lm = models.from_config(AutoModelForCausalLM, base, models.changed_config(base), dtype=dtype)
         lm.get_input_embeddings().register_forward_hook(models.cast_out)
         return lm.to(device)
 

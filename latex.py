@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from errors import UserError
 from latex_clean import HEADINGS, WORD, clean, definitions, ends_of, lex, table
 
-ENCODINGS = table("""latin1:latin-1 latin2:iso8859-2 latin5:iso8859-9 latin9:iso8859-15 ansinew:cp1252
-    applemac:mac_roman maccyr:mac_cyrillic cp1250:cp1250 cp1251:cp1251 cp1252:cp1252 cp866:cp866 cp437:cp437
-    cp850:cp850 koi8-r:koi8-r koi8-u:koi8-u koi8-ru:koi8-u""")  # inputenc's names and Python's
+ENCODINGS = table("""latin-1: latin1 iso8859-2: latin2 iso8859-9: latin5 iso8859-15: latin9 cp1252: ansinew cp1252
+    mac_roman: applemac mac_cyrillic: maccyr cp1250: cp1250 cp1251: cp1251 cp866: cp866 cp437: cp437 cp850: cp850
+    koi8-r: koi8-r koi8-u: koi8-u koi8-ru""")  # Python's names, and inputenc's
 DECLARED = re.compile(rb"\\usepackage[ \t]*\[([\w, \-]{1,80})\][ \t]*\{inputenc\}")
 PATH = r"[ \t]*\n?[ \t]*\{([^{}\n#]*)\}"  # a macro's \input{#1} names no path
 BARE_PATH = r"[ \t]*\n?[ \t]*([^\s{}\\%#\[]+)"
@@ -48,10 +48,10 @@ class FileReport:
 # ---- bytes ----------------------------------------------------------------------------------------------------------
 
 
-def _declared(raw: bytes) -> str | None:
-    """Python's name of the encoding that a source declares, if it does and is known."""
+def _declared(raw):
+    """Python's name of the encoding that a source (bytes) declares, if it does and is known, or None."""
     m = DECLARED.search(raw)
-    return ENCODINGS.get(m[1].decode("ascii", "replace").split(",")[-1].strip()) if m else None
+    return m and ENCODINGS.get(m[1].decode().split(",")[-1].strip())
 
 
 def decode(raw: bytes, otherwise: str | None = None) -> tuple[str, str] | None:
@@ -73,8 +73,8 @@ def decode(raw: bytes, otherwise: str | None = None) -> tuple[str, str] | None:
 # ---- projects -------------------------------------------------------------------------------------------------------
 
 
-def _resolve(target: str, folders, files: dict[str, str]) -> tuple[str | None, str]:
-    """The file that a path stands for, looked for in these folders in order, or None and why there is none."""
+def _resolve(target, folders, files):
+    """(name of the file that a path stands for, ""), looked for in these folders in order; or (None, why not)."""
     target, problem = target.strip(' \t"'), "missing"
     if re.match("/|~|[a-zA-Z]:", target):
         return None, "outside the folder"
@@ -88,7 +88,7 @@ def _resolve(target: str, folders, files: dict[str, str]) -> tuple[str | None, s
     return None, problem
 
 
-def _parts(text: str):
+def _parts(text):
     """A source cut at its document tags and \\input commands: (kind, text, line end).
 
     The kinds are text, begin and end (of the document), and input, with the path as its text, and the line end after
@@ -102,8 +102,7 @@ def _parts(text: str):
             break
         if start < position or not m or kind not in ("document", "input"):
             continue
-        if start > position:
-            yield "text", text[position:start], ""
+        yield "text", text[position:start], ""
         position = m.end()
         if kind == "document":
             yield m["document"], m[0], ""
@@ -113,18 +112,17 @@ def _parts(text: str):
     yield "text", text[position:], ""
 
 
-def inline(files: dict[str, str], root: str, notes: list[str], reached: set[str]) -> str:
+def inline(files: dict[str, str], root: str) -> tuple[str, list[str], set[str]]:
     """One project's source whole: for every \\input and its kin the file's text, of documents their body.
 
-    What cannot be followed (missing, outside the folder, a cycle, more text than an honest project has) is left out
-    and added to notes; the files that were read are added to reached.
+    Also returns notes on what cannot be followed and is left out (missing, outside the folder, a cycle, more text than
+    an honest project has), and the names of the files that were read.
     """
     room = 1_000_000 + 4 * sum(map(len, files.values()))
-    out = []
+    out, notes, reached = [], [], set()
     stack = {root: (_parts(files[root]), 0)}  # the open files: what is left to read of each, where it starts in out
     while stack:
-        name = next(reversed(stack))
-        parts, start = stack[name]
+        name, (parts, start) = next(reversed(stack.items()))
         for kind, part, line_end in parts:
             if kind == "input":
                 folders = posixpath.dirname(root), posixpath.dirname(name), ""
@@ -139,20 +137,19 @@ def inline(files: dict[str, str], root: str, notes: list[str], reached: set[str]
                     stack[child] = _parts(files[child]), len(out)
                     break
                 notes.append(f"{name}: {problem}: {part}")
-                part = line_end
+                if line_end:
+                    out.append(line_end)
             elif kind == "begin" and name != root:
                 del out[start:]  # what came before was this file's own preamble
-                continue
             elif kind == "end" and name != root:
                 parts.close()
-                continue
-            if part:
+            elif part:
                 out.append(part)
         else:
             stack.popitem()
             if stack and out and not out[-1].endswith("\n"):
                 out.append("\n")
-    return "".join(out)
+    return "".join(out), notes, reached
 
 
 # ---- documents ------------------------------------------------------------------------------------------------------
@@ -167,19 +164,19 @@ def split(text: str, most: int) -> list[str]:
     for cut in [*(rf"\n(?=\\{name}\b)" for name in HEADINGS), r"\n\n", r"\n", r"\s"]:
         shorter = []
         for piece in pieces:
-            cuts = [m.start() for m in re.finditer(cut, piece)] if len(piece) > most else []
-            start = end = 0  # of what is being filled
-            for place in [*cuts, len(piece)]:
-                if place - start > most and end > start:
-                    shorter.append(piece[start:end].strip())
-                    start = end
-                end = place
-            shorter.append(piece[start:].strip())
-        pieces = [piece for piece in shorter if piece]
+            parts = re.sub(cut, "\0\\g<0>", piece).split("\0") if len(piece) > most else [piece]
+            filled = ""
+            for part in parts:
+                if filled and len(filled) + len(part) > most:
+                    shorter.append(filled.strip())
+                    filled = ""
+                filled += part
+            shorter.append(filled.strip())
+        pieces = list(filter(None, shorter))
     return pieces
 
 
-def _without(text: str, spans) -> str:
+def _without(text, spans):
     """The text without these spans (start, end), which come in order; those inside of another do not count."""
     kept, position = [], 0
     for start, end in spans:
@@ -189,7 +186,7 @@ def _without(text: str, spans) -> str:
     return "".join(kept) + text[position:]
 
 
-def _has_text(text: str, main: bool) -> bool:
+def _has_text(text, main):
     """Whether there is text beside the definitions: any in a document, sentences, formulas or lists in a fragment."""
     text = _without(text, definitions(text))
     if main:
@@ -198,15 +195,14 @@ def _has_text(text: str, main: bool) -> bool:
     return bool(PROSE.search(OPTIONS.sub("|", sentences)))
 
 
-def _read_texts(files: dict[str, bytes], reports: dict[str, FileReport]) -> dict[str, str]:
-    """The sources that are text, decoded; encodings and sizes go into the reports."""
-    declared, texts = {}, {}  # by folder, by name
-    for name in reports:
-        folder = PurePosixPath(name).parent
-        declared[folder] = _declared(files[name]) or declared.get(folder)
+def _read_texts(files, reports):
+    """The sources that are text, decoded, by name; encodings and sizes go into the reports."""
+    encodings = {PurePosixPath(name): _declared(files[name]) for name in reports}
+    declared = {path.parent: encoding for path, encoding in encodings.items() if encoding}  # by folder: its last
+    texts = {}
     for name, report in reports.items():
-        nearest = filter(None, map(declared.get, PurePosixPath(name).parents))
-        decoded = decode(files[name], next(nearest, None))
+        nearest = [declared[folder] for folder in PurePosixPath(name).parents if folder in declared]
+        decoded = decode(files[name], *nearest[:1])
         if decoded is None:
             report.fate = "dropped: binary"
         else:
@@ -215,16 +211,14 @@ def _read_texts(files: dict[str, bytes], reports: dict[str, FileReport]) -> dict
     return texts
 
 
-def _in_order(texts: dict[str, str]) -> tuple[list[str], set[str]]:
-    """The sources in the order in which to make documents of them, roots first; and which are whole documents."""
+def _in_order(texts):
+    """Names of sources in the order in which to make documents of them, roots first; the set of whole documents."""
     included, mains = set(), set()
     for name, text in texts.items():
-        for kind, part, _ in _parts(text):
-            if kind == "input":
-                included |= {_resolve(part, PurePosixPath(name).parents, texts)[0]} - {name}
-            elif kind == "begin":
-                mains.add(name)
-    mains = {name for name in mains if not SUBFILE.search(texts[name])}
+        parts, folders = list(_parts(text)), PurePosixPath(name).parents
+        included |= {_resolve(part, folders, texts)[0] for kind, part, _ in parts if kind == "input"} - {name}
+        if "begin" in {kind for kind, *_ in parts} and not SUBFILE.search(text):
+            mains.add(name)
     return sorted(texts, key=lambda name: (name in included, name not in mains)), mains
 
 
@@ -238,10 +232,10 @@ def corpus(files: dict[str, bytes], most: int = 50_000) -> tuple[list[tuple[str,
     order, mains = _in_order(texts)
     documents = []
     for name in order:
-        report, reached = reports[name], set()
+        report = reports[name]
         if report.fate:  # an earlier one has inlined it
             continue
-        source = inline(texts, name, report.notes, reached)
+        source, report.notes, reached = inline(texts, name)
         text = clean(source, report.dropped)
         braces = Counter(re.findall(r"\\?[{}]", text))
         if braces["{"] != braces["}"]:

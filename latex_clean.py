@@ -12,61 +12,52 @@ from collections import Counter, defaultdict
 
 
 def table(words: str) -> dict[str, str]:
-    """Words "name:value" as a dictionary."""
-    rows = (word.partition(":") for word in words.split())
-    return {name: value for name, _, value in rows}
+    """{name: label} of words "label: name name label: name"."""
+    parts = re.split(r"(\S+):\s", words)[1:]
+    return {name: label for label, names in zip(parts[::2], parts[1::2], strict=True) for name in names.split()}
 
 
-def kinds_of(words_of: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """name -> (kind, signature) from kind -> words."""
-    names = {}
-    for kind, words in words_of.items():
-        for name, signature in table(words).items():
-            names[name] = kind, signature
-    return names
+def kinds(words: str) -> dict[str, tuple[str, str]]:
+    """{name: (kind, signature)} of words with labels "kind:" or "kind/signature:"."""
+    return {name: tuple(label.partition("/")[::2]) for name, label in table(words).items()}
 
 
-# What goes, by kind. The words are name:signature, where a signature is the number of arguments, then o for an optional
-# one after them; or g: a dimension, f: a font, =: the parameters and body of a definition, l: what a \let copies.
-COMMANDS = kinds_of({
-    "layout": """vspace:1 hspace:1 hskip:g kern:g pagebreak:o nopagebreak:o linebreak:o enlargethispage:1 pagestyle:1
-        thispagestyle:1 pagenumbering:1 noindent indent centering center raggedright raggedleft setlength:2
-        addtolength:2 setcounter:2 addtocounter:2 stepcounter:1 refstepcounter:1 newlength:1 newcounter:1
-        settowidth:2 maketitle titlepage tableofcontents:o listoffigures listoftables parttoc minitoc
-        addcontentsline:3 addtocontents:2 hfill hfil phantomsection frontmatter mainmatter backmatter tiny
-        scriptsize footnotesize small normalsize large Large LARGE huge Huge selectfont fontsize:2 linespread:1
-        markboth:2 markright:1 sloppy fussy onecolumn twocolumn:o allowdisplaybreaks:o captionsetup:1 hypersetup:1
-        usepackage:1 RequirePackage:1 makeatletter makeatother color:1 normalcolor definecolor:3 tikzset:1
-        usetikzlibrary:1 tikzcdset:1 lstset:1 allowbreak strut samepage pause hrule rule:2 theoremstyle:1
-        numberwithin:2 graphicspath:1 externaldocument:1 fancyhead:1 fancyfoot:1 lhead:1 chead:1 rhead:1 lfoot:1
-        cfoot:1 rfoot:1 showthe:1 font:f baselineskip:g parskip:g parindent:g hsize:g vsize:g textwidth:g
-        textheight:g topmargin:g oddsidemargin:g evensidemargin:g leftskip:g rightskip:g tabcolsep:g fboxrule:g
-        fboxsep:g itemsep:g hoffset:g voffset:g unitlength:g topskip:g parsep:g""",
-    "paragraph": "par vskip:g bigskip medskip smallskip newpage clearpage cleardoublepage vfill vfil eject",
-    "graphics": "includegraphics:1 includesvg:1 includepdf:1 epsfig:1 epsfbox:1 psfig:1 special:1 tikz:1",
-    "bibliography": "bibliography:1 bibliographystyle:1 printbibliography:o nocite:1 addbibresource:1",
-    "index": "index:1 printindex:o makeindex:o glossary:1 printglossary:o printglossaries makeglossaries",
-})  # fmt: skip
-ENVIRONMENTS = kinds_of({  # these go with everything in them
-    "graphics": """tikzpicture pgfpicture asy asydef picture pspicture xy chart axis circuitikz overpic mpost
-        feynmandiagram""",
-    "bibliography": "thebibliography", "index": "theindex", "file": "filecontents",
-})  # fmt: skip
-TAGS = kinds_of({  # of these environments only the tags go
-    "float": """figure:o table:o sidewaysfigure:o sidewaystable:o subfigure:1 subtable:1 threeparttable:o wrapfigure:2
-        wraptable:2""",
-    "block": """document: center:o flushleft: flushright: titlepage: titlingpage: landscape: raggedleft: raggedright:
-        minipage:1 spacing:1 multicols:1 adjustwidth:2 adjustbox:1""",
-})  # fmt: skip
+# Commands by kind and signature: the number of arguments, then o for an optional one after them; or g: a dimension,
+# f: a font, =: the parameters and body of a definition, l: what a \let copies. Of the kind "unwrapped" the text stays,
+# definitions stay untouched, all others go.
+COMMANDS = kinds("""
+    layout: noindent indent centering center raggedright raggedleft maketitle titlepage listoffigures listoftables
+    parttoc minitoc hfill hfil phantomsection frontmatter mainmatter backmatter tiny scriptsize footnotesize small
+    normalsize large Large LARGE huge Huge selectfont sloppy fussy onecolumn makeatletter makeatother normalcolor
+    allowbreak strut samepage pause hrule
+    layout/1: vspace hspace enlargethispage pagestyle thispagestyle pagenumbering stepcounter refstepcounter newlength
+    newcounter linespread markright captionsetup hypersetup usepackage RequirePackage color tikzset usetikzlibrary
+    tikzcdset lstset theoremstyle graphicspath externaldocument fancyhead fancyfoot lhead chead rhead lfoot cfoot rfoot
+    showthe layout/3: addcontentsline definecolor layout/f: font
+    layout/2: setlength addtolength setcounter addtocounter settowidth addtocontents fontsize markboth rule numberwithin
+    layout/o: pagebreak nopagebreak linebreak tableofcontents twocolumn allowdisplaybreaks
+    layout/g: hskip kern baselineskip parskip parindent hsize vsize textwidth textheight topmargin oddsidemargin
+    evensidemargin leftskip rightskip tabcolsep fboxrule fboxsep itemsep hoffset voffset unitlength topskip parsep
+    paragraph: par bigskip medskip smallskip newpage clearpage cleardoublepage vfill vfil eject paragraph/g: vskip
+    graphics/1: includegraphics includesvg includepdf epsfig epsfbox psfig special tikz
+    bibliography/1: bibliography bibliographystyle nocite addbibresource bibliography/o: printbibliography
+    index: printglossaries makeglossaries index/1: index glossary index/o: printindex makeindex printglossary
+    unwrapped: centerline leftline rightline unwrapped/1: scalebox rotatebox textcolor unwrapped/2: resizebox
+    definition: declaretheorem definition/=: def gdef edef xdef definition/l: let definition/1o: newtheorem
+    definition/1: newcommand renewcommand providecommand DeclareRobustCommand DeclareMathOperator
+    definition/2: DeclarePairedDelimiter NewDocumentCommand RenewDocumentCommand ProvideDocumentCommand
+    DeclareDocumentCommand newenvironment renewenvironment definition/3: NewDocumentEnvironment""")
+DEFINING = [name for name, (kind, _) in COMMANDS.items() if kind == "definition"]
+ENVIRONMENTS = kinds("""
+    graphics: tikzpicture pgfpicture asy asydef picture pspicture xy chart axis circuitikz overpic mpost feynmandiagram
+    bibliography: thebibliography index: theindex file: filecontents""")  # these go with everything in them
+TAGS = kinds("""
+    float/o: figure table sidewaysfigure sidewaystable threeparttable float/1: subfigure subtable
+    float/2: wrapfigure wraptable block/1: minipage spacing multicols adjustbox block/2: adjustwidth block/o: center
+    block: document flushleft flushright titlepage titlingpage landscape raggedleft raggedright""")  # only the tags go
 BETWEEN = {"layout": " ", "paragraph": "\n\n", "float": "\n\n", "block": "\n"}  # what takes the place of a kind
 COUNTED = ("graphics", "bibliography", "index")  # by their own names, all others as layout
-UNWRAPPED = table("centerline: leftline: rightline: resizebox:2 scalebox:1 rotatebox:1 textcolor:1")  # text stays
-DEFINED = table("""newcommand:1 renewcommand:1 providecommand:1 DeclareRobustCommand:1 DeclareMathOperator:1
-    DeclarePairedDelimiter:2 NewDocumentCommand:2 RenewDocumentCommand:2 ProvideDocumentCommand:2
-    DeclareDocumentCommand:2 NewDocumentEnvironment:3 newenvironment:2 renewenvironment:2 newtheorem:1o declaretheorem:
-    def:= gdef:= edef:= xdef:= let:l""")  # these stay, untouched
 HEADINGS = "part chapter section subsection subsubsection paragraph".split()  # the coarsest first
-KNOWN = {*DEFINED, *COMMANDS, *UNWRAPPED}
 CONDITIONALS = set("""if ifcat ifnum ifdim ifodd ifvmode ifhmode ifmmode ifinner ifvoid ifhbox ifvbox ifx ifeof iftrue
     iffalse ifcase ifdefined ifcsname iffontchar ifpdf ifxetex ifluatex""".split())  # fmt: skip
 
@@ -77,8 +68,7 @@ MATH = "equation|align|gather|multline|eqnarray|displaymath|math|alignat|flalign
 SIZES = "tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|centering|raggedright"
 END = "(?![a-zA-Z@])"  # of a command's name
 LEX = re.compile(
-    rf"\\(?:begin[ \t]*\{{(?P<verbatim>{VERBATIM})\}}"
-    r"|(?P<document>begin|end)[ \t]*\{document\}"
+    rf"\\(?:begin[ \t]*\{{(?P<verbatim>{VERBATIM})\}}|(?P<document>begin|end)[ \t]*\{{document\}}"
     rf"|(?P<verb>(?:verb|lstinline|mintinline\{{\w{{1,40}}\}}){END}\*?(?:\[[^][\n]{{0,200}}\])?"
     r"(?:(?P<bar>[^\sa-zA-Z*{\\])[^\n]{0,200}?(?P=bar)|\{[^{}\n]{0,2000}\})"
     r"|(?:url|path|nolinkurl|href)[ \t]*\{[^{}\n]{0,2000}\})"
@@ -86,21 +76,21 @@ LEX = re.compile(
     rf"|(?P<input>input|include|subfile|subfileinclude|import|subimport){END}|[\\%])|(?P<comment>%[^\n]*)"
 )
 NEW_CONDITIONAL = r"\\newif\s*\\(if[a-zA-Z@]+)"
-BRANCH = re.compile(rf"{NEW_CONDITIONAL}|\\(?:(?P<name>if[a-zA-Z@]*|else|fi){END}|.)|%[^\n]*|[{{}}]", re.DOTALL)
+BRANCH = re.compile(rf"(?s){NEW_CONDITIONAL}|\\(?:(?P<name>if[a-zA-Z@]*|else|fi){END}|.)|%[^\n]*|[{{}}]")
 PAIR = re.compile(rf"\\(?:(?P<tag>begin|end)[ \t]*\{{(?P<name>{'|'.join(ENVIRONMENTS)})\*?\}}|[\\{{}}])|[{{}}]")
-DEFINITION = re.compile(rf"\\(?:({'|'.join(DEFINED)}){END}|.)", re.DOTALL)
+DEFINITION = re.compile(rf"(?s)\\(?:({'|'.join(DEFINING)}){END}|.)")
 TOKEN = re.compile(
-    rf"\\(?:(?P<formula>[\[(]|begin[ \t]*\{{(?P<math>{MATH})\*?\}})"
+    rf"(?s)\\(?:(?P<formula>[\[(]|begin[ \t]*\{{(?P<math>{MATH})\*?\}})"
     rf"|(?P<formula_end>[])]|end[ \t]*\{{(?P<math_end>{MATH})\*?\}})"
     r"|begin[ \t]*\{(?P<begin>[^{}\n*]*)\*?\}|end[ \t]*\{(?P<end>[^{}\n*]*)\*?\}"
     rf"|(?P<heading>{'|'.join(HEADINGS)}){END}|(?P<command>[a-zA-Z@]+)|.)|(?P<dollar>\$\$?)|(?P<paragraph>\n[ \t]*\n)"
-    rf"|(?P<sized_group>\{{\s*\\(?:{SIZES}){END}\s*)|(?P<group>\{{)|(?P<group_end>\}})",
-    re.DOTALL,
+    rf"|(?P<sized_group>\{{\s*\\(?:{SIZES}){END}\s*)|(?P<group>\{{)|(?P<group_end>\}})"
 )
 DEEPER = {"group": 1, "sized_group": 1, "group_end": -1}  # how tokens change the depth of groups
 WORD = re.compile(r"\\[a-zA-Z@]+")
 WORD_AT_END = re.compile(r"\\[a-zA-Z@]+$")
 GAP = re.compile(r"[ \t]*\n?[ \t]*")
+ARGUMENT_START = re.compile(rf"{GAP.pattern}(?P<word>{WORD.pattern})?")
 BLOCK = re.compile(r"[ \t]*\\(?:begin|end|item|[][])")  # where TeX ignores a line end
 AFTER_COMMENT = re.compile(rf"{GAP.pattern}(?P<apart>\Z|[\n%]|{BLOCK.pattern})?")
 OPTIONAL = r"(?:[ \t]*\n?[ \t]*\[[^]]{0,498}\])"
@@ -121,19 +111,11 @@ NO_TEXT = (
     r"\ud800-\udfff\ufdd0-\ufdef\ufeff\ufff9-\uffff]"  # control and zero-width characters, and no characters
 )
 
-# ---- characters and lexing ------------------------------------------------------------------------------------------
+# ---- lexing ------------------------------------------------------------------------------------------------------
 
 
-def _plain_characters(text: str) -> str:
-    """Odd spaces, control and zero-width characters removed; composed (NFC) where that is no longer."""
-    text = re.sub("[\f\v\x85\u2028\u2029]", "\n", text)
-    text = re.sub(NO_TEXT, "", re.sub(SPACES, " ", text))
-    composed = unicodedata.normalize("NFC", text)
-    return composed if len(composed) <= len(text) else text
-
-
-def _hidden(text: str) -> dict[int, int]:
-    """What \\iffalse hides, start to end: only where it holds whole groups, so that no brace loses its partner."""
+def _hidden(text):
+    """What \\iffalse hides, {start: end}: only where it holds whole groups, so that no brace loses its partner."""
     hidden, conditionals, depth = {}, [], 0
     if "\\iffalse" not in text:
         return hidden
@@ -146,11 +128,10 @@ def _hidden(text: str) -> dict[int, int]:
             conditionals[-1][2] = conditionals[-1][2] or m
         elif m["name"] == "fi" and conditionals:
             begin, outside, other = conditionals.pop()
-            if begin["name"] != "iffalse" or outside != depth:
-                continue
-            hidden[begin.start()] = (other or m).end()
-            if other:  # what is between \else and \fi stays
-                hidden[m.start()] = m.end()
+            if begin["name"] == "iffalse" and outside == depth:
+                hidden[begin.start()] = (other or m).end()
+                if other:  # what is between \else and \fi stays
+                    hidden[m.start()] = m.end()
     return hidden
 
 
@@ -160,24 +141,21 @@ def lex(text: str):
     m = LEX.search(text)
     while m:
         kind, start, end = m.lastgroup, m.start(), m.end()
-        if kind == "verbatim":
+        if kind == "hidden":
+            end = hidden.get(start)
+        elif kind == "verbatim":
+            kind = "hidden" if m["verbatim"] == "comment" else "verb"
             tag = f"\\end{{{m['verbatim']}}}"
             close = -1 if tag in unclosed else text.find(tag, end)
-            if close >= 0:
-                kind = "hidden" if m["verbatim"] == "comment" else "verb"
-                end = close + len(tag)
-            else:
-                kind = None
+            end = close + len(tag) if close >= 0 else None
+            if not end:
                 unclosed.add(tag)  # no later one need look for it again: that would take quadratic time
-        elif kind == "hidden":
-            kind = "hidden" if start in hidden else None
-            end = hidden.get(start, end)
-        if kind:
+        if kind and end:
             yield kind, start, end, m
-        m = LEX.search(text, end)
+        m = LEX.search(text, end or m.end())
 
 
-def _uncomment(text: str, start: int, end: int) -> tuple[int, str, int]:
+def _uncomment(text, start, end):
     """Where a comment with its blanks starts, what is left of it, and where it ends: TeX joins the lines around it."""
     left = start
     while left and text[left - 1] in " \t":
@@ -193,7 +171,7 @@ def _uncomment(text: str, start: int, end: int) -> tuple[int, str, int]:
     return left, " " if glued else "", end
 
 
-def _hide(text: str, dropped: Counter) -> tuple[str, list[str]]:
+def _hide(text, dropped):
     """The text without comments and hidden parts and with numbered marks for verbatim ones, and the verbatim ones."""
     out, verbatim, position = [], [], 0
     for kind, start, end, _ in lex(text):
@@ -227,8 +205,8 @@ def ends_of(text: str) -> dict[int, int]:
     return ends
 
 
-def _arguments_end(text: str, position: int, signature: str, ends: dict[int, int]) -> int | None:
-    """Where the arguments that start at a position end; None when they are not all there."""
+def _arguments_end(text, position, signature, ends):
+    """Where the arguments that start at a position end; None when they are not all there. ends: those of `ends_of`."""
     if signature in PLAIN_ARGUMENT:
         m = PLAIN_ARGUMENT[signature].match(text, position)
         return m and m.end()
@@ -238,27 +216,24 @@ def _arguments_end(text: str, position: int, signature: str, ends: dict[int, int
     if signature[:1].isdigit():
         position = OPTIONAL_ARGUMENTS.match(text, position).end()
         for _ in range(int(signature[0])):
-            start = GAP.match(text, position).end()
-            word = WORD.match(text, start)
-            position = word.end() if word else ends.get(start)
+            m = ARGUMENT_START.match(text, position)
+            position = m.end() if m["word"] else ends.get(m.end())
             if position is None:
                 return None
-    if signature.endswith("o"):
-        position = OPTIONAL_ARGUMENT.match(text, position).end()
-    return position
+    return OPTIONAL_ARGUMENT.match(text, position).end() if signature.endswith("o") else position
 
 
-def _definition_end(text: str, name: str, position: int, ends: dict[int, int]) -> int | None:
+def _definition_end(text, name, position, ends):
     """Where the definition whose arguments start at a position ends; None when it is cut short."""
     definee = DEFINEE.match(text, position)
-    return definee and _arguments_end(text, definee.end(), DEFINED[name], ends)
+    return definee and _arguments_end(text, definee.end(), COMMANDS[name][1], ends)
 
 
 def definitions(text: str):
     """(start, end) of all definitions, in order."""
     ends, position = ends_of(text), 0
     for m in DEFINITION.finditer(text):
-        end = _definition_end(text, m[1], m.end(), ends) if m[1] and m.start() >= position else None
+        end = m[1] and m.start() >= position and _definition_end(text, m[1], m.end(), ends)
         if end:
             position = end
             yield m.start(), end
@@ -267,79 +242,74 @@ def definitions(text: str):
 # ---- cleaning -------------------------------------------------------------------------------------------------------
 
 
-class Formulas:
-    """The formulas that are open at a place of the body, each as (what closes it, the depth of groups it is in)."""
+def _follow(m, formulas, depth):
+    """Read one TOKEN: the depth of groups after it. A formula without end harms no more than its paragraph or section.
 
-    def __init__(self):
-        self.open = []
-        self.depth = 0
-
-    def follow(self, m: re.Match) -> None:
-        """Read one TOKEN. A formula without end harms no more than its paragraph or section."""
-        kind, formulas = m.lastgroup, self.open
-        self.depth += DEEPER.get(kind, 0)
-        while formulas:
-            close, depth = formulas[-1]
-            stray = close[0] == "$" and (kind == "paragraph" or (kind == "formula" and depth == self.depth))
-            if depth <= self.depth and kind != "heading" and not stray:
-                break
+    formulas: the list of those that are open, each as (what closes it, the depth of groups it is in).
+    """
+    kind = m.lastgroup
+    depth += DEEPER.get(kind, 0)
+    while formulas:
+        close, outside = formulas[-1]
+        stray = close[0] == "$" and (kind == "paragraph" or (kind == "formula" and outside == depth))
+        if outside <= depth and kind != "heading" and not stray:
+            break
+        formulas.pop()
+    if kind == "formula":
+        formulas.append((m["math"] or {"[": "]", "(": ")"}[m[0][1]], depth))
+    elif kind == "formula_end":
+        close = m["math_end"] or m[0][1]
+        if close in [recent for recent, _ in formulas[-8:]]:
+            while formulas.pop()[0] != close:
+                pass
+    elif kind == "dollar":
+        if not formulas or formulas[-1][1] < depth:  # the latter in a group of a formula: \text{if $a$}
+            formulas.append((m[0], depth))
+        elif formulas[-1][0] == m[0]:
             formulas.pop()
-        if kind == "formula":
-            formulas.append((m["math"] or {"[": "]", "(": ")"}[m[0][1]], self.depth))
-        elif kind == "formula_end":
-            close = m["math_end"] or m[0][1]
-            if close in [recent for recent, _ in formulas[-8:]]:
-                while formulas.pop()[0] != close:
-                    pass
-        elif kind == "dollar":
-            if not formulas or formulas[-1][1] < self.depth:  # the latter in a group of a formula: \text{if $a$}
-                formulas.append((m[0], self.depth))
-            elif formulas[-1][0] == m[0]:
-                formulas.pop()
+    return depth
 
 
-def _cuts(text: str):
+def _cuts(text):
     """(kind, start, end) of all that only lays out, draws or indexes, in order; of formulas and definitions nothing."""
-    ends, formulas, position = ends_of(text), Formulas(), 0
+    ends, formulas, depth, position = ends_of(text), [], 0, 0
     wrapped = set()  # closing braces that go because their opening ones went
     for m in TOKEN.finditer(text):
-        kind, command, start, end = m.lastgroup, m["command"], m.start(), m.end()
-        if kind is None or start < position or (command and command not in KNOWN):
+        token, command, start, end = m.lastgroup, m["command"], m.start(), m.end()
+        if token is None or start < position or (command and command not in COMMANDS):
             continue
-        formulas.follow(m)
-        cut = None
-        if start in wrapped:
-            cut = "brace", end
-        elif formulas.open:
+        depth = _follow(m, formulas, depth)
+        if formulas and start not in wrapped:
             continue
-        elif kind == "sized_group":  # {\small ...}: its braces go too, unless they hold an argument
+        begin, cut_end = m["begin"], None
+        kind, signature = COMMANDS.get(command) or TAGS.get(begin or m["end"]) or ("brace", "")
+        if start in wrapped or m["end"] in TAGS:
+            cut_end = end
+        elif token == "sized_group":  # {\small ...}: its braces go too, unless they hold an argument
+            cut_end = end
             if start in ends and not ARGUMENT_BEFORE.search(text[max(0, start - 40) : start].rstrip(" ")):
                 wrapped.add(ends[start] - 1)
             else:
                 start += 1
-            cut = "brace", end
-        elif command in DEFINED:
+        elif kind == "definition":
             position = _definition_end(text, command, end, ends) or position
-        elif command in UNWRAPPED:
-            brace = _arguments_end(text, end, UNWRAPPED[command], ends)
+        elif kind == "unwrapped":
+            brace = _arguments_end(text, end, signature, ends)
             brace = brace and GAP.match(text, brace).end()
             if brace in ends and text[brace] == "{":
                 wrapped.add(ends[brace] - 1)
-                formulas.depth += 1
-                cut = "brace", brace + 1
-        elif m["begin"] in ENVIRONMENTS:
-            cut = ENVIRONMENTS[m["begin"]][0], ends.get(start)
-        elif command in COMMANDS or m["begin"] in TAGS:
-            kind, signature = COMMANDS.get(command) or TAGS[m["begin"]]
-            cut = kind, _arguments_end(text, end, signature, ends)
-        elif m["end"] in TAGS:
-            cut = TAGS[m["end"]][0], end
-        if cut and cut[1]:
-            kind, position = cut
+                depth += 1
+                cut_end = brace + 1
+        elif begin in ENVIRONMENTS:
+            kind, cut_end = ENVIRONMENTS[begin][0], ends.get(start)
+        elif command or begin in TAGS:
+            cut_end = _arguments_end(text, end, signature, ends)
+        if cut_end:
+            position = cut_end
             yield kind, start, position
 
 
-def _strip(text: str, dropped: Counter) -> str:
+def _strip(text, dropped):
     """The body without its cuts. The white space around a cut is joined, and no letter becomes part of a command."""
     out, copied, written = [], 0, "\n"  # written: the end of what is in out
     for kind, start, end in _cuts(text):
@@ -362,19 +332,23 @@ def _strip(text: str, dropped: Counter) -> str:
     return "".join(out) + text[copied:]
 
 
-def _tidy(text: str) -> str:
+def _tidy(text):
     """Lines without blanks around them, single blanks within, at most one blank line in a row."""
     lines = [" ".join(line.split()) for line in text.split("\n")]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
-def clean(source: str, dropped: Counter | None = None) -> str:
+def clean(source: str, dropped: Counter) -> str:
     """The text of one source (inline it before): definitions of its preamble, then its body, stripped. Never longer.
 
     dropped: counts the characters dropped, by kind.
     """
-    dropped = Counter() if dropped is None else dropped
-    text, verbatim = _hide(_plain_characters(source), dropped)
+    # Odd spaces, control and zero-width characters go; characters are composed (NFC) where that is no longer.
+    text = re.sub(SPACES, " ", re.sub("[\f\v\x85\u2028\u2029]", "\n", source))
+    text = re.sub(NO_TEXT, "", text)
+    text = min(unicodedata.normalize("NFC", text), text, key=len)
+
+    text, verbatim = _hide(text, dropped)
     *preamble, body = re.split(r"\\begin *\{document\}", _tidy(text), maxsplit=1)
     macros = ""
     for part in preamble:

@@ -45,17 +45,12 @@ class Family:
     packs: bool = True
 
 
+DECODERS = "qwen2 qwen3 llama mistral gemma3_text phi3".split()
 CLS = {"poolings": ("cls",), "encoder": True}
 FAMILIES = {
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "llama": Family(),
-    "mistral": Family(),
-    "gemma3_text": Family(),
-    "phi3": Family(),
+    **dict.fromkeys(DECODERS, Family()),
     "bert": Family(lambda m, x: m.classifier(m.dropout(m.bert.pooler(x[:, None]))), **CLS),
-    "roberta": Family(lambda m, x: m.classifier(x[:, None]), **CLS),
-    "xlm-roberta": Family(lambda m, x: m.classifier(x[:, None]), **CLS),
+    **dict.fromkeys(("roberta", "xlm-roberta"), Family(lambda m, x: m.classifier(x[:, None]), **CLS)),
     "distilbert": Family(lambda m, x: m.classifier(m.dropout(m.pre_classifier(x).relu())), **CLS),
     "modernbert": Family(lambda m, x: m.classifier(m.drop(m.head(x))), poolings=("cls", "mean"), encoder=True),
     "deberta-v2": Family(lambda m, x: m.classifier(m.dropout(m.pooler(x[:, None]))), **CLS, packs=False),
@@ -105,11 +100,8 @@ class AttentionPooling(nn.Module):
         self.query = nn.Linear(width, 1, bias=False)
 
     def forward(self, hidden, cu_seqlens):
-        pooled = []
-        for states in hidden.split(cu_seqlens.diff().tolist()):  # (n, D)
-            weights = self.query(states).softmax(0)  # (n, 1)
-            pooled.append((weights * states).sum(0))
-        return torch.stack(pooled)
+        texts = hidden.split(cu_seqlens.diff().tolist())  # of (n, D)
+        return torch.stack([(self.query(states).softmax(0) * states).sum(0) for states in texts])
 
 
 # A pooling is a function, or a module made for the width D of the states, which becomes a part of the head.
@@ -144,9 +136,13 @@ class Classifier(nn.Module):
         super().__init__()
         for name, module in whole.named_children():
             self.add_module(name, module)
-        self.config, self.prefix, self.architecture = whole.config, whole.base_model_prefix, type(whole).__name__
+        self.config = whole.config
+        self.prefix = whole.base_model_prefix
+        self.architecture = type(whole).__name__
         self.family = family_of(self.config)
-        self.outputs, self.pooling, self.words = head.outputs, head.pooling, head.words
+        self.outputs = head.outputs
+        self.pooling = head.pooling
+        self.words = head.words
 
         # What a pooling learns is a module of its own.
         if isinstance(POOLINGS[head.pooling], type):
@@ -154,12 +150,11 @@ class Classifier(nn.Module):
 
         # Label words need rows of the LM head; encoders bring a dropout of their own.
         if head.words:
-            ids = [token for tokens in head.words for token in tokens]
-            self.register_buffer("word_ids", torch.tensor(ids), persistent=False)
+            self.register_buffer("word_ids", torch.tensor(sum(head.words, ())), persistent=False)
         elif not self.family.encoder:
             if not hasattr(self, "score"):
-                encoders = ", ".join(name for name, row in FAMILIES.items() if row.encoder)
-                raise UserError(f"{self.config.model_type}: its head is not known here; the encoders are {encoders}")
+                known = ", ".join(FAMILIES)
+                raise UserError(f"{self.config.model_type}: its head is not known here, as those of {known} are")
             self.dropout = nn.Dropout(head.dropout)
 
         # Everything beside the backbone is head, and so is the pooler that BERT keeps in it; an LM head is the base's.
@@ -182,7 +177,9 @@ class Classifier(nn.Module):
         pool = getattr(self, f"{self.pooling}_pooling", POOLINGS[self.pooling])
         with torch.autocast(hidden.device.type, enabled=False):
             pooled = pool(hidden.float(), batch.cu_seqlens)  # (B, D)
-            return self.word_logits(pooled) if self.words else self.family.head(self, pooled)
+            if self.words:
+                return self.word_logits(pooled)
+            return self.family.head(self, pooled)
 
     def word_logits(self, pooled: torch.Tensor) -> torch.Tensor:
         """(B, D) -> (B, C): log of the summed exp of each class's words."""
@@ -234,27 +231,29 @@ def attention_note(device: torch.device, config, precision: str) -> str:
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
+DROPOUTS = ("classifier_dropout", "cls_dropout", "pooler_dropout", "seq_classif_dropout")  # of encoders' heads
+
+
 def head_class(base: str, head: Head) -> tuple[type, dict]:
     """transformers' auto class for a head, and the changes of the base's config."""
     if head.words:
         return AutoModelForCausalLM, {}
     changes = {"num_labels": head.outputs}
     if family_of(bases.load_config(base)).encoder:
-        for name in ("classifier_dropout", "cls_dropout", "pooler_dropout", "seq_classif_dropout"):
-            changes[name] = head.dropout
+        changes |= dict.fromkeys(DROPOUTS, head.dropout)
     return AutoModelForSequenceClassification, changes
 
 
 def changed_config(base: str, **changes):
-    """The base's config without a cache of keys and values, and with changes."""
+    """The base's config without a cache of keys and values, with changes, and with our attention if its family packs.
+
+    Otherwise attention is transformers' own choice, as DeBERTa has one kind only.
+    """
     config = bases.load_config(base)
     config.update({"use_cache": False, **changes})
+    if family_of(config).packs:
+        config._attn_implementation = ATTENTION
     return config
-
-
-def attention_of(base: str) -> str | None:
-    """Our attention where the family packs; else None, transformers' own choice, as DeBERTa has one kind only."""
-    return ATTENTION if family_of(bases.load_config(base)).packs else None
 
 
 def from_config(auto, base: str, config, **options) -> nn.Module:
@@ -269,11 +268,11 @@ def from_weights(auto, base: str, dtype, **changes) -> tuple[nn.Module, list[str
     """A model on the CPU and the names of its tensors that the base does not hold, or holds in another size."""
     folder = bases.find_base(base)
     bases.need_weights(folder)
-    options = {"config": changed_config(base, **changes), "dtype": dtype, "attn_implementation": attention_of(base)}
-    safe = {"trust_remote_code": False, "weights_only": True, "ignore_mismatched_sizes": True}
+    options = {"config": changed_config(base, **changes), "dtype": dtype, "trust_remote_code": False}
+    options |= {"weights_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         with bases.without_adapter(folder) as folder:
-            model, info = auto.from_pretrained(folder, **options, **safe, output_loading_info=True)
+            model, info = auto.from_pretrained(folder, **options)
     except Exception as e:  # whatever a foreign file, pickled ones included, can make of loading
         raise UserError(f"--base {base}: its weights cannot be loaded ({type(e).__name__}: {one_line(e)})") from None
     if any(".lora_" in name for name, _ in model.named_parameters()):
@@ -285,8 +284,8 @@ def from_weights(auto, base: str, dtype, **changes) -> tuple[nn.Module, list[str
 def refuse_missing(base: str, names: list[str]) -> None:
     """Raise UserError when tensors are missing."""
     if names:
-        count = f"{len(names)} tensors are missing from its weights or misshapen"
-        raise UserError(f"--base {base}: {count} ({names[0]}, ...)")
+        problem = f"{len(names)} tensors are missing from its weights or misshapen ({names[0]}, ...)"
+        raise UserError(f"--base {base}: {problem}")
 
 
 def cast_out(module, inputs, output):
@@ -294,10 +293,11 @@ def cast_out(module, inputs, output):
     return output.float()
 
 
-def skeleton(base: str, head: Head) -> Classifier:
+def skeleton(base: str, head: Head, layers: int = 0, max_length: int = 0) -> Classifier:
     """A classifier without weights (on the meta device), to check structure before anything is loaded.
 
-    Raises UserError for a family without the head, or a head that the family's logits do not allow.
+    Raises UserError for a family without the head, a head that the family's logits do not allow, and more trained
+    layers or tokens than there are layers or positions.
     """
     auto, changes = head_class(base, head)
     config = changed_config(base, **changes)
@@ -308,11 +308,6 @@ def skeleton(base: str, head: Head) -> Classifier:
         model = Classifier(from_config(auto, base, config), head)
     if head.pooling == "cls" and not encoder:
         raise UserError(f"--pooling cls on {config.model_type}: a causal decoder's first token sees nothing; take last")
-    return model
-
-
-def check_structure(model: Classifier, layers: int, max_length: int) -> None:
-    """Raise UserError for trained layers or lengths that a skeleton does not have, before weights are loaded."""
     available = len(bases.decoder_layers(model.backbone))
     if layers > available:
         raise UserError(f"--train_layers {layers}: this base has {available} layers")
@@ -321,16 +316,11 @@ def check_structure(model: Classifier, layers: int, max_length: int) -> None:
             most = table.num_embeddings - first_position(model.backbone)
             if max_length > most:
                 raise UserError(f"--max_length {max_length}: this base has positions for {most} tokens; lower it")
+    return model
 
 
 def load_classifier(
-    base: str,
-    head: Head,
-    device: torch.device,
-    dtype: torch.dtype,
-    quant: str = "none",
-    compute: torch.dtype = torch.float32,
-    seed: int = 0,
+    base: str, head: Head, device: torch.device, dtype: torch.dtype, quant="none", compute=torch.float32, seed=0
 ) -> Classifier:
     """A classifier on its device: the base's weights in `dtype`, or its layers in nf4; a fresh head drawn from seed.
 
@@ -362,16 +352,14 @@ def draw_fresh(model: Classifier, seed: int) -> None:
     torch.manual_seed(seed)
     for name, module in model.named_modules():
         fresh = {n for n, _ in module.named_parameters(recurse=False) if f"{name}.{n}" in model.fresh}
-        if not fresh:
-            continue
-        if not hasattr(module, "reset_parameters"):
+        if fresh and not hasattr(module, "reset_parameters"):
             raise AssertionError(f"{name}: reset_parameters() is missing, which draws {', '.join(fresh)} from the seed")
-        if fresh != {"bias"}:
+        if fresh - {"bias"}:
             module.reset_parameters()
         if isinstance(module, nn.Linear):
             if "weight" in fresh:
                 nn.init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
+            if fresh and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
 
@@ -383,12 +371,10 @@ def train_layers(model: Classifier, count: int) -> list[str]:
 
     Returns the names of the trained parameters.
     """
-    modules = [model.get_submodule(name) for name in model.heads]
+    modules = [model] if count == -1 else [model.get_submodule(name) for name in model.heads]
     if count > 0:
         modules += bases.decoder_layers(model.backbone)[-count:]
         modules += [module for name, module in model.backbone.named_children() if "norm" in name]
-    if count == -1:
-        modules.append(model)
     trained = {id(p) for module in modules for p in module.parameters()}
     for p in model.parameters():
         p.requires_grad_(id(p) in trained)
@@ -405,19 +391,17 @@ def add_adapter(model: Classifier, adapter: lora.Adapter) -> None:
 
 def head_to_save(model: Classifier) -> tuple[str, ...]:
     """What an adapter trains and saves whole beside its updates: the output layer, and what the base does not hold."""
-    output = [name for name in ("score", "classifier") if name in model.heads]
-    drawn = [name for name in model.heads if any(lora.within(tensor, [name]) for tensor in model.fresh)]
-    return tuple(dict.fromkeys(output + drawn))
+    output = ("score", "classifier")
+    saved = [name for name in model.heads if name in output or any(lora.within(key, [name]) for key in model.fresh)]
+    return tuple(sorted(saved, key=lambda name: name not in output))  # the output layer comes first
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every tensor of a model once: a tied LM head is left out, for the embedding holds its weight."""
-    tensors, seen = {}, set()
+    first = {}  # by address: its first name, and the tensor
     for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            tensors[name] = tensor.detach()
-        seen.add(tensor.data_ptr())
-    return tensors
+        first.setdefault(tensor.data_ptr(), (name, tensor))
+    return dict(first.values())
 
 
 def classifier_config(model: Classifier, names, dtype: str = "float32", pad: int | None = None) -> dict:

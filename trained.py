@@ -89,8 +89,7 @@ def check_model(cfg: TrainConfig, labels: labelling.Labels, tokenizer, adapter=N
     adapter, shapes: an adapter read from a file, and the shapes of its tensors. Raises UserError for what does not fit.
     """
     bases.need_vocabulary(cfg.base, len(tokenizer))
-    bare = models.skeleton(cfg.base, head_of(cfg, labels, tokenizer))
-    models.check_structure(bare, cfg.train_layers, cfg.max_length)
+    bare = models.skeleton(cfg.base, head_of(cfg, labels, tokenizer), cfg.train_layers, cfg.max_length)
     flag = f"--base {cfg.base}" if adapter else f"--targets {','.join(cfg.targets)}"
     try:
         wanted = adapter or adapter_of(cfg, models.head_to_save(bare))

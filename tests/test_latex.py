@@ -137,11 +137,15 @@ CLEAN["mathematics in text in mathematics"] = (
 )
 
 
+def clean(source: str) -> str:
+    return latex_clean.clean(source, Counter())
+
+
 @pytest.mark.parametrize("name", CLEAN)
 def test_clean(name):
     source, wanted = CLEAN[name]
-    assert latex_clean.clean(source) == wanted
-    assert latex_clean.clean(wanted) == wanted
+    assert clean(source) == wanted
+    assert clean(wanted) == wanted
 
 
 def test_clean_counts_what_it_drops():
@@ -240,8 +244,8 @@ INLINED = {  # the root is p/main.tex; of the others: (files, what it becomes, w
 @pytest.mark.parametrize("name", INLINED)
 def test_inline(name):
     files, source, wanted, words = INLINED[name]
-    notes = []
-    assert latex.inline(files | {"p/main.tex": source}, "p/main.tex", notes, set()) == wanted
+    text, notes, _ = latex.inline(files | {"p/main.tex": source}, "p/main.tex")
+    assert text == wanted
     assert len(notes) == len(words) and all(w in note for w, note in zip(words, notes, strict=True))
 
 
@@ -346,8 +350,8 @@ def cleaned(real):
     texts = {name: latex.decode(raw)[0] for name, raw in real.items()}
     _, reports = latex.corpus(real)
     names = [r.file for r in reports if not r.fate.startswith("inlined")]
-    wholes = [latex.inline(texts, name, [], set()) for name in names]
-    return [(name, whole, latex_clean.clean(whole)) for name, whole in zip(names, wholes, strict=True)]
+    wholes = [latex.inline(texts, name)[0] for name in names]
+    return [(name, whole, clean(whole)) for name, whole in zip(names, wholes, strict=True)]
 
 
 DRAWINGS = "tikzpicture|pgfpicture|asy|picture|pspicture|xy|chart"
@@ -390,7 +394,7 @@ def test_real_mathematics_is_kept(cleaned):
 def test_real_sources_never_grow_and_clean_twice_is_once(cleaned):
     for name, whole, text in cleaned:
         assert len(text) <= len(whole), name
-        assert latex_clean.clean(text) == text, name
+        assert clean(text) == text, name
 
 
 def test_real_documents_have_no_input_left_that_exists(real):
@@ -453,8 +457,8 @@ def test_ten_thousand_broken_sources_never_fail_hang_or_grow(real):
         at = rng.randrange(max(1, len(source) - 1500))
         text = mutated(source[at : at + 1500], rng)
         start = time.process_time()
-        whole = latex.inline({"a.tex": text, "b.tex": "b"}, "a.tex", [], set())
-        result = latex_clean.clean(whole)
+        whole = latex.inline({"a.tex": text, "b.tex": "b"}, "a.tex")[0]
+        result = clean(whole)
         assert len(result) <= len(whole), (n, text)
         assert time.process_time() - start < 1, (n, text)
         if n % 10 == 0:
@@ -465,7 +469,7 @@ def test_ten_thousand_broken_sources_never_fail_hang_or_grow(real):
 @given(st.lists(st.sampled_from([*JUNK, "a", " ", "b c", "\n", "$x$", "\\foo", "[", "]"]), max_size=40).map("".join))
 @settings(max_examples=1000, deadline=None)
 def test_junk_never_fails_or_grows(text):
-    assert len(latex_clean.clean(text)) <= len(text)
+    assert len(clean(text)) <= len(text)
     latex.corpus({"a.tex": text.encode("utf-8", "replace")})
 
 

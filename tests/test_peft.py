@@ -712,7 +712,7 @@ def test_a_pickled_adapter_is_never_read(small_base, hollow, tmp_path):
     model = peft.get_peft_model(AUTO["SEQ_CLS"].from_pretrained(small_base), peft.LoraConfig(**LORA))
     model.save_pretrained(tmp_path, safe_serialization=False)
     assert (tmp_path / "adapter_model.bin").exists()
-    with pytest.raises(UserError, match="adapter_model.bin is a pickle, which is never read.*save_pretrained") as e:
+    with pytest.raises(UserError, match="a pickle such as adapter_model.bin is never read.*save_pretrained") as e:
         look(hollow, tmp_path)
     one_line(e)
 
@@ -1066,7 +1066,7 @@ def test_names_of_adapters_that_lead_nowhere(good, hollow, tmp_path):
         with pytest.raises(UserError, match="^--adapter .*") as e:
             look(hollow, name)
         one_line(e)
-    with pytest.raises(UserError, match="is an adapter; name its base, and the adapter with --adapter") as e:
+    with pytest.raises(UserError, match="an adapter goes to --adapter, with its base here") as e:
         look(good, good)
     one_line(e)
 
