@@ -266,7 +266,7 @@ def complete_samples(lm, tokenizer, prompts: list[list[int]], precision: str, mo
     """(prompt, greedy completion) of each prompt."""
     if not prompts:
         return []
-    completions = language.generate(lm, tokenizer, prompts, precision, most)
+    completions = language.generate(lm, tokenizer, prompts, precision=precision, max_new_tokens=most)
     return [[tokenizer.decode(ids), text] for ids, text in zip(prompts, completions, strict=True)]
 
 
