@@ -168,9 +168,7 @@ def load(paths: str, flag: str, tokenizer, cache: Path, world, say, **options) -
     folder = Path(ddp.from_rank0(world, on_rank0))
     about = checkpoint.load_json(folder / "corpus.json")
     say(f"--{flag} {paths}: {about['summary']} (tokens in {folder})")
-    arrays = {
-        path.name: np.memmap(path, KINDS[path.name], mode="r") for path in folder.iterdir() if path.name in KINDS
-    }
+    arrays = {path.name: np.memmap(path, KINDS[path.name], mode="r") for path in folder.iterdir() if path.name in KINDS}
     return Corpus(sizes=arrays.pop("sizes"), tokens=data.Tokens(**arrays), **about)
 
 

@@ -281,7 +281,7 @@ def _bare_backend(tokenizer):
     return type(backend).from_str(json.dumps(spec))
 
 
-def label_word_ids(tokenizer, template: str, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+def label_word_ids(tokenizer, template: str, words: tuple[str, ...]) -> tuple[tuple, ...]:
     """The first tokens of each class's verbalizer as it would follow the rendered template; aliases separated by "|".
 
     A word follows the template's end after a space, or directly where the end is a space or a new line. Raises
