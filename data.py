@@ -303,7 +303,9 @@ def label_word_ids(tokenizer, template: str, words: tuple[str, ...]) -> tuple[tu
             if not alias:
                 problems.append(f"{word!r} has an empty alias: give a word on each side of |")
             elif not token or after[: len(before)] != before:
-                problems.append(f"a token joins the template's end {context[-20:]!r} and the word {alias!r}: change it")
+                problems.append(
+                    f"a token joins the template's end {context[-20:]!r} and the word {alias!r}: change the end"
+                )
             elif owner.setdefault(token[0], c) != c:
                 other, same = words[owner[token[0]]], tokenizer.decode(token)
                 problems.append(f"{other!r} and {word!r} begin with the same token {same!r}: give other words")
