@@ -21,10 +21,10 @@ import latex
 import prompts
 from errors import Untrusted, UserError, few
 
-ENDS = (".tex", ".txt", ".md", ".jsonl", ".jsonl.gz")
-ROLES = ("system", "user", "assistant", "tool")
+ENDS = tuple(".tex .txt .md .jsonl .jsonl.gz".split())
+ROLES = "system user assistant tool".split()
 KINDS = {"ids": np.int32, "starts": np.int64, "stops": np.int64, "sizes": np.int64, "learned": bool}  # files of a cache
-CODE = ("corpus", "data", "files", "latex", "latex_clean", "prompts")  # what tokens follow from besides texts
+CODE = "corpus data files latex latex_clean prompts".split()  # what tokens follow from besides texts
 Sources = list[tuple[Path, list[Path]]]  # (folder, its files)
 
 
@@ -46,29 +46,30 @@ def find_files(paths: str, flag: str) -> Sources:
     """(folder, its files) for each of the comma-separated paths; a file counts alone. Raises UserError."""
     sources = []
     for path in (Path(p.strip()) for p in paths.split(",") if p.strip()):
-        if not path.exists():
-            raise UserError(f"--{flag} {path}: no such file or folder")
         if path.is_dir():
-            inside = [file for file in path.rglob("*") if not file.is_dir()]
-            hidden = [file for file in inside if "/." in f"/{file.relative_to(path).as_posix()}"]
-            sources.append((path, sorted(set(inside) - set(hidden))))
+            found = [file for file in path.rglob("*") if not file.is_dir()]
+            sources.append((path, sorted(f for f in found if "/." not in f"/{f.relative_to(path).as_posix()}")))
         elif path.is_file() and _readable(path):
             sources.append((path.parent, [path]))
         else:
-            raise UserError(f"--{flag} {path}: expected {', '.join(ENDS)}, or a folder of them")
+            raise UserError(f"--{flag} {path}: no folder, and no file that ends in {', '.join(ENDS)}")
     return sources
 
 
-def _named(sources: Sources) -> str:
+def _named(sources):
+    """The folders, and files that count alone, as a str."""
     return ", ".join(str(paths[0] if len(paths) == 1 else root) for root, paths in sources)
 
 
-def _readable(file: Path) -> bool:
+def _readable(file):
+    """Whether a file's (Path) name is one that is read."""
     return file.name.lower().endswith(ENDS)
 
 
-def _bytes(file: Path, flag: str) -> bytes:
-    """Raises UserError for what cannot be read; what is no file (a pipe, a link to nothing) would be waited for."""
+def _bytes(file, flag):
+    """The bytes of a file (Path). Raises UserError for what cannot be read; what is no file (a pipe, a link to nothing)
+    would be waited for.
+    """
     try:
         if not file.is_file():
             raise UserError(f"--{flag} {file}: no regular file")
@@ -77,9 +78,7 @@ def _bytes(file: Path, flag: str) -> bytes:
         raise UserError(f"--{flag} {file}: cannot be read ({e.strerror})") from None
 
 
-def read_documents(
-    sources: Sources, flag: str, columns: tuple[str, ...] = ("text",)
-) -> tuple[list[dict], list[str], list[dict]]:
+def read_documents(sources: Sources, flag: str, columns: tuple[str, ...] = ("text",)) -> tuple[list, list, list]:
     """The documents of files as rows of columns, the name of each, and for each file a record of what became of it.
 
     LaTeX projects are made into documents by latex.py; .txt and .md files are one document each, lines of JSONL one
@@ -110,14 +109,13 @@ def read_documents(
         records += [vars(report) for report in reports]
     rows, names, repeated = _distinct(documents, {*columns, "prompt", "response", "messages", "tools"})
     if not rows:
-        reason = f": {records[0]['fate'].removeprefix('dropped: ')}" if len(records) == 1 else ""
         found = f"no documents in {len(records)} files ({', '.join(ENDS)} are read)"
-        raise UserError(f"--{flag} {_named(sources)}: {found}{reason}")
+        raise UserError(f"--{flag} {_named(sources)}: {found}: {_fates(records + repeated)}")
     return rows, names, records + repeated
 
 
-def _rows_of(file: Path, flag: str) -> tuple[list[dict[str, str]], str]:
-    """The rows of a file that is no LaTeX, and its fate."""
+def _rows_of(file, flag):
+    """(rows, fate) of a file (Path) that is no LaTeX."""
     if not _readable(file):
         return [], f"dropped: {file.suffix or 'no suffix'} is not read"
     if file.suffix.lower() in (".txt", ".md"):
@@ -127,8 +125,10 @@ def _rows_of(file: Path, flag: str) -> tuple[list[dict[str, str]], str]:
     return files.read_rows(str(file), flag), "read"
 
 
-def _distinct(documents: list[tuple[str, dict]], columns: set[str]) -> tuple[list[dict], list[str], list[dict]]:
-    """Rows whose columns differ by more than white space, their names, and records of the others."""
+def _distinct(documents, columns):
+    """Of documents (file, row): rows whose columns (a set) differ by more than white space, their names, and records of
+    the others; all of them lists.
+    """
     first, rows, names, records = {}, [], [], []
     count = Counter()
     for file, row in documents:
@@ -148,61 +148,54 @@ def _distinct(documents: list[tuple[str, dict]], columns: set[str]) -> tuple[lis
 # ---- the cache ------------------------------------------------------------------------------------------------------
 
 
-def load(
-    paths: str, flag: str, tokenizer, cache: Path, world, say, template: str, max_length: int, chat: str, system: str
-) -> Corpus:
-    """The corpus of folders and files, encoded by rank 0, from the cache where it is there. For the last four see
+def load(paths: str, flag: str, tokenizer, cache: Path, world, say, **options) -> Corpus:
+    """The corpus of folders and files, encoded by rank 0, from the cache where it is there. options: those of
     `encode_files`. Raises UserError for what cannot be read or rendered, before anything is written.
     """
 
-    def on_rank0() -> Path:
+    def on_rank0():
         sources = find_files(paths, flag)
-        folder = cache / _cache_name(sources, tokenizer, [flag, template, max_length, chat, system])
+        folder = cache / _cache_name(sources, tokenizer, {"flag": flag, **options})
         try:
             if checkpoint.trusted(folder):
                 return folder
         except Untrusted as e:
             print(f"{e}: it is made again")
             checkpoint.fs_remove(folder)
-        _store(encode_files(sources, flag, tokenizer, template, max_length, chat, system), folder)
+        _store(encode_files(sources, flag, tokenizer, **options), folder)
         return folder
 
     folder = Path(ddp.from_rank0(world, on_rank0))
     about = checkpoint.load_json(folder / "corpus.json")
     say(f"--{flag} {paths}: {about['summary']} (tokens in {folder})")
-    arrays = {
-        name: np.memmap(folder / name, kind, mode="r") for name, kind in KINDS.items() if (folder / name).exists()
-    }
-    return Corpus(sizes=np.array(arrays.pop("sizes")), tokens=data.Tokens(**arrays), **about)
+    arrays = {path.name: np.memmap(path, KINDS[path.name], mode="r") for path in folder.iterdir() if path.name in KINDS}
+    return Corpus(sizes=arrays.pop("sizes"), tokens=data.Tokens(**arrays), **about)
 
 
-def _cache_name(sources: Sources, tokenizer, options: list) -> str:
-    """A hash of all that the tokens follow from: texts and their names, options, the tokenizer, and the code."""
-    chat = [tokenizer.chat_template, str(tokenizer.special_tokens_map)]
-    digest = hashlib.sha256(json.dumps([options, chat]).encode())
+def _cache_name(sources, tokenizer, options):
+    """A hash (str) of all that the tokens follow from: texts and their names, options, the tokenizer, and the code."""
+    texts = [options, tokenizer.chat_template, str(tokenizer.special_tokens_map)]
+    digest = hashlib.sha256(json.dumps(texts).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for name in CODE:
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     for root, paths in sources:
         digest.update(b"a folder\n")
         for file in paths:
-            line = f"{file.relative_to(root).as_posix()} {_content(file)}\n"
+            try:
+                content = checkpoint.sha256(file) if _readable(file) and file.is_file() else "not read"
+            except OSError:
+                content = "cannot be read"
+            line = f"{file.relative_to(root).as_posix()} {content}\n"
             digest.update(line.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:32]
 
 
-def _content(file: Path) -> str:
-    try:
-        return checkpoint.sha256(file) if _readable(file) and file.is_file() else "not read"
-    except OSError:
-        return "cannot be read"
-
-
-def _store(corpus: Corpus, target: Path) -> None:
-    """Write an encoded corpus: each array a file without a header, so that every rank can map it."""
+def _store(corpus, target):
+    """Write an encoded corpus into a folder: each array a file without a header, so that every rank can map it."""
     arrays = {**vars(corpus.tokens), "sizes": corpus.sizes}
 
-    def write(folder: Path) -> None:
+    def write(folder):
         for name, kind in KINDS.items():
             if arrays[name] is not None:
                 checkpoint.fs_write(folder / name, arrays[name].astype(kind).tobytes())
@@ -232,44 +225,46 @@ def encode_files(
     """
     columns = files.template_columns(template)
     rows, names, records = read_documents(sources, flag, columns)
-    pairs = are_pairs(rows, template)
+
+    # Rows with a response or a chat are pairs; with the default template so are prompts, unless all rows have a text.
+    default = template == "{text}"
+    marks = {"response", "messages", "prompt" if default else "response"}
+    documents = default and all("text" in row for row in rows)
+    pairs = not documents and any(marks & row.keys() for row in rows)
     if pairs:
-        uses_chat = chat == "yes" or (chat == "auto" and bool(tokenizer.chat_template))
-        template = "{prompt}" if template == "{text}" else template
+        uses_chat = chat == "yes" or (chat == "auto" and tokenizer.chat_template)
+        template = "{prompt}" if default else template
         where = f"--{flag} {_named(sources)}"
         pieces, spans = pair_pieces(rows, names, where, tokenizer, template, uses_chat, system)
         tokens, report = data.encode(tokenizer, pieces, max_length, spans, names)
-        sizes = _learned_bytes(tokens, tokenizer)
+        places = [slice(*place) for place in zip(tokens.starts, tokens.stops, strict=True)]
+        sizes = [_text_bytes(tokenizer, tokens.ids[place][tokens.learned[place]]) for place in places]
         rendering = "the chat template" if uses_chat else f"{template!r}, the response and {tokenizer.eos_token}"
         found = f"{len(rows):,} pairs, rendered by {rendering}, responses learned"
     else:
         files.need_columns(rows, columns, _named(sources), flag)
         pieces = [prompts.render(template, row) for row in rows]
-        tokens, report = data.encode(tokenizer, pieces, max_length=10**9)
-        sizes = [sum(len(text.encode()) for _, text in row) for row in pieces]
+        tokens, report = data.encode(tokenizer, pieces, 10**9)
+        sizes = [len(prompts.plain(row).encode()) for row in pieces]
         tokens = end_documents(tokens, data.end_of_text(tokenizer))
         found = f"{len(rows):,} documents"
-    summary = f"{found}; {_fates(records)}; {report}"
-    return Corpus(tokens, np.array(sizes), pairs, records, summary)
+    return Corpus(tokens, np.array(sizes), pairs, records, f"{found}; {_fates(records)}; {report}")
 
 
-def _fates(records: list[dict]) -> str:
-    """What was dropped and noted, in words."""
-    fates = [record["fate"].split(" of ")[0] for record in records if "dropped: " in record["fate"]]
-    words = [f"{count:,} {fate.removeprefix('dropped: ')}" for fate, count in Counter(fates).most_common(5)]
+def _fates(records):
+    """What was dropped and noted, as a str."""
+    dropped = [record["fate"].removeprefix("dropped: ") for record in records if "dropped: " in record["fate"]]
+    counts = Counter(fate.split(" of ")[0] for fate in dropped)
+    words = [f"{count:,} {fate}" for fate, count in counts.most_common(5)]
     noted = sum(bool(record.get("notes")) for record in records)
     if noted:
         words.append(f"{noted} files have notes, see corpus.jsonl")
     return "; ".join(words or ["nothing dropped"])
 
 
-def _learned_bytes(tokens: data.Tokens, tokenizer) -> list[int]:
-    """(N,) UTF-8 bytes of the text that is learned of each row."""
-    sizes = []
-    for start, stop in zip(tokens.starts, tokens.stops, strict=True):
-        ids = tokens.ids[start:stop][tokens.learned[start:stop]]
-        sizes.append(len(tokenizer.decode(ids, skip_special_tokens=True).encode()))
-    return sizes
+def _text_bytes(tokenizer, ids):
+    """The number of UTF-8 bytes of the text of tokens."""
+    return len(tokenizer.decode(ids, skip_special_tokens=True).encode())
 
 
 def end_documents(tokens: data.Tokens, end: int) -> data.Tokens:
@@ -279,62 +274,49 @@ def end_documents(tokens: data.Tokens, end: int) -> data.Tokens:
     return data.Tokens(ids, tokens.starts + before, tokens.stops + before + 1)
 
 
-def are_pairs(rows: list[dict[str, str]], template: str) -> bool:
-    """Whether rows are prompts with responses, or chats: they have such columns, and no text of the default's name."""
-    marks = {"response", "messages"}
-    if template == "{text}":
-        if all("text" in row for row in rows):
-            return False
-        marks.add("prompt")
-    return any(marks & row.keys() for row in rows)
-
-
 def pair_pieces(rows: list[dict], names: list[str], where: str, tokenizer, template: str, chat: bool, system: str):
     """Pieces, and the spans to learn, of rows that hold a response, or messages as JSON. names: for errors.
 
     Raises UserError that names the rows that are no pairs.
     """
-    words = prompts.ordinary_words(tokenizer)
+    # Added tokens that are not special (<think>, <tool_call>): a model learns to write them.
+    words = prompts.spelled(set(tokenizer.get_added_vocab()) - prompts.special_tokens(tokenizer))
     end = tokenizer.convert_ids_to_tokens(data.end_of_text(tokenizer))
-    system_turn = []
-    if system and chat and prompts.takes_system(tokenizer):
-        system_turn = [{"role": "system", "content": system}]
+    takes_system = system and chat and prompts.takes_system(tokenizer)
+    system_turn = [prompts.turn("system", system)] if takes_system else []
     pieces, spans, problems = [], [], []
     for row, name in zip(rows, names, strict=True):
         try:
+            turns = _turns(row, template)
             if chat:
-                turns, tools = _messages(row, template)
                 opening = [] if turns[0]["role"] == "system" else system_turn
+                tools = json.loads(row["tools"]) if row.get("tools") else None
                 rendered, learned = prompts.conversation(tokenizer, opening + turns, tools)
             elif "messages" in row:
                 raise ValueError("messages need a chat template, and this tokenizer has none or --chat no was given")
             else:
-                rendered, learned = prompts.completion(template, row, _response(row), end)
-        except (KeyError, ValueError, RecursionError) as e:
-            reason = f"no {e}" if isinstance(e, KeyError) else e
-            problems.append(f"{name}: {reason}")
-        else:
+                prompt = prompts.render(template, row)
+                rendered = [*prompt, (True, row["response"]), (False, end)]
+                learned = [(len(prompts.plain(prompt)), len(prompts.plain(rendered)))]
             pieces.append(prompts.spell(words, rendered, learned))
             spans.append(learned)
+        except KeyError as e:
+            problems.append(f"{name}: no {e}")
+        except (ValueError, RecursionError) as e:
+            problems.append(f"{name}: {e}")
     if problems:
         raise UserError(f"{where}: {len(problems)} of {len(rows)} are no pairs to learn from ({few(problems, 3)})")
     return pieces, spans
 
 
-def _response(row: dict[str, str]) -> str:
-    if not row.get("response", "").strip():
-        raise ValueError("no response")
-    return row["response"]
-
-
-def _messages(row: dict[str, str], template: str) -> tuple[list[dict], list | None]:
-    """A row's turns and tools. Raises ValueError or KeyError for what is neither messages nor a pair."""
-    tools = json.loads(row["tools"]) if row.get("tools") else None
-    if "messages" not in row:
-        prompt = "".join(text for _, text in prompts.render(template, row))
-        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": _response(row)}], tools
-    turns = json.loads(row["messages"])
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+def _turns(row, template):
+    """A row's turns, as a list of dicts. Raises ValueError or KeyError for what is neither messages nor a pair."""
+    if "messages" in row:
+        turns = json.loads(row["messages"])
+    else:
+        prompt = prompts.plain(prompts.render(template, row))
+        turns = [prompts.turn("user", prompt), prompts.turn("assistant", row.get("response", ""))]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("messages is no list of objects with role and content")
     answered = False
     for turn in turns:
@@ -345,7 +327,7 @@ def _messages(row: dict[str, str], template: str) -> tuple[list[dict], list | No
             answered = True
     if not answered:
         raise ValueError("no response")
-    return turns, tools
+    return turns
 
 
 # ---- segments -------------------------------------------------------------------------------------------------------
@@ -377,11 +359,11 @@ def segments(corpus: Corpus, rows: np.ndarray, tokenizer, max_length: int, cross
 
     # A document of n tokens has n - 1 to predict: a segment begins at every max_length-th of them.
     starts = [np.arange(a, b - 1, max_length) for a, b in zip(tokens.starts, tokens.stops, strict=True)]
-    document = np.repeat(np.arange(len(starts)), [len(part) for part in starts])
+    ends = np.repeat(tokens.stops, [len(part) for part in starts])
     starts = np.concatenate(starts)
-    stops = np.minimum(starts + max_length + 1, tokens.stops[document])
+    stops = np.minimum(starts + max_length + 1, ends)
 
     # The first token of a document is not predicted, so its bytes do not count; BOS is no text and has none.
     for token, times in Counter(tokens.ids[tokens.starts].tolist()).items():
-        size -= times * len(tokenizer.decode([token], skip_special_tokens=True).encode())
+        size -= times * _text_bytes(tokenizer, [token])
     return data.Tokens(tokens.ids, starts, stops, bytes=max(1, size))

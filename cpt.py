@@ -276,9 +276,9 @@ def complete_samples(job: loop.Job, texts: "Texts", tokenizer) -> list[list[str]
     """(prompt, greedy completion of at most 48 tokens) of each sample, for a person to read."""
     if not texts.samples:
         return []
-    prompts = [tokenizer.decode(ids) for ids in texts.samples]
-    completions = language.generate(job.model, tokenizer, texts.samples, job.precision, 48)
-    return [list(pair) for pair in zip(prompts, completions, strict=True)]
+    options = {"precision": job.precision, "max_new_tokens": 48}
+    completions = language.generate(job.model, tokenizer, texts.samples, **options)
+    return [[tokenizer.decode(ids), text] for ids, text in zip(texts.samples, completions, strict=True)]
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------

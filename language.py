@@ -1,6 +1,7 @@
 """Language models: load them, score their next tokens, and complete prompts with them."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,16 +23,11 @@ from packed import Batch, pack
 
 
 def load_language_model(
-    base: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    random_seed: int | None = None,
-    quant: str = "none",
-    compute: torch.dtype = torch.float32,
+    base: str, device: torch.device, dtype: torch.dtype, random_seed=None, quant="none", compute=torch.float32
 ):
-    """The base with its LM head, every tensor accounted for; with random_seed its weights are drawn, not loaded.
+    """The base with its LM head, every tensor accounted for; with random_seed (int) its weights are drawn, not loaded.
 
-    quant, compute: as in load_classifier. Raises UserError when weights are missing or do not fit.
+    quant, compute (a dtype): as in load_classifier. Raises UserError when weights are missing or do not fit.
     """
     if random_seed is not None:
         torch.manual_seed(random_seed)
@@ -90,10 +86,9 @@ def language_scores(lm, tokens: data.Tokens, world: ddp.World, precision: str, m
     was_training = lm.training
     lm.eval()
     total = torch.zeros((), dtype=torch.float64, device=world.device)  # read once, at the end
-    for j, rows in enumerate(data.pack_by_length(tokens.lengths, max_tokens)):
-        if j % world.size == world.rank:
-            with numerics.autocast(world.device, precision):
-                total += next_token_loss(lm, pack(tokens, rows, world.device, predict=True)).double()
+    for rows in data.pack_by_length(tokens.lengths, max_tokens)[world.rank :: world.size]:
+        with numerics.autocast(world.device, precision):
+            total += next_token_loss(lm, pack(tokens, rows, world.device, predict=True)).double()
     lm.train(was_training)
     total = ddp.sum_over_ranks(world, float(total))
     loss = total / float(tokens.targets.sum())
@@ -108,8 +103,8 @@ def language_scores(lm, tokens: data.Tokens, world: ddp.World, precision: str, m
 
 def stop_ids(lm, tokenizer) -> set[int]:
     """Tokens that end a completion: EOS of the tokenizer and of the base, and what ends a turn of the chat template."""
-    of_base = lm.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(of_base if isinstance(of_base, list) else [of_base])}
+    of_base = lm.generation_config.eos_token_id  # one id, a list of them, or None
+    stops = {tokenizer.eos_token_id, *np.atleast_1d(of_base).tolist()}
     if tokenizer.chat_template:
         # An added token right behind an answer ends the turn; a model that learned chats writes it in place of EOS.
         try:
@@ -144,15 +139,7 @@ def generating(lm: nn.Module):
 
 
 def complete(
-    lm,
-    prompts: list[list[int]],
-    pad: int,
-    stops,
-    precision="fp32",
-    max_new_tokens=256,
-    temperature=0.0,
-    top_p=1.0,
-    seed=0,
+    lm, prompts: list, pad: int, stops, precision="fp32", max_new_tokens=256, temperature=0.0, top_p=1.0, seed=0
 ) -> list[list[int]]:
     """At most max_new_tokens ids after each prompt, up to and with its first stop token, from one left-padded batch.
 
@@ -161,21 +148,21 @@ def complete(
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=lm.device)  # (B, L)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
-    options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": sorted(stops) or None}
-    options["use_cache"] = True
+    ends = sorted(stops) or None
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends, use_cache=True)
     if temperature:
         # top_k 0: transformers by itself draws from the 50 likeliest tokens only.
-        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        settings.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     gpus = [lm.device] if lm.device.type == "cuda" else []
     with torch.random.fork_rng(gpus), numerics.autocast(lm.device, precision), generating(lm):
         torch.manual_seed(seed)
-        out = lm.generate(ids, attention_mask=mask, generation_config=GenerationConfig(**options))
+        out = lm.generate(ids, attention_mask=mask, generation_config=settings)
 
     # Rows that end early are padded; what counts ends with the first stop token.
     completions = []
     for row in out[:, longest:].tolist():
-        ends = [i + 1 for i, token in enumerate(row) if token in stops]
-        completions.append(row[: ends[0]] if ends else row)
+        end = next((i for i, token in enumerate(row, 1) if token in stops), len(row))
+        completions.append(row[:end])
     return completions
 
 
@@ -183,19 +170,17 @@ def completion_text(tokenizer, prompt: list[int], ids: list[int]) -> str:
     """The text of a completion without special tokens, as it stands behind its prompt: some tokenizers drop the space
     before a text's first word.
     """
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    before = tokenizer.decode(prompt, **options)
-    whole = tokenizer.decode(prompt + ids, **options)
-    if whole.startswith(before):
-        return whole[len(before) :]
-    return tokenizer.decode(ids, **options)
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    before = decode(prompt)
+    whole = decode(prompt + ids)
+    return whole[len(before) :] if whole.startswith(before) else decode(ids)
 
 
-def generate(lm, tokenizer, rows: list[list[int]], precision="fp32", max_new_tokens=256, **draw) -> list[str]:
-    """The completions of one batch of encoded prompts as text; draw: temperature, top_p, seed (see `complete`).
+def generate(lm, tokenizer, rows: list[list[int]], **options) -> list[str]:
+    """The completions of one batch of encoded prompts as text; options: those of `complete`.
 
     A model in training is left exactly as it was.
     """
     pad = data.end_of_text(tokenizer, padding=True)
-    completions = complete(lm, rows, pad, stop_ids(lm, tokenizer), precision, max_new_tokens, **draw)
+    completions = complete(lm, rows, pad, stop_ids(lm, tokenizer), **options)
     return [completion_text(tokenizer, row, ids) for row, ids in zip(rows, completions, strict=True)]

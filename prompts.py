@@ -40,7 +40,6 @@ import hashlib
 import os
 import re
 import string
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +47,8 @@ from errors import nearest
 
 FOLDER = Path(__file__).with_suffix("")  # of the named prompts
 SECTION = re.compile(r"^\[([A-Za-z ]+)\][ \t]*$", re.MULTILINE)
-SECTIONS = ("about", "system", "user", "answer", "words", "kept", "shot user", "shot answer")
+SECTIONS = "about,system,user,answer,words,kept,shot user,shot answer".split(",")
+Pieces = list[tuple[bool, str]]  # of a row's text: (is it a field's or a message's?, text)
 SYSTEM = "You are a helpful assistant."
 
 DATE = "26 Jul 2024"  # given to templates that print today's date: scores must not change by the day
@@ -64,19 +64,17 @@ PROBE = " \n{0} 'a' \"b\" \\frac{{1}}{{2}} {{{{c}}}} <d> & é\t"  # what a field
 
 def fields(template: str) -> list[str]:
     """The column names of a template, in order. Raises ValueError for a malformed or positional one."""
-    where = f'template "{" ".join(template.split())}"'
     try:
         slots = [slot[1:] for slot in string.Formatter().parse(template) if slot[1] is not None]
     except ValueError as e:
-        raise ValueError(f"{where}: {e}") from None
-    wrong = [name for name, spec, conversion in slots if spec or conversion or not name or name.isdigit()]
-    if wrong or not slots:
+        raise ValueError(f"template {template!r}: {e}") from None
+    if not slots or any(spec or conversion or not name or name.isdigit() for name, spec, conversion in slots):
         example = "expected named columns such as {Question}, without a format (:) or conversion (!)"
-        raise ValueError(f"{where}: {example}")
+        raise ValueError(f"template {template!r}: {example}")
     return list(dict.fromkeys(name for name, _, _ in slots))
 
 
-def render(template: str, row: dict[str, str]) -> list[tuple[bool, str]]:
+def render(template: str, row: dict[str, str]) -> Pieces:
     """A row's text as pieces (is it a field?, text); joined they are the rendered text."""
     pieces = []
     for literal, name, _, _ in string.Formatter().parse(template):
@@ -87,15 +85,14 @@ def render(template: str, row: dict[str, str]) -> list[tuple[bool, str]]:
     return pieces
 
 
-def plain(pieces: list[tuple[bool, str]]) -> str:
+def plain(pieces: Pieces) -> str:
     """The text of pieces."""
     return "".join(text for _, text in pieces)
 
 
 def tail(template: str) -> str:
     """The template's text after its last column."""
-    marked = render(template, defaultdict(lambda: "\ue000"))
-    return plain(marked).rpartition("\ue000")[2]
+    return plain(render(template, dict.fromkeys(fields(template), "\ue000"))).rpartition("\ue000")[2]
 
 
 # ---- chats ----------------------------------------------------------------------------------------------------------
@@ -119,7 +116,7 @@ def rendered(tokenizer, messages: list[dict], tools: list | None = None, answer:
         raise ValueError(f"the chat template refuses it ({' '.join(str(e).split())[:100]})") from None
 
 
-def chat(tokenizer, messages: list[dict], tools: list | None = None, answer: bool = False) -> list[tuple[bool, str]]:
+def chat(tokenizer, messages: list[dict], tools: list | None = None, answer: bool = False) -> Pieces:
     """A chat as pieces (is it a message's?, text), rendered by the tokenizer's template; joined they are its text.
 
     answer: end with the opening of the assistant's next turn. Raises ValueError for messages that the template refuses
@@ -137,20 +134,16 @@ def chat(tokenizer, messages: list[dict], tools: list | None = None, answer: boo
                 parts[i] = f"\ue000{len(contents) - 1}\ue001"
         marked.append({**message, "content": "".join(parts)})
     parts = MARK.split(rendered(tokenizer, marked, tools, answer))
+    filled = [contents[int(number)] for number in parts[1::2]]
     for clean in (str, str.strip):  # some templates strip contents
-        pieces = []
-        for i, part in enumerate(parts):
-            if i % 2 == 1:
-                pieces.append((True, clean(contents[int(part)])))
-            else:
-                pieces.append((False, part))
-        if plain(pieces) == text:
-            return [piece for piece in pieces if piece[1]]
+        parts[1::2] = map(clean, filled)
+        if "".join(parts) == text:
+            return [(i % 2 == 1, part) for i, part in enumerate(parts) if part]
 
     # Contents that cannot be told from the template's own text must not spell its special tokens.
-    for token in sorted(special_tokens(tokenizer)):
-        if any(token in content for content in own):
-            raise ValueError(f"a message spells the special token {token}, and the chat template rewrites it")
+    token = spelled(special_tokens(tokenizer)).search("\ue000".join(own))
+    if token:
+        raise ValueError(f"a message spells the special token {token[0]}, and the chat template rewrites it")
     return [(False, text)]
 
 
@@ -179,65 +172,45 @@ def conversation(tokenizer, messages: list[dict], tools: list | None = None):
     """
     pieces = chat(tokenizer, messages, tools)
     text = plain(pieces)
+    added = spelled(tokenizer.get_added_vocab())
     spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i == 0:
+    for i, message in enumerate(messages[1:], 1):
+        if message["role"] != "assistant":
             continue
         # The turn is what the chat up to here has in common with the whole text, after the prompt for it.
         opened = rendered(tokenizer, messages[:i], tools, answer=True)
-        closed = rendered(tokenizer, messages[: i + 1], tools) if i + 1 < len(messages) else text
-        end = len(os.path.commonprefix([text, closed]))
-        if not text.startswith(opened) or end < len(opened):
-            continue
+        closed = rendered(tokenizer, messages[: i + 1], tools)
+        common = os.path.commonprefix([text, closed])
         answer = (message.get("content") or "").rpartition("</think>")[2].strip()
-        if answer not in text[len(opened) : end]:
+        if not common.startswith(opened) or answer not in common[len(opened) :]:
             continue
         # Where the chat alone ends with more text, its first letters may equal those of the next turn's first token.
-        added = spelled(tokenizer.get_added_vocab())
-        if end < len(closed) and added:
+        end = len(common)
+        if closed != common:
             for token in added.finditer(text):
                 if token.start() < end < token.end():
                     end = token.start()
-                    break
         spans.append((len(opened), end))
     if messages[-1]["role"] != "assistant" or not spans or spans[-1][1] != len(text):
         raise ValueError("expected an assistant's turn at the end, which the chat template renders after its prompt")
     return pieces, spans
 
 
-def completion(template: str, row: dict[str, str], response: str, end: str):
-    """A plain prompt and its response to learn from: pieces, and the character span (first, end) of the response.
-
-    end: the text of the token that ends it.
-    """
-    prompt = render(template, row)
-    start = len(plain(prompt))
-    return [*prompt, (True, response), (False, end)], [(start, start + len(response) + len(end))]
-
-
-def spelled(words) -> re.Pattern | None:
-    """A pattern of some tokens' texts, longest first; None where there are none."""
+def spelled(words) -> re.Pattern:
+    """A pattern of some tokens' texts, longest first; of none, one that is nowhere found."""
     longest_first = sorted(words, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
 
-def ordinary_words(tokenizer) -> re.Pattern | None:
-    """The added tokens that are not special (<think>, <tool_call>), for `spell`; None where there are none."""
-    return spelled(set(tokenizer.get_added_vocab()) - special_tokens(tokenizer))
-
-
-def spell(words: re.Pattern | None, pieces: list[tuple[bool, str]], spans: list) -> list[tuple[bool, str]]:
+def spell(words: re.Pattern, pieces: Pieces, spans: list) -> Pieces:
     """The pieces with the ordinary added tokens of answers as the template's own text: a model learns to write them.
 
     Special tokens in an answer stay plain text, as do all in a prompt.
     """
     result, start = [], 0
     for is_content, text in pieces:
-        learned = any(first <= start < end for first, end in spans)
-        if is_content and learned and words:
-            for i, part in enumerate(words.split(text)):
-                if part:
-                    result.append((i % 2 == 0, part))
+        if is_content and any(first <= start < end for first, end in spans):
+            result += [(i % 2 == 0, part) for i, part in enumerate(words.split(text)) if part]
         else:
             result.append((is_content, text))
         start += len(text)
@@ -275,8 +248,9 @@ def find(name: str) -> Prompt:
     try:
         return parse(path.read_text(encoding="utf-8-sig"))
     except OSError:
-        listed = ", ".join(known)
-        raise ValueError(f"expected one of {listed}, or the path of a text file{nearest(name, known)}") from None
+        raise ValueError(
+            f"expected one of {', '.join(known)}, or the path of a text file{nearest(name, known)}"
+        ) from None
 
 
 def parse(text: str) -> Prompt:
@@ -293,10 +267,8 @@ def parse(text: str) -> Prompt:
     if len(questions) != len(answers):
         raise ValueError(f"{len(questions)} sections [shot user], but {len(answers)} [shot answer]")
     for title, contents in sections.items():
-        if len(contents) > 1:
+        if len(contents) > 1 or title == "user" and not contents:
             raise ValueError(f"{len(contents)} sections [{title}]: expected one")
-    if not sections["user"]:
-        raise ValueError("no section [user]")
     once = {title: "".join(contents) for title, contents in sections.items()}
     for title in ("words", "kept"):
         once[title] = tuple(line.strip() for line in once[title].splitlines())
@@ -316,8 +288,7 @@ def as_text(prompt: Prompt, tokenizer) -> str:
     marks = {column: f"\ue000{i}\ue001" for i, column in enumerate(columns)}
     user = plain(render(prompt.user, marks)).strip()
     if user[0] == "\ue000" or user[-1] == "\ue001":
-        shown = " ".join(prompt.user[:60].split())
-        raise ValueError(f'user\'s turn "{shown}": expected words at its begin and end, not a field')
+        raise ValueError(f"user's turn {prompt.user[:60]!r}: expected words at its begin and end, not a field")
     text = _filled(prompt, tokenizer, marks).replace("{", "{{").replace("}", "}}")
     text = MARK.sub(lambda mark: "{" + columns[int(mark[1])] + "}", text)
     probe = {column: PROBE.format(column) for column in columns}
@@ -326,15 +297,13 @@ def as_text(prompt: Prompt, tokenizer) -> str:
     return text
 
 
-def _filled(prompt: Prompt, tokenizer, row: dict[str, str]) -> str:
-    """The text of a prompt with a row's fields put in."""
-    turns = []
-    for question, answer in prompt.shots:
-        turns += [turn("user", question), turn("assistant", answer)]
-    turns.append(turn("user", plain(render(prompt.user, row))))
+def _filled(prompt, tokenizer, row):
+    """The text (str) of a prompt with a row's fields put in."""
+    contents = [text for shot in prompt.shots for text in shot]
+    contents.append(plain(render(prompt.user, row)))
     if not tokenizer.chat_template:
-        parts = [prompt.system, *(message["content"] for message in turns), prompt.answer]
-        return "\n\n".join(part for part in parts if part)
+        return "\n\n".join(filter(None, [prompt.system, *contents, prompt.answer]))
+    turns = [turn("assistant" if i % 2 else "user", content) for i, content in enumerate(contents)]
     if takes_system(tokenizer):
         turns.insert(0, turn("system", prompt.system or SYSTEM))
     elif prompt.system:

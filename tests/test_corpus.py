@@ -146,12 +146,16 @@ def test_the_order_is_that_of_names_and_the_run_keeps_the_record(folder, tmp_pat
 @pytest.mark.parametrize("name", ["pipe.txt", "mem.md", "binary.txt", "zero.tex", "empty.txt", "paper.pdf", "gone.md"])
 def test_a_named_file_that_cannot_be_read_is_an_error(folder, name):
     words = {
-        "paper.pdf": "expected .tex",
-        "pipe.txt": "expected .tex",
+        "paper.pdf": "no file that ends in .tex",
+        "pipe.txt": "no file that ends in .tex",
         "mem.md": "cannot be read",
         "zero.tex": "binary",
     }
-    words |= {"empty.txt": "no documents in 1 files", "binary.txt": "line 1 holds a NUL", "gone.md": "no such file"}
+    words |= {
+        "empty.txt": "no documents in 1 files",
+        "binary.txt": "line 1 holds a NUL",
+        "gone.md": "no folder, and no file",
+    }
     with pytest.raises(UserError, match=words[name]) as error:
         corpus.read_documents(corpus.find_files(str(folder / name), "train_data"), "train_data")
     assert "\n" not in str(error.value)
@@ -364,7 +368,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(small_base, tmp_path, pape
     (tmp_path / "other.jsonl").write_text('{"body": "a"}\n{"body": "b"}\n')
     bad = {
         "none": "no documents in 0 files", "junk": "no documents in 2 files", "macros": "nothing but preamble",
-        "gone": "no such file or folder", "bad.jsonl": "line 2", "other.jsonl": r"no column text \(there is: body\)",
+        "gone": "no folder, and no file", "bad.jsonl": "line 2", "other.jsonl": r"no column text \(there is: body\)",
     }  # fmt: skip
     for name, words in bad.items():
         for flags in ({"train": tmp_path / name}, {"train": papers, "guard_data": tmp_path / name}):

@@ -57,7 +57,7 @@ def test_ids_are_the_tokenizers_own_on_every_real_row(shared, qwen, file, templa
     rows = files.read_rows(str(shared / "data" / file), "train_data")
     got, report = ids_of(qwen, template, rows)
     assert got == qwen([template.format(**row) for row in rows])["input_ids"]
-    assert (report.rows, report.cut_rows, report.guarded, report.empty) == (len(rows), 0, 0, 0)
+    assert (len(report.lengths), report.cut_rows, report.guarded, report.empty) == (len(rows), 0, 0, 0)
     assert report.tokens == sum(map(len, got)) and report.longest == max(map(len, got))
 
 

@@ -69,7 +69,7 @@ def encoded(tokenizer, rows: list[dict], chat: bool = True, system: str = "", ma
     rows = [{k: files._text(v) for k, v in row.items()} for row in rows]
     names = [f"row {i + 1}" for i in range(len(rows))]
     pieces, spans = corpus.pair_pieces(rows, names, "--train_data", tokenizer, "{prompt}", chat, system)
-    return data.encode(tokenizer, pieces, max_length, spans)[0]
+    return data.encode(tokenizer, pieces, max_length, spans, names)[0]
 
 
 def learned(tokenizer, tokens: data.Tokens, i: int = 0) -> str:

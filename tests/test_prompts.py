@@ -328,8 +328,8 @@ USER = "[user]\nIs {x} even?\n"
 BAD_FILES = {
     "unknown section": (USER + "[anwser]\nAnswer:", r"unknown section \[anwser\] \(did you mean answer\?\)"),
     "capitals": ("[User]\nIs {x} even?", r"unknown section \[User\]"),
-    "no user": ("[system]\nBe brief.", r"no section \[user\]"),
-    "nothing": ("", r"no section \[user\]"),
+    "no user": ("[system]\nBe brief.", r"0 sections \[user\]: expected one"),
+    "nothing": ("", r"0 sections \[user\]: expected one"),
     "twice": (USER + USER, r"2 sections \[user\]: expected one"),
     "no section": ("Is {x} even?\n" + USER, "text before the first section"),
     "half a shot": (USER + "[shot user]\nIs 2?", r"1 sections \[shot user\], but 0 \[shot answer\]"),
