@@ -52,7 +52,7 @@ def find_labels(column: list[str], label_names: tuple[str, ...] = (), where: str
 def answers(task: str, predicted: np.ndarray, labels: Labels) -> list:
     """Predictions as values of the data: of classes (N,), of a 0/1 matrix (N, C) lists of labels, of numbers floats."""
     if task == "regression":
-        return [float(z) for z in predicted]
+        return predicted.tolist()
     if task == "multi_label":
         return [[labels.values[c] for c in np.flatnonzero(row)] for row in predicted]
     return [labels.values[c] for c in predicted]
@@ -150,7 +150,8 @@ def soft_targets(cfg, rows: Rows, labels: Labels, where: str) -> np.ndarray | No
     whose cells are no probabilities.
     """
     columns = {name for row in rows for name in row if name.startswith(TEACHER)} - {cfg.label_column}
-    names, classes = [TEACHER + value for value in labels.values], cfg.task == "single_label"
+    names = [TEACHER + value for value in labels.values]
+    classes = cfg.task == "single_label"
     if not columns:
         return None
     wrong = sorted(columns ^ set(names))

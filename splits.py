@@ -79,18 +79,17 @@ def read(cfg: TrainConfig, say: Callable) -> tuple[Split, Split | None, Labels]:
     train, labels = _labelled(cfg, "train_data", None, say)
     train.soft = labelling.soft_targets(cfg, train.rows, labels, f"--train_data {cfg.train_data}")
     if train.soft is not None:
-        taught = int(np.isfinite(train.soft).all(axis=1).sum())
+        taught = np.isfinite(train.soft[:, 0]).sum()
         say(f"probability columns: {taught:,} of {len(train.ids):,} rows have soft targets")
     if train.train_only.any():
         say(f"train_only: {train.train_only.sum():,} of {len(train.ids):,} rows never judge")
     if cfg.drop_conflicts:
-        train = without_conflicts(cfg, train, labels, say)
+        train = _without_conflicts(cfg, train, labels, say)
     if not cfg.val_data:
         return train, None, labels
     val, _ = _labelled(cfg, "val_data", labels, say)
     if val.train_only.any():
-        marked = f"--val_data {cfg.val_data}: {val.train_only.sum():,} rows are marked train_only"
-        raise UserError(f"{marked}: leave them out there")
+        raise UserError(f"--val_data {cfg.val_data}: {val.train_only.sum():,} rows are marked train_only: remove them")
     return train, val, labels
 
 
@@ -140,7 +139,7 @@ def _ids(cfg, rows):
 
 def texts(cfg: TrainConfig, rows: Rows) -> list[str]:
     """Each row's rendered text, as the model reads it."""
-    return ["".join(piece for _, piece in prompts.render(cfg.text, row)) for row in rows]
+    return [prompts.plain(prompts.render(cfg.text, row)) for row in rows]
 
 
 def digest_of(rows: Rows) -> str:
@@ -174,21 +173,21 @@ def cut(
                 raise UserError(f"--resume {recorded}: --{name} moved to runs/{script}; start a new run on its output")
         if any(old.get(name) for name in DRAWN):
             return _recorded(rows, val, recorded, old)
-    part = parts(cfg, rows, val)
+    part = _parts(cfg, rows, val)
     dropped = np.count_nonzero(part == "left out")
     if dropped:
         say(f"train_only: {dropped:,} rows left out, whose text or group is among the validation rows")
     return rows.take(part == "train"), val or rows.take(part == "validation")
 
 
-def parts(cfg: TrainConfig, rows: Split, val: Split | None) -> np.ndarray:
-    """(N,) what each row is in this run: train, validation, or left out: a train_only row whose text, or whose group,
-    is among the judges'.
+def _parts(cfg, rows, val):
+    """An array (N,) of what each row is in this run: train, validation, or left out: a train_only row whose text, or
+    whose group, is among the judges'.
     """
     held = np.zeros(len(rows.ids), bool) if val else held_out(cfg, rows)
     part = np.where(held, "validation", "train")
     if rows.train_only.any():
-        known = set().union(*_keys(cfg, (val or rows.take(held)).rows))
+        known = set().union(*_keys(cfg, (val or rows.take(held)).rows)) - {("group", "")}
         met = [bool(keys & known) for keys in _keys(cfg, rows.rows)]
         part[rows.train_only & met] = "left out"
     return part
@@ -198,7 +197,7 @@ def _keys(cfg, rows):
     """A set for each row of what it is recognized by: its text and its group."""
     for row, text in zip(rows, texts(cfg, rows), strict=True):
         group = cfg.group_column and row[cfg.group_column].strip()
-        yield {("text", audit.normal_form(text)), *([("group", group)] if group else [])}
+        yield {("text", audit.normal_form(text)), ("group", group)}
 
 
 def held_out(cfg: TrainConfig, rows: Split) -> np.ndarray:
@@ -223,15 +222,15 @@ def groups_of(cfg: TrainConfig, rows: Split) -> np.ndarray | None:
     if not cfg.group_column:
         return None
     names = [row[cfg.group_column].strip() or ("", i) for i, row in enumerate(rows.rows)]
-    index = {name: g for g, name in enumerate(dict.fromkeys(names))}
-    return np.array([index[name] for name in names])
+    number = {}
+    return np.array([number.setdefault(name, len(number)) for name in names])
 
 
 def split_csv(cfg: TrainConfig, rows: Split, val: Split | None) -> str:
     """The ids of all rows and what they are (train, left out, validation), in this order; those of a validation file
     are not listed.
     """
-    part, out = parts(cfg, rows, val), io.StringIO(newline="")
+    part, out = _parts(cfg, rows, val), io.StringIO(newline="")
     lines = [(rows.ids[i], name) for name in ("train", "left out", "validation") for i in np.flatnonzero(part == name)]
     csv.writer(out, lineterminator="\n").writerows([("id", "part"), *lines])
     return out.getvalue()
@@ -245,8 +244,10 @@ def _recorded(rows, val, run, old):
     place = {row["id"]: i for i, row in enumerate(recorded)}
     listed = [i for i, id in enumerate(rows.ids) if id in place]
     if not len(listed) == len({rows.ids[i] for i in listed}) == len(recorded):
-        problem = "its split.csv needs unique ids that --train_data has too"
-        raise UserError(f"--resume {run}: {problem}: give it the file it began with, or start a new run")
+        raise UserError(
+            f"--resume {run}: its split.csv needs unique ids that --train_data has too: give it the file it began "
+            "with, or start a new run"
+        )
 
     # the old run read these rows alone, in the order of the file they came from: its digest is over all their tokens
     if old.get("split"):
@@ -262,8 +263,8 @@ def _recorded(rows, val, run, old):
 # ---- what is wrong with the rows ------------------------------------------------------------------------------------
 
 
-def without_conflicts(cfg: TrainConfig, rows: Split, labels: Labels, say: Callable) -> Split:
-    """The rows but for those whose text also has another label."""
+def _without_conflicts(cfg, rows, labels, say):
+    """The rows of a Split but for those whose text also has another label."""
     answers = labelling.answers(cfg.task, rows.labels, labels)
     groups = audit.audit(texts(cfg, rows.rows), answers, ["train"] * len(answers), near=False).conflicts
     drop = [i for group in groups for i in group]
@@ -271,36 +272,45 @@ def without_conflicts(cfg: TrainConfig, rows: Split, labels: Labels, say: Callab
     return rows.take(np.setdiff1d(np.arange(len(answers)), drop))
 
 
-def audit_rows(cfg: TrainConfig, labels: Labels, train: Split, val: Split | None, say: Callable) -> dict:
+def audit_rows(
+    cfg: TrainConfig,
+    labels: Labels,
+    train: Split,
+    val: Split | None,
+    say: Callable,
+) -> dict:
     """Print label counts, lengths and what is wrong with the rows: see audit.py.
 
     val: None where every training row is judged in turn. Returns the groups of rows by their names, to be kept.
     """
     parts = {"train": train} | ({"validation": val} if val else {})
-    answers, splits, names = [], [], []
+    answers, splits, rows, ids, names = [], [], [], [], []
     for split, part in parts.items():
         answers += labelling.answers(cfg.task, part.labels, labels)
         splits += [split] * len(part.ids)
+        rows += part.rows
+        ids += part.ids
     if cfg.task != "regression":
         say(audit.label_counts(answers, splits, labels.values))
-    lengths = np.concatenate([part.uncut for part in parts.values()])
-    say(audit.length_table(lengths, splits, cfg.max_length))
+    say(audit.length_table(np.concatenate([part.uncut for part in parts.values()]), splits, cfg.max_length))
     if cfg.audit == "none":
         return {}
 
     tests = _test_rows(cfg, say)
     answers += [None] * len(tests)
     splits += ["test"] * len(tests)
-    rows = [row for part in parts.values() for row in part.rows] + tests
-    ids = [id for part in parts.values() for id in part.ids] + _ids(cfg, tests)
+    rows += tests
+    ids += _ids(cfg, tests)
     for split, row, id in zip(splits, rows, ids, strict=True):  # a row is named by its id, or its number in the file
         names.append(f"{split} {cfg.id_column} {id}" if cfg.id_column in row else f"{split} row {int(id) + 1}")
     findings = audit.audit(texts(cfg, rows), answers, splits, near=cfg.audit == "near")
     warnings = audit.warnings_of(findings, answers, splits, names)
     alike = len(findings.duplicates) + len(findings.near)
     if val is None and alike and not cfg.group_column:
-        equal = f"{alike} groups of equal or nearly equal rows may be in different folds"
-        warnings.append(f"{equal}, which flatters their scores: keep such rows together with --group_column")
+        warnings.append(
+            f"{alike} groups of equal or nearly equal rows may be in different folds, which flatters their scores: "
+            "keep such rows together with --group_column"
+        )
     for line in warnings or ["no duplicates, conflicts or leaks found"]:
         say(f"audit: {line}")
     # every number in the findings is the index of a row
@@ -327,9 +337,9 @@ def periodic_rows(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndar
     if 0 < cfg.eval_rows < len(rows):
         rows = np.sort(np.random.default_rng([cfg.seed, 0xE7A1]).permutation(rows)[: cfg.eval_rows])
     # any outputs will do that differ: a metric that the labels cannot define is absent
-    outputs = np.arange(len(rows) * classes, dtype=np.float64).reshape(len(rows), classes)
+    outputs = np.arange(len(rows) * classes, dtype=float).reshape(-1, classes)
     scores = metrics.of_task(cfg.task, outputs, labels[rows], ranking=cfg.metric in metrics.RANKING)
     if cfg.metric not in scores:
-        needs = f"needs {NEEDS.get(cfg.metric, 'different numbers')} among the validation rows"
-        raise UserError(f"--metric {cfg.metric} {needs}: choose another, or other rows")
+        needs = NEEDS.get(cfg.metric, "different numbers")
+        raise UserError(f"--metric {cfg.metric} needs {needs} among the validation rows: choose another, or other rows")
     return rows

@@ -11,13 +11,19 @@ QUANTILES = 10  # strata of numbers
 DRAW = 0x5B11  # with the seed: the stream of random numbers that rows are drawn from
 
 
-def folds(task: str, labels: np.ndarray, parts: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
+def folds(
+    task: str,
+    labels: np.ndarray,
+    parts: int,
+    seed: int,
+    groups: np.ndarray | None = None,
+) -> np.ndarray:
     """(N,) the fold of each row, 0 to parts - 1, stratified by class, by every label, or by quantiles of numbers.
 
     Sizes, and a class's rows, differ by at most one between folds, where neither groups nor several labels a row
     forbid it (see `stratify`); the rows of a group share a fold. Raises UserError for too few rows or groups.
     """
-    units = units_of(labels, groups)
+    units = np.arange(len(labels)) if groups is None else np.unique(groups)
     if len(units) < parts:
         raise UserError(f"--folds {parts}: there are only {len(units)} rows, or groups of rows")
     strata = of_targets(task, labels)
@@ -44,14 +50,10 @@ def hold_out(task: str, labels: np.ndarray, val_size: float, seed: int, groups: 
     if 0 < share < 1:
         held = stratify(strata, [1 - share, share], seed, groups) == 1
     if held.all() or not held.any():
-        among = f"{rows} rows, or {len(units_of(labels, groups))} groups of rows,"
-        raise UserError(f"--val_size {val_size:g} of {among} leaves none to train on or to validate with")
+        raise UserError(
+            f"--val_size {val_size:g} of {rows} rows leaves none, or no whole group, to train on or to validate with"
+        )
     return held
-
-
-def units_of(labels: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
-    """What is drawn as a whole: the different groups, or without groups the indices of the rows."""
-    return np.arange(len(labels)) if groups is None else np.unique(groups)
 
 
 def of_targets(task: str, labels: np.ndarray) -> np.ndarray:
@@ -75,13 +77,16 @@ def stratified(labels: np.ndarray, val_size: float, seed: int) -> np.ndarray:
     classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
     lone = [f"class {classes[c]} (row {first[c] + 1})" for c in np.flatnonzero(counts < 2)]
     if lone:
-        problem = f"a stratified split needs 2 rows of every class, but {few(lone)} has one"
-        raise UserError(f"{problem}: give --val_data, or drop it")
+        raise UserError(
+            f"a stratified split needs 2 rows of every class, but {few(lone)} has one: give --val_data, or drop it"
+        )
     rows, least = len(labels), len(classes)
-    total = int(val_size) if val_size >= 1 else int(round(rows * val_size))
+    total = int(val_size if val_size >= 1 else round(rows * val_size))
     if not least <= total <= rows - least:
-        problem = f"--val_size {val_size:g} asks for {total} of {rows} rows"
-        raise UserError(f"{problem}, expected {least} to {rows - least}: one row a class on each side")
+        raise UserError(
+            f"--val_size {val_size:g} asks for {total} of {rows} rows, expected {least} to {rows - least}: one row a "
+            "class on each side"
+        )
 
     # each class's share, rounded down; what is missing goes to the largest remainders, what is too much comes from
     # the smallest
@@ -90,7 +95,8 @@ def stratified(labels: np.ndarray, val_size: float, seed: int) -> np.ndarray:
     step = np.sign(total - take.sum())
     while take.sum() != total:
         allowed = (take + step >= 1) & (take + step < counts)
-        take[np.where(allowed, step * (exact - take), -np.inf).argmax()] += step
+        need = np.where(allowed, step * (exact - take), -np.inf)
+        take[need.argmax()] += step
 
     rng = np.random.default_rng([seed, DRAW])
     held = np.zeros(rows, bool)
@@ -118,7 +124,6 @@ def stratify(targets: np.ndarray, shares: list[float], seed: int, groups: np.nda
     count = np.zeros((len(rows), targets.shape[1]))  # (units, C)
     np.add.at(count, unit_of, targets > 0)
     order = rng.permutation(len(rows))
-    rows, count = rows[order], count[order]
     part = np.full(len(rows), -1)
 
     # what each part still wants: rows (parts,), and rows with each label (parts, C)
@@ -135,17 +140,18 @@ def stratify(targets: np.ndarray, shares: list[float], seed: int, groups: np.nda
     while count.any():
         left = count.sum(axis=0)
         rare = np.where(left > 0, left, np.inf).argmin()
-        units = np.argsort(-count[:, rare], kind="stable")
+        units = order[np.argsort(-count[order, rare], kind="stable")]
         for unit in units[: np.count_nonzero(count[:, rare])]:
             if groups is None:
                 to = np.lexsort((rng.random(len(shares)), room, want[:, rare]))[-1]  # ties are broken by chance
             else:
-                by_label = (count[unit] * (2 * want - count[unit]) / scale).sum(axis=1)
+                by_label = count[unit] * (2 * want - count[unit]) / scale
                 by_rows = rows[unit] * (2 * room - rows[unit]) / len(targets)
-                to = ((by_label + by_rows) / shares).argmax()
+                nearer = by_label.sum(axis=1) + by_rows
+                to = (nearer / shares).argmax()
             deal(unit, to)
 
-    rest = np.flatnonzero(part < 0)
-    for unit in rest[np.argsort(-rows[rest], kind="stable")]:
-        deal(unit, room.argmax())
-    return part[np.argsort(order)][unit_of]
+    for unit in order[np.argsort(-rows[order], kind="stable")]:
+        if part[unit] < 0:
+            deal(unit, room.argmax())
+    return part[unit_of]
