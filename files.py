@@ -17,14 +17,14 @@ from errors import UserError, few
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # texts are longer than its default
 
 LONE = re.compile("[\ud800-\udfff]")  # half a surrogate pair: cannot be encoded, so neither read nor printed
+BYTES = re.compile(r"b(['\"]).*\1", re.DOTALL)  # b'Solve ...'
 Rows = list[dict[str, str]]  # of a file: column -> cell
 
-FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 STARTS = {  # first bytes of files that are no UTF-8 text
-    b"PK": "a zip archive; unpack it first",
-    b"PAR1": "a Parquet file; name it .parquet",
-    b"\xff\xfe": "UTF-16; save it as UTF-8",
-    b"\xfe\xff": "UTF-16; save it as UTF-8",
+    (b"PK",): "a zip archive; unpack it first",
+    (b"PAR1",): "a Parquet file; name it .parquet",
+    (b"\xff\xfe", b"\xfe\xff"): "UTF-16; save it as UTF-8",
 }
 
 
@@ -40,14 +40,14 @@ def read_rows(path: str, flag: str) -> Rows:
     suffix = format_of(path)
     if not Path(path).is_file():
         raise UserError(f"{where}: no such file; give the path of a CSV, TSV or JSONL file with --{flag} PATH")
-    if suffix not in FORMATS:
-        raise UserError(f"{where}: expected a name ending in {', '.join(FORMATS)} (.gz too), got '{suffix}'")
     if suffix == ".parquet":
         rows = _parquet(path, where)
     elif suffix == ".jsonl":
         rows = _jsonl(read_text(path, where), where)
+    elif suffix in DELIMITERS:
+        rows = _csv(read_text(path, where), where, DELIMITERS[suffix])
     else:
-        rows = _csv(read_text(path, where), where, "\t" if suffix == ".tsv" else ",")
+        raise UserError(f"{where}: expected a name ending in .csv, .tsv, .jsonl (.gz too) or .parquet, got '{suffix}'")
     if not rows:
         raise UserError(f"{where}: no rows")
     return rows
@@ -72,8 +72,8 @@ def read_text(path: str, where: str) -> str:
 
 def decode_text(raw: bytes, where: str) -> str:
     """The bytes as text, without a BOM. Raises UserError that names what the file is, or the line that is no UTF-8."""
-    for start, problem in STARTS.items():
-        if raw.startswith(start):
+    for starts, problem in STARTS.items():
+        if raw.startswith(starts):
             raise UserError(f"{where}: this is {problem}")
     try:
         text = raw.decode("utf-8-sig")
@@ -86,30 +86,22 @@ def decode_text(raw: bytes, where: str) -> str:
     return text
 
 
-def _csv(text: str, where: str, delimiter: str) -> Rows:
+def _csv(text, where, delimiter):
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows, ragged = [], []
     try:
-        header = next(reader, None)
-        if header is None:
-            raise UserError(f"{where}: the file is empty")
+        header = next(reader, [])
         for name in duplicates(header):
             raise UserError(f"{where}: column {name!r} is duplicated in the header")
-        for values in reader:
-            if not values:
-                continue  # a blank line
-            if len(values) != len(header):
-                ragged.append(f"line {reader.line_num} has {len(values)}")
-            else:
-                rows.append(dict(zip(header, values, strict=True)))
+        rows = [(reader.line_num, values) for values in reader if values]  # blank lines aside
     except csv.Error as e:
         raise UserError(f"{where}: line {reader.line_num}: {e} (an unclosed or stray quote?)") from None
+    ragged = [f"line {line} has {len(values)}" for line, values in rows if len(values) != len(header)]
     if ragged:
         raise UserError(f"{where}: {len(ragged)} rows do not have the header's {len(header)} columns ({few(ragged)})")
-    return rows
+    return [dict(zip(header, values, strict=True)) for _, values in rows]
 
 
-def _jsonl(text: str, where: str) -> Rows:
+def _jsonl(text, where):
     def unique_keys(pairs):
         for key in duplicates(key for key, _ in pairs):
             raise ValueError(f"key {key!r} is duplicated")
@@ -127,7 +119,7 @@ def _jsonl(text: str, where: str) -> Rows:
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, got {type(row).__name__}")
             row = {key: _text(value) for key, value in row.items()}
-            if "\\u" in line and LONE.search("".join(key + value for key, value in row.items())):
+            if "\\u" in line and LONE.search("".join([*row, *row.values()])):
                 raise ValueError("it holds a lone surrogate, which is no text")
             rows.append(row)
         except (ValueError, RecursionError) as e:
@@ -137,22 +129,22 @@ def _jsonl(text: str, where: str) -> Rows:
     return rows
 
 
-def _parquet(path: str, where: str) -> Rows:
+def _parquet(path, where):
     try:
         import pyarrow.parquet as pq
+
+        rows = pq.read_table(path).to_pylist()
     except ImportError:
         raise UserError(f"{where}: Parquet needs pyarrow (pip install pyarrow), or save it as CSV") from None
-    try:
-        rows = pq.read_table(path).to_pylist()
     except (OSError, ValueError) as e:
         raise UserError(f"{where}: cannot be read as Parquet ({str(e).splitlines()[0]})") from None
     return [{key: _text(value) for key, value in row.items()} for row in rows]
 
 
-def _text(value) -> str:
-    if value is None:
-        return ""
-    return json.dumps(value) if isinstance(value, (list, dict)) else str(value)
+def _text(value):
+    if isinstance(value, list | dict):
+        return json.dumps(value)
+    return "" if value is None else str(value)
 
 
 def duplicates(values) -> list[str]:
@@ -179,7 +171,7 @@ def need_columns(rows: Rows, columns: list[str], path: str, flag: str) -> None:
             names, hint = ", ".join(missing), ""
             if number > 1:  # JSON lines need not have the same keys
                 names += f" in row {number}"
-            elif len(row) == 1 and re.search(r"[;\t|]", next(iter(row))):
+            elif len(row) == 1:
                 hint = "; the header is a single column: is the file separated by commas?"
             raise UserError(f"--{flag} {path}: no column {names} (there is: {', '.join(row)}){hint}")
 
@@ -192,13 +184,13 @@ def decode_bytes_literals(rows: Rows, columns: list[str]) -> int:
     changed = set()
     for i, row in enumerate(rows):
         for column in columns:
-            value = row[column]
-            if value[:2] in ("b'", 'b"') and value[-1:] == value[1]:
-                try:
-                    row[column] = ast.literal_eval(value).decode("utf-8")
-                    changed.add(i)
-                except (ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
-                    pass  # ordinary text that merely looks like one
+            if not BYTES.fullmatch(row[column]):
+                continue
+            try:
+                row[column] = ast.literal_eval(row[column]).decode("utf-8")
+                changed.add(i)
+            except (ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
+                pass  # ordinary text that merely looks like one
     return len(changed)
 
 

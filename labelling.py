@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -33,8 +33,8 @@ def find_labels(column: list[str], label_names: tuple[str, ...] = (), where: str
     where: the file, for errors.
     """
     distinct = set(column)
-    if any(not value.strip() for value in distinct):
-        empty = [str(i) for i, value in enumerate(column, 1) if not value.strip()]
+    empty = [str(i) for i, value in enumerate(column, 1) if not value.strip()]
+    if empty:
         raise UserError(f"{where}: {len(empty)} rows have an empty label (rows {few(empty)})")
     if label_names:
         numbers = tuple(str(i) for i in range(len(label_names)))
@@ -43,17 +43,16 @@ def find_labels(column: list[str], label_names: tuple[str, ...] = (), where: str
         return Labels(label_names, label_names)
     whole = all(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", value) for value in distinct)
     values = tuple(sorted(distinct, key=int if whole else None))
-    if len(values) < 2:
-        raise UserError(f"{where} holds only the label {values[0]!r}: expected at least 2 classes")
-    if len(values) > 1000:
-        raise UserError(f"{where} holds {len(values)} different labels: is this the label column?")
+    if not 2 <= len(values) <= 1000:
+        got = f"{len(values)} different labels ({few(values)})"
+        raise UserError(f"{where} holds {got}: expected at least 2 classes, at most 1000; is this the label column?")
     return Labels(values, values)
 
 
 def answers(task: str, predicted: np.ndarray, labels: Labels) -> list:
     """Predictions as values of the data: of classes (N,), of a 0/1 matrix (N, C) lists of labels, of numbers floats."""
     if task == "regression":
-        return [float(z) for z in predicted]
+        return predicted.tolist()
     if task == "multi_label":
         return [[labels.values[c] for c in np.flatnonzero(row)] for row in predicted]
     return [labels.values[c] for c in predicted]
@@ -68,92 +67,80 @@ def encode_targets(cfg, rows: Rows, labels: Labels, where: str) -> np.ndarray:
     Raises UserError naming what is malformed or unknown. where: the file, for errors.
     """
     if cfg.task == "multi_label":
-        sets = label_sets(rows, cfg.label_column, cfg.label_columns, cfg.label_delimiter, where)
-        return encode_label_sets(sets, labels, where)
+        return encode_label_sets(label_sets(cfg, rows, where), labels, where)
     column = [row.get(cfg.label_column, "") for row in rows]
     if cfg.task == "regression":
         return encode_numbers(column, where)
     return encode_labels(column, labels, where)
 
 
-def encode_labels(column: list[str], labels: Labels, path: str) -> np.ndarray:
+def encode_labels(column: list[str], labels: Labels, where: str) -> np.ndarray:
     """Class indices (N,) int64 of a label column. Raises UserError naming unknown labels and their rows."""
     index = {value: c for c, value in enumerate(labels.values)}
-    classes = _parsed(column, index.__getitem__, path, "unknown labels", f"one of {few(list(index), 20)}")
+    classes = _parsed(column, index.__getitem__, where, "unknown labels", f"one of {few(labels.values, 20)}")
     return np.array(classes, np.int64)
 
 
-def encode_label_sets(sets: list[list[str]], labels: Labels, path: str) -> np.ndarray:
+def encode_label_sets(sets: list[list[str]], labels: Labels, where: str) -> np.ndarray:
     """Targets (N, C) float32 of 0 and 1. Raises UserError naming unknown labels and their rows."""
-    index = {value: c for c, value in enumerate(labels.values)}
+    one_hot = dict(zip(labels.values, np.eye(len(labels.values), dtype=np.float32), strict=True))
+    none = np.zeros(len(one_hot), np.float32)
 
-    def classes(values: list[str]) -> list[int]:
-        return [index[value] for value in values]
+    def target(values):
+        return sum((one_hot[value] for value in values), none)
 
-    targets = np.zeros((len(sets), len(index)), np.float32)
-    chosen = _parsed(sets, classes, path, "unknown labels", f"some of {few(list(index), 20)}")
-    for target, row in zip(targets, chosen, strict=True):
-        target[row] = 1
-    return targets
+    return np.stack(_parsed(sets, target, where, "unknown labels", f"some of {few(labels.values, 20)}"))
 
 
-def label_sets(
-    rows: Rows,
-    column: str,
-    columns: tuple[str, ...],
-    delimiter: str,
-    where: str,
-) -> list[list[str]]:
-    """The labels of each row: names of `columns` that hold 1, or the parts of one column, delimited or a JSON list.
+def label_sets(cfg, rows: Rows, where: str) -> list[list[str]]:
+    """The different labels of each row: of a TrainConfig's label_columns those that hold 1, or the parts of its
+    label_column, delimited or a JSON list.
 
     Raises UserError naming rows whose columns hold neither 0 nor 1, or whose list is no list of strings or numbers.
     """
 
-    def of_columns(cells: list[str]) -> list[str]:
+    def of_columns(cells):
         numbers = [float(cell) for cell in cells]
         if not set(numbers) <= {0.0, 1.0}:
             raise ValueError
-        return [name for name, number in zip(columns, numbers, strict=True) if number]
+        return [name for name, number in zip(cfg.label_columns, numbers, strict=True) if number]
 
-    def of_list(text: str) -> list[str]:
+    def of_list(text):
         if not text.startswith("["):
-            return [part.strip() for part in text.split(delimiter) if part.strip()]
+            return [part.strip() for part in text.split(cfg.label_delimiter) if part.strip()]
         parts = json.loads(text)
         if not all(isinstance(part, str | int) for part in parts):
             raise ValueError
         return [str(part) for part in parts]
 
-    if columns:
-        cells = [[row[name] for name in columns] for row in rows]
+    if cfg.label_columns:
+        cells = [[row[name] for name in cfg.label_columns] for row in rows]
         sets = _parsed(cells, of_columns, where, "malformed labels", "0 or 1 in every label column")
     else:
-        cells = [row.get(column, "").strip() for row in rows]
+        cells = [row.get(cfg.label_column, "").strip() for row in rows]
         sets = _parsed(cells, of_list, where, "malformed labels", "a JSON list of strings")
     return [list(dict.fromkeys(labels)) for labels in sets]
 
 
-def encode_numbers(column: list[str], path: str) -> np.ndarray:
+def encode_numbers(column: list[str], where: str) -> np.ndarray:
     """The numbers (N,) float32 of a regression's label column. Raises UserError naming rows that hold none."""
 
-    def number(text: str) -> float:
+    def number(text):
         value = float(text)
-        if not abs(value) <= float(np.finfo(np.float32).max):
+        if not abs(value) <= 3.4028234663852886e38:  # the largest float32
             raise ValueError
         return value
 
-    return np.array(_parsed(column, number, path, "no number", "finite ones"), np.float32)
+    return np.array(_parsed(column, number, where, "no number", "finite ones"), np.float32)
 
 
 # ---- columns that any training file may have ------------------------------------------------------------------------
 
 
-def train_only(rows: Rows, where: str) -> np.ndarray | None:
-    """(N,) bool: the rows marked in column train_only, None where there are none. UserError for odd cells."""
+def train_only(rows: Rows, where: str) -> np.ndarray:
+    """(N,) bool: the rows marked in column train_only. UserError for odd cells."""
     cells = [row.get(TRAIN_ONLY, "").strip() or "0" for row in rows]
-    marks = np.array(
-        _parsed(cells, lambda cell: cli.convert(cell, bool), where, "a malformed train_only", "1 or 0"), bool
-    )
-    return marks if marks.any() else None
+    return np.array(_parsed(cells, partial(cli.convert, kind=bool), where, "a malformed train_only", "1 or 0"))
 
 
 def soft_targets(cfg, rows: Rows, labels: Labels, where: str) -> np.ndarray | None:
@@ -164,28 +151,29 @@ def soft_targets(cfg, rows: Rows, labels: Labels, where: str) -> np.ndarray | No
     """
     columns = {name for row in rows for name in row if name.startswith(TEACHER)} - {cfg.label_column}
     names = [TEACHER + value for value in labels.values]
+    classes = cfg.task == "single_label"
     if not columns:
         return None
-    if columns != set(names):
-        missing, unknown = (few(sorted(wrong)) or "none" for wrong in (set(names) - columns, columns - set(names)))
-        raise UserError(f"{where}: expected a probability column for each label: missing {missing}; unknown {unknown}")
+    wrong = sorted(columns ^ set(names))
+    if wrong:
+        raise UserError(f"{where}: expected a probability column for each label; missing or unknown: {few(wrong)}")
 
-    def probabilities(cells: list[str]) -> list[float]:
+    def probabilities(cells):
         if not any(cells):
             return [np.nan] * len(cells)
         shares = [float(cell) for cell in cells]
-        total = sum(shares) if cfg.task == "single_label" else 1.0
+        total = sum(shares) if classes else 1.0
         if not all(0 <= share <= 1 for share in shares) or abs(total - 1) > 1e-3:
             raise ValueError
         return [share / total for share in shares]
 
     cells = [[row.get(name, "").strip() for name in names] for row in rows]
-    expected = "sums of 1 or empty cells" if cfg.task == "single_label" else "numbers from 0 to 1"
+    expected = "sums of 1 or empty cells" if classes else "numbers from 0 to 1"
     return np.array(_parsed(cells, probabilities, where, "malformed probabilities", expected), np.float32)
 
 
-def _parsed(cells: list, read: Callable, where: str, problem: str, expected: str) -> list:
-    """read(cell) of every cell. Raises UserError naming the cells, and their rows, where it raises ValueError."""
+def _parsed(cells, read, where, problem, expected):
+    """A list of read(cell) of every cell. Raises UserError naming cells, and their rows, where it raises ValueError."""
     values, wrong = [], {}
     for number, cell in enumerate(cells, 1):
         try:

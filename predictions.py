@@ -52,8 +52,7 @@ def known_labels(rows: list[dict[str, str]], train_cfg, labels: labelling.Labels
     try:
         if train_cfg.task != "multi_label":
             return labelling.encode_targets(train_cfg, rows, labels, "input")
-        delimiter = train_cfg.label_delimiter
-        sets = labelling.label_sets(rows, train_cfg.label_column, train_cfg.label_columns, delimiter, "input")
+        sets = labelling.label_sets(train_cfg, rows, "input")
     except (UserError, KeyError):
         if any(row.get(column, "").strip() for row in rows for column in columns):
             say(f"column {', '.join(columns)} does not hold this run's labels in every row: no metrics")

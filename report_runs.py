@@ -116,7 +116,7 @@ def with_texts(run: Run) -> Run:
     missing = "texts and lengths are left out"
     try:
         rows, val, labels = splits.read(cfg, lambda *words: None)
-        judges = splits.judged(cfg, rows, val)
+        judges = rows.judging() if cfg.folds and cfg.fold < 0 else splits.cut(cfg, rows, val)[1]
     except (OSError, ValueError) as e:
         return replace(run, note=f"{missing}: the data cannot be read again: {e}")
     same = judges.ids == run.ids and labels.values == run.labels.values

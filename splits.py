@@ -5,12 +5,11 @@ train, val = cut(cfg, rows, val)              # the part that this run trains on
 """
 
 import csv
-import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +29,9 @@ from labelling import Labels
 
 DRAWN = ("balance", "split", "train_start", "train_stop")  # fields of old runs that chose among the rows
 ADDED = {"examples": "example_rows.py", "pseudo_labels": "pseudo_labels.py"}  # those that added rows: what does so now
-NEEDS = {  # what a metric needs of the rows that it is computed on
+NEEDS = {  # what a metric needs of the rows that it is computed on; the others need different numbers
     "roc_auc": "rows with and without every label",
     "average_precision": "rows with every label",
-    "r2": "different numbers",
-    "pearson": "different numbers",
 }
 
 
@@ -48,29 +45,26 @@ class Split:
     tokens: data.Tokens | None = None
     uncut: np.ndarray | None = None  # (N,) tokens of each row before it was cut to max_length
     soft: np.ndarray | None = None  # (N, C) float32: a teacher's probabilities; rows without a teacher are NaN
-    train_only: np.ndarray | None = None  # (N,) bool: rows that never judge
+    train_only: np.ndarray | None = None  # (N,) bool: rows that never judge; default: none
+
+    def __post_init__(self):
+        if self.train_only is None:
+            self.train_only = np.zeros(len(self.ids), bool)
 
     def take(self, chosen: np.ndarray) -> "Split":
         """Some rows: those of a mask (N,) bool, or of indices in the given order."""
         indices = np.arange(len(self.ids))[chosen]
-
-        def pick(values):
-            if isinstance(values, list):
-                return [values[i] for i in indices]
-            if isinstance(values, data.Tokens):
-                return values.take(indices)
-            return None if values is None else values[indices]
-
-        return Split(**{name: pick(values) for name, values in vars(self).items()})
+        arrays = {name: values[indices] for name, values in vars(self).items() if isinstance(values, np.ndarray)}
+        tokens = self.tokens and self.tokens.take(indices)
+        return Split([self.rows[i] for i in indices], [self.ids[i] for i in indices], tokens=tokens, **arrays)
 
     def judging(self) -> "Split":
         """The rows that may judge."""
-        return self if self.train_only is None else self.take(~self.train_only)
+        return self.take(~self.train_only)
 
     def digest(self) -> str:
         """sha256 over tokens and targets: a resumed run must see the same."""
-        soft = [] if self.soft is None else [self.soft]
-        return self.tokens.digest(self.labels, *soft)
+        return self.tokens.digest(self.labels, self.soft)
 
 
 # ---- from files to rows ---------------------------------------------------------------------------------------------
@@ -82,46 +76,49 @@ def read(cfg: TrainConfig, say: Callable) -> tuple[Split, Split | None, Labels]:
     Raises UserError for everything that is wrong with the files, before the base is touched.
     """
     data.cutting_rules(cfg.text, cfg.kept, cfg.budgets)  # raises for unknown fields
-    rows, where = _labelled_rows(cfg, cfg.train_data, "train_data", say)
-    labels = labels_of(cfg, rows, where)
-    train, val = _encoded(cfg, rows, labels, where), None
-    train.soft = labelling.soft_targets(cfg, rows, labels, where)
+    train, labels = _labelled(cfg, "train_data", None, say)
+    train.soft = labelling.soft_targets(cfg, train.rows, labels, f"--train_data {cfg.train_data}")
     if train.soft is not None:
-        taught = int(np.isfinite(train.soft).all(axis=1).sum())
-        say(f"probability columns: {taught:,} of {len(rows):,} rows have soft targets")
-    if train.train_only is not None:
-        say(f"train_only: {train.train_only.sum():,} of {len(rows):,} rows never judge")
+        taught = np.isfinite(train.soft[:, 0]).sum()
+        say(f"probability columns: {taught:,} of {len(train.ids):,} rows have soft targets")
+    if train.train_only.any():
+        say(f"train_only: {train.train_only.sum():,} of {len(train.ids):,} rows never judge")
     if cfg.drop_conflicts:
-        train = without_conflicts(cfg, train, labels, say)
-    if cfg.val_data:
-        rows, where = _labelled_rows(cfg, cfg.val_data, "val_data", say)
-        val = _encoded(cfg, rows, labels, where)
-        if val.train_only is not None:
-            raise UserError(f"{where}: {val.train_only.sum():,} rows are marked train_only: leave them out there")
+        train = _without_conflicts(cfg, train, labels, say)
+    if not cfg.val_data:
+        return train, None, labels
+    val, _ = _labelled(cfg, "val_data", labels, say)
+    if val.train_only.any():
+        raise UserError(f"--val_data {cfg.val_data}: {val.train_only.sum():,} rows are marked train_only: remove them")
     return train, val, labels
 
 
-def load_rows(cfg: TrainConfig, say: Callable) -> tuple[Split, Split, Labels]:
-    """(training rows, validation rows, classes) of one run."""
-    rows, val, labels = read(cfg, say)
-    return *cut(cfg, rows, val, say=say), labels
+def _labelled(cfg, flag, labels, say):
+    """(Split of train_data or val_data with its targets, Labels: those given, or else those of the rows).
 
-
-def _labelled_rows(cfg: TrainConfig, path: str, flag: str, say: Callable) -> tuple[Rows, str]:
-    """(rows with text, label and groups, how messages name the file). Raises UserError for missing columns and, with
-    their numbers, empty texts.
+    Raises UserError for what is wrong with the file, with the numbers of rows without text.
     """
-    rows, where = files.read_rows(path, flag), f"--{flag} {path}"
-    columns = files.template_columns(cfg.text)
-    others = [*(cfg.label_columns or (cfg.label_column,)), cfg.group_column, cfg.by_column]
-    files.need_columns(rows, columns + [name for name in others if name], path, flag)
-    decoded = files.decode_bytes_literals(rows, columns)
+    where = f"--{flag} {getattr(cfg, flag)}"
+    columns = cfg.label_columns or (cfg.label_column,)
+    rows, decoded, empty = _texts(cfg, flag, *columns, cfg.group_column, cfg.by_column)
     if decoded:
         say(f"{where}: {decoded} rows were Python bytes literals (b'...') and are decoded")
-    empty = [str(i + 1) for i in files.empty_rows(rows, columns)]
     if empty:
         raise UserError(f"{where}: {len(empty)} rows have an empty text (rows {few(empty, 20)})")
-    return rows, where
+    labels = labels or labels_of(cfg, rows, where)
+    targets = labelling.encode_targets(cfg, rows, labels, where)
+    return Split(rows, _ids(cfg, rows), targets, train_only=labelling.train_only(rows, where)), labels
+
+
+def _texts(cfg, flag, *others):
+    """(rows of a file, how many were bytes literals, the numbers of those without text). Raises UserError unless it has
+    the columns of the text and all others.
+    """
+    path, columns = getattr(cfg, flag), files.template_columns(cfg.text)
+    rows = files.read_rows(path, flag)
+    files.need_columns(rows, [*columns, *filter(None, others)], path, flag)
+    decoded = files.decode_bytes_literals(rows, columns)
+    return rows, decoded, [str(i + 1) for i in files.empty_rows(rows, columns)]
 
 
 def labels_of(cfg, rows: Rows, where: str) -> Labels:
@@ -129,26 +126,20 @@ def labels_of(cfg, rows: Rows, where: str) -> Labels:
     if cfg.task == "regression":
         return Labels((), (cfg.label_column,))
     if cfg.task == "single_label":
-        return labelling.find_labels([row[cfg.label_column] for row in rows], cfg.label_names, where)
-    sets = labelling.label_sets(rows, cfg.label_column, cfg.label_columns, cfg.label_delimiter, where)
-    column = [label for labels in sets for label in labels]
+        column = [row[cfg.label_column] for row in rows]
+    else:
+        column = [label for labels in labelling.label_sets(cfg, rows, where) for label in labels]
     return labelling.find_labels(column, cfg.label_columns or cfg.label_names, where)
 
 
-def _encoded(cfg: TrainConfig, rows: Rows, labels: Labels, where: str) -> Split:
-    """Rows with their ids and targets."""
-    targets = labelling.encode_targets(cfg, rows, labels, where)
-    return Split(rows, _ids(cfg, rows), targets, train_only=labelling.train_only(rows, where))
-
-
-def _ids(cfg: TrainConfig, rows: Rows) -> list[str]:
+def _ids(cfg, rows):
     """The cells of the id column, or where there is none the index in the file."""
     return [row.get(cfg.id_column, str(i)) for i, row in enumerate(rows)]
 
 
 def texts(cfg: TrainConfig, rows: Rows) -> list[str]:
     """Each row's rendered text, as the model reads it."""
-    return ["".join(piece for _, piece in prompts.render(cfg.text, row)) for row in rows]
+    return [prompts.plain(prompts.render(cfg.text, row)) for row in rows]
 
 
 def digest_of(rows: Rows) -> str:
@@ -168,11 +159,7 @@ def class_shares(rows: Split, labels: Labels) -> np.ndarray:
 
 
 def cut(
-    cfg: TrainConfig,
-    rows: Split,
-    val: Split | None,
-    recorded: Path | None = None,
-    say: Callable = lambda line: None,
+    cfg: TrainConfig, rows: Split, val: Split | None, recorded: Path | None = None, say: Callable = lambda line: None
 ) -> tuple[Split, Split]:
     """(training rows, validation rows) of one run: val_data's, or the run's fold, or the hold-out.
 
@@ -185,35 +172,32 @@ def cut(
             if old.get(name):
                 raise UserError(f"--resume {recorded}: --{name} moved to runs/{script}; start a new run on its output")
         if any(old.get(name) for name in DRAWN):
-            return _recorded(rows, val, recorded)
-    part = parts(cfg, rows, val)
+            return _recorded(rows, val, recorded, old)
+    part = _parts(cfg, rows, val)
     dropped = np.count_nonzero(part == "left out")
     if dropped:
         say(f"train_only: {dropped:,} rows left out, whose text or group is among the validation rows")
     return rows.take(part == "train"), val or rows.take(part == "validation")
 
 
-def parts(cfg: TrainConfig, rows: Split, val: Split | None) -> np.ndarray:
-    """(N,) what each row is in this run: train, validation, or left out: a train_only row whose text, or whose group,
-    is among the judges'.
+def _parts(cfg, rows, val):
+    """An array (N,) of what each row is in this run: train, validation, or left out: a train_only row whose text, or
+    whose group, is among the judges'.
     """
     held = np.zeros(len(rows.ids), bool) if val else held_out(cfg, rows)
     part = np.where(held, "validation", "train")
-    if rows.train_only is not None:
-        judges = val or rows.take(held)
-        known = set().union(*_keys(cfg, judges.rows))
-        for i, keys in enumerate(_keys(cfg, rows.rows)):
-            if rows.train_only[i] and keys & known:
-                part[i] = "left out"
+    if rows.train_only.any():
+        known = set().union(*_keys(cfg, (val or rows.take(held)).rows)) - {("group", "")}
+        met = [bool(keys & known) for keys in _keys(cfg, rows.rows)]
+        part[rows.train_only & met] = "left out"
     return part
 
 
-def _keys(cfg: TrainConfig, rows: Rows) -> Iterator[set]:
-    """What each row is recognized by: its text and its group."""
+def _keys(cfg, rows):
+    """A set for each row of what it is recognized by: its text and its group."""
     for row, text in zip(rows, texts(cfg, rows), strict=True):
-        keys = {("text", audit.normal_form(text))}
-        group = row[cfg.group_column].strip() if cfg.group_column else ""
-        yield keys | {("group", group)} if group else keys
+        group = cfg.group_column and row[cfg.group_column].strip()
+        yield {("text", audit.normal_form(text)), ("group", group)}
 
 
 def held_out(cfg: TrainConfig, rows: Split) -> np.ndarray:
@@ -221,14 +205,12 @@ def held_out(cfg: TrainConfig, rows: Split) -> np.ndarray:
     own = rows.judging()
     groups, seed = groups_of(cfg, own), split_seed(cfg)
     if cfg.folds:
-        held = strata.folds(cfg.task, own.labels, cfg.folds, seed, groups) == cfg.fold
+        judging = strata.folds(cfg.task, own.labels, cfg.folds, seed, groups) == cfg.fold
     else:
-        held = strata.hold_out(cfg.task, own.labels, cfg.val_size, seed, groups)
-    if rows.train_only is None:
-        return held
-    every = np.zeros(len(rows.ids), bool)
-    every[~rows.train_only] = held
-    return every
+        judging = strata.hold_out(cfg.task, own.labels, cfg.val_size, seed, groups)
+    held = np.zeros(len(rows.ids), bool)
+    held[~rows.train_only] = judging
+    return held
 
 
 def split_seed(cfg: TrainConfig) -> int:
@@ -240,47 +222,40 @@ def groups_of(cfg: TrainConfig, rows: Split) -> np.ndarray | None:
     if not cfg.group_column:
         return None
     names = [row[cfg.group_column].strip() or ("", i) for i, row in enumerate(rows.rows)]
-    index = {name: g for g, name in enumerate(dict.fromkeys(names))}
-    return np.array([index[name] for name in names])
-
-
-def judged(cfg: TrainConfig, rows: Split, val: Split | None, recorded: Path | None = None) -> Split:
-    """The rows of val_predictions.csv in its order; of a family over all folds every row that may judge."""
-    return rows.judging() if cfg.folds and cfg.fold < 0 else cut(cfg, rows, val, recorded)[1]
+    number = {}
+    return np.array([number.setdefault(name, len(number)) for name in names])
 
 
 def split_csv(cfg: TrainConfig, rows: Split, val: Split | None) -> str:
     """The ids of all rows and what they are (train, left out, validation), in this order; those of a validation file
     are not listed.
     """
-    part, out = parts(cfg, rows, val), io.StringIO(newline="")
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("id", "part"))
-    for name in ("train", "left out", "validation"):
-        writer.writerows((rows.ids[i], name) for i in np.flatnonzero(part == name))
+    part, out = _parts(cfg, rows, val), io.StringIO(newline="")
+    lines = [(rows.ids[i], name) for name in ("train", "left out", "validation") for i in np.flatnonzero(part == name)]
+    csv.writer(out, lineterminator="\n").writerows([("id", "part"), *lines])
     return out.getvalue()
 
 
-def _recorded(rows: Split, val: Split | None, run: Path) -> tuple[Split, Split]:
-    """(training rows, validation rows) as an old run's split.csv has them: a slice (train; later: what follows it),
-    perhaps of a balanced pool. Raises UserError unless it names rows of the file, each by an id of its own.
+def _recorded(rows, val, run, old):
+    """(training rows, validation rows) as the split.csv of a run with the config `old` has them: a slice (train; later:
+    what follows it), perhaps of a balanced pool. Raises UserError unless it names rows of the file, by unique ids.
     """
-    recorded = files.read_rows(str(Path(run) / "split.csv"), "resume")
-    ids = [row["id"] for row in recorded]
-    place = {id: i for i, id in enumerate(ids)}
-    order = np.array([place.get(id, -1) for id in rows.ids])  # (N,) where a row is in split.csv
-    listed = np.flatnonzero(order >= 0)
-    if len(place) < len(ids) or sorted(rows.ids[i] for i in listed) != sorted(ids):
-        problem = "its split.csv needs unique ids that --train_data has too"
-        raise UserError(f"--resume {run}: {problem}: give it the file it began with, or start a new run")
+    recorded = files.read_rows(str(run / "split.csv"), "resume")
+    place = {row["id"]: i for i, row in enumerate(recorded)}
+    listed = [i for i, id in enumerate(rows.ids) if id in place]
+    if not len(listed) == len({rows.ids[i] for i in listed}) == len(recorded):
+        raise UserError(
+            f"--resume {run}: its split.csv needs unique ids that --train_data has too: give it the file it began "
+            "with, or start a new run"
+        )
 
     # the old run read these rows alone, in the order of the file they came from: its digest is over all their tokens
-    if cli.raw_config(run).get("split"):
-        listed = listed[np.argsort(order[listed])]
+    if old.get("split"):
+        listed.sort(key=lambda i: place[rows.ids[i]])
     pool = rows.take(listed)
     if pool.tokens:
-        pool.tokens = data.join_tokens([pool.tokens.row(i) for i in range(len(ids))])
-    order = np.argsort(order[listed])
+        pool.tokens = data.join_tokens([pool.tokens.row(i) for i in range(len(listed))])
+    order = np.argsort([place[id] for id in pool.ids])
     part = np.array([row["part"] for row in recorded])
     return pool.take(order[part == "train"]), val or pool.take(order[part == "validation"])
 
@@ -288,11 +263,10 @@ def _recorded(rows: Split, val: Split | None, run: Path) -> tuple[Split, Split]:
 # ---- what is wrong with the rows ------------------------------------------------------------------------------------
 
 
-def without_conflicts(cfg: TrainConfig, rows: Split, labels: Labels, say: Callable) -> Split:
-    """The rows but for those whose text also has another label."""
+def _without_conflicts(cfg, rows, labels, say):
+    """The rows of a Split but for those whose text also has another label."""
     answers = labelling.answers(cfg.task, rows.labels, labels)
-    findings = audit.audit(texts(cfg, rows.rows), answers, ["train"] * len(answers), near=False)
-    groups = findings.conflicts
+    groups = audit.audit(texts(cfg, rows.rows), answers, ["train"] * len(answers), near=False).conflicts
     drop = [i for group in groups for i in group]
     say(f"--drop_conflicts: {len(drop)} rows dropped, of {len(groups)} texts that had different labels")
     return rows.take(np.setdiff1d(np.arange(len(answers)), drop))
@@ -310,61 +284,48 @@ def audit_rows(
     val: None where every training row is judged in turn. Returns the groups of rows by their names, to be kept.
     """
     parts = {"train": train} | ({"validation": val} if val else {})
-    answers, splits, names, rows = [], [], [], []
+    answers, splits, rows, ids, names = [], [], [], [], []
     for split, part in parts.items():
         answers += labelling.answers(cfg.task, part.labels, labels)
         splits += [split] * len(part.ids)
+        rows += part.rows
+        ids += part.ids
     if cfg.task != "regression":
         say(audit.label_counts(answers, splits, labels.values))
-    lengths = np.concatenate([part.uncut for part in parts.values()])
-    say(audit.length_table(lengths, splits, cfg.max_length))
+    say(audit.length_table(np.concatenate([part.uncut for part in parts.values()]), splits, cfg.max_length))
     if cfg.audit == "none":
         return {}
 
-    parts["test"] = _test_rows(cfg, say)
-    answers += [None] * len(parts["test"].ids)
-    splits += ["test"] * len(parts["test"].ids)
-    for split, part in parts.items():
-        rows += part.rows
-        names += [_name(cfg, split, *pair) for pair in zip(part.rows, part.ids, strict=True)]
+    tests = _test_rows(cfg, say)
+    answers += [None] * len(tests)
+    splits += ["test"] * len(tests)
+    rows += tests
+    ids += _ids(cfg, tests)
+    for split, row, id in zip(splits, rows, ids, strict=True):  # a row is named by its id, or its number in the file
+        names.append(f"{split} {cfg.id_column} {id}" if cfg.id_column in row else f"{split} row {int(id) + 1}")
     findings = audit.audit(texts(cfg, rows), answers, splits, near=cfg.audit == "near")
     warnings = audit.warnings_of(findings, answers, splits, names)
     alike = len(findings.duplicates) + len(findings.near)
     if val is None and alike and not cfg.group_column:
-        equal = f"{alike} groups of equal or nearly equal rows may be in different folds"
-        warnings.append(f"{equal}, which flatters their scores: keep such rows together with --group_column")
+        warnings.append(
+            f"{alike} groups of equal or nearly equal rows may be in different folds, which flatters their scores: "
+            "keep such rows together with --group_column"
+        )
     for line in warnings or ["no duplicates, conflicts or leaks found"]:
         say(f"audit: {line}")
-    return _named(dataclasses.asdict(findings), names)
+    # every number in the findings is the index of a row
+    return json.loads(json.dumps(asdict(findings)), parse_int=lambda row: names[int(row)])
 
 
-def _test_rows(cfg: TrainConfig, say: Callable) -> Split:
+def _test_rows(cfg, say):
     """The rows of test_data as far as they can be read: a leak is worth knowing, a missing file is not in the way."""
-    rows = []
-    if cfg.test_data:
-        try:
-            rows = files.read_rows(cfg.test_data, "test_data")
-            columns = files.template_columns(cfg.text)
-            files.need_columns(rows, columns, cfg.test_data, "test_data")
-            files.decode_bytes_literals(rows, columns)
-        except UserError as e:
-            say(f"audit: test rows are left out: {e}")
-            rows = []
-    return Split(rows, _ids(cfg, rows), np.zeros(len(rows)))
-
-
-def _name(cfg: TrainConfig, split: str, row: dict, id: str) -> str:
-    """A row as a person finds it: by its id, or by its number in the file."""
-    return f"{split} {cfg.id_column} {id}" if cfg.id_column in row else f"{split} row {int(id) + 1}"
-
-
-def _named(groups, names: list[str]):
-    """The same with names instead of row indices."""
-    if isinstance(groups, dict):
-        return {key: _named(value, names) for key, value in groups.items()}
-    if isinstance(groups, list):
-        return [_named(value, names) for value in groups]
-    return names[groups]
+    if not cfg.test_data:
+        return []
+    try:
+        return _texts(cfg, "test_data")[0]
+    except UserError as e:
+        say(f"audit: test rows are left out: {e}")
+        return []
 
 
 def periodic_rows(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndarray:
@@ -373,15 +334,12 @@ def periodic_rows(cfg: TrainConfig, labels: np.ndarray, classes: int) -> np.ndar
     Raises UserError when `metric` is not defined on them.
     """
     rows = np.arange(len(labels))
-    if 0 < cfg.eval_rows < len(labels):
-        order = np.random.default_rng([cfg.seed, 0xE7A1]).permutation(len(labels))
-        rows = np.sort(order[: cfg.eval_rows])
+    if 0 < cfg.eval_rows < len(rows):
+        rows = np.sort(np.random.default_rng([cfg.seed, 0xE7A1]).permutation(rows)[: cfg.eval_rows])
     # any outputs will do that differ: a metric that the labels cannot define is absent
-    outputs = np.arange(len(rows) * classes, dtype=np.float64).reshape(len(rows), classes)
+    outputs = np.arange(len(rows) * classes, dtype=float).reshape(-1, classes)
     scores = metrics.of_task(cfg.task, outputs, labels[rows], ranking=cfg.metric in metrics.RANKING)
     if cfg.metric not in scores:
-        needed = NEEDS.get(cfg.metric, "other rows")
-        raise UserError(
-            f"--metric {cfg.metric} needs {needed} among the validation rows: choose another, or other rows"
-        )
+        needs = NEEDS.get(cfg.metric, "different numbers")
+        raise UserError(f"--metric {cfg.metric} needs {needs} among the validation rows: choose another, or other rows")
     return rows

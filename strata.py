@@ -7,6 +7,7 @@ import numpy as np
 
 from errors import UserError, few
 
+QUANTILES = 10  # strata of numbers
 DRAW = 0x5B11  # with the seed: the stream of random numbers that rows are drawn from
 
 
@@ -22,19 +23,17 @@ def folds(
     Sizes, and a class's rows, differ by at most one between folds, where neither groups nor several labels a row
     forbid it (see `stratify`); the rows of a group share a fold. Raises UserError for too few rows or groups.
     """
-    units, kind = len(labels), "rows"
-    if groups is not None:
-        units, kind = len(np.unique(groups)), "groups"
-    if units < parts:
-        raise UserError(f"--folds {parts}: there are only {units} {kind}")
+    units = np.arange(len(labels)) if groups is None else np.unique(groups)
+    if len(units) < parts:
+        raise UserError(f"--folds {parts}: there are only {len(units)} rows, or groups of rows")
     strata = of_targets(task, labels)
     if strata.ndim == 2 or groups is not None:
         return stratify(strata, [1 / parts] * parts, seed, groups)
 
     # the rows of each class in a random order, one class after the other, are dealt like cards
-    chance = np.random.default_rng([seed, DRAW]).random(units)
-    fold = np.zeros(units, int)
-    fold[np.lexsort((chance, strata))] = np.arange(units) % parts
+    chance = np.random.default_rng([seed, DRAW]).random(len(units))
+    fold = np.zeros(len(units), int)
+    fold[np.lexsort((chance, strata))] = units % parts
     return fold
 
 
@@ -51,25 +50,23 @@ def hold_out(task: str, labels: np.ndarray, val_size: float, seed: int, groups: 
     if 0 < share < 1:
         held = stratify(strata, [1 - share, share], seed, groups) == 1
     if held.all() or not held.any():
-        among = "" if groups is None else f" in {len(np.unique(groups))} groups"
-        raise UserError(f"--val_size {val_size:g} of {rows} rows{among} leaves none to train on or to validate with")
+        raise UserError(
+            f"--val_size {val_size:g} of {rows} rows leaves none, or no whole group, to train on or to validate with"
+        )
     return held
 
 
 def of_targets(task: str, labels: np.ndarray) -> np.ndarray:
-    """What is stratified by: classes (N,), 0 and 1 (N, C) of several labels, or quantiles (N,) of numbers."""
-    return quantiles(labels) if task == "regression" else labels
-
-
-def quantiles(values: np.ndarray, most: int = 10) -> np.ndarray:
-    """Strata (N,) int64 of numbers: the values where they are few, or else quantiles."""
-    _, stratum, counts = np.unique(values, return_inverse=True, return_counts=True)
-    if len(counts) <= most and counts.min() > 1:
+    """What is stratified by: classes (N,), 0 and 1 (N, C) of several labels; of numbers the values (N,) where they are
+    few, or else their quantiles.
+    """
+    if task != "regression":
+        return labels
+    _, stratum, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    if len(counts) <= QUANTILES and counts.min() > 1:
         return stratum
-    order = np.argsort(values, kind="stable")
-    ranks = np.argsort(order, kind="stable")
-    parts = min(most, max(1, len(values) // 2))
-    return ranks * parts // len(values)
+    ranks = np.argsort(np.argsort(labels, kind="stable"))
+    return ranks * min(QUANTILES, max(1, len(labels) // 2)) // len(labels)
 
 
 def stratified(labels: np.ndarray, val_size: float, seed: int) -> np.ndarray:
@@ -77,27 +74,29 @@ def stratified(labels: np.ndarray, val_size: float, seed: int) -> np.ndarray:
 
     Raises UserError for a class with one row, or a count that cannot be met.
     """
-    classes, counts = np.unique(labels, return_counts=True)
-    if (counts < 2).any():
-        lone = [f"class {c} (row {int(np.flatnonzero(labels == c)[0]) + 1})" for c in classes[counts < 2]]
-        problem = f"a stratified split needs 2 rows of every class, but {few(lone)} has one"
-        raise UserError(f"{problem}: give --val_data, or drop it")
+    classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
+    lone = [f"class {classes[c]} (row {first[c] + 1})" for c in np.flatnonzero(counts < 2)]
+    if lone:
+        raise UserError(
+            f"a stratified split needs 2 rows of every class, but {few(lone)} has one: give --val_data, or drop it"
+        )
     rows, least = len(labels), len(classes)
-    total = int(val_size) if val_size >= 1 else int(round(rows * val_size))
+    total = int(val_size if val_size >= 1 else round(rows * val_size))
     if not least <= total <= rows - least:
-        problem = f"--val_size {val_size:g} asks for {total} of {rows} rows"
-        raise UserError(f"{problem}, expected {least} to {rows - least}: one row a class on each side")
+        raise UserError(
+            f"--val_size {val_size:g} asks for {total} of {rows} rows, expected {least} to {rows - least}: one row a "
+            "class on each side"
+        )
 
     # each class's share, rounded down; what is missing goes to the largest remainders, what is too much comes from
     # the smallest
     exact = counts * (total / rows)
     take = np.clip(np.floor(exact).astype(int), 1, counts - 1)
-    while take.sum() < total:
-        missing = np.where(take < counts - 1, exact - take, -np.inf)
-        take[missing.argmax()] += 1
-    while take.sum() > total:
-        excess = np.where(take > 1, take - exact, -np.inf)
-        take[excess.argmax()] -= 1
+    step = np.sign(total - take.sum())
+    while take.sum() != total:
+        allowed = (take + step >= 1) & (take + step < counts)
+        need = np.where(allowed, step * (exact - take), -np.inf)
+        take[need.argmax()] += step
 
     rng = np.random.default_rng([seed, DRAW])
     held = np.zeros(rows, bool)
@@ -106,12 +105,7 @@ def stratified(labels: np.ndarray, val_size: float, seed: int) -> np.ndarray:
     return held
 
 
-def stratify(
-    targets: np.ndarray,
-    shares: list[float],
-    seed: int,
-    groups: np.ndarray | None = None,
-) -> np.ndarray:
+def stratify(targets: np.ndarray, shares: list[float], seed: int, groups: np.ndarray | None = None) -> np.ndarray:
     """(N,) which part each row goes to, so that each part gets its share of every label.
 
     targets: 0 and 1 (N, C), or classes (N,). groups (N,): numbers from 0; the rows of a group go to the same part.
@@ -121,7 +115,7 @@ def stratify(
     the label come first, each to the part that it brings nearest to its shares of all labels and of rows (chi-squared).
     """
     if targets.ndim == 1:
-        targets = np.eye(targets.max() + 1, dtype=np.float32)[targets]
+        targets = np.eye(targets.max() + 1, dtype=bool)[targets]
     rng = np.random.default_rng([seed, DRAW])
 
     # what is dealt: groups, or single rows; how many rows each has, and how many with each label (0 once it is dealt)
@@ -130,37 +124,34 @@ def stratify(
     count = np.zeros((len(rows), targets.shape[1]))  # (units, C)
     np.add.at(count, unit_of, targets > 0)
     order = rng.permutation(len(rows))
-    rows, count = rows[order], count[order]
     part = np.full(len(rows), -1)
 
     # what each part still wants: rows (parts,), and rows with each label (parts, C)
-    total = count.sum(axis=0)
     room = np.array(shares) * len(targets)
-    want = np.outer(shares, total)
-    scale = np.maximum(total, 1)
+    want = np.outer(shares, count.sum(axis=0))
+    scale = np.maximum(count.sum(axis=0), 1)
 
-    def deal(unit: int, to: int) -> None:
+    def deal(unit, to):
         part[unit] = to
         room[to] -= rows[unit]
         want[to] -= count[unit]
         count[unit] = 0
 
-    while total.any():
-        rare = int(np.where(total > 0, total, len(targets) + 1).argmin())
-        units = np.argsort(-count[:, rare], kind="stable")
+    while count.any():
+        left = count.sum(axis=0)
+        rare = np.where(left > 0, left, np.inf).argmin()
+        units = order[np.argsort(-count[order, rare], kind="stable")]
         for unit in units[: np.count_nonzero(count[:, rare])]:
             if groups is None:
-                tie_break = rng.random(len(shares))
-                to = np.lexsort((tie_break, room, want[:, rare]))[-1]
+                to = np.lexsort((rng.random(len(shares)), room, want[:, rare]))[-1]  # ties are broken by chance
             else:
                 by_label = count[unit] * (2 * want - count[unit]) / scale
                 by_rows = rows[unit] * (2 * room - rows[unit]) / len(targets)
                 nearer = by_label.sum(axis=1) + by_rows
                 to = (nearer / shares).argmax()
             deal(unit, to)
-        total = count.sum(axis=0)
 
-    rest = np.flatnonzero(part < 0)
-    for unit in rest[np.argsort(-rows[rest], kind="stable")]:
-        deal(unit, room.argmax())
-    return part[np.argsort(order)][unit_of]
+    for unit in order[np.argsort(-rows[order], kind="stable")]:
+        if part[unit] < 0:
+            deal(unit, room.argmax())
+    return part[unit_of]

@@ -29,7 +29,8 @@ from errors import UserError  # noqa: E402
 
 def main() -> None:
     cfg, run = read_options()
-    known, held_out, labels = splits.load_rows(cfg, print)  # the split of train.py
+    rows, val, labels = splits.read(cfg, print)
+    known, held_out = splits.cut(cfg, rows, val)  # the split of train.py
     classes = len(labels.values)
     majority = np.full(len(held_out.labels), np.bincount(known.labels, minlength=classes).argmax())
     predicted = {"majority": majority}

@@ -175,7 +175,8 @@ def peer(options: argparse.Namespace) -> dict:
     from configs import TrainConfig
 
     cfg = TrainConfig(**recipe(options, options.base))
-    rows, _, labels = splits.load_rows(cfg, lambda *words: None)
+    rows, val, labels = splits.read(cfg, lambda *words: None)
+    rows, _ = splits.cut(cfg, rows, val)
     rows.tokens, _ = data.tokenize(data.load_tokenizer(cfg.base), cfg.text, rows.rows, cfg.max_length)
     lengths = rows.tokens.lengths
     plan = data.plan_epoch(lengths, cfg.batch_size, cfg.max_tokens, cfg.micro_batches, cfg.seed, 0)

@@ -25,7 +25,8 @@ def main(run: Path) -> dict:
     from sklearn.pipeline import make_pipeline, make_union
 
     cfg, labels = trained.run_facts(run)
-    known, judge, _ = splits.load_rows(cfg, lambda *words: None)
+    rows, val, _ = splits.read(cfg, lambda *words: None)
+    known, judge = splits.cut(cfg, rows, val)
     ids, targets, logits = trained.validation_rows(run, cfg, labels)
     assert ids == judge.ids, "the data changed since the run"
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)

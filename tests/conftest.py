@@ -51,6 +51,14 @@ def command(tmp_path):
     return run
 
 
+def load_rows(cfg, say):
+    """(training rows, validation rows, classes) of one run."""
+    import splits
+
+    rows, val, labels = splits.read(cfg, say)
+    return *splits.cut(cfg, rows, val, say=say), labels
+
+
 def last_json(stdout: str) -> dict:
     """The JSON object that every entry point prints as its last line."""
     return json.loads(stdout.strip().splitlines()[-1])

@@ -64,7 +64,7 @@ def family(tmp_path_factory, small_base) -> Path:
 def judged_by(run: Path):
     cfg, labels = trained.run_facts(run)
     rows, val, _ = splits.read(cfg, SILENT)
-    return cfg, labels, splits.judged(cfg, rows, val)
+    return cfg, labels, rows.judging() if cfg.folds and cfg.fold < 0 else splits.cut(cfg, rows, val)[1]
 
 
 def member_configs(run: Path) -> dict[str, TrainConfig]:
@@ -436,7 +436,7 @@ def test_what_is_no_family_is_not_pooled(elsewhere, tmp_path, small_base):
         ({"seeds": "1,01"}, "a seed is given twice"),
         ({"folds": 2, "nproc_per_node": 0}, "--nproc_per_node 0: expected 1 or more"),
         ({"folds": 2, "group_column": "topic"}, "no column topic"),
-        ({"folds": 9, "group_column": "label"}, "--folds 9: there are only 8 groups"),
+        ({"folds": 9, "group_column": "label"}, "--folds 9: there are only 8 rows, or groups"),
         ({"folds": 2, "class_weights": "1,2"}, "expected one for each of 8"),
         (
             {"folds": 8, "metric": "roc_auc"},

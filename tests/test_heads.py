@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import load_rows
 from safetensors.torch import load_file
 from test_ddp import forked, forks, log_of, run_of, shas, toy_flags, write_rows
 
@@ -488,7 +489,7 @@ def test_one_step_of_any_cut_has_the_gradients_of_mseloss(small_base, tmp_path, 
         logs.append(next(line for line in log_of(run) if "loss" in line))
     cfg, labels = trained.run_facts(run)
     tokenizer = bases.load_tokenizer(small_base)
-    split, _, _ = splits.load_rows(cfg, lambda *words: None)
+    split, _, _ = load_rows(cfg, lambda *words: None)
     split.tokens, _ = data.tokenize(tokenizer, cfg.text, split.rows, cfg.max_length)
     model = trained.new_classifier(cfg, labels, tokenizer, CPU, "fp32")
     plan = data.plan_epoch(split.tokens.lengths, 24, 64, 3, cfg.seed, 0)[0]
@@ -615,7 +616,7 @@ def test_held_out_rows_have_the_share_of_zeros_and_ones(tmp_path):
     questions = read_csv(write_rows(tmp_path / "rows.csv", 200))
     ones = write_csv(tmp_path / "ones.csv", [{**r, "label": int(i % 20 < 3)} for i, r in enumerate(questions)])
     cfg = configs.TrainConfig(train_data=str(ones), task="regression", metric="mse", val_size=0.2)
-    kept, held_out, labels = splits.load_rows(cfg, lambda *words: None)
+    kept, held_out, labels = load_rows(cfg, lambda *words: None)
     assert held_out.labels.dtype == np.float32 and labels.values == ()
     assert len(held_out.labels) == 40 and held_out.labels.sum() == 6 and kept.labels.sum() == 24
     assert sorted(kept.ids + held_out.ids) == sorted(r["id"] for r in questions)
@@ -624,7 +625,7 @@ def test_held_out_rows_have_the_share_of_zeros_and_ones(tmp_path):
         tmp_path / "many.csv", [{**r, "label": repr(float(v))} for r, v in zip(questions, values, strict=True)]
     )
     cfg = configs.TrainConfig(train_data=str(many), task="regression", metric="mse", val_size=0.2)
-    kept, held_out, _ = splits.load_rows(cfg, lambda *words: None)
+    kept, held_out, _ = load_rows(cfg, lambda *words: None)
     tenths = np.searchsorted(np.quantile(values, np.arange(1, 10) / 10), held_out.labels)
     assert np.bincount(tenths, minlength=10).tolist() == [4] * 10
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_rows
 from test_ddp import ROOT, forks, toy_flags
 from test_slices import BINARY, write_pairs
 
 import files
 import infer
 import metrics
-import splits
 import train
 import trained
 from configs import TrainConfig
@@ -127,8 +127,8 @@ def test_rows_of_examples_never_judge_nor_show_a_validation_text(tmp_path):
     path = with_examples(tmp_path, "--by_column", "rule")
     alone = TrainConfig(train_data=str(tmp_path / "rules.csv"), val_size=0.25, **RULES)
     both = TrainConfig(train_data=str(path), val_size=0.25, **RULES)
-    _, judges, _ = splits.load_rows(alone, SILENT)
-    known, again, _ = splits.load_rows(both, SILENT)
+    _, judges, _ = load_rows(alone, SILENT)
+    known, again, _ = load_rows(both, SILENT)
     assert again.ids == judges.ids and len(again.ids) == 12 and known.train_only.sum() > 40
     assert not {r["body"].strip().lower() for r in known.rows} & {r["body"].lower() for r in again.rows}
 
@@ -197,7 +197,7 @@ def test_confident_predictions_become_rows(tmp_path, small_base, soft):
     assert [row["is_correct"] for row in added] == ["True", "False", "True"] and "more" not in rows[0]
     assert all(row["train_only"] == "1" for row in added) and not any(row["train_only"] for row in rows[:60])
     cfg = TrainConfig(train_data=target, text=BINARY["text"], label_column="is_correct", val_size=0.2)
-    known, judges, labels = splits.load_rows(cfg, SILENT)
+    known, judges, labels = load_rows(cfg, SILENT)
     assert known.ids[-3:] == [row["id"] for row in added] and known.labels[-3:].tolist() == [1, 0, 1]
     assert len(judges.ids) == 12 and labels.values == ("False", "True")
     if soft:
@@ -227,7 +227,7 @@ def test_texts_of_validation_rows_are_not_learned_from_predictions(tmp_path):
         ]
     )
     cfg = TrainConfig(train_data=str(target), text=BINARY["text"], label_column="is_correct", val_size=0.2)
-    known, judges, _ = splits.load_rows(cfg, SILENT)
+    known, judges, _ = load_rows(cfg, SILENT)
     added = {id.removeprefix("pseudo:") for id in known.ids if id.startswith("pseudo:")}
     assert added == {f"x{i}" for i in range(60)} - {f"x{id[1:]}" for id in judges.ids}
 

@@ -65,7 +65,7 @@ def flags_of(out: Path, base: str, path: Path, **changes) -> list[str]:
 def test_the_three_forms_of_labels_give_the_same_targets(tmp_path, name, form):
     rows = files.read_rows(str(write_rows(tmp_path / name, form=form)), "train_data")
     columns = NAMES if form == "columns" else ()
-    sets = labelling.label_sets(rows, "tags", columns, "|", "x")
+    sets = labelling.label_sets(configs.TrainConfig(label_column="tags", label_columns=columns), rows, "x")
     labels = labelling.find_labels([v for one in sets for v in one], columns, "x")
     i = np.arange(60)
     want = np.stack([i % 2, i % 3 == 0, i % 12 == 0], axis=1).astype(np.float32)
@@ -81,7 +81,7 @@ def test_the_three_forms_of_labels_give_the_same_targets(tmp_path, name, form):
 )  # fmt: skip
 def test_malformed_labels_are_named(row, columns, words):
     with pytest.raises(UserError, match=words):
-        labelling.label_sets([row], "tags", columns, "|", "--train_data x")
+        labelling.label_sets(configs.TrainConfig(label_column="tags", label_columns=columns), [row], "--train_data x")
     known = labelling.Labels(("a", "b"), ("a", "b"))
     with pytest.raises(UserError, match=r"unknown labels \(\['c'\] in row 2\): expected some of a, b"):
         labelling.encode_label_sets([["a"], ["c"]], known, "--val_data x")
@@ -103,7 +103,7 @@ def test_every_part_gets_its_share_of_every_label():
 
 def test_reuters_is_split_by_every_label(shared):
     rows = files.read_rows(str(shared / "data/reuters/train.jsonl"), "train_data")
-    sets = labelling.label_sets(rows, "labels", (), "|", "x")
+    sets = labelling.label_sets(configs.TrainConfig(label_column="labels"), rows, "x")
     targets = labelling.encode_label_sets(sets, labelling.find_labels([v for one in sets for v in one]), "x")
     held_out = strata.hold_out("multi_label", targets, 0.15, seed=0)
     assert targets.shape == (7770, 90) and held_out.shape == (7770,)
@@ -176,7 +176,7 @@ def test_predictions_round_trip(done, tmp_path, name):
     flags = ["--runs", result["run"], "--input", str(path), "--output", str(tmp_path / name), "--submission", ""]
     told = infer.main(flags)
     rows = files.read_rows(str(tmp_path / name), "input")
-    sets = labelling.label_sets(rows, "prediction", (), "|", "x")
+    sets = labelling.label_sets(configs.TrainConfig(label_column="prediction"), rows, "x")
     run = trained.load_run(result["run"])
     source = files.read_rows(str(path), "input")
     found = run.predict([{"Question": r["Question"]} for r in source])
@@ -186,7 +186,8 @@ def test_predictions_round_trip(done, tmp_path, name):
     shares = np.array([[float(r[f"probability_{n}"]) for n in NAMES] for r in rows])
     lines = np.array(run.decision.platt)
     np.testing.assert_allclose(shares, 1 / (1 + np.exp(-(logits * lines[:, 0] + lines[:, 1]))), atol=1e-9)
-    known = labelling.encode_label_sets(labelling.label_sets(source, "tags", (), "|", "x"), run.labels, "x")
+    given = labelling.label_sets(configs.TrainConfig(label_column="tags"), source, "x")
+    known = labelling.encode_label_sets(given, run.labels, "x")
     predicted = logits > run.decision.thresholds
     want = metrics.of_task("multi_label", logits.astype(np.float32), known, predicted=predicted)
     assert told["metrics"] == pytest.approx(want, abs=1e-4) and told["undecided"] != told["metrics"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -165,7 +166,7 @@ def test_rows_without_a_group_stand_alone():
 @pytest.mark.parametrize("share", [0.1, 0.2])
 def test_a_hold_out_of_real_groups_has_its_share_of_rows_and_classes(shared, column, share):
     """Groups of up to 100 rows (subreddits) or of a few (bodies): within a hundredth of the rows, 4 of the classes."""
-    known, judge, _ = splits.load_rows(cfg_of(shared, "rules", group_column=column, val_size=share), SILENT)
+    known, judge, _ = load_rows(cfg_of(shared, "rules", group_column=column, val_size=share), SILENT)
     rows = len(known.ids) + len(judge.ids)
     assert abs(len(judge.ids) / rows - share) < 0.01 and abs(judge.labels.mean() - known.labels.mean()) < 0.04
     assert not {r[column] for r in known.rows} & {r[column] for r in judge.rows}
@@ -226,13 +227,13 @@ def test_rows_that_only_train_change_no_draw_and_train_in_every_fold(tmp_path, c
     alone = TrainConfig(train_data=write(tmp_path / "own.csv", own), **changes)
     both = replace(alone, train_data=write(tmp_path / "both.csv", mixed))
     for fold in range(changes.get("folds", 1)):
-        known, judges, _ = splits.load_rows(replace(alone, fold=fold), SILENT)
-        known_of_both, judges_of_both, _ = splits.load_rows(replace(both, fold=fold), SILENT)
+        known, judges, _ = load_rows(replace(alone, fold=fold), SILENT)
+        known_of_both, judges_of_both, _ = load_rows(replace(both, fold=fold), SILENT)
         assert judges_of_both.ids == judges.ids and judges_of_both.train_only.sum() == 0
         order = [row["id"] for row in mixed]
         assert known_of_both.ids == sorted(known.ids + [row["id"] for row in more], key=order.index)
-    rows, val, labels = splits.read(both, SILENT)
-    assert splits.judged(replace(both, folds=4, fold=-1), rows, val).ids == [row["id"] for row in own]
+    rows, _, labels = splits.read(both, SILENT)
+    assert rows.judging().ids == [row["id"] for row in own]
     assert splits.class_shares(rows, labels).tolist() == [1 / 3] * 3
 
 
@@ -240,7 +241,7 @@ def test_rows_that_the_judges_would_know_are_left_out(tmp_path):
     """By their text, normalized, and by their group; of a row without a group only the text counts."""
     own, heard = posts(40), []
     cfg = TrainConfig(train_data=write(tmp_path / "own.csv", own), group_column="g", val_size=0.25)
-    _, judges, _ = splits.load_rows(cfg, SILENT)
+    _, judges, _ = load_rows(cfg, SILENT)
     judge, other = judges.rows[0], next(row for row in own if row["id"] not in judges.ids)
     more = [
         {"id": "same text", "Question": f"  {judge['Question'].upper()}", "g": ""},
@@ -269,10 +270,10 @@ def test_a_validation_file_drops_known_rows_too_and_holds_none_itself(tmp_path):
     rows = [{"id": "a", "Question": "text 3", "label": "a", "train_only": 1}]
     rows += [{"id": "b", "Question": "text 4", "label": c, "train_only": 0} for c in "abc"]
     cfg = TrainConfig(train_data=write(tmp_path / "train.csv", rows), val_data=val)
-    known, judges, _ = splits.load_rows(cfg, SILENT)
+    known, judges, _ = load_rows(cfg, SILENT)
     assert known.ids == ["b"] * 3 and len(judges.ids) == 6
     with pytest.raises(UserError, match="--val_data .*: 1 rows are marked train_only"):
-        splits.load_rows(replace(cfg, val_data=cfg.train_data), SILENT)
+        load_rows(replace(cfg, val_data=cfg.train_data), SILENT)
 
 
 # ---- soft targets ---------------------------------------------------------------------------------------------------
@@ -325,7 +326,6 @@ def test_an_old_slice_is_resumed_on_its_own_rows_in_their_order(tmp_path, field)
     run = old_run(tmp_path / "run", lines, **{field: {"split": "other/split.csv"}.get(field, 20)})
     known, judges = splits.cut(cfg, tokenized(cfg), None, run)
     assert known.ids == [f"r{i}" for i in order[:10]] and judges.ids == [f"r{i}" for i in order[18:]]
-    assert splits.judged(cfg, tokenized(cfg), None, run).ids == judges.ids
     pool = order if field == "split" else sorted(order)
     tokens = data.join_tokens([list(range(1, 2 + i)) for i in pool])
     theirs = tokens.take(np.array([pool.index(i) for i in order[:10]]))
