@@ -361,8 +361,8 @@ def test_lora_trains_and_saves_exactly_the_fresh_head_whole(base, tmp_path, fami
         found = [peft(input_ids=torch.tensor([tokenizer(r["Question"])["input_ids"][:64]])).logits for r in rows[:6]]
     near(torch.from_numpy(logits[:6]), torch.cat(found))
     given = configs.InferConfig(base=folder, adapter=str(run / "best"), max_length=64)
-    again, report = foreign.load_given(foreign.given_model(given), ddp.setup())
-    assert np.array_equal(again.logits(rows, cfg.max_tokens)[0], logits) and f"{len(keys)} tensors matched" in report
+    again = foreign.load_given(foreign.given_model(given), ddp.setup())
+    assert np.array_equal(again.logits(rows, cfg.max_tokens)[0], logits) and f"{len(keys)} tensors matched" in again.report
 
 
 # ---- bases that are pickles -----------------------------------------------------------------------------------------
