@@ -88,12 +88,12 @@ def by_value(cfg: TrainConfig, column: str, rows: list, logits: Array, targets: 
 
 
 def _sample(rows, known):
-    """Indices of up to 16 of so many rows: of every class where labels are known, else spread over the input."""
-    if known is None or known.ndim > 1 or len(np.unique(known)) < 2:
-        return np.linspace(0, rows - 1, min(16, rows)).astype(int)
-    values = np.unique(known)[:8]
-    first = [np.flatnonzero(known == value)[: 16 // len(values)] for value in values]
-    return np.sort(np.concatenate(first))
+    """Indices of a few of so many rows: spread over the input, and the first of every class where labels are known."""
+    chosen = np.linspace(0, rows - 1, min(16, rows)).astype(int)
+    if known is None or known.ndim > 1:
+        return chosen
+    _, first = np.unique(known, return_index=True)
+    return np.union1d(chosen, first[:8])
 
 
 def preflight(run, rows: files.Rows, known: Array | None, max_tokens: int) -> str:
@@ -107,26 +107,26 @@ def preflight(run, rows: files.Rows, known: Array | None, max_tokens: int) -> st
     started = time.perf_counter()
     logits, _ = run.logits(few, max_tokens)
     seconds = time.perf_counter() - started
-    reason, moves, name = degenerate(logits), "", f"preflight of {len(few)} rows"
+    reason, moves = degenerate(logits), ""
     if lora.adapters(run.model) and not reason:
         moved = _probe(run, few, logits)
         moves = f"the adapter moves the logits by up to {moved:.3g}; "
         if not moved:
             reason = "the adapter does not move the logits: another model's, or one never trained?"
     if reason:
-        raise Degenerate(f"{name}: {reason}; nothing was written (--force continues all the same)")
+        raise Degenerate(f"preflight of {len(few)} rows: {reason}; nothing was written (--force continues)")
     columns = prompts.fields(run.config.text)
     lengths = np.array([sum(len(row[column]) for column in columns) for row in rows])
     minutes = seconds / 60 * lengths.sum() / max(1, lengths[chosen].sum())
-    return f"{name}: {moves}{len(rows):,} rows take about {minutes:.1f} min"
+    return f"preflight of {len(few)} rows: {moves}{len(rows):,} rows take about {minutes:.1f} min"
 
 
 def _probe(run, rows, live):
     """How far the adapter moves the logits of a few rows, live with it; 0 where that is rounding."""
     with lora.disable(run.model):
         base, _ = run.logits(rows)
-    moved, largest = float(np.abs(live - base).max()), float(np.abs(live).max())
-    return moved if moved > 1e-6 * max(1.0, largest) else 0.0
+    moved = float(abs(live - base).max())
+    return moved if moved > 1e-6 * max(1.0, abs(live).max()) else 0.0
 
 
 def weak_tokens(model, tokenizer, tokens: data.Tokens) -> str:
@@ -137,7 +137,7 @@ def weak_tokens(model, tokenizer, tokens: data.Tokens) -> str:
     table = getattr(model, "backbone", model).get_input_embeddings()
     weight = getattr(table, "base_layer", table).weight  # below an adapter
     used = torch.from_numpy(np.unique(tokens.ids).astype(np.int64))
-    norms = weight[used].detach().float().norm(dim=1).cpu()
+    norms = weight[used].float().norm(dim=1).cpu()
     damaged = ~norms.isfinite()
     wrong = damaged if damaged.any() else norms <= 0.01 * norms.median()
     names = tokenizer.convert_ids_to_tokens(used[wrong][:5].tolist())

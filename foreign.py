@@ -42,7 +42,11 @@ def given_model(cfg) -> Given:
     if folder and (folder / "tokenizer.json").is_file():  # an adapter may bring its own
         where = str(folder)
     tokenizer = bases.load_tokenizer(where)
-    names = cfg.label_names or bases.stored_labels(base, _head_rows(shapes or {}))
+
+    # The classes: as given, or else those of the base or as many as the adapter's head has outputs.
+    heads = ".score.weight", "classifier.weight", ".out_proj.weight"
+    sizes = [shape[0] for name, shape in (shapes or {}).items() if name.endswith(heads) and len(shape) == 2]
+    names = cfg.label_names or bases.stored_labels(base, sizes[0] if sizes else 0)
     if not names:
         raise UserError("the classes are not known: name them with --label_names (and --head label_words)")
     labels, task = Labels(names, names), "single_label"
@@ -56,14 +60,8 @@ def given_model(cfg) -> Given:
     return Given(known, labels, tokenizer, adapter, folder)
 
 
-def _head_rows(shapes):
-    """The outputs of the head among an adapter's tensors, 0 where it has none."""
-    heads = ".score.weight", "classifier.weight", ".out_proj.weight"
-    return next((shape[0] for name, shape in shapes.items() if name.endswith(heads) and len(shape) == 2), 0)
-
-
 def load_given(given: Given, world: ddp.World, precision: str = "auto", quant: str = "") -> trained.Run:
-    """The given model, ready to predict. quant: another way to store the base.
+    """The given model, ready to predict, once what matched is printed. quant: another way to store the base.
 
     Raises UserError when a part of the head is nowhere, Untrusted for an adapter that holds no usable values.
     """
@@ -78,10 +76,11 @@ def load_given(given: Given, world: ddp.World, precision: str = "auto", quant: s
         raise UserError(f"{count} are neither in the base nor in the adapter: {remedy}")
     if adapter:
         report = load_adapter(path, adapter, model, cfg.base)
-    return trained.Run(path, cfg, labels, model, tokenizer, world, precision, (path,), report=report)
+    ddp.say(world, report)
+    return trained.Run(path, cfg, labels, model, tokenizer, world, precision, (path,))
 
 
-def base_mismatch(adapter: lora.Adapter | None, base: str) -> str:
+def _base_mismatch(adapter, base):
     """Why an adapter seems to be another model's, by the base that it names, or an empty string.
 
     Every part of that name (qwen2.5, 0.5b, instruct) should occur somewhere in the given base's path.
@@ -96,7 +95,7 @@ def base_mismatch(adapter: lora.Adapter | None, base: str) -> str:
 
 def refuse_other_base(given: Given) -> None:
     """Raise Degenerate where an adapter seems to be another model's."""
-    mismatch = base_mismatch(given.adapter, given.config.base)
+    mismatch = _base_mismatch(given.adapter, given.config.base)
     if mismatch:
         raise Degenerate(f"{mismatch}: nothing was scored (--force where it is the same model by another name)")
 
@@ -115,15 +114,15 @@ def load_adapter(folder: Path, adapter: lora.Adapter, model, base: str) -> str:
 
     Raises Untrusted when it does not fit or was never trained.
     """
-    matched = trained.read_classifier(folder, model)
-    report = f"adapter {folder} (r {adapter.rank}, alpha {adapter.alpha:g}): {matched}"
+    report = trained.read_classifier(folder, model)
+    report = f"adapter {folder} (r {adapter.rank}, alpha {adapter.alpha:g}): {report}"
     layers = lora.adapters(model).values()
     idle = sum(layer.idle() for layer in layers)
     if idle == len(layers):
         raise Untrusted(f"{folder}: every update is zero; the adapter was never trained")
     if idle:
         report += f"; {idle} updates are zero"
-    mismatch = base_mismatch(adapter, base)
+    mismatch = _base_mismatch(adapter, base)
     if mismatch:
         report += f"\nwarning: {mismatch}: every tensor fits all the same"
     return report

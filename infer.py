@@ -20,8 +20,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 import checks
 import ddp
 import evaluate
@@ -50,7 +48,12 @@ def main(argv: list[str]) -> dict:
     else:
         path = trained.find_run(cfg.runs[0] if cfg.runs else "", cfg.outputs)
         train_cfg, labels = trained.run_facts(path)
-        _refuse(cfg, path, train_cfg)
+        members = list(trained.members(path).values())
+        if len(members) > 1 and (cfg.merge or cfg.export):
+            count = f"{path} is {len(members)} runs"
+            raise UserError(f"--export and --merge take a single run: {count}; name one of them, such as {members[0]}")
+        if cfg.merge and train_cfg.quant != "none":
+            raise UserError(f"--merge: {path} is quantized, which takes no update; --export DIR merges its 16-bit base")
         load = partial(trained.load_run, path, world, cfg.precision)
     predictions.as_probability(cfg, train_cfg, labels)
     say(f"run {path}")
@@ -69,7 +72,6 @@ def main(argv: list[str]) -> dict:
 
     # A few rows first: what cannot be right shows in seconds, not after hours.
     run = load()
-    say(run.report)
     if cfg.merge:
         lora.merge(run.model)
     decision = predictions.decision_at(cfg.threshold, train_cfg.task, len(labels.names), run.decision)
@@ -78,8 +80,7 @@ def main(argv: list[str]) -> dict:
 
     # Every row is scored once, over all ranks; of a family by each run in turn, and their logits are averaged.
     started = time.perf_counter()
-    limit = predictions.time_left(checks.seconds(cfg.time_limit))
-    logits, report = run.logits(rows, cfg.max_tokens, limit)
+    logits, report = run.logits(rows, cfg.max_tokens, predictions.time_left(checks.seconds(cfg.time_limit)))
     seconds = time.perf_counter() - started
     say(f"tokens: {report}")
 
@@ -88,16 +89,6 @@ def main(argv: list[str]) -> dict:
     result = predictions.finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, world)
     rate = round(len(rows) / seconds, 2)
     return {"run": str(path), **result, "examples_per_second": rate, "seconds": round(seconds, 2)}
-
-
-def _refuse(cfg, path, train_cfg):
-    """Raise UserError for a run that cannot be merged or exported."""
-    if cfg.merge and train_cfg.quant != "none":
-        raise UserError(f"--merge: run {path} is quantized, which takes no update; --export DIR merges its 16-bit base")
-    members = list(trained.members(path).values())
-    if len(members) > 1 and (cfg.merge or cfg.export):
-        flag = "--export" if cfg.export else "--merge"
-        raise UserError(f"{flag}: {path} is {len(members)} runs; name one of them, such as {members[0]}")
 
 
 def _export(cfg, path, load, world, rows):
@@ -116,7 +107,7 @@ def _export(cfg, path, load, world, rows):
     drift, note = 0.0, "not compared: no rows (name some with --input)"
     if rows:
         after, _ = run.logits(rows)
-        drift = float(np.abs(after - before).max())
+        drift = float(abs(after - before).max())
         flips = (after.argmax(axis=1) != before.argmax(axis=1)).sum()
         note = f"logits of {len(rows)} rows moved by at most {drift:.2g}, {flips} predictions changed"
     ddp.say(world, f"{cfg.export}: {name}; {note}")

@@ -54,8 +54,8 @@ def known_labels(rows: Rows, train_cfg, labels: Labels, say) -> Array | None:
     try:
         if train_cfg.task != "multi_label":
             return labelling.encode_targets(train_cfg, rows, labels, "input")
-        form = train_cfg.label_column, train_cfg.label_columns, train_cfg.label_delimiter
-        sets = labelling.label_sets(rows, *form, "input")
+        delimiter = train_cfg.label_delimiter
+        sets = labelling.label_sets(rows, train_cfg.label_column, train_cfg.label_columns, delimiter, "input")
     except (UserError, KeyError):
         if any(row.get(column, "").strip() for row in rows for column in columns):
             say(f"column {', '.join(columns)} does not hold this run's labels in every row: no metrics")
@@ -87,10 +87,9 @@ def class_shares(path: Path, labels: Labels) -> Array:
 
 def prior_logits(task: str, shares: Array) -> Array:
     """(C,) logits whose softmax (multi_label: sigmoid) equals these shares; a regression's mean as it is."""
-    if task == "regression":
-        return shares.astype(np.float32)
-    p = np.clip(shares, 1e-6, 1 - 1e-6)
-    logits = np.log(p)
+    logits, p = shares, np.clip(shares, 1e-6, 1 - 1e-6)
+    if task != "regression":
+        logits = np.log(p)
     if task == "multi_label":
         logits = logits - np.log1p(-p)
     return logits.astype(np.float32)
@@ -123,7 +122,7 @@ def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, w
     unscored = np.flatnonzero(late)
     reason = evaluate.degenerate(logits[~late])
     logits[late] = prior_logits(task, shares)
-    say(tables.distribution(logits, list(labels.names), task))
+    say(tables.distribution(logits, labels.names, task))
     if reason and not cfg.force:
         raise Degenerate(f"{reason}; nothing was written (--force writes it all the same)")
 
@@ -133,21 +132,27 @@ def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, w
         say(f"--by_column {cfg.by_column}: the rows have no labels, so there are no metrics")
     if known is not None and np.isfinite(logits).all():
         say(tables.summary(task, logits, known, labels.names))
-        thresholds = decision and decision.thresholds
-        ways = {"metrics": predicted, "undecided": None} if thresholds else {"metrics": None}
-        for name, answers in ways.items():
-            scores = metrics.of_task(task, logits, known, predicted=answers)
+        ways = {"metrics": None}
+        if decision and decision.thresholds:
+            ways = {"metrics": predicted, "undecided": None}
+        for name, way in ways.items():
+            scores = metrics.of_task(task, logits, known, predicted=way)
             result[name] = {score: round(value, 6) for score, value in scores.items()}
         result |= evaluate.by_value(train_cfg, cfg.by_column, rows, logits, known, say)
     if cfg.time_limit:
         result["unscored"] = len(unscored)
         say(f"--time_limit {cfg.time_limit}: {len(unscored):,} of {len(rows):,} rows were not scored in time")
 
-    # One rank writes; calibration has nothing to say about rows that were not scored.
+    # One rank writes; calibration has nothing to say about rows that were not scored. A regression's output is written
+    # as it is, neither cut to a range nor rounded: ranks would be lost.
     if world.rank == 0:
         if task != "regression":
             probabilities[late] = shares
-        _write_output(cfg, train_cfg, labels, ids, predicted, probabilities)
+        answers = labelling.answers(task, predicted, labels)
+        if task == "multi_label" and not cfg.output.endswith(".jsonl"):  # there it is a list
+            answers = [train_cfg.label_delimiter.join(own) for own in answers]
+        ranking = as_probability(cfg, train_cfg, labels)
+        write_records(cfg, train_cfg.id_column, labels, ids, answers, probabilities.tolist(), ranking)
         write_lines(cfg, "unscored", ["id"], [[ids[i]] for i in unscored])
     return result
 
@@ -161,19 +166,6 @@ def as_probability(cfg, train_cfg, labels: Labels) -> bool:
     if cfg.answer == "probability" and not two:
         raise UserError(f"--answer probability: it is that of the last of two classes; this run has {labels.values}")
     return cfg.answer == "probability" or (cfg.answer == "auto" and two and train_cfg.metric == "roc_auc")
-
-
-def _write_output(cfg, train_cfg, labels, ids, predicted, probabilities):
-    """Write predictions and probabilities (N, C) of decided rows: see `write_records`.
-
-    A regression's prediction is its output as it is, neither cut to a range nor rounded: ranks would be lost. Several
-    labels are a list in JSONL, and joined by the run's delimiter in CSV.
-    """
-    answers = labelling.answers(train_cfg.task, predicted, labels)
-    if train_cfg.task == "multi_label" and not cfg.output.endswith(".jsonl"):
-        answers = [train_cfg.label_delimiter.join(own) for own in answers]
-    probability = as_probability(cfg, train_cfg, labels)
-    write_records(cfg, train_cfg.id_column, labels, ids, answers, probabilities.tolist(), probability)
 
 
 def write_records(cfg, id_column: str, labels: Labels, ids, answers, shares, probability: bool) -> None:

@@ -28,9 +28,11 @@ import numerics
 import peft_format
 import prompts
 from configs import TrainConfig
+from decide import Decision
 from errors import Untrusted, UserError
 from labelling import Labels
 from metrics import Array
+from model import Classifier
 
 # ---- what a config means for a model --------------------------------------------------------------------------------
 
@@ -95,7 +97,7 @@ def check_model(cfg: TrainConfig, labels: Labels, tokenizer, adapter=None, shape
 
 def new_classifier(
     cfg: TrainConfig, labels: Labels, tokenizer, device: torch.device, precision: str, adapter=None
-) -> models.Classifier:
+) -> Classifier:
     """The classifier that a config describes, with fresh adapters and head drawn from its seed, on its device.
 
     adapter: one read from a file, instead of the config's.
@@ -116,7 +118,7 @@ def threshold_kind(cfg: TrainConfig) -> str:
     return "per_class" if cfg.metric == "macro_f1" else "global"
 
 
-def decided(task: str, decision: decide.Decision | None, logits: Array) -> tuple[Array, Array]:
+def decided(task: str, decision: Decision | None, logits: Array) -> tuple[Array, Array]:
     """(predictions, probabilities (N, C)) of logits (N, C), by a decision, or else by argmax or probability 0.5.
 
     Of a regression: its numbers (N,), and probabilities without columns.
@@ -146,7 +148,7 @@ def write_adapter(folder: Path, model, tokenizer) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_classifier(folder: Path, model: models.Classifier, tokenizer, labels: Labels) -> None:
+def write_classifier(folder: Path, model: Classifier, tokenizer, labels: Labels) -> None:
     """Everything that a save needs to be loaded alone: the adapter or the whole model, and the tokenizer."""
     if lora.adapters(model):
         write_adapter(folder, model, tokenizer)
@@ -218,13 +220,12 @@ class Run:
     path: Path
     config: TrainConfig
     labels: Labels
-    model: models.Classifier
+    model: Classifier
     tokenizer: object
     world: ddp.World
     precision: str
     saves: tuple[Path, ...]  # its best save; of a family of runs that of each, whose logits are averaged
-    decision: decide.Decision | None = None  # thresholds and calibration; None: argmax, or probability 0.5
-    report: str = ""  # of a given adapter: what matched
+    decision: Decision | None = None  # thresholds and calibration; None: argmax, or probability 0.5
 
     def __post_init__(self):
         self.model.eval().requires_grad_(False)
@@ -276,10 +277,8 @@ class Run:
 def run_facts(path: Path) -> tuple[TrainConfig, Labels]:
     """The config and labels of a run, before any weight is loaded. Raises UserError when it is no classifier."""
     if not (path / "labels.json").is_file():
-        hint = ""
-        if (path / "texts.json").is_file():
-            hint = f"; a run of cpt.py writes text: python generate.py --runs {path}"
-        raise UserError(f"run {path}: no classification run (expected config.json and labels.json in it){hint}")
+        cpt = f"a run of cpt.py writes text: python generate.py --runs {path}"
+        raise UserError(f"run {path}: no classification run (expected config.json and labels.json in it); {cpt}")
     stored = checkpoint.load_json(path / "labels.json")
     return cli.read_config(TrainConfig, path), Labels(tuple(stored["values"]), tuple(stored["names"]))
 
@@ -303,8 +302,7 @@ def best_save(run: Path) -> checkpoint.Save:
     """The best save of a single run. Raises UserError where it has none, Untrusted where none can be trusted."""
     save = checkpoint.trusted(run / "best")
     if save is None:
-        unfinished = f"unfinished: python train.py --resume {run}; of a family name one of its runs"
-        raise UserError(f"run {run}: it holds no best/ save ({unfinished})")
+        raise UserError(f"run {run}: no best/ save: finish it with train.py --resume {run}; of a family name a member")
     return save
 
 
@@ -318,8 +316,7 @@ def load_run(path: str | Path, world: ddp.World | None = None, precision: str = 
     path, world = Path(path), world or ddp.setup()
     cfg, labels = run_facts(path)
     saves = [best_save(run) for run in members(path).values()]
-    folders = tuple(save.folder for save in saves)
-    first = folders[0]
+    first = saves[0].folder
     cfg = replace(cfg, quant=quant or cfg.quant)
     tokenizer = bases.load_tokenizer(str(first))
     precision, _ = numerics.choose_precision(precision, world.device)
@@ -331,6 +328,7 @@ def load_run(path: str | Path, world: ddp.World | None = None, precision: str = 
     for save in saves:
         check_base(model, save.manifest["base"], cfg.base)
     read_classifier(first, model)
+    folders = tuple(save.folder for save in saves)
     return Run(path, cfg, labels, model, tokenizer, world, precision, folders, decision)
 
 
@@ -348,18 +346,17 @@ def find_run(run: str, outputs: str, script: str = "train.py") -> Path:
     present, absent = ("labels.json", "") if script == "train.py" else ("config.json", "labels.json")
     newest = checkpoint.newest_finished(outputs, present, absent)
     if newest is None:
-        remedy = f"train one (python {script}), or name one with --runs"
-        raise UserError(f"no finished run of {script} under {outputs}/: {remedy}")
+        raise UserError(f"no finished run under {outputs}/: train one (python {script}), or name one with --runs")
     return newest
 
 
 # ---- the decision fitted on validation rows --------------------------------------------------------------------------
 
 
-def read_decision(path: Path, task: str, classes: int) -> decide.Decision | None:
+def read_decision(path: Path, task: str, classes: int) -> Decision | None:
     """The decision of a run, None where it has none. Raises Untrusted for a file that is not one of this run's."""
     try:
-        decision = decide.Decision.from_json((path / "decision.json").read_text(encoding="utf-8"))
+        decision = Decision.from_json((path / "decision.json").read_text(encoding="utf-8"))
         if (decision.task, decision.classes) != (task, classes):
             raise ValueError(f"it is of {decision.classes} classes of {decision.task}, expected {classes} of {task}")
         return decision

@@ -637,12 +637,13 @@ def edit(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_the_good_adapter_is_good(good, small_base, hollow):
+def test_the_good_adapter_is_good(good, small_base, hollow, capsys):
     """So that what follows is refused for its one fault: it loads, moves the logits, and needs weights to do so."""
     given = look(small_base, good)
     assert given.labels.names == ("0", "1", "2")
     run = foreign.load_given(given, WORLD)
-    assert "9 tensors matched (4 lora_A, 4 lora_B, 1 whole tensors) on 2 q_proj, 2 v_proj" in run.report
+    report = capsys.readouterr().out
+    assert "9 tensors matched (4 lora_A, 4 lora_B, 1 whole tensors) on 2 q_proj, 2 v_proj" in report
     assert evaluate._probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3
     with pytest.raises(UserError, match="its weights cannot be loaded"):
         foreign.load_given(look(hollow, good), WORLD)
@@ -1166,13 +1167,14 @@ def big(tmp_path):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_the_real_qwen_adapter_loads_on_its_shape_and_moves_the_logits(shared, big):
+def test_the_real_qwen_adapter_loads_on_its_shape_and_moves_the_logits(shared, big, capsys):
     """All of its 96 tensors: A and B of q and v in 24 layers. It has no head, so label words are read."""
     base = of_shape(big, "Qwen2", True, **QWEN)
     given = look(base, shared / MATH, head="label_words", label_names=("yes", "no"))
     run = foreign.load_given(given, WORLD)
-    assert "96 tensors matched (48 lora_A, 48 lora_B) on 24 q_proj, 24 v_proj" in run.report and "zero" not in run.report
-    assert "the adapter was trained on Qwen/Qwen2.5-0.5B, not on" in run.report
+    report = capsys.readouterr().out
+    assert "96 tensors matched (48 lora_A, 48 lora_B) on 24 q_proj, 24 v_proj" in report and "zero" not in report
+    assert "the adapter was trained on Qwen/Qwen2.5-0.5B, not on" in report
     tensors = checkpoint.load_tensors(shared / MATH / WEIGHTS)
     assert len(tensors) == 96 and all(
         torch.equal(t, tensors[k]) for k, t in peft_format.adapter_state(run.model).items()
@@ -1201,15 +1203,16 @@ def test_the_real_qwen_adapter_is_refused_on_another_base(case, shared, tmp_path
     one_line(e)
 
 
-def test_the_real_roberta_adapter_brings_its_head(shared, big):
+def test_the_real_roberta_adapter_brings_its_head(shared, big, capsys):
     """4 labels on a bare RoBERTa: every tensor of the file is in the model, the classifier with them."""
     base = of_shape(big, "Roberta", True, **ROBERTA)
     given = look(base, shared / FOUR)
     assert given.labels.names == ("0", "1", "2", "3") and given.config.pooling == "cls"
     run = foreign.load_given(given, WORLD)
+    report = capsys.readouterr().out
     tensors = checkpoint.load_tensors(shared / FOUR / WEIGHTS)
     state = peft_format.adapter_state(run.model)
-    assert f"{len(tensors)} tensors matched (36 lora_A, 36 lora_B, 4 whole tensors)" in run.report
+    assert f"{len(tensors)} tensors matched (36 lora_A, 36 lora_B, 4 whole tensors)" in report
     assert state.keys() == tensors.keys() and all(torch.equal(t.float(), state[k]) for k, t in tensors.items())
     assert {k for k in tensors if "classifier" in k} == {
         f"base_model.model.classifier.{m}.{p}" for m in ("dense", "out_proj") for p in ("weight", "bias")

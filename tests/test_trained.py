@@ -73,7 +73,7 @@ def test_a_family_file_names_its_members_wherever_they_are(fitted, tmp_path):
         infer.main(["--runs", str(family), "--input", "x.csv", "--merge", "true"])
     shutil.rmtree(tmp_path / "far/best")
     shutil.rmtree(tmp_path / "far/.best.1", ignore_errors=True)
-    with pytest.raises(UserError, match=r"far: it holds no best/ save .unfinished: .* --resume .*far"):
+    with pytest.raises(UserError, match=r"far: no best/ save: finish it with .* --resume .*far"):
         trained.load_run(family)
 
 

@@ -93,7 +93,7 @@ def test_an_adapter_of_another_model_is_stopped_before_any_weight_is_loaded(tmp_
         ("", "Qwen/Qwen2.5-0.5B", False),
     ):
         named = type("Adapter", (), {"base": adapter})
-        assert bool(foreign.base_mismatch(named, base)) == wrong, (adapter, base)
+        assert bool(foreign._base_mismatch(named, base)) == wrong, (adapter, base)
 
 
 # ---- time limits ----------------------------------------------------------------------------------------------------
