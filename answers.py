@@ -45,9 +45,8 @@ def subject(cfg) -> Subject:
     """
     if cfg.base or cfg.adapter:
         given = writer.of_base(cfg.base, cfg.adapter, cfg.quant)
-        mismatch = foreign.base_mismatch(given.adapter, given.config.base)
-        if mismatch and not cfg.force:
-            raise Degenerate(f"{mismatch}: nothing was scored (--force where it is the same model by another name)")
+        if not cfg.force:
+            foreign.refuse_other_base(given)
         same = ("prompt", "text", "label_words", "label_column", "id_column", "max_length")
         fields = {name: getattr(cfg, name) for name in same}
         config = TrainConfig(base=given.config.base, head="label_words", **fields)

@@ -19,9 +19,7 @@ def start_from(path: Path, cfg: TrainConfig, labels: labelling.Labels, model) ->
     Raises UserError where that run has other labels, another shape or another base.
     """
     other, other_labels = trained.run_facts(path)
-    save = checkpoint.trusted(path / "best") if "" in trained.members(path) else None
-    if save is None:
-        raise UserError(f"--init_from {path}: it holds no best/ save (of a family name one of its runs)")
+    save = trained.best_save(path)
     if (other.task, other_labels.values) != (cfg.task, labels.values):
         raise UserError(f"--init_from {path}: it has another task or other labels: {other.task} {other_labels.values}")
     try:
@@ -45,10 +43,10 @@ def check_chain(cfg: TrainConfig, train: splits.Split, judges: splits.Split) -> 
 
     Returns a note on texts that it trains on again, or a warning where the earlier rows cannot be read any more.
     """
-    own, judging, seen = normal_texts(cfg, train), normal_texts(cfg, judges), set()
+    own, judging, seen = _normal_texts(cfg, train), _normal_texts(cfg, judges), set()
     for run in chain(cfg.init_from):
         try:
-            learned, judged = texts_of(run, cfg)
+            learned, judged = _texts_of(run, cfg)
         except (OSError, ValueError) as e:
             return f"warning: cannot check whether {run} was trained on validation rows of this run: {e}"
         leaked = len(learned & judging)
@@ -61,7 +59,7 @@ def check_chain(cfg: TrainConfig, train: splits.Split, judges: splits.Split) -> 
     return f"note: {len(seen):,} training rows were seen before by --init_from {cfg.init_from}" if seen else ""
 
 
-def texts_of(run: Path, cfg: TrainConfig) -> tuple[set[str], set[str]]:
+def _texts_of(run, cfg):
     """The texts that a run was trained on and those that judged it, read again and rendered as `cfg` does.
 
     Raises UserError where the files are gone, or hold other rows or columns by now.
@@ -72,14 +70,12 @@ def texts_of(run: Path, cfg: TrainConfig) -> tuple[set[str], set[str]]:
     recorded = {row["id"] for row in files.read_rows(str(run / "split.csv"), "init_from") if row["part"] == "train"}
     if not recorded <= set(train.ids):
         raise UserError(f"{other.train_data} has changed since")
-    columns = files.template_columns(cfg.text)
-    for part, path in ((train, other.train_data), (judges, other.val_data or other.train_data)):
-        files.need_columns(part.rows, columns, path, "init_from")
-    return normal_texts(cfg, train), normal_texts(cfg, judges)
+    files.need_columns([*train.rows, *judges.rows], files.template_columns(cfg.text), str(run), "init_from")
+    return _normal_texts(cfg, train), _normal_texts(cfg, judges)
 
 
-def normal_texts(cfg: TrainConfig, part: splits.Split) -> set[str]:
-    """The different texts of some rows, but for case and white space."""
+def _normal_texts(cfg, part):
+    """The different texts of a split, but for case and white space."""
     return {audit.normal_form(text) for text in splits.texts(cfg, part.rows)}
 
 

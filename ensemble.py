@@ -71,6 +71,7 @@ import files
 import labelling
 import metrics
 import predictions
+import report_runs
 import trained
 from configs import TrainConfig
 from errors import Degenerate, UserError, few
@@ -112,9 +113,8 @@ def main(argv: list[str]) -> dict:
 
     # Before any weight is loaded: weights and decision, from the members' validation rows, and the files' logits.
     blend = blending(cfg, runs, train_cfg, labels)
-    if cfg.threshold:
-        task, classes = train_cfg.task, len(labels.names)
-        blend.decision = predictions.decision_at(task, classes, blend.decision, cfg.threshold)
+    classes = len(labels.names)
+    blend.decision = predictions.decision_at(cfg.threshold, train_cfg.task, classes, blend.decision)
     members = {member: csv_member(member, train_cfg, labels, ids) for member in cfg.runs if is_file(member)}
 
     # Score the rows with each run in turn; a row that one of them did not reach in time counts as not scored.
@@ -273,7 +273,7 @@ def blending(cfg: EnsembleConfig, runs: list[Path], train_cfg: TrainConfig, labe
 def shared_validation(runs: list[Path], train_cfg: TrainConfig, labels: labelling.Labels):
     """(logits (N, C) of each run, targets) of the validation rows that all runs share; two empty lists otherwise."""
     digests = {checkpoint.load_json(run / "result.json").get("val_sha256") for run in runs}
-    known = [trained.validation_rows(run, train_cfg, labels) for run in runs]
+    known = [report_runs.validation_rows(run, train_cfg, labels) for run in runs]
     ids, targets, _ = known[0]
     same = all(other[0] == ids and np.array_equal(other[1], targets) for other in known)
     if not same or len(digests) > 1:

@@ -14,15 +14,14 @@ import numerics
 import prompts
 from configs import TrainConfig
 from errors import Degenerate, UserError
+from metrics import Array
 from packed import pack
 
 # ---- scoring --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def score(
-    model, tokens: data.Tokens, world: ddp.World, precision: str, max_tokens: int, seconds: float = 0.0
-) -> np.ndarray:
+def score(model, tokens: data.Tokens, world: ddp.World, precision: str, max_tokens: int, seconds: float = 0.0) -> Array:
     """fp32 logits (N, C) of all rows in their order, on every rank, each row scored once.
 
     Micro-batches are cut by length, the same for any number of ranks, and dealt to the ranks in turn. seconds: a limit,
@@ -37,19 +36,18 @@ def score(
         device = torch.device("cpu")  # scores are fetched at once: the clock must wait for the GPU
     scored = [np.zeros(0, np.int64)]
     logits = [torch.zeros(0, model.outputs, device=device)]
-    for number, rows in enumerate(batches):
+    for rows in batches[world.rank :: world.size]:
         if seconds and time.perf_counter() - started > seconds:
             break
-        if number % world.size == world.rank:
-            with numerics.autocast(world.device, precision):
-                logits.append(model(pack(tokens, rows, world.device)).to(device))
-            scored.append(rows)
+        with numerics.autocast(world.device, precision):
+            logits.append(model(pack(tokens, rows, world.device)).to(device))
+        scored.append(rows)
     model.train(was_training)
     values = torch.cat(logits).cpu().numpy()
     return ddp.gather_rows(world, np.concatenate(scored), values, len(tokens.lengths), partial=seconds > 0)
 
 
-def degenerate(logits: np.ndarray) -> str:
+def degenerate(logits: Array) -> str:
     """Why these scores (N, C) cannot be trusted, or an empty string: not finite, or the same for every row."""
     rows, columns = logits.shape
     bad = ~np.isfinite(logits).all(axis=1)
@@ -66,11 +64,10 @@ def degenerate(logits: np.ndarray) -> str:
     return ""
 
 
-def by_value(cfg: TrainConfig, column: str, rows: list, logits: np.ndarray, targets: np.ndarray, say) -> dict:
+def by_value(cfg: TrainConfig, column: str, rows: list, logits: Array, targets: Array, say) -> dict:
     """The metrics of the rows of each value of a column (such as AUC per rule), printed, and their mean over values."""
     if not column:
         return {}
-    files.need_columns(rows, [column], "rows", "by_column")
     values = np.array([row[column] for row in rows])
     scores, mean = {}, {}
     for value in np.unique(values):
@@ -80,7 +77,7 @@ def by_value(cfg: TrainConfig, column: str, rows: list, logits: np.ndarray, targ
         defined = [own[name] for own in scores.values() if name in own]
         if defined:
             mean[name] = float(np.mean(defined))
-    width = max(len(value[:60]) for value in scores)
+    width = min(60, max(map(len, scores)))
     for value, own in scores.items():
         words = ", ".join(f"{name} {own[name]:.4f}" for name in mean if name in own)
         say(f"{column} {value[:60]:<{width}} {own['rows']:>7,} rows: {words}")
@@ -90,51 +87,46 @@ def by_value(cfg: TrainConfig, column: str, rows: list, logits: np.ndarray, targ
 # ---- before hours are spent -----------------------------------------------------------------------------------------
 
 
-def sample_rows(rows: int, known: np.ndarray | None, most: int = 16) -> np.ndarray:
-    """Indices of a few of the rows: of every class where labels are known, else spread over the input."""
-    if known is None or known.ndim > 1 or len(np.unique(known)) < 2:
-        return np.linspace(0, rows - 1, min(most, rows)).astype(int)
-    values = np.unique(known)[:8]
-    first = [np.flatnonzero(known == value)[: most // len(values)] for value in values]
-    return np.sort(np.concatenate(first))
+def _sample(rows, known):
+    """Indices of a few of so many rows: spread over the input, and the first of every class where labels are known."""
+    chosen = np.linspace(0, rows - 1, min(16, rows)).astype(int)
+    if known is None or known.ndim > 1:
+        return chosen
+    _, first = np.unique(known, return_index=True)
+    return np.union1d(chosen, first[:8])
 
 
-def preflight(run, rows: list[dict[str, str]], known: np.ndarray | None, max_tokens: int) -> str:
+def preflight(run, rows: files.Rows, known: Array | None, max_tokens: int) -> str:
     """Score a few rows before all of them; returns how far the adapter moves them, and how long all rows will take.
 
     Raises Degenerate where scores are not finite, do not depend on the row, or the adapter does not move them.
     """
-    few = [rows[i] for i in sample_rows(len(rows), known)]
+    chosen = _sample(len(rows), known)
+    few = [rows[i] for i in chosen]
     run.logits(few[:1], max_tokens)  # warms up
     started = time.perf_counter()
     logits, _ = run.logits(few, max_tokens)
     seconds = time.perf_counter() - started
     reason, moves = degenerate(logits), ""
-    if lora.adapters(run.model) and np.isfinite(logits).all():
-        moved = probe(run, few, logits)
+    if lora.adapters(run.model) and not reason:
+        moved = _probe(run, few, logits)
         moves = f"the adapter moves the logits by up to {moved:.3g}; "
-        if not moved and not reason:
+        if not moved:
             reason = "the adapter does not move the logits: another model's, or one never trained?"
     if reason:
-        raise Degenerate(
-            f"preflight of {len(few)} rows: {reason}; nothing was written (--force continues all the same)"
-        )
-    minutes = seconds / 60 * text_length(run, rows) / max(1, text_length(run, few))
+        raise Degenerate(f"preflight of {len(few)} rows: {reason}; nothing was written (--force continues)")
+    columns = prompts.fields(run.config.text)
+    lengths = np.array([sum(len(row[column]) for column in columns) for row in rows])
+    minutes = seconds / 60 * lengths.sum() / max(1, lengths[chosen].sum())
     return f"preflight of {len(few)} rows: {moves}{len(rows):,} rows take about {minutes:.1f} min"
 
 
-def text_length(run, rows: list[dict[str, str]]) -> int:
-    """Characters that the template takes from the rows."""
-    columns = prompts.fields(run.config.text)
-    return sum(len(row[column]) for row in rows for column in columns)
-
-
-def probe(run, rows: list[dict[str, str]], live: np.ndarray) -> float:
+def _probe(run, rows, live):
     """How far the adapter moves the logits of a few rows, live with it; 0 where that is rounding."""
     with lora.disable(run.model):
         base, _ = run.logits(rows)
-    moved, largest = float(np.abs(live - base).max()), float(np.abs(live).max())
-    return moved if moved > 1e-6 * max(1.0, largest) else 0.0
+    moved = float(abs(live - base).max())
+    return moved if moved > 1e-6 * max(1.0, abs(live).max()) else 0.0
 
 
 def weak_tokens(model, tokenizer, tokens: data.Tokens) -> str:
@@ -145,10 +137,10 @@ def weak_tokens(model, tokenizer, tokens: data.Tokens) -> str:
     table = getattr(model, "backbone", model).get_input_embeddings()
     weight = getattr(table, "base_layer", table).weight  # below an adapter
     used = torch.from_numpy(np.unique(tokens.ids).astype(np.int64))
-    norms = weight[used].detach().float().norm(dim=1).cpu()
-    finite = norms.isfinite()
-    if not finite.all():
-        names = tokenizer.convert_ids_to_tokens(used[~finite].tolist())
-        raise UserError(f"the base's embeddings of {names[:5]} are not finite: its weights are damaged")
-    names = tokenizer.convert_ids_to_tokens(used[norms <= 0.01 * norms.median()].tolist())
-    return f"warning: the base never learned the tokens {', '.join(names[:5])}, which occur here" if names else ""
+    norms = weight[used].float().norm(dim=1).cpu()
+    damaged = ~norms.isfinite()
+    wrong = damaged if damaged.any() else norms <= 0.01 * norms.median()
+    names = tokenizer.convert_ids_to_tokens(used[wrong][:5].tolist())
+    if damaged.any():
+        raise UserError(f"the base's embeddings of {names} are not finite: its weights are damaged")
+    return f"warning: the base never learned the tokens {', '.join(names)}, which occur here" if names else ""

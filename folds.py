@@ -58,6 +58,7 @@ import loop
 import metrics
 import predictions
 import prepare
+import report_runs
 import splits
 import tables
 import trained
@@ -367,7 +368,7 @@ def pooled_logits(labels: labelling.Labels, judged: Split, members: list[Member]
     place = {id(row): i for i, row in enumerate(judged.rows)}
     of_seeds: dict[int, np.ndarray] = {}
     for member in members:
-        ids, targets, logits = trained.validation_rows(member.folder, member.cfg, labels)
+        ids, targets, logits = report_runs.validation_rows(member.folder, member.cfg, labels)
         if ids != member.judges.ids or not np.array_equal(targets, member.judges.labels):
             raise Untrusted(f"{member.folder}: val_predictions.csv does not hold this run's validation rows")
         if member.cfg.seed not in of_seeds:

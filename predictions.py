@@ -21,16 +21,18 @@ import metrics
 import tables
 import trained
 from errors import Degenerate, UserError, few
+from files import Rows
+from labelling import Labels
+from metrics import Array
 from splits import Split
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def read_input(cfg, train_cfg, source: str, columns: list[str], say) -> tuple[list[dict[str, str]], list[str]]:
+def read_input(cfg, train_cfg, source: str, columns: list[str], say) -> tuple[Rows, list[str]]:
     """(rows, ids) of the file to predict, up to --limit. Raises UserError unless every row has all columns."""
     rows = files.read_rows(source, "input")[: cfg.limit or None]
-    needed = [*columns, cfg.by_column] if cfg.by_column else columns
-    files.need_columns(rows, needed, source, "input")
+    files.need_columns(rows, [name for name in (*columns, cfg.by_column) if name], source, "input")
     say(f"{len(rows):,} rows of {source}")
     decoded = files.decode_bytes_literals(rows, columns)
     if decoded:
@@ -41,13 +43,13 @@ def read_input(cfg, train_cfg, source: str, columns: list[str], say) -> tuple[li
     return rows, [row.get(train_cfg.id_column, str(i)) for i, row in enumerate(rows)]
 
 
-def known_labels(rows: list[dict[str, str]], train_cfg, labels: labelling.Labels, say) -> np.ndarray | None:
+def known_labels(rows: Rows, train_cfg, labels: Labels, say) -> Array | None:
     """The targets of the rows where every row has labels of this run, else None.
 
     multi_label: labels that the run does not know are left out of their rows, and named in a warning.
     """
     columns = train_cfg.label_columns or (train_cfg.label_column,)
-    if not all(column in rows[0] for column in columns):
+    if not rows[0].keys() >= set(columns):
         return None
     try:
         if train_cfg.task != "multi_label":
@@ -57,7 +59,7 @@ def known_labels(rows: list[dict[str, str]], train_cfg, labels: labelling.Labels
         if any(row.get(column, "").strip() for row in rows for column in columns):
             say(f"column {', '.join(columns)} does not hold this run's labels in every row: no metrics")
         return None
-    unknown = sorted(set().union(*sets) - set(labels.values))
+    unknown = sorted(set().union(*sets).difference(labels.values))
     if unknown:
         say(f"warning: this run does not know the labels {few(unknown, 10)}: metrics are over those it knows")
     sets = [[label for label in own if label not in unknown] for own in sets]
@@ -74,21 +76,19 @@ def time_left(limit: float, members: int = 1) -> float:
     return max(1e-3, (limit - loop.process_seconds() - 1.0) / members)
 
 
-def class_shares(path: Path, labels: labelling.Labels) -> np.ndarray:
+def class_shares(path: Path, labels: Labels) -> Array:
     """(C,) shares of the training rows of a run that have each label, or a regression's mean; equal ones without it."""
-    stored = {}
-    if (path / "labels.json").is_file():
-        stored = checkpoint.load_json(path / "labels.json")
-    classes = max(1, len(labels.values))
-    return np.array(stored.get("shares") or [1 / classes] * classes)
+    file, classes, shares = path / "labels.json", max(1, len(labels.values)), None
+    if file.is_file():
+        shares = checkpoint.load_json(file).get("shares")
+    return np.array(shares or [1 / classes] * classes)
 
 
-def prior_logits(task: str, shares: np.ndarray) -> np.ndarray:
+def prior_logits(task: str, shares: Array) -> Array:
     """(C,) logits whose softmax (multi_label: sigmoid) equals these shares; a regression's mean as it is."""
-    if task == "regression":
-        return shares.astype(np.float32)
-    p = np.clip(shares, 1e-6, 1 - 1e-6)
-    logits = np.log(p)
+    logits, p = shares, np.clip(shares, 1e-6, 1 - 1e-6)
+    if task != "regression":
+        logits = np.log(p)
     if task == "multi_label":
         logits = logits - np.log1p(-p)
     return logits.astype(np.float32)
@@ -97,23 +97,14 @@ def prior_logits(task: str, shares: np.ndarray) -> np.ndarray:
 # ---- scores, decisions, metrics -------------------------------------------------------------------------------------
 
 
-def decision_at(task: str, classes: int, decision: decide.Decision | None, probability: float) -> decide.Decision:
-    """A decision with one probability as its threshold. Raises UserError where argmax or a number decides."""
-    if task == "regression":
-        raise UserError(f"--threshold {probability:g}: a regression's output is no probability; leave it out")
+def decision_at(probability: float, task: str, classes: int, decision: decide.Decision | None):
+    """A decision with one probability as its threshold; 0: as it is. UserError where argmax or a number decides."""
+    if not probability:
+        return decision
     try:
         return (decision or decide.plain(task, classes)).with_threshold(probability)
     except ValueError as e:
-        raise UserError(f"--threshold {probability:g}: {e}") from None
-
-
-def decided_metrics(task: str, decision: decide.Decision | None, logits: np.ndarray, known: np.ndarray) -> dict:
-    """`metrics` of what is written; where a threshold of the run or the user decides, `undecided` without it."""
-    plain = metrics.of_task(task, logits, known)
-    if not decision or not decision.thresholds:
-        return {"metrics": plain}
-    predicted, _ = decide.apply(decision, logits)
-    return {"metrics": metrics.of_task(task, logits, known, predicted=predicted), "undecided": plain}
+        raise UserError(f"--threshold {probability:g}: {e}; or leave it out") from None
 
 
 def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, world: ddp.World) -> dict:
@@ -126,34 +117,41 @@ def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, w
     result = {"rows": len(rows), "output": cfg.output}
 
     # Rows that were left out get the class frequencies of the training rows, once the others have been checked.
-    scored = np.full(len(rows), True)
-    if cfg.time_limit:
-        scored = ~np.isnan(logits).any(axis=1)
-    unscored = np.flatnonzero(~scored)
-    reason = evaluate.degenerate(logits[scored])
-    logits[unscored] = prior_logits(task, shares)
-    say(tables.distribution(logits, list(labels.names), task))
+    late = np.isnan(logits).any(axis=1) & bool(cfg.time_limit)
+    unscored = np.flatnonzero(late)
+    reason = evaluate.degenerate(logits[~late])
+    logits[late] = prior_logits(task, shares)
+    say(tables.distribution(logits, labels.names, task))
     if reason and not cfg.force:
         raise Degenerate(f"{reason}; nothing was written (--force writes it all the same)")
 
     # Metrics, where every row has a label: of what is written, and of plain argmax where thresholds decide.
+    predicted, probabilities = trained.decided(task, decision, logits)
     if known is None and cfg.by_column:
         say(f"--by_column {cfg.by_column}: the rows have no labels, so there are no metrics")
     if known is not None and np.isfinite(logits).all():
         say(tables.summary(task, logits, known, labels.names))
-        for name, scores in decided_metrics(task, decision, logits, known).items():
+        ways = {"metrics": None}
+        if decision and decision.thresholds:
+            ways = {"metrics": predicted, "undecided": None}
+        for name, way in ways.items():
+            scores = metrics.of_task(task, logits, known, predicted=way)
             result[name] = {score: round(value, 6) for score, value in scores.items()}
         result |= evaluate.by_value(train_cfg, cfg.by_column, rows, logits, known, say)
     if cfg.time_limit:
         result["unscored"] = len(unscored)
         say(f"--time_limit {cfg.time_limit}: {len(unscored):,} of {len(rows):,} rows were not scored in time")
 
-    # One rank writes; calibration has nothing to say about rows that were not scored.
+    # One rank writes; calibration has nothing to say about rows that were not scored. A regression's output is written
+    # as it is, neither cut to a range nor rounded: ranks would be lost.
     if world.rank == 0:
-        predicted, probabilities = trained.decided(task, decision, logits)
         if task != "regression":
-            probabilities[unscored] = shares
-        write_output(cfg, train_cfg, labels, ids, predicted, probabilities)
+            probabilities[late] = shares
+        answers = labelling.answers(task, predicted, labels)
+        if task == "multi_label" and not cfg.output.endswith(".jsonl"):  # there it is a list
+            answers = [train_cfg.label_delimiter.join(own) for own in answers]
+        ranking = as_probability(cfg, train_cfg, labels)
+        write_records(cfg, train_cfg.id_column, labels, ids, answers, probabilities.tolist(), ranking)
         write_lines(cfg, "unscored", ["id"], [[ids[i]] for i in unscored])
     return result
 
@@ -161,7 +159,7 @@ def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, w
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def as_probability(cfg, train_cfg, labels: labelling.Labels) -> bool:
+def as_probability(cfg, train_cfg, labels: Labels) -> bool:
     """Whether a submission holds the probability of the last of two classes, as rankings are judged by."""
     two = train_cfg.task == "single_label" and len(labels.values) == 2
     if cfg.answer == "probability" and not two:
@@ -169,20 +167,7 @@ def as_probability(cfg, train_cfg, labels: labelling.Labels) -> bool:
     return cfg.answer == "probability" or (cfg.answer == "auto" and two and train_cfg.metric == "roc_auc")
 
 
-def write_output(cfg, train_cfg, labels: labelling.Labels, ids, predicted: np.ndarray, probabilities) -> None:
-    """Write predictions and probabilities (N, C) of decided rows: see `write_records`.
-
-    A regression's prediction is its output as it is, neither cut to a range nor rounded: ranks would be lost. Several
-    labels are a list in JSONL, and joined by the run's delimiter in CSV.
-    """
-    answers = labelling.answers(train_cfg.task, predicted, labels)
-    if train_cfg.task == "multi_label" and not cfg.output.endswith(".jsonl"):
-        answers = [train_cfg.label_delimiter.join(own) for own in answers]
-    probability = as_probability(cfg, train_cfg, labels)
-    write_records(cfg, train_cfg.id_column, labels, ids, answers, probabilities.tolist(), probability)
-
-
-def write_records(cfg, id_column: str, labels: labelling.Labels, ids, answers, shares, probability: bool) -> None:
+def write_records(cfg, id_column: str, labels: Labels, ids, answers, shares, probability: bool) -> None:
     """Write the two columns of a submission, or id, prediction and a probability for each class, in one piece."""
     if cfg.submission:
         header = [column.strip() for column in cfg.submission.split(",")]
@@ -193,8 +178,8 @@ def write_records(cfg, id_column: str, labels: labelling.Labels, ids, answers, s
         table = [[id_, answer, *share] for id_, answer, share in zip(ids, answers, shares, strict=True)]
     out = Path(cfg.output)
     if out.suffix == ".jsonl":
-        records = [dict(zip(header, row, strict=True)) for row in table]
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        lines = [json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) + "\n" for row in table]
+        text = "".join(lines)
     else:
         text = csv_text([header, *table])
     keep_previous(out, cfg.overwrite)
@@ -211,18 +196,19 @@ def write_lines(cfg, what: str, header: list[str], lines: list[list]) -> None:
         print(f"{len(lines):,} rows {what}: {path}")
 
 
-def write_predictions(path: Path, val: Split, task: str, logits: np.ndarray, labels: labelling.Labels) -> None:
+def write_predictions(path: Path, val: Split, task: str, logits: Array, labels: Labels) -> None:
     """val_predictions.csv: id, label, prediction (without thresholds: those are fitted here), and a logit a class."""
+
+    def cells(values) -> list:
+        answers = labelling.answers(task, values, labels)
+        return [json.dumps(own, ensure_ascii=False) for own in answers] if task == "multi_label" else answers
+
     predicted, _ = trained.decided(task, None, logits)
     if not labels.values:
         logits = logits[:, :0]  # a regression's prediction is its output
-    known, answers = labelling.answers(task, val.labels, labels), labelling.answers(task, predicted, labels)
-    lines = [["id", "label", "prediction", *(f"logit_{value}" for value in labels.values)]]
-    for id_, label, answer, row in zip(val.ids, known, answers, logits.tolist(), strict=True):
-        if task == "multi_label":
-            label, answer = json.dumps(label, ensure_ascii=False), json.dumps(answer, ensure_ascii=False)
-        lines.append([id_, label, answer, *row])
-    checkpoint.write_atomic(path, csv_text(lines))
+    header = ["id", "label", "prediction", *(f"logit_{value}" for value in labels.values)]
+    columns = zip(val.ids, cells(val.labels), cells(predicted), logits.tolist(), strict=True)
+    checkpoint.write_atomic(path, csv_text([header, *([*row, *scores] for *row, scores in columns)]))
 
 
 def csv_text(lines) -> str:
@@ -236,9 +222,7 @@ def keep_previous(out: Path, overwrite: bool) -> None:
     """Copy an existing output beside it; the old file stays in place until the new one is there."""
     if not out.exists() or overwrite:
         return
-    for number in itertools.count():
-        kept = out.with_name(f"{out.name}.previous{number or ''}")
-        if not kept.exists():
-            break
+    names = (out.with_name(f"{out.name}.previous{number or ''}") for number in itertools.count())
+    kept = next(name for name in names if not name.exists())
     shutil.copyfile(out, kept)
     print(f"{out} existed: it is kept as {kept}")

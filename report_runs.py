@@ -8,6 +8,7 @@ import numpy as np
 import bootstrap
 import checkpoint
 import decide
+import files
 import labelling
 import metrics
 import splits
@@ -91,6 +92,20 @@ class Run:
         return replace(self, **changes)
 
 
+def validation_rows(path: Path, cfg: TrainConfig, labels: labelling.Labels) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(ids, targets, logits (N, C)) of a run's val_predictions.csv. Raises UserError when it has none."""
+    where = str(path / "val_predictions.csv")
+    rows = files.read_rows(where, "runs")
+    columns = [f"logit_{value}" for value in labels.values] or ["prediction"]
+    files.need_columns(rows, ["id", "label", *columns], where, "runs")
+    logits = [labelling.encode_numbers([row[column] for row in rows], where) for column in columns]
+    flat = replace(cfg, label_column="label", label_columns=())
+    targets = labelling.encode_targets(flat, rows, labels, where)
+    if cfg.task != "regression":
+        targets = targets.astype(np.int64)
+    return [row["id"] for row in rows], targets, np.stack(logits, axis=1)
+
+
 def read_run(path: Path) -> Run:
     """All that a report needs of a run. Raises UserError for a run of cpt.py and for one that is not finished."""
     if (path / "texts.json").is_file():
@@ -98,7 +113,7 @@ def read_run(path: Path) -> Run:
     cfg, labels = trained.run_facts(path)
     if not checkpoint.finished(path):
         raise UserError(f"run {path} is not finished (no result.json): continue it with --resume {path}")
-    ids, targets, logits = trained.validation_rows(path, cfg, labels)
+    ids, targets, logits = validation_rows(path, cfg, labels)
     predicted, probabilities = trained.decided(cfg.task, None, logits)
     decision = trained.read_decision(path, cfg.task, len(labels.names))
     result = checkpoint.load_json(path / "result.json")

@@ -5,7 +5,6 @@ run = load_run("outputs/tiny__base/tiny/run_0")
 run.predict(["What is 2 + 2?"])            # [{"label": "0", "name": "0", "probabilities": [...], "logits": [...]}]
 """
 
-import itertools
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -29,7 +28,11 @@ import numerics
 import peft_format
 import prompts
 from configs import TrainConfig
+from decide import Decision
 from errors import Untrusted, UserError
+from labelling import Labels
+from metrics import Array
+from model import Classifier
 
 # ---- what a config means for a model --------------------------------------------------------------------------------
 
@@ -41,90 +44,67 @@ def prompted(cfg: TrainConfig, tokenizer) -> TrainConfig:
     """
     try:
         prompt = prompts.find(cfg.prompt)
-        changes = {"text": prompts.as_text(prompt, tokenizer)}
+        text, words = prompts.as_text(prompt, tokenizer), cfg.label_words
     except ValueError as e:
         raise UserError(f"--prompt {cfg.prompt}: {e}") from None
-    if not cfg.kept:
-        changes["kept"] = prompt.kept
-    if cfg.head == "label_words" and not cfg.label_words:
-        changes["label_words"] = prompt.words
-    return replace(cfg, **changes)
+    if cfg.head == "label_words":
+        words = words or prompt.words
+    return replace(cfg, text=text, kept=cfg.kept or prompt.kept, label_words=words)
 
 
-def words_of(cfg: TrainConfig, labels: labelling.Labels, tokenizer) -> tuple[tuple[int, ...], ...]:
-    """The token ids of each class's verbalizer for a head of label words; empty for a linear head."""
-    if cfg.head != "label_words":
-        return ()
-    words = cfg.label_words or labels.names
-    if len(words) != len(labels.names):
-        raise UserError(f"--label_words names {len(words)} words for {len(labels.names)} classes: {labels.names}")
-    return data.label_word_ids(tokenizer, cfg.text, words)
+def _head_of(cfg, labels, tokenizer):
+    """The head that a config describes. Raises UserError for label words that are not one for each class."""
+    classes, ids = len(labels.names), ()
+    if cfg.head == "label_words":
+        words = cfg.label_words or labels.names
+        if len(words) != classes:
+            raise UserError(f"--label_words names {len(words)} words for {classes} classes: {labels.names}")
+        ids = data.label_word_ids(tokenizer, cfg.text, words)
+    return models.Head(classes, cfg.pooling, cfg.head_dropout, ids)
 
 
-def head_of(cfg: TrainConfig, labels: labelling.Labels, tokenizer) -> models.Head:
-    """The head that a config describes."""
-    return models.Head(len(labels.names), cfg.pooling, cfg.head_dropout, words_of(cfg, labels, tokenizer))
+def _adapt(model, cfg, adapter, shapes=None):
+    """Inject an adapter that was read from a file, or else the config's, or train layers where it has none.
 
-
-def adapter_of(cfg: TrainConfig, saved: tuple[str, ...]) -> lora.Adapter | None:
-    """The adapter that a config describes, None with rank 0. saved: modules of the head that it trains whole."""
-    if not cfg.rank:
-        return None
-    return lora.Adapter(
-        cfg.targets,
-        cfg.rank,
-        cfg.alpha,
-        cfg.lora_dropout,
-        cfg.bias,
-        cfg.rslora,
-        saved=saved,
-        task="CAUSAL_LM" if cfg.head == "label_words" else "SEQ_CLS",
-        base=cfg.base,
-    )
-
-
-def check_model(cfg: TrainConfig, labels: labelling.Labels, tokenizer, adapter=None, shapes=None) -> None:
-    """Check a config's base, head and adapter on a skeleton, before any weight is loaded.
-
-    adapter, shapes: an adapter read from a file, and the shapes of its tensors. Raises UserError for what does not fit.
+    shapes: the tensors of the file, to be checked. Raises UserError for what does not fit the model.
     """
-    bases.need_vocabulary(cfg.base, len(tokenizer))
-    bare = models.skeleton(cfg.base, head_of(cfg, labels, tokenizer), cfg.train_layers, cfg.max_length)
     flag = f"--base {cfg.base}" if adapter else f"--targets {','.join(cfg.targets)}"
-    try:
-        wanted = adapter or adapter_of(cfg, models.head_to_save(bare))
-        if wanted:
-            lora.inject(bare, wanted)
-        if shapes is not None:
-            peft_format.match_keys(bare, shapes)
-    except ValueError as e:
-        raise UserError(f"{flag}: {e}") from None
-
-
-def new_classifier(
-    cfg: TrainConfig, labels: labelling.Labels, tokenizer, device: torch.device, precision: str, adapter=None
-) -> models.Classifier:
-    """The classifier that a config describes, with fresh adapters and head drawn from its seed, on its device.
-
-    adapter: one read from a file, instead of the config's.
-    """
-    model = models.load_classifier(
-        cfg.base,
-        head_of(cfg, labels, tokenizer),
-        device,
-        numerics.weight_dtype(device, precision),
-        cfg.quant,
-        numerics.DTYPES[precision],
-        cfg.seed,
-    )
-    adapter = adapter or adapter_of(cfg, models.head_to_save(model))
+    if cfg.rank and not adapter:
+        shape = cfg.targets, cfg.rank, cfg.alpha, cfg.lora_dropout, cfg.bias, cfg.rslora
+        task = "CAUSAL_LM" if cfg.head == "label_words" else "SEQ_CLS"
+        adapter = lora.Adapter(*shape, saved=models.head_to_save(model), task=task, base=cfg.base)
     try:
         if adapter:
             models.add_adapter(model, adapter)
         else:
             models.train_layers(model, cfg.train_layers)
-    except ValueError as e:  # known from the weights only: a part of the head that the base lacks is trained whole
-        raise UserError(f"--targets {','.join(cfg.targets)}: {e}") from None
+        if shapes is not None:
+            peft_format.match_keys(model, shapes)
+    except ValueError as e:
+        raise UserError(f"{flag}: {e}") from None
+
+
+def check_model(cfg: TrainConfig, labels: Labels, tokenizer, adapter=None, shapes=None) -> None:
+    """Check a config's base, head and adapter on a skeleton, before any weight is loaded.
+
+    adapter, shapes: an adapter read from a file, and the shapes of its tensors. Raises UserError for what does not fit.
+    """
+    bases.need_vocabulary(cfg.base, len(tokenizer))
+    bare = models.skeleton(cfg.base, _head_of(cfg, labels, tokenizer), cfg.train_layers, cfg.max_length)
+    _adapt(bare, cfg, adapter, shapes)
+
+
+def new_classifier(
+    cfg: TrainConfig, labels: Labels, tokenizer, device: torch.device, precision: str, adapter=None
+) -> Classifier:
+    """The classifier that a config describes, with fresh adapters and head drawn from its seed, on its device.
+
+    adapter: one read from a file, instead of the config's.
+    """
+    head, dtype = _head_of(cfg, labels, tokenizer), numerics.weight_dtype(device, precision)
+    quant = cfg.quant, numerics.DTYPES[precision]
+    model = models.load_classifier(cfg.base, head, device, dtype, *quant, cfg.seed)
+    _adapt(model, cfg, adapter)  # what the base lacks of a head is known now, and trained whole
     return model
 
 
@@ -137,13 +117,13 @@ def threshold_kind(cfg: TrainConfig) -> str:
     return "per_class" if cfg.metric == "macro_f1" else "global"
 
 
-def decided(task: str, decision: decide.Decision | None, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def decided(task: str, decision: Decision | None, logits: Array) -> tuple[Array, Array]:
     """(predictions, probabilities (N, C)) of logits (N, C), by a decision, or else by argmax or probability 0.5.
 
     Of a regression: its numbers (N,), and probabilities without columns.
     """
     if task == "regression":
-        return logits[:, 0], np.zeros((len(logits), 0))
+        return logits[:, 0], logits[:, :0]
     return decide.apply(decision or decide.plain(task, logits.shape[1]), logits)
 
 
@@ -167,13 +147,13 @@ def write_adapter(folder: Path, model, tokenizer) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_classifier(folder: Path, model: models.Classifier, tokenizer, labels: labelling.Labels) -> None:
+def write_classifier(folder: Path, model: Classifier, tokenizer, labels: Labels) -> None:
     """Everything that a save needs to be loaded alone: the adapter or the whole model, and the tokenizer."""
     if lora.adapters(model):
         write_adapter(folder, model, tokenizer)
-        return
-    pad = data.end_of_text(tokenizer, padding=True)
-    write_whole(folder, model, tokenizer, models.classifier_config(model, labels.names, pad=pad))
+    else:
+        pad = data.end_of_text(tokenizer, padding=True)
+        write_whole(folder, model, tokenizer, models.classifier_config(model, labels.names, pad=pad))
 
 
 def read_classifier(folder: Path, model) -> str:
@@ -182,8 +162,9 @@ def read_classifier(folder: Path, model) -> str:
     Raises Untrusted when anything is missing, left over, misshapen or not finite.
     """
     try:
-        if (folder / "adapter_model.safetensors").exists():
-            return peft_format.load_adapter_state(model, checkpoint.load_tensors(folder / "adapter_model.safetensors"))
+        adapter = folder / "adapter_model.safetensors"
+        if adapter.exists():
+            return peft_format.load_adapter_state(model, checkpoint.load_tensors(adapter))
         tensors = checkpoint.load_tensors(folder / "model.safetensors")
         differ = sorted(tensors.keys() ^ models.state(model).keys())
         if differ:
@@ -202,10 +183,10 @@ def export(folder: Path, model, tokenizer, config: dict, dtype: torch.dtype, abo
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not folder.is_dir() or not any(folder.iterdir())
-    target = folder if fresh else folder / ".export"
+    filled = folder.is_dir() and any(folder.iterdir())
+    target = folder / ".export" if filled else folder
     checkpoint.save(target, lambda hidden: write_whole(hidden, model, tokenizer, config, dtype), about, keep=0)
-    if not fresh:
+    if filled:
         for path in sorted(target.iterdir(), key=lambda path: path.suffix == ".safetensors"):
             checkpoint.fs_rename(path, folder / path.name)
         target.rmdir()
@@ -237,15 +218,18 @@ class Run:
 
     path: Path
     config: TrainConfig
-    labels: labelling.Labels
-    model: models.Classifier
+    labels: Labels
+    model: Classifier
     tokenizer: object
     world: ddp.World
     precision: str
-    saves: tuple[Path, ...] = ()  # of a family of runs: the best save of each, whose logits are averaged
-    decision: decide.Decision | None = None  # thresholds and calibration; None: argmax, or probability 0.5
+    saves: tuple[Path, ...]  # its best save; of a family of runs that of each, whose logits are averaged
+    decision: Decision | None = None  # thresholds and calibration; None: argmax, or probability 0.5
 
-    def logits(self, rows: list[dict[str, str]], max_tokens: int = 8192, seconds: float = 0.0):
+    def __post_init__(self):
+        self.model.eval().requires_grad_(False)
+
+    def logits(self, rows: files.Rows, max_tokens: int = 8192, seconds: float = 0.0):
         """fp32 logits (N, C) of rows that have the template's columns, and a report of their tokenization.
 
         seconds: a time limit, 0 for none; rows that no save reached in time are NaN.
@@ -253,24 +237,17 @@ class Run:
         end = time.perf_counter() + seconds
         cfg = self.config
         tokens, report = data.tokenize(self.tokenizer, cfg.text, rows, cfg.max_length, cfg.kept, cfg.budgets)
-        # a single save stays loaded, and may be merged; the saves of a family take turns in one model
-        saves = self.saves if len(self.saves) > 1 else (None,)
-        scores = []
-        for done, save in enumerate(saves):
-            share = 0.0
-            if save:
+        scores, share = [], 0.0
+        for done, save in enumerate(self.saves):
+            if len(self.saves) > 1:  # they take turns in one model; a single save stays loaded, and may be merged
                 read_classifier(save, self.model)
             if seconds:
-                share = max(1e-3, (end - time.perf_counter()) / (len(saves) - done))
+                share = max(1e-3, (end - time.perf_counter()) / (len(self.saves) - done))
             scores.append(evaluate.score(self.model, tokens, self.world, self.precision, max_tokens, share))
         reached = np.isfinite(scores) if seconds else True
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of rows that no save reached: their mean is NaN
             return np.mean(scores, axis=0, dtype=np.float32, where=reached), report
-
-    def decided(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(predictions, probabilities (N, C)) of logits (N, C): see `decided`."""
-        return decided(self.config.task, self.decision, logits)
 
     def predict(self, texts: list, max_tokens: int = 8192) -> list[dict]:
         """Label and display name (multi_label: lists of them), probabilities and logits (both in the order of `labels`)
@@ -279,50 +256,44 @@ class Run:
         texts: strings, where the template has one column, or rows as dicts of its columns.
         """
         task, columns = self.config.task, prompts.fields(self.config.text)
-        if len(columns) > 1 and any(isinstance(text, str) for text in texts):
-            raise UserError(f"this run reads the columns {', '.join(columns)}: give a dict of them for each row")
         rows = [{columns[0]: text} if isinstance(text, str) else dict(text) for text in texts]
         if not rows:
             return []
-        files.need_columns(rows, columns, "texts", "input")
+        files.need_columns(rows, columns, "texts (a string is the first column, a dict has several)", "input")
         files.decode_bytes_literals(rows, columns)
         logits, _ = self.logits(rows, max_tokens)
         if task == "regression":
             return [{"score": float(z)} for z in logits[:, 0]]
-        predicted, probabilities = self.decided(logits)
-        value, name = ("labels", "names") if task == "multi_label" else ("label", "name")
-        display = labelling.Labels(self.labels.names, self.labels.names)
-        columns = {
-            value: labelling.answers(task, predicted, self.labels),
-            name: labelling.answers(task, predicted, display),
-            "probabilities": probabilities.tolist(),
-            "logits": logits.tolist(),
-        }
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        predicted, probabilities = decided(task, self.decision, logits)
+        values = labelling.answers(task, predicted, self.labels)
+        names = labelling.answers(task, predicted, replace(self.labels, values=self.labels.names))
+        plural = "s" if task == "multi_label" else ""
+        keys = f"label{plural}", f"name{plural}", "probabilities", "logits"
+        columns = values, names, probabilities.tolist(), logits.tolist()
+        return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def run_facts(path: Path) -> tuple[TrainConfig, labelling.Labels]:
+def run_facts(path: Path) -> tuple[TrainConfig, Labels]:
     """The config and labels of a run, before any weight is loaded. Raises UserError when it is no classifier."""
-    if not (path / "config.json").is_file() or not (path / "labels.json").is_file():
-        hint = ""
-        if (path / "texts.json").is_file():
-            hint = f"; a run of cpt.py writes text: python generate.py --runs {path}"
-        raise UserError(f"run {path}: no classification run (expected config.json and labels.json in it){hint}")
+    if not (path / "labels.json").is_file():
+        cpt = f"a run of cpt.py writes text: python generate.py --runs {path}"
+        raise UserError(f"run {path}: no classification run (expected config.json and labels.json in it); {cpt}")
     stored = checkpoint.load_json(path / "labels.json")
-    return cli.read_config(TrainConfig, path), labelling.Labels(tuple(stored["values"]), tuple(stored["names"]))
+    return cli.read_config(TrainConfig, path), Labels(tuple(stored["values"]), tuple(stored["names"]))
 
 
 def members(path: Path) -> dict[str, Path]:
     """Name -> folder of each run of a family over folds or seeds; {"": path} for a single run."""
-    if (path / "family.json").is_file():
-        folders = checkpoint.load_json(path / "family.json")["members"]
+    family = path / "family.json"
+    if family.is_file():
+        folders = checkpoint.load_json(family)["members"]
         return {name: path / folder for name, folder in folders.items()}
     # families made before there was a family.json are described by their config alone
     config = checkpoint.load_json(path / "config.json")
-    axes = [[f"seed_{seed}" for seed in config.get("seeds", ())]]
+    names = [f"seed_{seed}" for seed in config.get("seeds", ())] or [""]
     if config.get("fold") == "all":
-        axes.append([f"fold_{fold}" for fold in range(config["folds"])])
-    names = ["_".join(parts) for parts in itertools.product(*filter(None, axes))]
+        folds = range(config["folds"])
+        names = [f"{name}_fold_{fold}".strip("_") for name in names for fold in folds] or names
     return {name: path / name for name in names}
 
 
@@ -330,13 +301,11 @@ def best_save(run: Path) -> checkpoint.Save:
     """The best save of a single run. Raises UserError where it has none, Untrusted where none can be trusted."""
     save = checkpoint.trusted(run / "best")
     if save is None:
-        raise UserError(f"run {run}: it holds no best/ save yet; continue with python train.py --resume {run}")
+        raise UserError(f"run {run}: no best/ save: finish it with train.py --resume {run}; of a family name a member")
     return save
 
 
-def load_run(
-    path: str | Path, world: ddp.World | None = None, precision: str = "auto", merge: bool = False, quant: str = ""
-) -> Run:
+def load_run(path: str | Path, world: ddp.World | None = None, precision: str = "auto", quant: str = "") -> Run:
     """The best save of a run, on this process's device, verified file by file and against its base; of a family over
     folds or seeds the saves of all its runs, whose mean logits it gives.
 
@@ -345,11 +314,8 @@ def load_run(
     """
     path, world = Path(path), world or ddp.setup()
     cfg, labels = run_facts(path)
-    runs = list(members(path).values())
-    if merge and len(runs) > 1:
-        raise UserError(f"--merge: {path} is {len(runs)} runs; name one of them, such as {runs[0]}")
-    saves = [best_save(run) for run in runs]
-    first, folders = saves[0].folder, tuple(save.folder for save in saves)
+    saves = [best_save(run) for run in members(path).values()]
+    first = saves[0].folder
     cfg = replace(cfg, quant=quant or cfg.quant)
     tokenizer = bases.load_tokenizer(str(first))
     precision, _ = numerics.choose_precision(precision, world.device)
@@ -361,15 +327,8 @@ def load_run(
     for save in saves:
         check_base(model, save.manifest["base"], cfg.base)
     read_classifier(first, model)
-    return ready(Run(path, cfg, labels, model, tokenizer, world, precision, folders, decision), merge)
-
-
-def ready(run: Run, merge: bool) -> Run:
-    """The run with its model frozen for prediction, its adapter merged where asked for."""
-    if merge:
-        lora.merge(run.model)
-    run.model.eval().requires_grad_(False)
-    return run
+    folders = tuple(save.folder for save in saves)
+    return Run(path, cfg, labels, model, tokenizer, world, precision, folders, decision)
 
 
 def check_base(model, saved: dict, base: str) -> None:
@@ -383,41 +342,22 @@ def find_run(run: str, outputs: str, script: str = "train.py") -> Path:
     """The named run, or the newest finished one of a script under `outputs`. Raises UserError when there is none."""
     if run:
         return Path(run)
-    markers = ("labels.json",) if script == "train.py" else ("config.json", "labels.json")  # present; absent
-    newest = checkpoint.newest_finished(outputs, *markers)
+    present, absent = ("labels.json", "") if script == "train.py" else ("config.json", "labels.json")
+    newest = checkpoint.newest_finished(outputs, present, absent)
     if newest is None:
-        raise UserError(
-            f"no finished run of {script} under {outputs}/: train one (python {script}), or name one with --runs"
-        )
+        raise UserError(f"no finished run under {outputs}/: train one (python {script}), or name one with --runs")
     return newest
 
 
-# ---- validation rows and the decision fitted on them ----------------------------------------------------------------
+# ---- the decision fitted on validation rows --------------------------------------------------------------------------
 
 
-def validation_rows(path: Path, cfg: TrainConfig, labels: labelling.Labels) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """(ids, targets, logits (N, C)) of a run's val_predictions.csv. Raises UserError when it has none."""
-    where = str(path / "val_predictions.csv")
-    rows = files.read_rows(where, "runs")
-    columns = [f"logit_{value}" for value in labels.values] or ["prediction"]
-    missing = [column for column in ("id", "label", *columns) if column not in rows[0]]
-    if missing:
-        raise Untrusted(f"{where}: no column {', '.join(missing)}")
-    logits = [labelling.encode_numbers([row[column] for row in rows], where) for column in columns]
-    flat = replace(cfg, label_column="label", label_columns=())
-    targets = labelling.encode_targets(flat, rows, labels, where)
-    if cfg.task != "regression":
-        targets = targets.astype(np.int64)
-    return [row["id"] for row in rows], targets, np.stack(logits, axis=1)
-
-
-def read_decision(path: Path, task: str, classes: int) -> decide.Decision | None:
+def read_decision(path: Path, task: str, classes: int) -> Decision | None:
     """The decision of a run, None where it has none. Raises Untrusted for a file that is not one of this run's."""
     try:
-        decision = decide.Decision.from_json((path / "decision.json").read_text(encoding="utf-8"))
+        decision = Decision.from_json((path / "decision.json").read_text(encoding="utf-8"))
         if (decision.task, decision.classes) != (task, classes):
-            got = f"{decision.classes} classes of {decision.task}"
-            raise ValueError(f"it is of {got}, expected {classes} of {task}")
+            raise ValueError(f"it is of {decision.classes} classes of {decision.task}, expected {classes} of {task}")
         return decision
     except FileNotFoundError:
         return None
@@ -425,7 +365,7 @@ def read_decision(path: Path, task: str, classes: int) -> decide.Decision | None
         raise Untrusted(f"{path / 'decision.json'}: {e}") from None
 
 
-def fit_decision(cfg: TrainConfig, run: Path, logits: np.ndarray, labels: np.ndarray, world: ddp.World) -> dict:
+def fit_decision(cfg: TrainConfig, run: Path, logits: Array, labels: Array, world: ddp.World) -> dict:
     """Fit thresholds and calibration on the validation logits, and keep them in the run.
 
     Returns scores without and with them, cross-fitted over 5 folds: no row is decided by a fit on its own label.
@@ -433,13 +373,12 @@ def fit_decision(cfg: TrainConfig, run: Path, logits: np.ndarray, labels: np.nda
     """
     if cfg.task == "regression" or len(labels) < 10:
         return {}
-    targets, kind = labels.astype(np.int64), threshold_kind(cfg)
-    out_of_fold = cfg.folds and cfg.fold in (-1, "all")
-    decision = decide.fit_decision(cfg.task, logits, targets, kind, "out-of-fold" if out_of_fold else "validation")
-    scores, _, _ = decide.cross_fitted(cfg.task, logits, targets, seed=cfg.seed, kind=kind)
+    kind, rows = threshold_kind(cfg), "out-of-fold" if cfg.folds and cfg.fold < 0 else "validation"
+    decision = decide.fit_decision(cfg.task, logits, labels, kind, rows)
+    scores, _, _ = decide.cross_fitted(cfg.task, logits, labels, cfg.seed, kind)
     if world.rank == 0:
         checkpoint.write_atomic(run / "decision.json", decision.to_json())
-    titles = ("plain argmax or probability 0.5", "thresholds and calibration, cross-fitted over 5 folds")
+    titles = "plain argmax or probability 0.5", "thresholds and calibration, cross-fitted over 5 folds"
     for title, values in zip(titles, scores.values(), strict=True):
         ddp.say(world, f"{title}: " + ", ".join(f"{score} {value:.4f}" for score, value in values.items()))
     return {"undecided": scores["before"], "decided": scores["after"]}

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 import metrics  # noqa: E402
+import report_runs  # noqa: E402
 import splits  # noqa: E402
 import trained  # noqa: E402
 
@@ -27,7 +28,7 @@ def main(run: Path) -> dict:
     cfg, labels = trained.run_facts(run)
     rows, val, _ = splits.read(cfg, lambda *words: None)
     known, judge = splits.cut(cfg, rows, val)
-    ids, targets, logits = trained.validation_rows(run, cfg, labels)
+    ids, targets, logits = report_runs.validation_rows(run, cfg, labels)
     assert ids == judge.ids, "the data changed since the run"
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     letters = TfidfVectorizer(analyzer="char", ngram_range=(2, 5), sublinear_tf=True, max_features=200_000)

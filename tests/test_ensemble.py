@@ -20,6 +20,7 @@ import evaluate
 import files
 import infer
 import loop
+import report_runs
 import train
 import trained
 from errors import UserError
@@ -230,7 +231,7 @@ def test_an_ensemble_is_that_of_its_members_logits(three, tmp_path, how):
     rows = files.read_rows(str(path), "input")
     logits = [trained.load_run(run).logits(rows)[0] for run in runs]
     cfg, labels = trained.run_facts(Path(runs[0]))
-    known = [trained.validation_rows(Path(run), cfg, labels) for run in runs]
+    known = [report_runs.validation_rows(Path(run), cfg, labels) for run in runs]
     weights = ensemble.fit_weights([k[2] for k in known], known[0][1], "multi_label") if how == "weighted" else None
     z = ensemble.combine(logits, how, weights, "multi_label").astype(np.float32)
     both = ensemble.combine([k[2] for k in known], how, weights, "multi_label")
@@ -303,7 +304,7 @@ def family(small_base, tmp_path_factory) -> tuple[Path, str, Path]:
 def test_families_are_members_and_weighed_on_their_validation_rows(family, tmp_path):
     folder, other, path = family
     cfg, labels = trained.run_facts(folder)
-    known = [trained.validation_rows(Path(run), cfg, labels) for run in (folder, other)]
+    known = [report_runs.validation_rows(Path(run), cfg, labels) for run in (folder, other)]
     weights = ensemble.fit_weights([k[2] for k in known], known[0][1], "single_label")
     target = tmp_path / "w.csv"
     members = ["--runs", f"{folder}/", other]  # as completion in a shell writes it

@@ -21,6 +21,7 @@ import folds
 import infer
 import loop
 import metrics
+import report_runs
 import splits
 import train
 import trained
@@ -94,12 +95,12 @@ def test_files_of_a_family_and_of_its_members(family):
 
 def test_the_out_of_fold_file_holds_each_row_once_with_the_logits_of_the_run_that_did_not_see_it(family):
     cfg, labels, judged = judged_by(family)
-    ids, targets, logits = trained.validation_rows(family, cfg, labels)
+    ids, targets, logits = report_runs.validation_rows(family, cfg, labels)
     assert ids == judged.ids == [r["id"] for r in files.read_rows(cfg.train_data, "x")] and len(set(ids)) == 58
     assert np.array_equal(targets, judged.labels)
     seen, total = dict.fromkeys(ids, 0), {}
     for name, one in member_configs(family).items():
-        theirs, _, z = trained.validation_rows(family / name, one, labels)
+        theirs, _, z = report_runs.validation_rows(family / name, one, labels)
         for i, row in zip(theirs, z, strict=True):
             total[i], seen[i] = total.get(i, 0) + row.astype(np.float64), seen[i] + 1
     assert set(seen.values()) == {2}  # once for each seed
@@ -109,7 +110,7 @@ def test_the_out_of_fold_file_holds_each_row_once_with_the_logits_of_the_run_tha
 def test_the_summary_is_that_of_its_runs_and_rows(family):
     result = json.loads((family / "result.json").read_text())
     cfg, labels, judged = judged_by(family)
-    logits = trained.validation_rows(family, cfg, labels)[2]
+    logits = report_runs.validation_rows(family, cfg, labels)[2]
     want = metrics.of_task("single_label", logits, judged.labels)
     assert result["metrics"] == {k: round(v, 6) for k, v in want.items()}
     each = [json.loads((folder / "result.json").read_text())["metrics"] for folder in trained.members(family).values()]
@@ -191,7 +192,7 @@ def test_one_run_is_exported_or_merged_never_a_family(family, tmp_path):
     with pytest.raises(UserError, match="is 6 runs; name one of them, such as .*seed_1_fold_0"):
         infer.main(["--runs", str(family), "--export", str(tmp_path / "e")])
     with pytest.raises(UserError, match="is 6 runs; name one of them"):
-        trained.load_run(family, merge=True)
+        infer.main(["--runs", str(family), "--input", "x.csv", "--merge", "true"])
     assert not (tmp_path / "e").exists()
 
 

@@ -33,7 +33,6 @@ import metrics
 import model as models
 import optim
 import presets
-import splits
 import train
 import trained
 from errors import Untrusted, UserError

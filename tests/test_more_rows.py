@@ -16,6 +16,7 @@ from test_slices import BINARY, write_pairs
 import files
 import infer
 import metrics
+import report_runs
 import train
 import trained
 from configs import TrainConfig
@@ -140,7 +141,7 @@ def test_rules_train_with_metrics_for_each_rule_and_predict_probabilities(tmp_pa
     run = Path(told["run"])
     assert told["train_rows"] > 36 and set(told["by_column"]) == {"ads", "law"}
     cfg, labels = trained.run_facts(run)
-    ids, targets, logits = trained.validation_rows(run, cfg, labels)
+    ids, targets, logits = report_runs.validation_rows(run, cfg, labels)
     rule = np.array([["ads", "law"][int(i) % 2] for i in ids])
     for name in ("ads", "law"):
         want = metrics.of_task("single_label", logits[rule == name], targets[rule == name])

@@ -637,13 +637,14 @@ def edit(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_the_good_adapter_is_good(good, small_base, hollow):
+def test_the_good_adapter_is_good(good, small_base, hollow, capsys):
     """So that what follows is refused for its one fault: it loads, moves the logits, and needs weights to do so."""
     given = look(small_base, good)
     assert given.labels.names == ("0", "1", "2")
-    run, report = foreign.load_given(given, WORLD)
+    run = foreign.load_given(given, WORLD)
+    report = capsys.readouterr().out
     assert "9 tensors matched (4 lora_A, 4 lora_B, 1 whole tensors) on 2 q_proj, 2 v_proj" in report
-    assert evaluate.probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3
+    assert evaluate._probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3
     with pytest.raises(UserError, match="its weights cannot be loaded"):
         foreign.load_given(look(hollow, good), WORLD)
 
@@ -996,7 +997,7 @@ def test_hostile_values_are_refused_once_they_are_loaded(case, adapter, small_ba
     spoil(adapter)
     given = look(small_base, adapter)
     with pytest.raises(error, match=words) as e, bounded():
-        evaluate.preflight(foreign.load_given(given, WORLD)[0], ASKED, None, 4096)
+        evaluate.preflight(foreign.load_given(given, WORLD), ASKED, None, 4096)
     one_line(e)
 
 
@@ -1037,8 +1038,8 @@ def test_an_adapter_without_a_head_is_not_given_a_random_one(small_base, tmp_pat
     """A CAUSAL_LM adapter on a bare LM scores words; a linear head is nowhere, and nothing is made up."""
     write_with_peft(small_base, tmp_path, peft.LoraConfig(**{**LORA, "task_type": "CAUSAL_LM"}))
     words = {"head": "label_words", "label_names": ("yes", "no")}
-    run, _ = foreign.load_given(look(small_base, tmp_path, **words), WORLD)
-    assert evaluate.probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3
+    run = foreign.load_given(look(small_base, tmp_path, **words), WORLD)
+    assert evaluate._probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3
     with pytest.raises(
         UserError, match=r"1 tensors of the head \(score.weight\) are neither in the base nor in the"
     ) as e:
@@ -1085,8 +1086,8 @@ def test_a_pickle_beside_the_weights_is_ignored(adapter, small_base, tmp_path):
     mark = tmp_path / "the pickle was loaded"
     for name in ("adapter_model.bin", "training_args.bin", "optimizer.pt", "pytorch_model.bin"):
         torch.save(Trap(mark), adapter / name)
-    run, _ = foreign.load_given(look(small_base, adapter), WORLD)
-    assert evaluate.probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3 and not mark.exists()
+    run = foreign.load_given(look(small_base, adapter), WORLD)
+    assert evaluate._probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3 and not mark.exists()
     torch.load(adapter / "adapter_model.bin", weights_only=False)
     assert mark.exists()  # the trap works
 
@@ -1170,18 +1171,19 @@ def big(tmp_path):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_the_real_qwen_adapter_loads_on_its_shape_and_moves_the_logits(shared, big):
+def test_the_real_qwen_adapter_loads_on_its_shape_and_moves_the_logits(shared, big, capsys):
     """All of its 96 tensors: A and B of q and v in 24 layers. It has no head, so label words are read."""
     base = of_shape(big, "Qwen2", True, **QWEN)
     given = look(base, shared / MATH, head="label_words", label_names=("yes", "no"))
-    run, report = foreign.load_given(given, WORLD)
+    run = foreign.load_given(given, WORLD)
+    report = capsys.readouterr().out
     assert "96 tensors matched (48 lora_A, 48 lora_B) on 24 q_proj, 24 v_proj" in report and "zero" not in report
     assert "the adapter was trained on Qwen/Qwen2.5-0.5B, not on" in report
     tensors = checkpoint.load_tensors(shared / MATH / WEIGHTS)
     assert len(tensors) == 96 and all(
         torch.equal(t, tensors[k]) for k, t in peft_format.adapter_state(run.model).items()
     )
-    assert evaluate.probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3
+    assert evaluate._probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3
 
 
 OTHER_SHAPES = {
@@ -1205,12 +1207,13 @@ def test_the_real_qwen_adapter_is_refused_on_another_base(case, shared, tmp_path
     one_line(e)
 
 
-def test_the_real_roberta_adapter_brings_its_head(shared, big):
+def test_the_real_roberta_adapter_brings_its_head(shared, big, capsys):
     """4 labels on a bare RoBERTa: every tensor of the file is in the model, the classifier with them."""
     base = of_shape(big, "Roberta", True, **ROBERTA)
     given = look(base, shared / FOUR)
     assert given.labels.names == ("0", "1", "2", "3") and given.config.pooling == "cls"
-    run, report = foreign.load_given(given, WORLD)
+    run = foreign.load_given(given, WORLD)
+    report = capsys.readouterr().out
     tensors = checkpoint.load_tensors(shared / FOUR / WEIGHTS)
     state = peft_format.adapter_state(run.model)
     assert f"{len(tensors)} tensors matched (36 lora_A, 36 lora_B, 4 whole tensors)" in report
@@ -1218,7 +1221,7 @@ def test_the_real_roberta_adapter_brings_its_head(shared, big):
     assert {k for k in tensors if "classifier" in k} == {
         f"base_model.model.classifier.{m}.{p}" for m in ("dense", "out_proj") for p in ("weight", "bias")
     }
-    assert evaluate.probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3
+    assert evaluate._probe(run, ASKED, run.logits(ASKED)[0]) > 1e-3
     (first, second) = run.predict([row["Question"] for row in ASKED])
     assert len(first["probabilities"]) == 4 and first["logits"] != second["logits"]
     with pytest.raises(UserError, match=r"out_proj\.(weight|bias) has shape .*4.*, expected .*2") as e:

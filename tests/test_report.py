@@ -319,7 +319,7 @@ def test_texts_and_labels_stay_text(runs, tmp_path):
     assert "False positives" in page.text and "False negatives" in page.text and "By group" in page.text
     shown = [text for text in HOSTILE[:7] if text in page.text]
     cfg, labels = trained.run_facts(runs["two"])
-    ids, targets, logits = trained.validation_rows(runs["two"], cfg, labels)
+    ids, targets, logits = report_runs.validation_rows(runs["two"], cfg, labels)
     wrong = {int(i[1:]) % 8 for i in np.array(ids)[logits.argmax(axis=1) != targets]}
     assert len(wrong) > 2 and shown == [text for k, text in enumerate(HOSTILE[:7]) if k in wrong]
 

@@ -13,6 +13,8 @@ from test_ddp import forks, toy_flags, write_rows
 import chains
 import checkpoint
 import files
+import infer
+import lora
 import splits
 import train
 import trained
@@ -68,10 +70,10 @@ def test_a_family_file_names_its_members_wherever_they_are(fitted, tmp_path):
     one = trained.load_run(fitted).predict(["1 + 1"])[0]
     np.testing.assert_allclose(run.predict(["1 + 1"])[0]["logits"], one["logits"], atol=1e-6)
     with pytest.raises(UserError, match="is 2 runs; name one of them, such as .*near"):
-        trained.load_run(family, merge=True)
+        infer.main(["--runs", str(family), "--input", "x.csv", "--merge", "true"])
     shutil.rmtree(tmp_path / "far/best")
     shutil.rmtree(tmp_path / "far/.best.1", ignore_errors=True)
-    with pytest.raises(UserError, match=r"far: it holds no best/ save yet; continue with .* --resume .*far"):
+    with pytest.raises(UserError, match=r"far: no best/ save: finish it with .* --resume .*far"):
         trained.load_run(family)
 
 
@@ -92,7 +94,8 @@ def test_rows_that_no_save_of_a_family_reached_are_nan_and_others_a_mean(fitted,
 
 
 def test_an_export_keeps_the_files_of_a_folder_and_writes_weights_last(fitted, tmp_path, monkeypatch):
-    run = trained.load_run(fitted, merge=True)
+    run = trained.load_run(fitted)
+    lora.merge(run.model)
     names = []
     rename = checkpoint.fs_rename
     monkeypatch.setattr(checkpoint, "fs_rename", lambda old, new: (names.append(new.name), rename(old, new)))

@@ -39,7 +39,7 @@ def test_preflight_stops_what_cannot_be_right_within_seconds(slices, tmp_path, m
     rows = files.read_rows(str(path), "x")
     known = np.arange(len(rows)) % 3 == 0
     good = trained.load_run(runs[-1]["run"])
-    assert "preflight of 16 rows: the adapter moves the logits" in evaluate.preflight(
+    assert "preflight of 17 rows: the adapter moves the logits" in evaluate.preflight(
         good, rows, known.astype(int), 4096
     )
     cases = {
@@ -72,7 +72,7 @@ def test_an_adapter_of_another_model_is_stopped_before_any_weight_is_loaded(tmp_
         ("", "Qwen/Qwen2.5-0.5B", False),
     ):
         named = type("Adapter", (), {"base": adapter})
-        assert bool(foreign.base_mismatch(named, base)) == wrong, (adapter, base)
+        assert bool(foreign._base_mismatch(named, base)) == wrong, (adapter, base)
 
 
 # ---- time limits ----------------------------------------------------------------------------------------------------
