@@ -75,16 +75,8 @@ def main(argv: list[str]) -> dict:
         name = group["name"].replace("head", "embedding and LM head")
         say(f"{name}: {len(group['params'])} tensors, lr {group['lr']:g}, decay {group['weight_decay']:g}")
     optimizer = optim.adamw(groups, cfg.optimizer)
-    job = loop.Job(
-        cfg,
-        world,
-        lm,
-        optimizer,
-        precision,
-        lengths=texts.train.lengths,
-        digest=texts.train.digest(),
-        about={"base": lm.base_fingerprint} if cfg.rank else {},
-    )
+    facts = {"base": lm.base_fingerprint} if cfg.rank else {}
+    job = loop.Job(cfg, world, lm, optimizer, precision, texts.train.lengths, texts.train.digest(), facts)
 
     # ---- resume, or a new run ---------------------------------------------------------------------------------------
     if run:
