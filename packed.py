@@ -64,8 +64,7 @@ def pack(tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
     tensors = [torch.from_numpy(array) for array in arrays]
     if torch.device(device).type == "cuda":
         tensors = [tensor.pin_memory() for tensor in tensors]
-    tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
-    return Batch(tuple(lengths.tolist()), *tensors)
+    return Batch(tuple(lengths.tolist()), *(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 def packed_attention(
