@@ -79,7 +79,7 @@ def need_weights(folder: str) -> None:
 
 def own_file(path: Path) -> bool:
     """Whether a path is a regular file of its folder, or a link that stays in it or in the hub's cache around it."""
-    cache = path.parent.parents[1] if path.parent.parent.name == "snapshots" else path.parent
+    cache = path.parents[2] if path.parent.parent.name == "snapshots" else path.parent
     return path.is_file() and cache.resolve() in path.resolve().parents
 
 

@@ -176,9 +176,7 @@ class Classifier(nn.Module):
         pool = getattr(self, f"{self.pooling}_pooling", POOLINGS[self.pooling])
         with torch.autocast(hidden.device.type, enabled=False):
             pooled = pool(hidden.float(), batch.cu_seqlens)  # (B, D)
-            if self.words:
-                return self.word_logits(pooled)
-            return self.family.head(self, pooled)
+            return self.word_logits(pooled) if self.words else self.family.head(self, pooled)
 
     def word_logits(self, pooled: torch.Tensor) -> torch.Tensor:
         """(B, D) -> (B, C): log of the summed exp of each class's words."""

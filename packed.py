@@ -64,7 +64,8 @@ def pack(tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
     tensors = [torch.from_numpy(array) for array in arrays]
     if torch.device(device).type == "cuda":
         tensors = [tensor.pin_memory() for tensor in tensors]
-    return Batch(tuple(lengths.tolist()), *(tensor.to(device, non_blocking=True) for tensor in tensors))
+    tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
+    return Batch(tuple(lengths.tolist()), *tensors)
 
 
 def packed_attention(
@@ -131,15 +132,14 @@ def attention_by_sequence(attend, query, key, value, lengths, window, causal):
     outs = []
     splits = [t.split(lengths, dim=2) for t in (query, key, value)]
     for q, k, v, length in zip(*splits, lengths, strict=True):  # (1, H, n, d)
+        mask = None
         if window and window < length:
             positions = torch.arange(length, device=q.device)
             distance = positions[:, None] - positions
             mask = distance.abs() < window
             if causal:
                 mask &= distance >= 0
-            outs.append(attend(q, k, v, mask))
-        else:
-            outs.append(attend(q, k, v, is_causal=causal))
+        outs.append(attend(q, k, v, mask, is_causal=causal and mask is None))
     return torch.cat(outs, dim=2)  # (1, H, T, d)
 
 
