@@ -33,12 +33,11 @@ def find_base(base: str) -> str:
     Raises UserError for a folder that is missing or holds no config, before anything is loaded.
     """
     for folder in (Path(base), Path(__file__).parent / base):
-        if not os.path.isdir(folder):
-            continue
-        if (folder / "config.json").exists():
+        if os.path.exists(folder / "config.json"):
             return str(folder)
-        advice = "give a folder saved by transformers (an adapter goes to --adapter, with its base here)"
-        raise UserError(f"--base {base}: no config.json in this folder; {advice}")
+        if os.path.isdir(folder):
+            advice = "give a folder saved by transformers (an adapter goes to --adapter, with its base here)"
+            raise UserError(f"--base {base}: no config.json in this folder; {advice}")
     if not re.fullmatch(HUB_NAME, base):
         advice = "give a local folder or a hub name such as Qwen/Qwen2.5-0.5B"
         raise UserError(f"--base {one_line(base)}: no such folder; {advice}")
@@ -80,7 +79,7 @@ def need_weights(folder: str) -> None:
 
 def own_file(path: Path) -> bool:
     """Whether a path is a regular file of its folder, or a link that stays in it or in the hub's cache around it."""
-    cache = path.parent.parents[1] if path.parent.parent.name == "snapshots" else path.parent
+    cache = path.parents[2] if path.parent.parent.name == "snapshots" else path.parent
     return path.is_file() and cache.resolve() in path.resolve().parents
 
 
@@ -109,8 +108,7 @@ def stored_labels(base: str, rows: int) -> tuple[str, ...]:
     config = load_config(base)
     if rows > MOST_CLASSES:
         raise UserError(f"the adapter's head, score.weight or the like, claims {rows:,} outputs: it is damaged")
-    classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
-    if classifier and rows in (0, config.num_labels):
+    if "ForSequenceClassification" in str(config.architectures) and rows in (0, config.num_labels):
         return tuple(str(config.id2label[i]) for i in range(config.num_labels))
     return tuple(map(str, range(rows)))
 
@@ -144,10 +142,9 @@ def load_tokenizer(base: str):
         raise UserError(f"--base {base}: its tokenizer has no fast version, which bulk encoding and offsets need")
 
     # Without tokenizer files transformers makes up one that knows nothing.
-    known = set(tokenizer("a b 1", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}
-    if not known:
+    if set(tokenizer("a b 1", add_special_tokens=False)["input_ids"]) <= {tokenizer.unk_token_id}:
         raise UserError(f"--base {base}: no tokenizer files there (transformers made an empty one up)")
-    tokenizer.model_max_length = int(1e9)  # lengths are limited by max_length, with a report
+    tokenizer.model_max_length = 1_000_000_000  # lengths are limited by max_length, with a report
     return tokenizer
 
 
@@ -164,13 +161,13 @@ def need_vocabulary(base: str, tokens: int) -> None:
 def find_adapter(adapter: str) -> Path:
     """The folder of a PEFT adapter: a local one, or a hub name's, fetched. Raises UserError for what is never read."""
     flag, folder = f"--adapter {adapter}", Path(adapter)
-    if not os.path.isdir(folder) and re.fullmatch(HUB_NAME, adapter) and "/" in adapter:
+    if not os.path.isdir(folder):
+        if "/" not in adapter or not re.fullmatch(HUB_NAME, adapter):
+            raise UserError(f"--adapter {one_line(adapter)}: no such folder; give the one that peft saved")
         try:
             folder = [Path(cached_file(adapter, name)).parent for name in ADAPTER_FILES][0]
         except (OSError, ValueError) as e:
             raise UserError(f"{flag}: could not be loaded ({one_line(e)}); give a folder") from None
-    if not os.path.isdir(folder):
-        raise UserError(f"--adapter {one_line(adapter)}: no such folder; give the one that peft saved")
     for name in ADAPTER_FILES:
         if not (folder / name).exists():
             advice = "give the folder that peft saved (a pickle such as adapter_model.bin is never read: load it where "

@@ -45,10 +45,9 @@ class Family:
     packs: bool = True
 
 
-DECODERS = "qwen2 qwen3 llama mistral gemma3_text phi3".split()
 CLS = {"poolings": ("cls",), "encoder": True}
 FAMILIES = {
-    **dict.fromkeys(DECODERS, Family()),
+    **dict.fromkeys("qwen2 qwen3 llama mistral gemma3_text phi3".split(), Family()),
     "bert": Family(lambda m, x: m.classifier(m.dropout(m.bert.pooler(x[:, None]))), **CLS),
     **dict.fromkeys(("roberta", "xlm-roberta"), Family(lambda m, x: m.classifier(x[:, None]), **CLS)),
     "distilbert": Family(lambda m, x: m.classifier(m.dropout(m.pre_classifier(x).relu())), **CLS),
@@ -164,7 +163,7 @@ class Classifier(nn.Module):
         for name in self.heads:
             self.get_submodule(name).float()
 
-        held = {name for name, _ in whole.named_parameters(remove_duplicate=False)}
+        held = dict(whole.named_parameters(remove_duplicate=False))
         self.fresh = (*fresh, *(name for name, _ in self.named_parameters() if name not in held))
 
     @property
@@ -177,9 +176,7 @@ class Classifier(nn.Module):
         pool = getattr(self, f"{self.pooling}_pooling", POOLINGS[self.pooling])
         with torch.autocast(hidden.device.type, enabled=False):
             pooled = pool(hidden.float(), batch.cu_seqlens)  # (B, D)
-            if self.words:
-                return self.word_logits(pooled)
-            return self.family.head(self, pooled)
+            return self.word_logits(pooled) if self.words else self.family.head(self, pooled)
 
     def word_logits(self, pooled: torch.Tensor) -> torch.Tensor:
         """(B, D) -> (B, C): log of the summed exp of each class's words."""
@@ -201,8 +198,7 @@ def hidden_states(backbone: nn.Module, batch: Batch) -> torch.Tensor:
         out = backbone(input_ids=batch.input_ids[None], position_ids=positions[None], use_cache=False, packed=batch)
         return out.last_hidden_state[0]
     index, back = batch.padding
-    lengths = batch.cu_seqlens.diff()
-    mask = torch.arange(index.shape[1], device=index.device) < lengths[:, None]  # (B, L)
+    mask = torch.arange(index.shape[1], device=index.device) < batch.cu_seqlens.diff()[:, None]  # (B, L)
     out = backbone(input_ids=batch.input_ids[index], attention_mask=mask.long())
     return out.last_hidden_state.flatten(0, 1)[back]
 
@@ -340,8 +336,7 @@ def load_classifier(
         for name, p in model.named_parameters():
             if p.is_floating_point() and not lora.within(name, model.heads):
                 p.data = p.data.to(device, dtype)
-    model.to(device)
-    return model
+    return model.to(device)
 
 
 def draw_fresh(model: Classifier, seed: int) -> None:
@@ -375,11 +370,9 @@ def train_layers(model: Classifier, count: int) -> list[str]:
     if count > 0:
         modules += bases.decoder_layers(model.backbone)[-count:]
         modules += [module for name, module in model.backbone.named_children() if "norm" in name]
-    trained = {id(p) for module in modules for p in module.parameters()}
-    for p in model.parameters():
-        p.requires_grad_(id(p) in trained)
-        if p.requires_grad:
-            p.data = p.data.float()
+    model.requires_grad_(False)
+    for module in modules:
+        module.requires_grad_().float()
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
@@ -404,13 +397,12 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(first.values())
 
 
-def classifier_config(model: Classifier, names, dtype: str = "float32", pad: int | None = None) -> dict:
+def classifier_config(model: Classifier, names, pad: int | None = None) -> dict:
     """The config.json with which transformers loads the whole model as its own. names: of the classes."""
-    config = plain_config(model) | {"architectures": [model.architecture], "dtype": dtype}
+    config = plain_config(model) | {"architectures": [model.architecture], "dtype": "float32"}
     config.pop("use_cache", None)
     if model.words:
-        tied = model.lm_head.weight is model.backbone.get_input_embeddings().weight
-        return config | {"tie_word_embeddings": tied}
+        return config | {"tie_word_embeddings": model.lm_head.weight is model.backbone.get_input_embeddings().weight}
     if pad is not None and not model.family.encoder:
         config["pad_token_id"] = pad  # transformers pools the last token that is not this one
     if len(model.family.poolings) > 1:

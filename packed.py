@@ -132,15 +132,14 @@ def attention_by_sequence(attend, query, key, value, lengths, window, causal):
     outs = []
     splits = [t.split(lengths, dim=2) for t in (query, key, value)]
     for q, k, v, length in zip(*splits, lengths, strict=True):  # (1, H, n, d)
+        mask = None
         if window and window < length:
             positions = torch.arange(length, device=q.device)
             distance = positions[:, None] - positions
             mask = distance.abs() < window
             if causal:
                 mask &= distance >= 0
-            outs.append(attend(q, k, v, mask))
-        else:
-            outs.append(attend(q, k, v, is_causal=causal))
+        outs.append(attend(q, k, v, mask, is_causal=causal and mask is None))
     return torch.cat(outs, dim=2)  # (1, H, T, d)
 
 
