@@ -33,12 +33,11 @@ def load_language_model(
         torch.manual_seed(random_seed)
         lm = models.from_config(AutoModelForCausalLM, base, models.changed_config(base), dtype=dtype)
         lm.get_input_embeddings().register_forward_hook(models.cast_out)
-        return lm.to(device)
-
-    # nf4 is made from the stored weights, which a cast to another dtype would have rounded.
-    lm, missing = models.from_weights(AutoModelForCausalLM, base, "auto" if quant == "nf4" else dtype)
-    models.refuse_missing(base, missing)
-    lm.base_fingerprint = bases.fingerprint(lm)
+    else:
+        # nf4 is made from the stored weights, which a cast to another dtype would have rounded.
+        lm, missing = models.from_weights(AutoModelForCausalLM, base, "auto" if quant == "nf4" else dtype)
+        models.refuse_missing(base, missing)
+        lm.base_fingerprint = bases.fingerprint(lm)
     if quant == "nf4":
         nf4.quantize(lm.base_model, device, compute)
         for p in lm.parameters():
@@ -159,10 +158,10 @@ def complete(
         out = lm.generate(ids, attention_mask=mask, generation_config=settings)
 
     # Rows that end early are padded; what counts ends with the first stop token.
-    completions = []
-    for row in out[:, longest:].tolist():
+    completions = out[:, longest:].tolist()
+    for row in completions:
         end = next((i for i, token in enumerate(row, 1) if token in stops), len(row))
-        completions.append(row[:end])
+        del row[end:]
     return completions
 
 
