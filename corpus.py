@@ -133,7 +133,7 @@ def _distinct(documents, columns):
     count = Counter()
     for file, row in documents:
         count[file] += 1
-        words = {name: row[name].split() for name in sorted(columns & row.keys() or row.keys())}
+        words = {name: row[name].split() for name in sorted(columns & row.keys() or row)}
         key = hashlib.sha256(repr(words).encode("utf-8", "surrogatepass")).digest()
         if key not in first and any(words.values()):
             first[key] = file

@@ -123,11 +123,11 @@ def fit(job: loop.Job, texts: "Texts") -> None:
 
 def held_out(job: loop.Job, step: int, val: data.Tokens, texts: "Texts") -> float:
     """Evaluate on held-out and guard text, log and print it with a few completions; returns the held-out loss."""
-    world, lm = job.world, job.model
+    world = job.world
     options = world, job.precision, job.cfg.max_tokens
-    scores = language.language_scores(lm, val, *options)
+    scores = language.language_scores(job.model, val, *options)
     if texts.guard:
-        general = language.language_scores(lm, texts.guard, *options)
+        general = language.language_scores(job.model, texts.guard, *options)
         scores |= {f"guard_{name}": value for name, value in general.items()}
     if not all(map(np.isfinite, scores.values())):
         raise FloatingPointError(f"step {step}: the held-out loss is not finite; lower --lr")
@@ -149,17 +149,20 @@ def held_out(job: loop.Job, step: int, val: data.Tokens, texts: "Texts") -> floa
 def finish(job: loop.Job, texts: "Texts") -> dict:
     """Evaluate the best save on everything held out, export it, and write the results."""
     world, state, run = job.world, job.state, job.run
+    say = partial(ddp.say, world)
     ddp.barrier(world)  # rank 0 has written best/
-    if state.best_step != state.step:
+    passed = state.best_step != state.step
+    if passed:
         read_save(checkpoint.trusted(run / "best"), job.model)
-        ddp.say(world, f"best held-out loss: step {state.best_step}; that save is kept and exported")
-    if state.best_step != state.step or texts.periodic is not texts.val:
+        say(f"best held-out loss: step {state.best_step}; that save is kept and exported")
+    if passed or texts.periodic is not texts.val:
         held_out(job, state.best_step, texts.val, texts)
     loop.close_log(job)
-    ddp.say(world, eval_table(state.evals))
-    before, after = state.evals[0]["eval"], state.evals[-1]["eval"]
+    say(eval_table(state.evals))
+    before = state.evals[0]["eval"]
+    after = state.evals[-1]["eval"]
     if after["loss"] >= before["loss"]:
-        ddp.say(world, "warning: the held-out loss did not fall; lower --lr, or train on more text")
+        say("warning: the held-out loss did not fall; lower --lr, or train on more text")
     result = {
         "run": str(run),
         "before": before,
@@ -248,17 +251,19 @@ def beginnings(documents: corpus.Corpus, rows: np.ndarray) -> list[list[int]]:
         count = min(32, len(ids) - 1)
         if documents.pairs:
             count = tokens.learned[tokens.starts[row] :].argmax()
-        prompts.append(ids[:count].tolist())
-    return [ids for ids in prompts if ids]  # a pair may have an empty prompt
+        if count:  # a pair may have an empty prompt
+            prompts.append(ids[:count].tolist())
+    return prompts
 
 
 def complete_samples(job: loop.Job, texts: Texts) -> list[list[str]]:
     """(prompt, greedy completion of at most 48 tokens) of each sample, for a person to read."""
     if not texts.samples:
         return []
-    tokenizer, options = texts.tokenizer, {"precision": job.precision, "max_new_tokens": 48}
-    completions = language.generate(job.model, tokenizer, texts.samples, **options)
-    return [[tokenizer.decode(ids), text] for ids, text in zip(texts.samples, completions, strict=True)]
+    completions = language.generate(
+        job.model, texts.tokenizer, texts.samples, precision=job.precision, max_new_tokens=48
+    )
+    return [[texts.tokenizer.decode(ids), text] for ids, text in zip(texts.samples, completions, strict=True)]
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
@@ -328,8 +333,11 @@ def read_save(save: checkpoint.Save, lm) -> None:
 def whole_config(lm) -> dict:
     """The config.json of a base whose adapter, if it had one, is merged."""
     tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
-    own = {"architectures": [type(lm).__name__], "use_cache": True, "tie_word_embeddings": tied}
-    return models.plain_config(lm) | own
+    return models.plain_config(lm) | {
+        "architectures": [type(lm).__name__],
+        "use_cache": True,
+        "tie_word_embeddings": tied,
+    }
 
 
 def export(cfg: CptConfig, lm, tokenizer, run: Path) -> None:
