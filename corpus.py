@@ -248,8 +248,8 @@ def encode_files(
 
 def _fates(records):
     """What was dropped and noted, as a str."""
-    dropped = [record["fate"].removeprefix("dropped: ") for record in records if "dropped: " in record["fate"]]
-    counts = Counter(fate.split(" of ")[0] for fate in dropped)
+    fates = [record["fate"] for record in records]
+    counts = Counter(fate.removeprefix("dropped: ").split(" of ")[0] for fate in fates if "dropped: " in fate)
     words = [f"{count:,} {fate}" for fate, count in counts.most_common(5)]
     noted = sum(bool(record.get("notes")) for record in records)
     if noted:
@@ -314,7 +314,7 @@ def _turns(row, template):
         raise ValueError("messages is no list of objects with role and content")
     answered = False
     for turn in turns:
-        role, content, calls = turn.get("role"), turn.get("content"), turn.get("tool_calls")
+        role, content, calls = map(turn.get, ("role", "content", "tool_calls"))
         if role not in ROLES or not (isinstance(content, str) or (content is None and calls)):
             raise ValueError(f"a turn has the role {role!r} and {type(content).__name__} as content")
         answered |= role == "assistant" and bool(calls or content.strip())
@@ -353,9 +353,8 @@ def segments(corpus: Corpus, rows: np.ndarray, tokenizer, max_length: int, cross
     starts = [np.arange(a, b - 1, max_length) for a, b in zip(tokens.starts, tokens.stops, strict=True)]
     ends = np.repeat(tokens.stops, [len(part) for part in starts])
     starts = np.concatenate(starts)
-    stops = np.minimum(starts + max_length + 1, ends)
 
     # The first token of a document is not predicted, so its bytes do not count; BOS is no text and has none.
     for token, times in Counter(tokens.ids[tokens.starts].tolist()).items():
         size -= times * _text_bytes(tokenizer, [token])
-    return data.Tokens(tokens.ids, starts, stops, bytes=max(1, size))
+    return data.Tokens(tokens.ids, starts, np.minimum(starts + max_length + 1, ends), bytes=max(1, size))

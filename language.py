@@ -66,7 +66,7 @@ def vocabulary_head(lm: nn.Module):
 
 def vocabulary_modules(lm: nn.Module) -> tuple[str, ...]:
     """Names of the embedding and the LM head, adapted or not."""
-    ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    ends = lm.get_input_embeddings(), lm.get_output_embeddings()
     return tuple(name for name, module in lm.named_modules() if module in ends)
 
 
@@ -102,8 +102,8 @@ def language_scores(lm, tokens: data.Tokens, world: ddp.World, precision: str, m
 
 def stop_ids(lm, tokenizer) -> set[int]:
     """Tokens that end a completion: EOS of the tokenizer and of the base, and what ends a turn of the chat template."""
-    of_base = lm.generation_config.eos_token_id  # one id, a list of them, or None
-    stops = {tokenizer.eos_token_id, *np.atleast_1d(of_base).tolist()}
+    # The base has one id, a list of them, or None.
+    stops = {tokenizer.eos_token_id, *np.atleast_1d(lm.generation_config.eos_token_id).tolist()}
     if tokenizer.chat_template:
         # An added token right behind an answer ends the turn; a model that learned chats writes it in place of EOS.
         try:
