@@ -133,7 +133,7 @@ def _distinct(documents, columns):
     count = Counter()
     for file, row in documents:
         count[file] += 1
-        words = {name: row[name].split() for name in sorted(columns & row.keys() or row.keys())}
+        words = {name: row[name].split() for name in sorted(columns & row.keys() or row)}
         key = hashlib.sha256(repr(words).encode("utf-8", "surrogatepass")).digest()
         if key not in first and any(words.values()):
             first[key] = file
@@ -174,21 +174,17 @@ def load(paths: str, flag: str, tokenizer, cache: Path, world, say, **options) -
 
 def _cache_name(sources, tokenizer, options):
     """A hash (str) of all that the tokens follow from: texts and their names, options, the tokenizer, and the code."""
-    texts = [options, tokenizer.chat_template, str(tokenizer.special_tokens_map)]
-    digest = hashlib.sha256(json.dumps(texts).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for name in CODE:
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    parts = [options, tokenizer.chat_template, str(tokenizer.special_tokens_map), tokenizer.backend_tokenizer.to_str()]
+    parts += [checkpoint.sha256(Path(__file__).with_name(f"{name}.py")) for name in CODE]
     for root, paths in sources:
-        digest.update(b"a folder\n")
+        parts.append("a folder")
         for file in paths:
             try:
                 content = checkpoint.sha256(file) if _readable(file) and file.is_file() else "not read"
             except OSError:
                 content = "cannot be read"
-            line = f"{file.relative_to(root).as_posix()} {content}\n"
-            digest.update(line.encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()[:32]
+            parts.append([file.relative_to(root).as_posix(), content])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def _store(corpus, target):
@@ -234,8 +230,7 @@ def encode_files(
     if pairs:
         uses_chat = chat == "yes" or (chat == "auto" and tokenizer.chat_template)
         template = "{prompt}" if default else template
-        where = f"--{flag} {_named(sources)}"
-        pieces, spans = pair_pieces(rows, names, where, tokenizer, template, uses_chat, system)
+        pieces, spans = pair_pieces(rows, names, f"--{flag} {_named(sources)}", tokenizer, template, uses_chat, system)
         tokens, report = data.encode(tokenizer, pieces, max_length, spans, names)
         places = [slice(*place) for place in zip(tokens.starts, tokens.stops, strict=True)]
         sizes = [_text_bytes(tokenizer, tokens.ids[place][tokens.learned[place]]) for place in places]
@@ -253,8 +248,8 @@ def encode_files(
 
 def _fates(records):
     """What was dropped and noted, as a str."""
-    dropped = [record["fate"].removeprefix("dropped: ") for record in records if "dropped: " in record["fate"]]
-    counts = Counter(fate.split(" of ")[0] for fate in dropped)
+    fates = [record["fate"] for record in records]
+    counts = Counter(fate.removeprefix("dropped: ").split(" of ")[0] for fate in fates if "dropped: " in fate)
     words = [f"{count:,} {fate}" for fate, count in counts.most_common(5)]
     noted = sum(bool(record.get("notes")) for record in records)
     if noted:
@@ -282,15 +277,14 @@ def pair_pieces(rows: list[dict], names: list[str], where: str, tokenizer, templ
     # Added tokens that are not special (<think>, <tool_call>): a model learns to write them.
     words = prompts.spelled(set(tokenizer.get_added_vocab()) - prompts.special_tokens(tokenizer))
     end = tokenizer.convert_ids_to_tokens(data.end_of_text(tokenizer))
-    takes_system = system and chat and prompts.takes_system(tokenizer)
-    system_turn = [prompts.turn("system", system)] if takes_system else []
+    system_turn = [prompts.turn("system", system)] if system and chat and prompts.takes_system(tokenizer) else []
     pieces, spans, problems = [], [], []
     for row, name in zip(rows, names, strict=True):
         try:
             turns = _turns(row, template)
             if chat:
                 opening = [] if turns[0]["role"] == "system" else system_turn
-                tools = json.loads(row["tools"]) if row.get("tools") else None
+                tools = json.loads(row.get("tools") or "null")
                 rendered, learned = prompts.conversation(tokenizer, opening + turns, tools)
             elif "messages" in row:
                 raise ValueError("messages need a chat template, and this tokenizer has none or --chat no was given")
@@ -320,11 +314,10 @@ def _turns(row, template):
         raise ValueError("messages is no list of objects with role and content")
     answered = False
     for turn in turns:
-        role, content, calls = turn.get("role"), turn.get("content"), turn.get("tool_calls")
+        role, content, calls = map(turn.get, ("role", "content", "tool_calls"))
         if role not in ROLES or not (isinstance(content, str) or (content is None and calls)):
             raise ValueError(f"a turn has the role {role!r} and {type(content).__name__} as content")
-        if role == "assistant" and (calls or content.strip()):
-            answered = True
+        answered |= role == "assistant" and bool(calls or content.strip())
     if not answered:
         raise ValueError("no response")
     return turns
@@ -354,16 +347,14 @@ def segments(corpus: Corpus, rows: np.ndarray, tokenizer, max_length: int, cross
         tokens.bytes = max(1, size)
         return tokens
     if cross_document:
-        stream = np.concatenate([tokens.row(i) for i in range(len(rows))])
-        tokens = data.Tokens(stream, np.array([0]), np.array([len(stream)]))
+        tokens = data.join_tokens([np.concatenate([tokens.row(i) for i in range(len(rows))])])
 
     # A document of n tokens has n - 1 to predict: a segment begins at every max_length-th of them.
     starts = [np.arange(a, b - 1, max_length) for a, b in zip(tokens.starts, tokens.stops, strict=True)]
     ends = np.repeat(tokens.stops, [len(part) for part in starts])
     starts = np.concatenate(starts)
-    stops = np.minimum(starts + max_length + 1, ends)
 
     # The first token of a document is not predicted, so its bytes do not count; BOS is no text and has none.
     for token, times in Counter(tokens.ids[tokens.starts].tolist()).items():
         size -= times * _text_bytes(tokenizer, [token])
-    return data.Tokens(tokens.ids, starts, stops, bytes=max(1, size))
+    return data.Tokens(tokens.ids, starts, np.minimum(starts + max_length + 1, ends), bytes=max(1, size))

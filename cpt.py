@@ -17,7 +17,6 @@ if __name__ == "__main__":  # help and typos are answered before torch is loaded
     cli.early(CptConfig, CPT_PRESETS, __doc__)
 
 import json
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,8 +68,7 @@ def main(argv: list[str]) -> dict:
     # ---- optimizer --------------------------------------------------------------------------------------------------
     # The embedding and the LM head may have a learning rate of their own.
     vocabulary = language.vocabulary_modules(lm)
-    rates = cfg.lr, cfg.embed_lr, cfg.weight_decay
-    groups = optim.parameter_groups(lm.named_parameters(), *rates, vocabulary)
+    groups = optim.parameter_groups(lm.named_parameters(), cfg.lr, cfg.embed_lr, cfg.weight_decay, vocabulary)
     for group in groups:
         name = group["name"].replace("head", "embedding and LM head")
         say(f"{name}: {len(group['params'])} tensors, lr {group['lr']:g}, decay {group['weight_decay']:g}")
@@ -85,18 +83,18 @@ def main(argv: list[str]) -> dict:
     loop.open_run(job, run, partial(write_record, texts=texts))
 
     # ---- loop, end --------------------------------------------------------------------------------------------------
-    fit(job, texts, tokenizer)
-    return finish(job, texts, tokenizer)
+    fit(job, texts)
+    return finish(job, texts)
 
 
 # ---- loop -----------------------------------------------------------------------------------------------------------
 
 
-def fit(job: loop.Job, texts: "Texts", tokenizer) -> None:
+def fit(job: loop.Job, texts: "Texts") -> None:
     """Step, log, evaluation, save, until the plan is done or a signal stops it."""
     state, device = job.state, job.world.device
     learned = texts.train.targets  # (N,) tokens to learn of each row
-    write = partial(write_save, lm=job.model, tokenizer=tokenizer)
+    write = partial(write_save, lm=job.model, tokenizer=texts.tokenizer)
 
     def loss_of(rows: np.ndarray) -> torch.Tensor:
         """The next-token loss of a micro-batch, summed over its targets."""
@@ -105,7 +103,7 @@ def fit(job: loop.Job, texts: "Texts", tokenizer) -> None:
             return language.next_token_loss(job.model, batch)
 
     if not state.evals:
-        held_out(job, 0, texts.val, texts, tokenizer)
+        held_out(job, 0, texts.val, texts)
     for micro_batches in loop.steps(job):
         # step, log: the loss is a mean over the tokens to learn
         targets = float(learned[np.concatenate(micro_batches)].sum())
@@ -113,7 +111,7 @@ def fit(job: loop.Job, texts: "Texts", tokenizer) -> None:
 
         # evaluation: best/ holds the model with the lowest held-out loss so far
         if loop.due(job, job.eval_every):
-            loss = held_out(job, state.step, texts.periodic, texts, tokenizer)
+            loss = held_out(job, state.step, texts.periodic, texts)
             if state.best is None or loss < state.best:
                 state.best, state.best_step = loss, state.step
                 loop.save(job.run / "best", job, write)
@@ -123,22 +121,21 @@ def fit(job: loop.Job, texts: "Texts", tokenizer) -> None:
             loop.save(job.run / "last", job, write, resumable=True)
 
 
-def held_out(job: loop.Job, step: int, val: data.Tokens, texts: "Texts", tokenizer) -> float:
+def held_out(job: loop.Job, step: int, val: data.Tokens, texts: "Texts") -> float:
     """Evaluate on held-out and guard text, log and print it with a few completions; returns the held-out loss."""
-    world, lm = job.world, job.model
+    world = job.world
     options = world, job.precision, job.cfg.max_tokens
-    scores = language.language_scores(lm, val, *options)
+    scores = language.language_scores(job.model, val, *options)
     if texts.guard:
-        general = language.language_scores(lm, texts.guard, *options)
+        general = language.language_scores(job.model, texts.guard, *options)
         scores |= {f"guard_{name}": value for name, value in general.items()}
-    if not all(math.isfinite(value) for value in scores.values()):
+    if not all(map(np.isfinite, scores.values())):
         raise FloatingPointError(f"step {step}: the held-out loss is not finite; lower --lr")
-    tokens = int(val.targets.sum())
-    job.state.evals.append({"step": step, "tokens": tokens, "eval": scores})
+    job.state.evals.append({"step": step, "tokens": int(val.targets.sum()), "eval": scores})
     shown = [f"{name} {value:.4f}" for name, value in scores.items()]
     ddp.say(world, f"step {step}: {', '.join(shown)}")
     if world.rank == 0:
-        samples = complete_samples(job, texts, tokenizer)
+        samples = complete_samples(job, texts)
         loop.log(job, {"step": step, "eval": scores, "samples": samples})
         for prompt, completion in samples:
             print(f"sample: {prompt[-60:]!r} -> {completion!r}", flush=True)
@@ -149,22 +146,23 @@ def held_out(job: loop.Job, step: int, val: data.Tokens, texts: "Texts", tokeniz
 # ---- end ------------------------------------------------------------------------------------------------------------
 
 
-def finish(job: loop.Job, texts: "Texts", tokenizer) -> dict:
+def finish(job: loop.Job, texts: "Texts") -> dict:
     """Evaluate the best save on everything held out, export it, and write the results."""
-    world, state = job.world, job.state
-    lm, run = job.model, job.run
+    world, state, run = job.world, job.state, job.run
+    say = partial(ddp.say, world)
     ddp.barrier(world)  # rank 0 has written best/
-    if state.best_step != state.step:
-        read_save(checkpoint.trusted(run / "best"), lm)
-        ddp.say(world, f"best held-out loss: step {state.best_step}; that save is kept and exported")
-    if state.best_step != state.step or texts.periodic is not texts.val:
-        held_out(job, state.best_step, texts.val, texts, tokenizer)
+    passed = state.best_step != state.step
+    if passed:
+        read_save(checkpoint.trusted(run / "best"), job.model)
+        say(f"best held-out loss: step {state.best_step}; that save is kept and exported")
+    if passed or texts.periodic is not texts.val:
+        held_out(job, state.best_step, texts.val, texts)
     loop.close_log(job)
-    ddp.say(world, eval_table(state.evals))
+    say(eval_table(state.evals))
     before = state.evals[0]["eval"]
     after = state.evals[-1]["eval"]
     if after["loss"] >= before["loss"]:
-        ddp.say(world, "warning: the held-out loss did not fall; lower --lr, or train on more text")
+        say("warning: the held-out loss did not fall; lower --lr, or train on more text")
     result = {
         "run": str(run),
         "before": before,
@@ -178,7 +176,7 @@ def finish(job: loop.Job, texts: "Texts", tokenizer) -> dict:
     }
     if world.rank == 0:
         if job.cfg.export:
-            export(job.cfg, lm, tokenizer, run)
+            export(job.cfg, job.model, texts.tokenizer, run)
         checkpoint.write_atomic(run / "result.json", json.dumps(result) + "\n")
     return result
 
@@ -186,12 +184,10 @@ def finish(job: loop.Job, texts: "Texts", tokenizer) -> dict:
 def eval_table(evals: list[dict]) -> str:
     """Evaluations as a table: held-out and guard text, before, during and after."""
     names = [name for name in evals[0]["eval"] if not name.endswith("loss")]
-    titles = [f"{name.replace('_', ' '):>20}" for name in names]
-    lines = ["  ".join(["    step", "    tokens", *titles])]
+    lines = ["    step      tokens" + "".join(f"  {name.replace('_', ' '):>20}" for name in names)]
     for line in evals:
-        scores = [f"{line['eval'][name]:>20.4f}" for name in names]
-        counts = f"{line['step']:>8}", f"{line['tokens']:>10,}"
-        lines.append("  ".join([*counts, *scores]))
+        scores = "".join(f"  {line['eval'][name]:>20.4f}" for name in names)
+        lines.append(f"{line['step']:>8}  {line['tokens']:>10,}{scores}")
     return "\n".join(lines)
 
 
@@ -209,25 +205,20 @@ class Texts:
     guard: data.Tokens | None  # general text, on which forgetting is measured
     samples: list[list[int]]  # beginnings of held-out documents, or prompts of pairs, to complete
     files: list[dict]  # what became of each file
+    tokenizer: object
 
 
 def load_texts(cfg: CptConfig, tokenizer, world: ddp.World) -> Texts:
     """The corpus, split by document, and the guard text. Raises UserError for everything wrong with the files."""
     say = partial(ddp.say, world)
-
-    def read(paths: str, flag: str, template: str) -> corpus.Corpus:
-        cache = Path(cfg.outputs) / "token_cache"
-        options = {"max_length": cfg.max_length, "chat": cfg.chat, "system": cfg.system}
-        return corpus.load(paths, flag, tokenizer, cache, world, say, template=template, **options)
-
-    def cut(documents: corpus.Corpus, rows: np.ndarray) -> data.Tokens:
-        return corpus.segments(documents, rows, tokenizer, cfg.max_length, cfg.cross_document)
-
+    place = tokenizer, Path(cfg.outputs) / "token_cache", world, say
+    options = {"max_length": cfg.max_length, "chat": cfg.chat, "system": cfg.system}
+    cut = partial(corpus.segments, tokenizer=tokenizer, max_length=cfg.max_length, cross_document=cfg.cross_document)
     guard = None
     if cfg.guard_data:
-        general = read(cfg.guard_data, "guard_data", "{text}")
+        general = corpus.load(cfg.guard_data, "guard_data", *place, template="{text}", **options)
         guard = cut(general, np.arange(len(general.sizes)))
-    documents = read(cfg.train_data, "train_data", cfg.text)
+    documents = corpus.load(cfg.train_data, "train_data", *place, template=cfg.text, **options)
     train_rows, val_rows = corpus.split(len(documents.sizes), cfg.val_size, cfg.seed)
     train, val = cut(documents, train_rows), cut(documents, val_rows)
     periodic = val
@@ -235,7 +226,7 @@ def load_texts(cfg: CptConfig, tokenizer, world: ddp.World) -> Texts:
         periodic = cut(documents, spread(val_rows, cfg.eval_rows))
     samples = beginnings(documents, spread(val_rows, cfg.samples))
     say(f"train {len(train.lengths):,} rows, {train.targets.sum():,} tokens to learn; held out {val.targets.sum():,}")
-    return Texts(train, val, periodic, documents.pairs, guard, samples, documents.files)
+    return Texts(train, val, periodic, documents.pairs, guard, samples, documents.files, tokenizer)
 
 
 def write_record(folder: Path, texts: Texts) -> None:
@@ -248,29 +239,31 @@ def write_record(folder: Path, texts: Texts) -> None:
 def spread(rows: np.ndarray, most: int) -> np.ndarray:
     """At most so many of the rows, evenly over all: the first ones would be those of the first file or class."""
     count = min(most, len(rows))
-    return rows[np.arange(count) * len(rows) // max(1, count)]
+    return rows[np.arange(count) * len(rows) // count]
 
 
-def beginnings(documents: corpus.Corpus, rows: np.ndarray, most: int = 32) -> list[list[int]]:
+def beginnings(documents: corpus.Corpus, rows: np.ndarray) -> list[list[int]]:
     """Token ids of the beginning of documents, or of everything before a pair's first answer."""
     tokens = documents.tokens
     prompts = []
     for row in rows:
-        start, stop = tokens.starts[row], tokens.stops[row]
-        end = min(start + most, stop - 1)
+        ids = tokens.row(row)
+        count = min(32, len(ids) - 1)
         if documents.pairs:
-            end = start + int(tokens.learned[start:stop].argmax())
-        prompts.append(tokens.ids[start:end].tolist())
-    return [ids for ids in prompts if ids]  # a pair may have an empty prompt
+            count = tokens.learned[tokens.starts[row] :].argmax()
+        if count:  # a pair may have an empty prompt
+            prompts.append(ids[:count].tolist())
+    return prompts
 
 
-def complete_samples(job: loop.Job, texts: "Texts", tokenizer) -> list[list[str]]:
+def complete_samples(job: loop.Job, texts: Texts) -> list[list[str]]:
     """(prompt, greedy completion of at most 48 tokens) of each sample, for a person to read."""
     if not texts.samples:
         return []
-    options = {"precision": job.precision, "max_new_tokens": 48}
-    completions = language.generate(job.model, tokenizer, texts.samples, **options)
-    return [[tokenizer.decode(ids), text] for ids, text in zip(texts.samples, completions, strict=True)]
+    completions = language.generate(
+        job.model, texts.tokenizer, texts.samples, precision=job.precision, max_new_tokens=48
+    )
+    return [[texts.tokenizer.decode(ids), text] for ids, text in zip(texts.samples, completions, strict=True)]
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
@@ -295,10 +288,9 @@ def check_model(cfg: CptConfig, tokenizer) -> None:
     room = getattr(bare.config, "max_position_embeddings", None)
     if room and cfg.max_length > room:
         raise UserError(f"--max_length {cfg.max_length}: {cfg.base} was made for {room} positions; lower it")
-    if not cfg.rank:
-        return
     try:
-        lora.inject(bare, adapter_of(cfg))
+        if cfg.rank:
+            lora.inject(bare, adapter_of(cfg))
     except ValueError as e:
         saved = f" --modules_to_save {','.join(cfg.modules_to_save)}" if cfg.modules_to_save else ""
         raise UserError(f"--targets {','.join(cfg.targets)}{saved}: {e}") from None
@@ -306,15 +298,10 @@ def check_model(cfg: CptConfig, tokenizer) -> None:
 
 def new_language_model(cfg: CptConfig, world: ddp.World, precision: str):
     """The base to train: whole in fp32, or frozen under an adapter drawn from the seed."""
-    frozen = numerics.weight_dtype(world.device, precision)
-    lm = language.load_language_model(
-        cfg.base,
-        world.device,
-        frozen if cfg.rank else torch.float32,
-        cfg.seed if cfg.random_init else None,
-        cfg.quant,
-        numerics.DTYPES[precision],
-    )
+    dtype = numerics.weight_dtype(world.device, precision) if cfg.rank else torch.float32
+    seed = cfg.seed if cfg.random_init else None
+    compute = numerics.DTYPES[precision]
+    lm = language.load_language_model(cfg.base, world.device, dtype, seed, cfg.quant, compute)
     lm.train()
     if cfg.rank:
         torch.manual_seed(cfg.seed)
@@ -346,8 +333,11 @@ def read_save(save: checkpoint.Save, lm) -> None:
 def whole_config(lm) -> dict:
     """The config.json of a base whose adapter, if it had one, is merged."""
     tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
-    own = {"architectures": [type(lm).__name__], "use_cache": True, "tie_word_embeddings": tied}
-    return {**models.plain_config(lm), **own}
+    return models.plain_config(lm) | {
+        "architectures": [type(lm).__name__],
+        "use_cache": True,
+        "tie_word_embeddings": tied,
+    }
 
 
 def export(cfg: CptConfig, lm, tokenizer, run: Path) -> None:
@@ -361,8 +351,7 @@ def export(cfg: CptConfig, lm, tokenizer, run: Path) -> None:
         lora.inject(lm, adapter_of(cfg))
         trained.read_classifier(checkpoint.trusted(run / "best").folder, lm)
     lora.merge(lm)
-    about = {"exported": str(run)}
-    trained.export(Path(cfg.export), lm, tokenizer, whole_config(lm), dtype, about)
+    trained.export(Path(cfg.export), lm, tokenizer, whole_config(lm), dtype, {"exported": str(run)})
 
 
 if __name__ == "__main__":

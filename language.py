@@ -33,12 +33,11 @@ def load_language_model(
         torch.manual_seed(random_seed)
         lm = models.from_config(AutoModelForCausalLM, base, models.changed_config(base), dtype=dtype)
         lm.get_input_embeddings().register_forward_hook(models.cast_out)
-        return lm.to(device)
-
-    # nf4 is made from the stored weights, which a cast to another dtype would have rounded.
-    lm, missing = models.from_weights(AutoModelForCausalLM, base, "auto" if quant == "nf4" else dtype)
-    models.refuse_missing(base, missing)
-    lm.base_fingerprint = bases.fingerprint(lm)
+    else:
+        # nf4 is made from the stored weights, which a cast to another dtype would have rounded.
+        lm, missing = models.from_weights(AutoModelForCausalLM, base, "auto" if quant == "nf4" else dtype)
+        models.refuse_missing(base, missing)
+        lm.base_fingerprint = bases.fingerprint(lm)
     if quant == "nf4":
         nf4.quantize(lm.base_model, device, compute)
         for p in lm.parameters():
@@ -67,7 +66,7 @@ def vocabulary_head(lm: nn.Module):
 
 def vocabulary_modules(lm: nn.Module) -> tuple[str, ...]:
     """Names of the embedding and the LM head, adapted or not."""
-    ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    ends = lm.get_input_embeddings(), lm.get_output_embeddings()
     return tuple(name for name, module in lm.named_modules() if module in ends)
 
 
@@ -103,8 +102,8 @@ def language_scores(lm, tokens: data.Tokens, world: ddp.World, precision: str, m
 
 def stop_ids(lm, tokenizer) -> set[int]:
     """Tokens that end a completion: EOS of the tokenizer and of the base, and what ends a turn of the chat template."""
-    of_base = lm.generation_config.eos_token_id  # one id, a list of them, or None
-    stops = {tokenizer.eos_token_id, *np.atleast_1d(of_base).tolist()}
+    # The base has one id, a list of them, or None.
+    stops = {tokenizer.eos_token_id, *np.atleast_1d(lm.generation_config.eos_token_id).tolist()}
     if tokenizer.chat_template:
         # An added token right behind an answer ends the turn; a model that learned chats writes it in place of EOS.
         try:
@@ -159,10 +158,10 @@ def complete(
         out = lm.generate(ids, attention_mask=mask, generation_config=settings)
 
     # Rows that end early are padded; what counts ends with the first stop token.
-    completions = []
-    for row in out[:, longest:].tolist():
+    completions = out[:, longest:].tolist()
+    for row in completions:
         end = next((i for i, token in enumerate(row, 1) if token in stops), len(row))
-        completions.append(row[:end])
+        del row[end:]
     return completions
 
 
