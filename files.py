@@ -184,9 +184,9 @@ def decode_bytes_literals(rows: Rows, columns: list[str]) -> int:
     changed = set()
     for i, row in enumerate(rows):
         for column in columns:
-            # what cannot be decoded is ordinary text that merely looks like one
-            with suppress(ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
-                if BYTES.fullmatch(row[column]):
+            if BYTES.fullmatch(row[column]):
+                # what cannot be decoded is ordinary text that merely looks like one
+                with suppress(ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
                     row[column] = ast.literal_eval(row[column]).decode("utf-8")
                     changed.add(i)
     return len(changed)
