@@ -9,6 +9,7 @@ import re
 import sys
 import zlib
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import prompts
@@ -55,8 +56,7 @@ def read_rows(path: str, flag: str) -> Rows:
 
 def format_of(path: str) -> str:
     """The suffix that names a file's format, .gz aside."""
-    name = Path(path.lower())
-    return Path(name.stem).suffix if name.suffix == ".gz" else name.suffix
+    return Path(path.lower().removesuffix(".gz")).suffix
 
 
 def read_text(path: str, where: str) -> str:
@@ -184,13 +184,11 @@ def decode_bytes_literals(rows: Rows, columns: list[str]) -> int:
     changed = set()
     for i, row in enumerate(rows):
         for column in columns:
-            if not BYTES.fullmatch(row[column]):
-                continue
-            try:
-                row[column] = ast.literal_eval(row[column]).decode("utf-8")
-                changed.add(i)
-            except (ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
-                pass  # ordinary text that merely looks like one
+            if BYTES.fullmatch(row[column]):
+                # what cannot be decoded is ordinary text that merely looks like one
+                with suppress(ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
+                    row[column] = ast.literal_eval(row[column]).decode("utf-8")
+                    changed.add(i)
     return len(changed)
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
-from functools import partial
+from itertools import compress
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def find_labels(column: list[str], label_names: tuple[str, ...] = (), where: str
     if empty:
         raise UserError(f"{where}: {len(empty)} rows have an empty label (rows {few(empty)})")
     if label_names:
-        numbers = tuple(str(i) for i in range(len(label_names)))
+        numbers = tuple(map(str, range(len(label_names))))
         if not distinct <= set(label_names) and distinct <= set(numbers):
             return Labels(numbers, label_names)
         return Labels(label_names, label_names)
@@ -103,7 +103,7 @@ def label_sets(cfg, rows: Rows, where: str) -> list[list[str]]:
         numbers = [float(cell) for cell in cells]
         if not set(numbers) <= {0.0, 1.0}:
             raise ValueError
-        return [name for name, number in zip(cfg.label_columns, numbers, strict=True) if number]
+        return compress(cfg.label_columns, numbers)
 
     def of_list(text):
         if not text.startswith("["):
@@ -140,7 +140,7 @@ def encode_numbers(column: list[str], where: str) -> np.ndarray:
 def train_only(rows: Rows, where: str) -> np.ndarray:
     """(N,) bool: the rows marked in column train_only. UserError for odd cells."""
     cells = [row.get(TRAIN_ONLY, "").strip() or "0" for row in rows]
-    return np.array(_parsed(cells, partial(cli.convert, kind=bool), where, "a malformed train_only", "1 or 0"))
+    return np.array(_parsed(cells, lambda cell: cli.convert(cell, bool), where, "a malformed train_only", "1 or 0"))
 
 
 def soft_targets(cfg, rows: Rows, labels: Labels, where: str) -> np.ndarray | None:
@@ -181,7 +181,6 @@ def _parsed(cells, read, where, problem, expected):
         except (ValueError, KeyError, RecursionError):
             wrong.setdefault(f"{cell!r:.60}", []).append(str(number))
     if wrong:
-        count = len(cells) - len(values)
         named = few([f"{cell} in row {few(rows, 3)}" for cell, rows in wrong.items()], 3)
-        raise UserError(f"{where}: {count} rows have {problem} ({named}): expected {expected}")
+        raise UserError(f"{where}: {len(cells) - len(values)} rows have {problem} ({named}): expected {expected}")
     return values

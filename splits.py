@@ -29,10 +29,8 @@ from labelling import Labels
 
 DRAWN = ("balance", "split", "train_start", "train_stop")  # fields of old runs that chose among the rows
 ADDED = {"examples": "example_rows.py", "pseudo_labels": "pseudo_labels.py"}  # those that added rows: what does so now
-NEEDS = {  # what a metric needs of the rows that it is computed on; the others need different numbers
-    "roc_auc": "rows with and without every label",
-    "average_precision": "rows with every label",
-}
+# what a metric needs of the rows that it is computed on; the others need different numbers
+NEEDS = {"roc_auc": "rows with and without every label", "average_precision": "rows with every label"}
 
 
 @dataclass
@@ -171,7 +169,7 @@ def cut(
         for name, script in ADDED.items():
             if old.get(name):
                 raise UserError(f"--resume {recorded}: --{name} moved to runs/{script}; start a new run on its output")
-        if any(old.get(name) for name in DRAWN):
+        if any(map(old.get, DRAWN)):
             return _recorded(rows, val, recorded, old)
     part = _parts(cfg, rows, val)
     dropped = np.count_nonzero(part == "left out")
@@ -204,12 +202,11 @@ def held_out(cfg: TrainConfig, rows: Split) -> np.ndarray:
     """(N,) bool: the rows of the config's fold, or of its hold-out; a function of the data and the split's seed."""
     own = rows.judging()
     groups, seed = groups_of(cfg, own), split_seed(cfg)
+    held = ~rows.train_only
     if cfg.folds:
-        judging = strata.folds(cfg.task, own.labels, cfg.folds, seed, groups) == cfg.fold
+        held[held] = strata.folds(cfg.task, own.labels, cfg.folds, seed, groups) == cfg.fold
     else:
-        judging = strata.hold_out(cfg.task, own.labels, cfg.val_size, seed, groups)
-    held = np.zeros(len(rows.ids), bool)
-    held[~rows.train_only] = judging
+        held[held] = strata.hold_out(cfg.task, own.labels, cfg.val_size, seed, groups)
     return held
 
 
@@ -243,16 +240,16 @@ def _recorded(rows, val, run, old):
     recorded = files.read_rows(str(run / "split.csv"), "resume")
     place = {row["id"]: i for i, row in enumerate(recorded)}
     listed = [i for i, id in enumerate(rows.ids) if id in place]
-    if not len(listed) == len({rows.ids[i] for i in listed}) == len(recorded):
-        raise UserError(
-            f"--resume {run}: its split.csv needs unique ids that --train_data has too: give it the file it began "
-            "with, or start a new run"
-        )
 
     # the old run read these rows alone, in the order of the file they came from: its digest is over all their tokens
     if old.get("split"):
         listed.sort(key=lambda i: place[rows.ids[i]])
     pool = rows.take(listed)
+    if not len(listed) == len(set(pool.ids)) == len(recorded):
+        raise UserError(
+            f"--resume {run}: its split.csv needs unique ids that --train_data has too: give it the file it began "
+            "with, or start a new run"
+        )
     if pool.tokens:
         pool.tokens = data.join_tokens([pool.tokens.row(i) for i in range(len(listed))])
     order = np.argsort([place[id] for id in pool.ids])
@@ -319,10 +316,8 @@ def audit_rows(
 
 def _test_rows(cfg, say):
     """The rows of test_data as far as they can be read: a leak is worth knowing, a missing file is not in the way."""
-    if not cfg.test_data:
-        return []
     try:
-        return _texts(cfg, "test_data")[0]
+        return _texts(cfg, "test_data")[0] if cfg.test_data else []
     except UserError as e:
         say(f"audit: test rows are left out: {e}")
         return []

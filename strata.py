@@ -32,7 +32,7 @@ def folds(
 
     # the rows of each class in a random order, one class after the other, are dealt like cards
     chance = np.random.default_rng([seed, DRAW]).random(len(units))
-    fold = np.zeros(len(units), int)
+    fold = np.empty_like(units)
     fold[np.lexsort((chance, strata))] = units % parts
     return fold
 
@@ -49,7 +49,7 @@ def hold_out(task: str, labels: np.ndarray, val_size: float, seed: int, groups: 
     held = np.zeros(rows, bool)
     if 0 < share < 1:
         held = stratify(strata, [1 - share, share], seed, groups) == 1
-    if held.all() or not held.any():
+    if not 0 < held.sum() < rows:
         raise UserError(
             f"--val_size {val_size:g} of {rows} rows leaves none, or no whole group, to train on or to validate with"
         )
@@ -66,7 +66,7 @@ def of_targets(task: str, labels: np.ndarray) -> np.ndarray:
     if len(counts) <= QUANTILES and counts.min() > 1:
         return stratum
     ranks = np.argsort(np.argsort(labels, kind="stable"))
-    return ranks * min(QUANTILES, max(1, len(labels) // 2)) // len(labels)
+    return ranks * min(QUANTILES, len(labels) // 2) // len(labels)
 
 
 def stratified(labels: np.ndarray, val_size: float, seed: int) -> np.ndarray:
@@ -91,7 +91,7 @@ def stratified(labels: np.ndarray, val_size: float, seed: int) -> np.ndarray:
     # each class's share, rounded down; what is missing goes to the largest remainders, what is too much comes from
     # the smallest
     exact = counts * (total / rows)
-    take = np.clip(np.floor(exact).astype(int), 1, counts - 1)
+    take = np.clip(exact.astype(int), 1, counts - 1)
     step = np.sign(total - take.sum())
     while take.sum() != total:
         allowed = (take + step >= 1) & (take + step < counts)
@@ -122,7 +122,7 @@ def stratify(targets: np.ndarray, shares: list[float], seed: int, groups: np.nda
     unit_of = np.arange(len(targets)) if groups is None else groups
     rows = np.bincount(unit_of)
     count = np.zeros((len(rows), targets.shape[1]))  # (units, C)
-    np.add.at(count, unit_of, targets > 0)
+    np.add.at(count, unit_of, targets)
     order = rng.permutation(len(rows))
     part = np.full(len(rows), -1)
 
@@ -147,8 +147,7 @@ def stratify(targets: np.ndarray, shares: list[float], seed: int, groups: np.nda
             else:
                 by_label = count[unit] * (2 * want - count[unit]) / scale
                 by_rows = rows[unit] * (2 * room - rows[unit]) / len(targets)
-                nearer = by_label.sum(axis=1) + by_rows
-                to = (nearer / shares).argmax()
+                to = ((by_label.sum(axis=1) + by_rows) / shares).argmax()
             deal(unit, to)
 
     for unit in order[np.argsort(-rows[order], kind="stable")]:
