@@ -29,11 +29,9 @@ def score(model, tokens: data.Tokens, world: ddp.World, precision: str, max_toke
     """
     was_training, started = model.training, time.perf_counter()
     model.eval()
-    batches = data.pack_by_length(tokens.lengths, max_tokens)
-    device = world.device
+    batches, device = data.pack_by_length(tokens.lengths, max_tokens), world.device
     if seconds:
-        batches = batches[::-1]
-        device = torch.device("cpu")  # scores are fetched at once: the clock must wait for the GPU
+        batches, device = batches[::-1], "cpu"  # scores are fetched at once: the clock must wait for the GPU
     scored = [np.zeros(0, np.int64)]
     logits = [torch.zeros(0, model.outputs, device=device)]
     for rows in batches[world.rank :: world.size]:

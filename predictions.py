@@ -78,19 +78,17 @@ def time_left(limit: float, members: int = 1) -> float:
 
 def class_shares(path: Path, labels: Labels) -> Array:
     """(C,) shares of the training rows of a run that have each label, or a regression's mean; equal ones without it."""
-    file, classes, shares = path / "labels.json", max(1, len(labels.values)), None
-    if file.is_file():
-        shares = checkpoint.load_json(file).get("shares")
-    return np.array(shares or [1 / classes] * classes)
+    file, classes = path / "labels.json", max(1, len(labels.values))
+    stored = checkpoint.load_json(file) if file.is_file() else {}
+    return np.array(stored.get("shares") or [1 / classes] * classes)
 
 
 def prior_logits(task: str, shares: Array) -> Array:
     """(C,) logits whose softmax (multi_label: sigmoid) equals these shares; a regression's mean as it is."""
-    logits, p = shares, np.clip(shares, 1e-6, 1 - 1e-6)
-    if task != "regression":
-        logits = np.log(p)
+    p = np.clip(shares, 1e-6, 1 - 1e-6)
+    logits = shares if task == "regression" else np.log(p)
     if task == "multi_label":
-        logits = logits - np.log1p(-p)
+        logits -= np.log1p(-p)
     return logits.astype(np.float32)
 
 
@@ -204,10 +202,9 @@ def write_predictions(path: Path, val: Split, task: str, logits: Array, labels: 
         return [json.dumps(own, ensure_ascii=False) for own in answers] if task == "multi_label" else answers
 
     predicted, _ = trained.decided(task, None, logits)
-    if not labels.values:
-        logits = logits[:, :0]  # a regression's prediction is its output
+    scores = logits[:, : len(labels.values)].tolist()  # a regression's prediction is its output
     header = ["id", "label", "prediction", *(f"logit_{value}" for value in labels.values)]
-    columns = zip(val.ids, cells(val.labels), cells(predicted), logits.tolist(), strict=True)
+    columns = zip(val.ids, cells(val.labels), cells(predicted), scores, strict=True)
     checkpoint.write_atomic(path, csv_text([header, *([*row, *scores] for *row, scores in columns)]))
 
 
@@ -223,6 +220,6 @@ def keep_previous(out: Path, overwrite: bool) -> None:
     if not out.exists() or overwrite:
         return
     names = (out.with_name(f"{out.name}.previous{number or ''}") for number in itertools.count())
-    kept = next(name for name in names if not name.exists())
+    kept = next(itertools.filterfalse(Path.exists, names))
     shutil.copyfile(out, kept)
     print(f"{out} existed: it is kept as {kept}")
