@@ -1,6 +1,5 @@
 """Runs that start from other runs (--init_from): what they take over, and whether their validation rows are unseen."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import audit
@@ -79,7 +78,7 @@ def _normal_texts(cfg, part):
     return {audit.normal_form(text) for text in splits.texts(cfg, part.rows)}
 
 
-def chain_table(cfg: TrainConfig, result: dict, say: Callable) -> list[dict]:
+def chain_table(cfg: TrainConfig, result: dict, say) -> list[dict]:
     """The runs that a run started from one after the other, and itself: rows and metrics, printed as a table."""
     kept = {"run": "", "train_data": "", "train_rows": 0, "metrics": {}}
     links = []

@@ -44,12 +44,11 @@ def prompted(cfg: TrainConfig, tokenizer) -> TrainConfig:
     """
     try:
         prompt = prompts.find(cfg.prompt)
-        text, words = prompts.as_text(prompt, tokenizer), cfg.label_words
+        text = prompts.as_text(prompt, tokenizer)
     except ValueError as e:
         raise UserError(f"--prompt {cfg.prompt}: {e}") from None
-    if cfg.head == "label_words":
-        words = words or prompt.words
-    return replace(cfg, text=text, kept=cfg.kept or prompt.kept, label_words=words)
+    words = prompt.words if cfg.head == "label_words" else ()
+    return replace(cfg, text=text, kept=cfg.kept or prompt.kept, label_words=cfg.label_words or words)
 
 
 def _head_of(cfg, labels, tokenizer):
