@@ -1,6 +1,5 @@
 """Runs that start from other runs (--init_from): what they take over, and whether their validation rows are unseen."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import audit
@@ -79,19 +78,17 @@ def _normal_texts(cfg, part):
     return {audit.normal_form(text) for text in splits.texts(cfg, part.rows)}
 
 
-def chain_table(cfg: TrainConfig, result: dict, say: Callable) -> list[dict]:
+def chain_table(cfg: TrainConfig, result: dict, say) -> list[dict]:
     """The runs that a run started from one after the other, and itself: rows and metrics, printed as a table."""
+    kept = {"run": "", "train_data": "", "train_rows": 0, "metrics": {}}
     links = []
     for run in chain(cfg.init_from):
         known = checkpoint.load_json(run / "result.json") if checkpoint.finished(run) else {}
-        links.append({"run": str(run), "train_data": trained.run_facts(run)[0].train_data, **known})
-    links.append({"train_data": cfg.train_data, **result})
-    names = [
-        name for name in dict.fromkeys((cfg.metric, "accuracy", "roc_auc", "log_loss")) if name in result["metrics"]
-    ]
+        links.append({**kept, "run": str(run), "train_data": trained.run_facts(run)[0].train_data, **known})
+    links.append({**kept, "train_data": cfg.train_data, **result})
+    names = [key for key in dict.fromkeys((cfg.metric, "accuracy", "roc_auc", "log_loss")) if key in result["metrics"]]
     say(f"{'rows':>9} " + " ".join(f"{name:>10}" for name in names) + "  run")
     for link in links:
-        scores = [link.get("metrics", {}).get(name, float("nan")) for name in names]
-        say(f"{link.get('train_rows', 0):>9,} " + " ".join(f"{score:10.4f}" for score in scores) + f"  {link['run']}")
-    kept = {"run": "", "train_data": "", "train_rows": 0, "metrics": {}}
-    return [{name: link.get(name, default) for name, default in kept.items()} for link in links]
+        scores = [link["metrics"].get(name, float("nan")) for name in names]
+        say(f"{link['train_rows']:>9,} " + " ".join(f"{score:10.4f}" for score in scores) + f"  {link['run']}")
+    return [{name: link[name] for name in kept} for link in links]

@@ -29,11 +29,9 @@ def score(model, tokens: data.Tokens, world: ddp.World, precision: str, max_toke
     """
     was_training, started = model.training, time.perf_counter()
     model.eval()
-    batches = data.pack_by_length(tokens.lengths, max_tokens)
-    device = world.device
+    batches, device = data.pack_by_length(tokens.lengths, max_tokens), world.device
     if seconds:
-        batches = batches[::-1]
-        device = torch.device("cpu")  # scores are fetched at once: the clock must wait for the GPU
+        batches, device = batches[::-1], "cpu"  # scores are fetched at once: the clock must wait for the GPU
     scored = [np.zeros(0, np.int64)]
     logits = [torch.zeros(0, model.outputs, device=device)]
     for rows in batches[world.rank :: world.size]:
@@ -87,21 +85,16 @@ def by_value(cfg: TrainConfig, column: str, rows: list, logits: Array, targets: 
 # ---- before hours are spent -----------------------------------------------------------------------------------------
 
 
-def _sample(rows, known):
-    """Indices of a few of so many rows: spread over the input, and the first of every class where labels are known."""
-    chosen = np.linspace(0, rows - 1, min(16, rows)).astype(int)
-    if known is None or known.ndim > 1:
-        return chosen
-    _, first = np.unique(known, return_index=True)
-    return np.union1d(chosen, first[:8])
-
-
 def preflight(run, rows: files.Rows, known: Array | None, max_tokens: int) -> str:
     """Score a few rows before all of them; returns how far the adapter moves them, and how long all rows will take.
 
     Raises Degenerate where scores are not finite, do not depend on the row, or the adapter does not move them.
     """
-    chosen = _sample(len(rows), known)
+    # A few rows: spread over the input, and the first of every class where labels are known.
+    chosen = np.linspace(0, len(rows) - 1, min(16, len(rows))).astype(int)
+    if known is not None and known.ndim == 1:
+        _, first = np.unique(known, return_index=True)
+        chosen = np.union1d(chosen, first[:8])
     few = [rows[i] for i in chosen]
     run.logits(few[:1], max_tokens)  # warms up
     started = time.perf_counter()
@@ -136,7 +129,7 @@ def weak_tokens(model, tokenizer, tokens: data.Tokens) -> str:
     """
     table = getattr(model, "backbone", model).get_input_embeddings()
     weight = getattr(table, "base_layer", table).weight  # below an adapter
-    used = torch.from_numpy(np.unique(tokens.ids).astype(np.int64))
+    used = torch.from_numpy(np.unique(tokens.ids))
     norms = weight[used].float().norm(dim=1).cpu()
     damaged = ~norms.isfinite()
     wrong = damaged if damaged.any() else norms <= 0.01 * norms.median()

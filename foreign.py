@@ -33,7 +33,7 @@ SAME = "prompt text label_column id_column head label_words quant max_length".sp
 
 def given_model(cfg) -> Given:
     """The classifier that --base and --adapter name. Raises UserError for what does not fit together."""
-    adapter, folder, shapes = None, None, None
+    adapter = folder = shapes = None
     if cfg.adapter:
         folder = bases.find_adapter(cfg.adapter)
         adapter, shapes = adapter_header(folder)
@@ -66,9 +66,9 @@ def load_given(given: Given, world: ddp.World, precision: str = "auto", quant: s
     Raises UserError when a part of the head is nowhere, Untrusted for an adapter that holds no usable values.
     """
     precision, _ = numerics.choose_precision(precision, world.device)
-    cfg, labels, tokenizer = replace(given.config, quant=quant or given.config.quant), given.labels, given.tokenizer
+    cfg = replace(given.config, quant=quant or given.config.quant)
     adapter, path, report = given.adapter, given.folder or Path(cfg.base), "no adapter: the base alone"
-    model = trained.new_classifier(cfg, labels, tokenizer, world.device, precision, adapter)
+    model = trained.new_classifier(cfg, given.labels, given.tokenizer, world.device, precision, adapter)
     missing = [name for name in model.fresh if not (adapter and lora.within(name, adapter.saved))]
     if missing:
         remedy = "train a head with train.py, or score words with --head label_words"
@@ -77,7 +77,7 @@ def load_given(given: Given, world: ddp.World, precision: str = "auto", quant: s
     if adapter:
         report = load_adapter(path, adapter, model, cfg.base)
     ddp.say(world, report)
-    return trained.Run(path, cfg, labels, model, tokenizer, world, precision, (path,))
+    return trained.Run(path, cfg, given.labels, model, given.tokenizer, world, precision, (path,))
 
 
 def _base_mismatch(adapter, base):
@@ -85,17 +85,16 @@ def _base_mismatch(adapter, base):
 
     Every part of that name (qwen2.5, 0.5b, instruct) should occur somewhere in the given base's path.
     """
-    if not adapter or not adapter.base:
-        return ""
     path = re.sub(r"[^a-z0-9.]", "", base.lower())
     parts = re.findall(r"[a-z0-9.]+", Path(adapter.base).name.lower())
-    foreign = [part for part in parts if part not in path]
-    return f"the adapter was trained on {adapter.base}, not on {base}" if foreign else ""
+    if all(part in path for part in parts):
+        return ""
+    return f"the adapter was trained on {adapter.base}, not on {base}"
 
 
 def refuse_other_base(given: Given) -> None:
     """Raise Degenerate where an adapter seems to be another model's."""
-    mismatch = _base_mismatch(given.adapter, given.config.base)
+    mismatch = given.adapter and _base_mismatch(given.adapter, given.config.base)
     if mismatch:
         raise Degenerate(f"{mismatch}: nothing was scored (--force where it is the same model by another name)")
 
@@ -114,8 +113,7 @@ def load_adapter(folder: Path, adapter: lora.Adapter, model, base: str) -> str:
 
     Raises Untrusted when it does not fit or was never trained.
     """
-    report = trained.read_classifier(folder, model)
-    report = f"adapter {folder} (r {adapter.rank}, alpha {adapter.alpha:g}): {report}"
+    report = f"adapter {folder} (r {adapter.rank}, alpha {adapter.alpha:g}): {trained.read_classifier(folder, model)}"
     layers = lora.adapters(model).values()
     idle = sum(layer.idle() for layer in layers)
     if idle == len(layers):

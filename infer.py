@@ -60,11 +60,11 @@ def main(argv: list[str]) -> dict:
 
     # The rows, in the order of the input, with their labels where the file has them.
     source = cfg.input or train_cfg.test_data
-    if not source and not cfg.export:
-        raise UserError(f"{path} names no test_data: give the rows to predict with --input FILE")
-    rows, ids = [], []
+    rows = []
     if source:
         rows, ids = predictions.read_input(cfg, train_cfg, source, files.template_columns(train_cfg.text), say)
+    elif not cfg.export:
+        raise UserError(f"{path} names no test_data: give the rows to predict with --input FILE")
     if cfg.export:
         return _export(cfg, path, load, world, rows[:16])
     known = predictions.known_labels(rows, train_cfg, labels, say)

@@ -21,7 +21,6 @@ import metrics
 import tables
 import trained
 from errors import Degenerate, UserError, few
-from files import Rows
 from labelling import Labels
 from metrics import Array
 from splits import Split
@@ -29,7 +28,7 @@ from splits import Split
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def read_input(cfg, train_cfg, source: str, columns: list[str], say) -> tuple[Rows, list[str]]:
+def read_input(cfg, train_cfg, source: str, columns: list[str], say) -> tuple[files.Rows, list[str]]:
     """(rows, ids) of the file to predict, up to --limit. Raises UserError unless every row has all columns."""
     rows = files.read_rows(source, "input")[: cfg.limit or None]
     files.need_columns(rows, [name for name in (*columns, cfg.by_column) if name], source, "input")
@@ -43,7 +42,7 @@ def read_input(cfg, train_cfg, source: str, columns: list[str], say) -> tuple[Ro
     return rows, [row.get(train_cfg.id_column, str(i)) for i, row in enumerate(rows)]
 
 
-def known_labels(rows: Rows, train_cfg, labels: Labels, say) -> Array | None:
+def known_labels(rows: files.Rows, train_cfg, labels: Labels, say) -> Array | None:
     """The targets of the rows where every row has labels of this run, else None.
 
     multi_label: labels that the run does not know are left out of their rows, and named in a warning.
@@ -78,19 +77,17 @@ def time_left(limit: float, members: int = 1) -> float:
 
 def class_shares(path: Path, labels: Labels) -> Array:
     """(C,) shares of the training rows of a run that have each label, or a regression's mean; equal ones without it."""
-    file, classes, shares = path / "labels.json", max(1, len(labels.values)), None
-    if file.is_file():
-        shares = checkpoint.load_json(file).get("shares")
-    return np.array(shares or [1 / classes] * classes)
+    file, classes = path / "labels.json", max(1, len(labels.values))
+    stored = checkpoint.load_json(file) if file.is_file() else {}
+    return np.array(stored.get("shares") or [1 / classes] * classes)
 
 
 def prior_logits(task: str, shares: Array) -> Array:
     """(C,) logits whose softmax (multi_label: sigmoid) equals these shares; a regression's mean as it is."""
-    logits, p = shares, np.clip(shares, 1e-6, 1 - 1e-6)
-    if task != "regression":
-        logits = np.log(p)
+    p = np.clip(shares, 1e-6, 1 - 1e-6)
+    logits = shares if task == "regression" else np.log(p)
     if task == "multi_label":
-        logits = logits - np.log1p(-p)
+        logits -= np.log1p(-p)
     return logits.astype(np.float32)
 
 
@@ -118,7 +115,7 @@ def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, w
 
     # Rows that were left out get the class frequencies of the training rows, once the others have been checked.
     late = np.isnan(logits).any(axis=1) & bool(cfg.time_limit)
-    unscored = np.flatnonzero(late)
+    unscored = [[ids[i]] for i in np.flatnonzero(late)]
     reason = evaluate.degenerate(logits[~late])
     logits[late] = prior_logits(task, shares)
     say(tables.distribution(logits, labels.names, task))
@@ -131,9 +128,7 @@ def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, w
         say(f"--by_column {cfg.by_column}: the rows have no labels, so there are no metrics")
     if known is not None and np.isfinite(logits).all():
         say(tables.summary(task, logits, known, labels.names))
-        ways = {"metrics": None}
-        if decision and decision.thresholds:
-            ways = {"metrics": predicted, "undecided": None}
+        ways = {"metrics": predicted, "undecided": None} if decision and decision.thresholds else {"metrics": None}
         for name, way in ways.items():
             scores = metrics.of_task(task, logits, known, predicted=way)
             result[name] = {score: round(value, 6) for score, value in scores.items()}
@@ -145,14 +140,13 @@ def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, w
     # One rank writes; calibration has nothing to say about rows that were not scored. A regression's output is written
     # as it is, neither cut to a range nor rounded: ranks would be lost.
     if world.rank == 0:
-        if task != "regression":
-            probabilities[late] = shares
+        probabilities[late] = shares  # a regression's have no columns
         answers = labelling.answers(task, predicted, labels)
         if task == "multi_label" and not cfg.output.endswith(".jsonl"):  # there it is a list
             answers = [train_cfg.label_delimiter.join(own) for own in answers]
         ranking = as_probability(cfg, train_cfg, labels)
         write_records(cfg, train_cfg.id_column, labels, ids, answers, probabilities.tolist(), ranking)
-        write_lines(cfg, "unscored", ["id"], [[ids[i]] for i in unscored])
+        write_lines(cfg, "unscored", ["id"], unscored)
     return result
 
 
@@ -177,11 +171,8 @@ def write_records(cfg, id_column: str, labels: Labels, ids, answers, shares, pro
         header = [id_column, "prediction", *(f"probability_{value}" for value in labels.values)]
         table = [[id_, answer, *share] for id_, answer, share in zip(ids, answers, shares, strict=True)]
     out = Path(cfg.output)
-    if out.suffix == ".jsonl":
-        lines = [json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) + "\n" for row in table]
-        text = "".join(lines)
-    else:
-        text = csv_text([header, *table])
+    lines = (json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) + "\n" for row in table)
+    text = "".join(lines) if out.suffix == ".jsonl" else csv_text([header, *table])
     keep_previous(out, cfg.overwrite)
     checkpoint.write_atomic(out, text)
     print(f"wrote {len(table):,} predictions to {out}")
@@ -204,16 +195,15 @@ def write_predictions(path: Path, val: Split, task: str, logits: Array, labels: 
         return [json.dumps(own, ensure_ascii=False) for own in answers] if task == "multi_label" else answers
 
     predicted, _ = trained.decided(task, None, logits)
-    if not labels.values:
-        logits = logits[:, :0]  # a regression's prediction is its output
+    scores = logits[:, : len(labels.values)].tolist()  # a regression's prediction is its output
     header = ["id", "label", "prediction", *(f"logit_{value}" for value in labels.values)]
-    columns = zip(val.ids, cells(val.labels), cells(predicted), logits.tolist(), strict=True)
+    columns = zip(val.ids, cells(val.labels), cells(predicted), scores, strict=True)
     checkpoint.write_atomic(path, csv_text([header, *([*row, *scores] for *row, scores in columns)]))
 
 
 def csv_text(lines) -> str:
     """Lines of cells as CSV."""
-    out = io.StringIO(newline="")
+    out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(lines)
     return out.getvalue()
 
@@ -223,6 +213,6 @@ def keep_previous(out: Path, overwrite: bool) -> None:
     if not out.exists() or overwrite:
         return
     names = (out.with_name(f"{out.name}.previous{number or ''}") for number in itertools.count())
-    kept = next(name for name in names if not name.exists())
+    kept = next(itertools.filterfalse(Path.exists, names))
     shutil.copyfile(out, kept)
     print(f"{out} existed: it is kept as {kept}")

@@ -44,12 +44,11 @@ def prompted(cfg: TrainConfig, tokenizer) -> TrainConfig:
     """
     try:
         prompt = prompts.find(cfg.prompt)
-        text, words = prompts.as_text(prompt, tokenizer), cfg.label_words
+        text = prompts.as_text(prompt, tokenizer)
     except ValueError as e:
         raise UserError(f"--prompt {cfg.prompt}: {e}") from None
-    if cfg.head == "label_words":
-        words = words or prompt.words
-    return replace(cfg, text=text, kept=cfg.kept or prompt.kept, label_words=words)
+    words = prompt.words if cfg.head == "label_words" else ()
+    return replace(cfg, text=text, kept=cfg.kept or prompt.kept, label_words=cfg.label_words or words)
 
 
 def _head_of(cfg, labels, tokenizer):
@@ -94,16 +93,13 @@ def check_model(cfg: TrainConfig, labels: Labels, tokenizer, adapter=None, shape
     _adapt(bare, cfg, adapter, shapes)
 
 
-def new_classifier(
-    cfg: TrainConfig, labels: Labels, tokenizer, device: torch.device, precision: str, adapter=None
-) -> Classifier:
+def new_classifier(cfg: TrainConfig, labels: Labels, tokenizer, device, precision: str, adapter=None) -> Classifier:
     """The classifier that a config describes, with fresh adapters and head drawn from its seed, on its device.
 
     adapter: one read from a file, instead of the config's.
     """
     head, dtype = _head_of(cfg, labels, tokenizer), numerics.weight_dtype(device, precision)
-    quant = cfg.quant, numerics.DTYPES[precision]
-    model = models.load_classifier(cfg.base, head, device, dtype, *quant, cfg.seed)
+    model = models.load_classifier(cfg.base, head, device, dtype, cfg.quant, numerics.DTYPES[precision], cfg.seed)
     _adapt(model, cfg, adapter)  # what the base lacks of a head is known now, and trained whole
     return model
 
@@ -237,16 +233,14 @@ class Run:
         end = time.perf_counter() + seconds
         cfg = self.config
         tokens, report = data.tokenize(self.tokenizer, cfg.text, rows, cfg.max_length, cfg.kept, cfg.budgets)
-        scores, share = [], 0.0
+        scores = []
         for done, save in enumerate(self.saves):
             if len(self.saves) > 1:  # they take turns in one model; a single save stays loaded, and may be merged
                 read_classifier(save, self.model)
-            if seconds:
-                share = max(1e-3, (end - time.perf_counter()) / (len(self.saves) - done))
+            share = seconds and max(1e-3, (end - time.perf_counter()) / (len(self.saves) - done))
             scores.append(evaluate.score(self.model, tokens, self.world, self.precision, max_tokens, share))
         reached = np.isfinite(scores) if seconds else True
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of rows that no save reached: their mean is NaN
+        with warnings.catch_warnings(action="ignore"):  # of rows that no save reached: their mean is NaN
             return np.mean(scores, axis=0, dtype=np.float32, where=reached), report
 
     def predict(self, texts: list, max_tokens: int = 8192) -> list[dict]:
@@ -292,8 +286,7 @@ def members(path: Path) -> dict[str, Path]:
     config = checkpoint.load_json(path / "config.json")
     names = [f"seed_{seed}" for seed in config.get("seeds", ())] or [""]
     if config.get("fold") == "all":
-        folds = range(config["folds"])
-        names = [f"{name}_fold_{fold}".strip("_") for name in names for fold in folds] or names
+        names = [f"{name}_fold_{fold}".strip("_") for name in names for fold in range(config["folds"])] or names
     return {name: path / name for name in names}
 
 
