@@ -91,10 +91,10 @@ def _conflicts(groups, labels):
 
 def _leaks(groups, splits):
     """The groups of rows that are in both of two splits, by their names."""
-    leaks = {}
-    for pair in combinations(SPLITS, 2):
-        leaks["-".join(pair)] = [group for group in groups if {splits[row] for row in group}.issuperset(pair)]
-    return leaks
+    return {
+        "-".join(pair): [group for group in groups if {splits[row] for row in group}.issuperset(pair)]
+        for pair in combinations(SPLITS, 2)
+    }
 
 
 def _several(label):
@@ -183,8 +183,7 @@ def _candidates(signatures, width):
 
 def _jaccard(a, b):
     """The similarity of two sets of hashes, each sorted."""
-    nearest = b.take(np.searchsorted(b, a), mode="clip")
-    common = np.count_nonzero(nearest == a)
+    common = np.count_nonzero(b.take(np.searchsorted(b, a), mode="clip") == a)
     return common / (len(a) + len(b) - common)
 
 
@@ -253,14 +252,13 @@ def warnings_of(findings: Findings, labels: list, splits: list[str], rows_of: li
         """Up to three rows, by name and label; those that differ in split or label come first."""
         different = {(splits[row], frozenset(_several(labels[row]))): row for row in reversed(group)}
         rows = dict.fromkeys([*sorted(different.values()), *group])
-        shown = []
-        for row in list(rows)[:3]:
-            shown.append(rows_of[row] if labels[row] is None else f"{rows_of[row]} ({_shown(labels[row])})")
-        return ", ".join(shown)
+        return ", ".join(
+            rows_of[row] if labels[row] is None else f"{rows_of[row]} ({_shown(labels[row])})" for row in list(rows)[:3]
+        )
 
     lines = []
     for groups, finding, advice in kinds:
-        examples = [examples_of(group) for group in groups[:3]]
+        examples = list(map(examples_of, groups[:3]))
         if len(groups) > 3:
             examples.append(f"and {len(groups) - 3:,} more")
         noun = "group" if len(groups) == 1 else "groups"
