@@ -33,7 +33,8 @@ def scores(
     score = metrics.scorer(task, logits, labels, predicted, ranking=False)(np.ones(len(labels)))
     names, sure, right = ["micro_f1", "macro_f1"], p.ravel(), labels.ravel()
     if task == "single_label":
-        names, sure, right = ["accuracy"], p.max(axis=1), p.argmax(axis=1) == labels
+        names = ["accuracy"]
+        sure, right = p.max(axis=1), p.argmax(axis=1) == labels
         if p.shape[1] == 2:
             names.append("f1")
     score |= {"f1": score["f1"][-1], "brier": metrics.brier(p, labels), "ece": metrics.ece(sure, right)}

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 Array = np.ndarray
-Scores = dict[str, float]  # by name
+Scores = dict[str, float]  # by the metric's name
 
 RANKING = ("roc_auc", "average_precision")  # metrics that sort all rows
 LOWER = "log_loss hamming_loss mse rmse mae".split()  # metrics of which less is better
@@ -145,10 +145,9 @@ def _ranker(scores, positive):
         hits = np.add.reduceat(weights * positive, starts)
         misses = rows - hits
         above = hits.cumsum()
-        precision = ratio(above, rows.cumsum())
         with np.errstate(invalid="ignore"):
             auc = (misses * (above - hits / 2)).sum() / (hits.sum() * misses.sum())
-            return auc, (hits / hits.sum() * precision).sum()
+            return auc, (hits / hits.sum() * ratio(above, rows.cumsum())).sum()
 
     return of_weights
 
