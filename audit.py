@@ -15,12 +15,12 @@ Pairs worth comparing share a band of their MinHash signatures (Leskovec, Rajara
   one in 100. width is 32, or as many as take WORK characters where the texts are few.
 """
 
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
+from unicodedata import normalize
 
 import numpy as np
 
@@ -55,8 +55,8 @@ class Findings:
 
 def normal_form(text: str) -> str:
     """NFKC, casefolded, each run of white space one space and none at the ends."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(unicodedata.normalize("NFKC", folded).split())
+    folded = normalize("NFKC", text).casefold()
+    return " ".join(normalize("NFKC", folded).split())
 
 
 def audit(texts: list[str], labels: list, splits: list[str], near: bool = True) -> Findings:
@@ -81,20 +81,19 @@ def audit(texts: list[str], labels: list, splits: list[str], near: bool = True) 
 
 def _conflicts(groups, labels):
     """The groups of rows that have two or more labels."""
-    conflicts = []
-    for group in groups:
-        different = {frozenset(_several(labels[row])) for row in group if labels[row] is not None}
-        if len(different) > 1:
-            conflicts.append(group)
-    return conflicts
+
+    def differ(group):
+        return len({frozenset(_several(labels[row])) for row in group if labels[row] is not None}) > 1
+
+    return list(filter(differ, groups))
 
 
 def _leaks(groups, splits):
     """The groups of rows that are in both of two splits, by their names."""
-    leaks = {}
-    for pair in combinations(SPLITS, 2):
-        leaks["-".join(pair)] = [group for group in groups if {splits[row] for row in group}.issuperset(pair)]
-    return leaks
+    return {
+        "-".join(pair): [group for group in groups if {splits[row] for row in group}.issuperset(pair)]
+        for pair in combinations(SPLITS, 2)
+    }
 
 
 def _several(label):
@@ -109,7 +108,8 @@ def _near(texts):
     signatures = _signatures(texts)
     sketch = signatures.T.astype(np.uint8, order="C")  # b-bit minwise hashing (Li, König 2010)
     width = max(WIDTH, WORK // sum(map(len, texts)))
-    group_of, vain = np.arange(len(texts)), np.zeros(len(texts))
+    group_of = np.arange(len(texts))
+    vain = np.zeros(len(texts))
     members = {row: [row] for row in range(len(texts))}
 
     @cache
@@ -183,8 +183,7 @@ def _candidates(signatures, width):
 
 def _jaccard(a, b):
     """The similarity of two sets of hashes, each sorted."""
-    nearest = b.take(np.searchsorted(b, a), mode="clip")
-    common = np.count_nonzero(nearest == a)
+    common = np.count_nonzero(b.take(np.searchsorted(b, a), mode="clip") == a)
     return common / (len(a) + len(b) - common)
 
 
@@ -202,7 +201,7 @@ def label_counts(labels: list, splits: list[str], names: Sequence) -> str:
         for name in _several("(unlabelled)" if label is None else label) or ["(no label)"]:
             counts.setdefault(name, Counter())[split] += 1
 
-    columns = [split for split in SPLITS if total[split]]
+    columns = [split for split in SPLITS if split in total]
     rows = [["", *columns]]
     sizes = []
     for name, count in sorted(counts.items(), key=lambda item: -item[1].total()):
@@ -253,14 +252,13 @@ def warnings_of(findings: Findings, labels: list, splits: list[str], rows_of: li
         """Up to three rows, by name and label; those that differ in split or label come first."""
         different = {(splits[row], frozenset(_several(labels[row]))): row for row in reversed(group)}
         rows = dict.fromkeys([*sorted(different.values()), *group])
-        shown = []
-        for row in list(rows)[:3]:
-            shown.append(rows_of[row] if labels[row] is None else f"{rows_of[row]} ({_shown(labels[row])})")
-        return ", ".join(shown)
+        return ", ".join(
+            rows_of[row] if labels[row] is None else f"{rows_of[row]} ({_shown(labels[row])})" for row in list(rows)[:3]
+        )
 
     lines = []
     for groups, finding, advice in kinds:
-        examples = [examples_of(group) for group in groups[:3]]
+        examples = list(map(examples_of, groups[:3]))
         if len(groups) > 3:
             examples.append(f"and {len(groups) - 3:,} more")
         noun = "group" if len(groups) == 1 else "groups"

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 import metrics
-from metrics import Array
+from metrics import Array, Scores
 
 TASKS = ("single_label", "multi_label")
 KINDS = "none global per_class given".split()  # of thresholds; given: the user's, by `Decision.with_threshold`
@@ -22,24 +22,23 @@ def probabilities(task: str, logits: Array) -> Array:
     return np.exp(metrics.log_sigmoid(logits))
 
 
-def scores(task: str, logits: Array, predicted: Array, labels: Array) -> dict[str, float]:
+def scores(
+    task: str,
+    logits: Array,
+    predicted: Array,
+    labels: Array,
+) -> Scores:
     """What a decision can change: metrics of predictions and calibrated logits (N, C). f1: of class 1 of two."""
     p = probabilities(task, logits)
     score = metrics.scorer(task, logits, labels, predicted, ranking=False)(np.ones(len(labels)))
-    if task == "multi_label":
-        plain = {name: score[name] for name in ("micro_f1", "macro_f1")}
-        calibration = metrics.ece(p.ravel(), labels.ravel())
-    else:
-        plain = {"accuracy": score["accuracy"]}
-        calibration = metrics.ece(p.max(axis=1), p.argmax(axis=1) == labels)
+    names, sure, right = ["micro_f1", "macro_f1"], p.ravel(), labels.ravel()
+    if task == "single_label":
+        names = ["accuracy"]
+        sure, right = p.max(axis=1), p.argmax(axis=1) == labels
         if p.shape[1] == 2:
-            plain["f1"] = score["f1"][1]
-    plain |= {
-        "log_loss": score["log_loss"],
-        "brier": metrics.brier(p, labels),
-        "ece": calibration,
-    }
-    return {name: float(value) for name, value in plain.items()}
+            names.append("f1")
+    score |= {"f1": score["f1"][-1], "brier": metrics.brier(p, labels), "ece": metrics.ece(sure, right)}
+    return {name: float(score[name]) for name in (*names, "log_loss", "brier", "ece")}
 
 
 # ---- thresholds for F1 ----------------------------------------------------------------------------------------------
@@ -65,8 +64,7 @@ def fit_thresholds(log_odds: Array, targets: Array, kind: str) -> Array:
     if kind == "per_class":
         for c in np.flatnonzero(targets.sum(axis=0) >= LEAST):
             best[c] = best_f1(log_odds[:, c], targets[:, c])
-    halves = np.log(np.maximum(best, 1e-300) / (2 - best))
-    return np.where(best > 0, halves, NEVER)
+    return np.where(best > 0, np.log(np.maximum(best, 1e-300) / (2 - best)), NEVER)
 
 
 # ---- calibration ----------------------------------------------------------------------------------------------------
@@ -132,7 +130,7 @@ def fit_platt(scores: Array, targets: Array) -> tuple[float, float]:
         step = -np.linalg.solve(hessian + 1e-12 * np.eye(2), gradient)
         value = loss(line)
         while np.abs(step).max() > 1e-12 and loss(line + step) > value + 1e-4 * (gradient @ step):
-            step = step / 2
-        line = line + step
+            step /= 2
+        line += step
     slope, shift = line
     return slope / scale, shift - slope * centre / scale

@@ -16,7 +16,7 @@ import numpy as np
 
 import calibrate
 import metrics
-from metrics import Array
+from metrics import Array, Scores
 
 FOLDS = 5  # of the rows, for scores that no row's own label had a part in
 
@@ -37,14 +37,13 @@ class Decision:
     platt: list[list[float]]  # [a, b]: probability = sigmoid(a * z + b)
     fitted_on: str  # which rows, in words
     rows: int  # how many
-    scores: dict[str, dict[str, float]]  # before and after, on those same rows, where the thresholds look too good
+    scores: dict[str, Scores]  # before and after, on those same rows, where the thresholds look too good
 
     def __post_init__(self):
         multi = self.task == "multi_label"
         lines = self.classes if multi else int(self.classes == 2)
         cuts = lines if multi or self.thresholds else 0
         numbers = [self.temperature, *chain(self.thresholds, *self.platt, *map(dict.values, self.scores.values()))]
-        finite = [type(number) in (int, float) and math.isfinite(number) for number in numbers]
         pairs = [len(line) == 2 and line[0] > 0 for line in self.platt]
         rules = [  # field, whether it is right, what is expected
             ("task", self.task in calibrate.TASKS, f"one of {', '.join(calibrate.TASKS)}"),
@@ -55,7 +54,7 @@ class Decision:
             ("thresholds", len(self.thresholds) == cuts, f"{cuts} numbers"),
             ("platt", pairs == [True] * lines, f"{lines} pairs [a, b] with a > 0"),
             ("scores", set(self.scores) == {"before", "after"}, "before and after"),
-            ("values", all(finite), "finite numbers"),
+            ("values", all(type(n) in (int, float) and math.isfinite(n) for n in numbers), "finite numbers"),
             ("temperature", self.temperature > 0, "a number above 0"),
         ]
         for name, right, expected in rules:
@@ -88,9 +87,8 @@ class Decision:
 
 def plain(task: str, classes: int) -> Decision:
     """Argmax, or probability 0.5 for each label, and probabilities as they are."""
-    lines, thresholds = int(classes == 2), []
-    if task == "multi_label":
-        lines, thresholds = classes, [0.0] * classes
+    thresholds = [0.0] * classes if task == "multi_label" else []
+    lines = len(thresholds) or int(classes == 2)
     scores = {"before": {}, "after": {}}
     return Decision(task, classes, "none", thresholds, 1.0, [[1.0, 0.0]] * lines, "nothing", 1, scores)
 
@@ -144,7 +142,7 @@ def fit_decision(
 
 def cross_fitted(
     task: str, logits: Array, labels: Array, seed: int = 0, kind: str = "per_class"
-) -> tuple[dict[str, dict[str, float]], Array, Array]:
+) -> tuple[dict[str, Scores], Array, Array]:
     """(scores before and after, predictions, probabilities), each row decided by a fit that it had no part in.
 
     The rows are dealt into FOLDS at random and each fold is decided by a fit on the others: an honest estimate of
@@ -165,8 +163,7 @@ def cross_fitted(
 
 
 def _before_and_after(task, z, y, predicted, calibrated):
-    after = calibrate.scores(task, calibrated, predicted, y)
-    return {"before": calibrate.scores(task, z, None, y), "after": after}
+    return {"before": calibrate.scores(task, z, None, y), "after": calibrate.scores(task, calibrated, predicted, y)}
 
 
 def _fitted(task, z, y, kind):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 Array = np.ndarray
+Scores = dict[str, float]  # by the metric's name
 
 RANKING = ("roc_auc", "average_precision")  # metrics that sort all rows
 LOWER = "log_loss hamming_loss mse rmse mae".split()  # metrics of which less is better
@@ -27,7 +28,7 @@ def checked(task: str, logits: Array, labels: Array) -> tuple[Array, Array]:
     ValueError on empty, float16 or non-finite logits, on labels of another shape, and on labels that are no class.
     """
     z, y = np.asarray(logits), np.asarray(labels)
-    if z.ndim != 2 or z.size == 0 or z.dtype == np.float16:
+    if z.ndim != 2 or not z.size or z.dtype == np.float16:
         raise ValueError(f"logits: got {z.dtype} {z.shape}, expected float32 or float64 (N, C), not empty")
     top, shape = z.shape[1] - 1, z.shape[:1]
     if task == "multi_label":
@@ -91,8 +92,8 @@ def ece(probabilities: Array, correct: Array, weights: Array | float = 1.0) -> f
     """
     weights = weights * np.ones(len(probabilities))
     bins = np.ceil(probabilities * 15).astype(int) - 1
-    gaps = weights * (correct - probabilities)
-    gaps = np.bincount(bins.clip(0, 14), gaps, minlength=15)  # rows * (accuracy - mean probability)
+    # rows * (accuracy - mean probability), of each bin
+    gaps = np.bincount(bins.clip(0, 14), weights * (correct - probabilities), minlength=15)
     return np.abs(gaps).sum() / weights.sum()
 
 
@@ -144,10 +145,9 @@ def _ranker(scores, positive):
         hits = np.add.reduceat(weights * positive, starts)
         misses = rows - hits
         above = hits.cumsum()
-        precision = ratio(above, rows.cumsum())
         with np.errstate(invalid="ignore"):
             auc = (misses * (above - hits / 2)).sum() / (hits.sum() * misses.sum())
-            return auc, (hits / hits.sum() * precision).sum()
+            return auc, (hits / hits.sum() * ratio(above, rows.cumsum())).sum()
 
     return of_weights
 
@@ -169,7 +169,7 @@ def of_task(
     labels: Array,
     ranking: bool = True,
     predicted: Array | None = None,
-) -> dict[str, float]:
+) -> Scores:
     """The metrics of a task that the rows define, and the number of rows; see `scorer`."""
     scores = scorer(task, logits, labels, predicted, ranking)(np.ones(len(labels)))
     known = {name: float(value) for name, value in scores.items() if name != "f1" and not np.isnan(value)}
@@ -196,9 +196,7 @@ def scorer(
     regression where the targets are 0 and 1. ece: of the top probability, absent where `predicted` is given.
     """
     z, y = checked(task, logits, targets)
-    if task == "regression":
-        return _of_numbers(z[:, 0], y)
-    return _of_classes(z, y, predicted, ranking)
+    return _of_numbers(z[:, 0], y) if task == "regression" else _of_classes(z, y, predicted, ranking)
 
 
 def _of_classes(z, y, predicted, ranking):
@@ -279,9 +277,8 @@ def _of_numbers(outputs, targets):
 
 def _centred(values, weights):
     """values (N,) less their weighted mean; NaN where all are equal, which correlates with nothing."""
-    if np.ptp(values[weights > 0]) == 0:
-        return np.full(len(values), np.nan)
-    return values - _mean(values, weights)
+    mean = np.nan if np.ptp(values[weights > 0]) == 0 else _mean(values, weights)
+    return values - mean
 
 
 def _mean(values, weights):

@@ -11,13 +11,13 @@ WIDTH = 100  # columns of a terminal
 MOST_LABELS = 100  # lines of a table
 
 
-def aligned(rows: Sequence[Sequence[str]], gap: str = "  ") -> list[str]:
+def aligned(
+    rows: Sequence[Sequence[str]],
+    gap: str = "  ",
+) -> list[str]:
     """The lines of a table of cells: the first column starts at the left, the others end at the right."""
     left, *right = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        lines.append(gap.join([first.ljust(left), *map(str.rjust, others, right)]))
-    return lines
+    return [gap.join([first.ljust(left), *map(str.rjust, others, right)]) for first, *others in rows]
 
 
 def clip(name: str, width: int = 40) -> str:
@@ -41,9 +41,9 @@ def distribution(
         shares = predicted.mean(axis=0)
         commonest = np.argsort(-shares, kind="stable")[:10]
         listed = ", ".join(f"{names[c]} {shares[c]:.1%}" for c in commonest if shares[c] > 0)
-        per_row = predicted.sum(axis=1)
+        counts = predicted.sum(axis=1)
         return (
-            f"at probability 0.5: {per_row.mean():.2f} labels a row, {np.mean(per_row == 0):.1%} of rows none; {listed}"
+            f"at probability 0.5: {counts.mean():.2f} labels a row, {np.mean(counts == 0):.1%} of rows none; {listed}"
         )
     if logits.shape[1] == 1:
         return f"{names[0]}: {_quantiles(logits, '.4g')}, mean {logits.mean():.4g}"
@@ -77,8 +77,7 @@ def summary(
         scores = metrics.of_task(task, logits, labels)
         return ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "rows")
     if task == "single_label":
-        confusion = metrics.confusion_matrix(labels, logits.argmax(axis=1), len(names))
-        return table(confusion, names)
+        return table(metrics.confusion_matrix(labels, logits.argmax(axis=1), len(names)), names)
 
     true, predicted = labels > 0, logits > 0
     support = true.sum(axis=0)
@@ -87,9 +86,8 @@ def summary(
     scores = np.stack([*scores, precision], axis=1)  # (C, 4)
     shown = np.sort(np.argsort(-support, kind="stable")[:MOST_LABELS])
     lines = _score_lines([names[k] for k in shown], scores[shown], support[shown])
-    rarer = len(names) - len(shown)
-    if rarer:
-        lines.append(f"({rarer} rarer labels are not shown)")
+    if len(names) > MOST_LABELS:
+        lines.append(f"({len(names) - MOST_LABELS} rarer labels are not shown)")
     return "\n".join(lines)
 
 
