@@ -22,9 +22,7 @@ POS_WEIGHT_CAP = 20.0  # a rarer label would dominate the gradient with a few ro
 # ---- losses of a micro-batch ----------------------------------------------------------------------------------------
 
 
-def cross_entropy(
-    logits: Tensor, labels: Tensor, smoothing=0.0, weights: Tensor | None = None, reduction="sum"
-) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing=0.0, weights=None, reduction="sum") -> Tensor:
     """Label-smoothed, class-weighted cross-entropy in fp32: logits (B, C), labels (B,) int64 or (B, C) probabilities.
 
     A row weighs as much as its class, weights (C,), as in torch. Smoothing: Szegedy et al. 2015, arXiv:1512.00567.
@@ -63,9 +61,7 @@ def lm_cross_entropy(hidden: Tensor, head, targets: Tensor, chunk: int = 512) ->
         return F.cross_entropy(head(states).float(), ids, reduction="sum")
 
     total = hidden.new_zeros((), dtype=torch.float32)
-    for i in range(0, len(targets), chunk):
-        states = hidden[i : i + chunk]
-        ids = targets[i : i + chunk]
+    for states, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         total = total + checkpoint(loss_of_chunk, states, ids, use_reentrant=False)
     return total
 
@@ -85,9 +81,7 @@ def softened_cells(probabilities: Tensor, temperature: float) -> Tensor:
 
 def weight_of_rows(labels: np.ndarray, weights: np.ndarray | None) -> float:
     """The class weights of rows, summed; their number where all classes weigh the same."""
-    if weights is None:
-        return float(len(labels))
-    return float(weights[labels].sum())
+    return float(len(labels) if weights is None else weights[labels].sum())
 
 
 def weight_of_cells(labels: np.ndarray, weights: np.ndarray | None) -> float:
@@ -134,10 +128,10 @@ def loss_sum(
     targets = loss.softened(soft.nan_to_num(0.5), temperature)  # NaN would spoil gradients even of unused terms
     taught = loss.of(logits / temperature, targets, 0.0, weights, "none")
     both = (1 - share) * hard + share * temperature**2 * taught
-    known = soft.isnan().logical_not()
+    unknown = soft.isnan()
     if hard.ndim == 1:
-        known = known.all(dim=1)
-    return torch.where(known, both, hard).sum()
+        unknown = unknown.any(dim=1)
+    return torch.where(unknown, hard, both).sum()
 
 
 # ---- weights of classes and labels ----------------------------------------------------------------------------------
@@ -176,16 +170,14 @@ def class_weights(setting: str, counts: np.ndarray) -> np.ndarray | None:
     if setting in ("balanced", "inverse"):
         return counts.sum() / (len(counts) * present)
     if setting.startswith("effective"):
-        given = setting.partition(":")[2]
-        beta = float(given or 0.999)
+        beta = float(setting.partition(":")[2] or 0.999)
         if not 0 <= beta < 1:
             raise UserError(f"--class_weights {setting}: expected effective:BETA, BETA from 0 to below 1, like 0.999")
         weights = (1 - beta) / (1 - beta**present)
         return weights * counts.sum() / (weights @ counts)
     weights = np.array(setting.split(","), dtype=float)
     if len(weights) != len(counts):
-        expected = f"one for each of {len(counts)} classes"
-        raise UserError(f"--class_weights has {len(weights)} numbers, expected {expected}")
+        raise UserError(f"--class_weights has {len(weights)} numbers, expected one for each of {len(counts)} classes")
     return weights
 
 
@@ -203,6 +195,5 @@ def pos_weight(setting: str, positives: np.ndarray, rows: int) -> np.ndarray | N
         return np.where(positives > 0, limited, 1.0)
     weights = np.array(setting.split(","), dtype=float)
     if len(weights) not in (1, len(positives)):
-        expected = f"1 or {len(positives)}, one for each label"
-        raise UserError(f"--pos_weight has {len(weights)} numbers, expected {expected}")
+        raise UserError(f"--pos_weight has {len(weights)} numbers, expected 1 or {len(positives)}, one for each label")
     return weights * np.ones(len(positives))

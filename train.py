@@ -137,7 +137,7 @@ def read_save(save: checkpoint.Save, model: models.Classifier) -> None:
 
 def dry_run(job: loop.Job, train: Split) -> dict:
     """Time one micro-batch forward and backward, print what the run would take, and stop."""
-    world = job.world
+    cfg, world = job.cfg, job.world
     rows = loop.epoch_of(job, 0)[0][0]
     for _ in range(2):  # the first one warms up
         started = time.perf_counter()
@@ -149,19 +149,13 @@ def dry_run(job: loop.Job, train: Split) -> dict:
         seconds = time.perf_counter() - started
     rate = float(job.lengths[rows].sum()) / seconds * world.size
     tokens = float(job.lengths.sum()) * job.total / job.steps_per_epoch
-    memory = estimates.memory_estimate(
-        job.model,
-        job.cfg.max_tokens,
-        job.precision,
-        job.cfg.grad_checkpoint,
-    )
+    memory = estimates.memory_estimate(job.model, cfg.max_tokens, job.precision, cfg.grad_checkpoint)
     total = sum(memory.values())
     parts = ", ".join(f"{name} {gigabytes:.2f}" for name, gigabytes in memory.items())
-    ddp.say(world, f"memory: about {total:.2f} GB a rank ({parts})")
-    ddp.say(
-        world,
+    job.say(f"memory: about {total:.2f} GB a rank ({parts})")
+    job.say(
         f"time: about {tokens / rate / 60:.1f} min for {tokens:,.0f} tokens at {rate:,.0f} tokens/s, "
-        "without evaluations (one micro-batch timed)",
+        "without evaluations (one micro-batch timed)"
     )
     return {
         "run": None,
@@ -191,34 +185,24 @@ def fit(job: loop.Job, train: Split, judges: Split, classes: int, write: Callabl
         soft = None if train.soft is None else torch.from_numpy(train.soft[rows]).to(device)
         with numerics.autocast(device, job.precision):
             logits = job.model(pack(train.tokens, rows, device))
-        return losses.loss_sum(
-            cfg.task,
-            logits,
-            labels,
-            cfg.label_smoothing,
-            on_device,
-            soft,
-            cfg.soft_share,
-            cfg.soft_temperature,
-        )
+        mix = cfg.label_smoothing, on_device, soft, cfg.soft_share, cfg.soft_temperature
+        return losses.loss_sum(cfg.task, logits, labels, *mix)
 
     for micro_batches in loop.steps(job):
         # step, log: micro-batches are means over the whole step, so their losses are divided by its weight
-        rows = np.concatenate(micro_batches)
-        weight = losses.TASKS[cfg.task].weight(train.labels[rows], weights)
+        weight = losses.TASKS[cfg.task].weight(train.labels[np.concatenate(micro_batches)], weights)
         loop.step(job, micro_batches, loss_of, weight)
 
         # evaluation: best/ holds the model with the best metric so far
         if loop.due(job, job.eval_every):
-            tokens = judges.tokens.take(some)
-            logits = evaluate.score(job.model, tokens, world, job.precision, cfg.max_tokens)
+            logits = evaluate.score(job.model, judges.tokens.take(some), world, job.precision, cfg.max_tokens)
             if not np.isfinite(logits).all():
                 raise loop.not_finite(job, micro_batches[0], loss_of, f"step {state.step}: scores not finite")
             scores = metrics.of_task(cfg.task, logits, judges.labels[some])
             job.limit.evaluation = loop.lap(job, "eval_seconds") * len(judges.labels) / len(some)
             loop.log(job, {"step": state.step, "eval": scores})
             shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "rows")
-            ddp.say(world, f"step {state.step}: {shown}")
+            job.say(f"step {state.step}: {shown}")
             if metrics.better(scores.get(cfg.metric), state.best, cfg.metric):
                 state.best = scores.get(cfg.metric, -1.0)
                 state.best_step = state.step
@@ -226,8 +210,7 @@ def fit(job: loop.Job, train: Split, judges: Split, classes: int, write: Callabl
                 loop.save(job.run / "best", job, write)
             else:
                 state.stale += 1
-            out_of_patience = cfg.patience > 0 and state.stale >= cfg.patience
-            state.done = out_of_patience or job.late
+            state.done = job.late or 0 < cfg.patience <= state.stale
 
         # save: last/ holds all that the next step depends on
         if loop.due(job, job.save_every) or job.ending:
@@ -243,8 +226,7 @@ def finish(job: loop.Job, train: Split, judges: Split, labels: Labels) -> dict:
 
     Raises Degenerate for scores that cannot be right.
     """
-    cfg, world, state, run = job.cfg, job.world, job.state, job.run
-    say = partial(ddp.say, world)
+    cfg, world, state, run, say = job.cfg, job.world, job.state, job.run, job.say
     ended_by = ""
     if state.done:
         ended_by = "time_limit" if job.late else "patience"
