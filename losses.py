@@ -22,7 +22,9 @@ POS_WEIGHT_CAP = 20.0  # a rarer label would dominate the gradient with a few ro
 # ---- losses of a micro-batch ----------------------------------------------------------------------------------------
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, smoothing=0.0, weights=None, reduction="sum") -> Tensor:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, smoothing=0.0, weights: Tensor | None = None, reduction="sum"
+) -> Tensor:
     """Label-smoothed, class-weighted cross-entropy in fp32: logits (B, C), labels (B,) int64 or (B, C) probabilities.
 
     A row weighs as much as its class, weights (C,), as in torch. Smoothing: Szegedy et al. 2015, arXiv:1512.00567.
@@ -81,12 +83,14 @@ def softened_cells(probabilities: Tensor, temperature: float) -> Tensor:
 
 def weight_of_rows(labels: np.ndarray, weights: np.ndarray | None) -> float:
     """The class weights of rows, summed; their number where all classes weigh the same."""
-    return float(len(labels) if weights is None else weights[labels].sum())
+    if weights is None:
+        return len(labels)
+    return float(weights[labels].sum())
 
 
 def weight_of_cells(labels: np.ndarray, weights: np.ndarray | None) -> float:
     """A row of several labels weighs as much as it has cells, whatever its positives cost."""
-    return float(labels.size)
+    return labels.size
 
 
 @dataclass(frozen=True)
@@ -166,18 +170,20 @@ def class_weights(setting: str, counts: np.ndarray) -> np.ndarray | None:
     """
     if setting == "none":
         return None
-    present = np.maximum(counts, 1).astype(np.float64)
+    present = np.maximum(counts, 1)
     if setting in ("balanced", "inverse"):
         return counts.sum() / (len(counts) * present)
     if setting.startswith("effective"):
-        beta = float(setting.partition(":")[2] or 0.999)
+        given = setting.partition(":")[2]
+        beta = float(given or 0.999)
         if not 0 <= beta < 1:
             raise UserError(f"--class_weights {setting}: expected effective:BETA, BETA from 0 to below 1, like 0.999")
         weights = (1 - beta) / (1 - beta**present)
         return weights * counts.sum() / (weights @ counts)
     weights = np.array(setting.split(","), dtype=float)
     if len(weights) != len(counts):
-        raise UserError(f"--class_weights has {len(weights)} numbers, expected one for each of {len(counts)} classes")
+        expected = f"one for each of {len(counts)} classes"
+        raise UserError(f"--class_weights has {len(weights)} numbers, expected {expected}")
     return weights
 
 
@@ -195,5 +201,6 @@ def pos_weight(setting: str, positives: np.ndarray, rows: int) -> np.ndarray | N
         return np.where(positives > 0, limited, 1.0)
     weights = np.array(setting.split(","), dtype=float)
     if len(weights) not in (1, len(positives)):
-        raise UserError(f"--pos_weight has {len(weights)} numbers, expected 1 or {len(positives)}, one for each label")
+        expected = f"1 or {len(positives)}, one for each label"
+        raise UserError(f"--pos_weight has {len(weights)} numbers, expected {expected}")
     return weights * np.ones(len(positives))

@@ -57,6 +57,15 @@ def check(cfg: TrainConfig, train: Split, judges: Split, classes: int) -> str:
     return chains.check_chain(cfg, train, judges)
 
 
+def untrained_labels(task: str, labels: np.ndarray, names: tuple[str, ...]) -> str:
+    """A warning for labels that no training row has, or an empty string."""
+    if task == "regression":
+        return ""
+    counts = losses.label_counts(task, labels, len(names))
+    absent = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    return f"warning: no training row has the label {', '.join(absent)}" if absent else ""
+
+
 def write(folder: Path, cfg: TrainConfig, material: Material, problems: dict) -> None:
     """What a run's folder holds before its first step: its labels, its split, and what is wrong with its rows."""
     labels, rows = material.labels, material.rows

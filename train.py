@@ -73,7 +73,7 @@ def main(argv: list[str]) -> dict:
 
     # ---- model ------------------------------------------------------------------------------------------------------
     precision = loop.say_ranks(world, cfg.precision)
-    say(untrained_labels(cfg.task, train.labels, labels.names))
+    say(prepare.untrained_labels(cfg.task, train.labels, labels.names))
     model = new_model(cfg, material, precision, say, world)
     say(evaluate.weak_tokens(model, tokenizer, train.tokens))
     say(lora.trainable_table(model))
@@ -120,15 +120,6 @@ def new_model(cfg: TrainConfig, material: Material, precision: str, say: Callabl
     return model
 
 
-def untrained_labels(task: str, labels: np.ndarray, names: tuple[str, ...]) -> str:
-    """A warning for labels that no training row has, or an empty string."""
-    if task == "regression":
-        return ""
-    counts = losses.label_counts(task, labels, len(names))
-    absent = [name for name, count in zip(names, counts, strict=True) if count == 0]
-    return f"warning: no training row has the label {', '.join(absent)}" if absent else ""
-
-
 def read_save(save: checkpoint.Save, model: models.Classifier) -> None:
     """Load a save of this run. Raises Untrusted when it does not fit, or the base has changed."""
     trained.check_base(model, save.manifest["base"], "of this run")
@@ -149,7 +140,12 @@ def dry_run(job: loop.Job, train: Split) -> dict:
         seconds = time.perf_counter() - started
     rate = float(job.lengths[rows].sum()) / seconds * world.size
     tokens = float(job.lengths.sum()) * job.total / job.steps_per_epoch
-    memory = estimates.memory_estimate(job.model, cfg.max_tokens, job.precision, cfg.grad_checkpoint)
+    memory = estimates.memory_estimate(
+        job.model,
+        cfg.max_tokens,
+        job.precision,
+        cfg.grad_checkpoint,
+    )
     total = sum(memory.values())
     parts = ", ".join(f"{name} {gigabytes:.2f}" for name, gigabytes in memory.items())
     job.say(f"memory: about {total:.2f} GB a rank ({parts})")
@@ -185,17 +181,27 @@ def fit(job: loop.Job, train: Split, judges: Split, classes: int, write: Callabl
         soft = None if train.soft is None else torch.from_numpy(train.soft[rows]).to(device)
         with numerics.autocast(device, job.precision):
             logits = job.model(pack(train.tokens, rows, device))
-        mix = cfg.label_smoothing, on_device, soft, cfg.soft_share, cfg.soft_temperature
-        return losses.loss_sum(cfg.task, logits, labels, *mix)
+        return losses.loss_sum(
+            cfg.task,
+            logits,
+            labels,
+            cfg.label_smoothing,
+            on_device,
+            soft,
+            cfg.soft_share,
+            cfg.soft_temperature,
+        )
 
     for micro_batches in loop.steps(job):
         # step, log: micro-batches are means over the whole step, so their losses are divided by its weight
-        weight = losses.TASKS[cfg.task].weight(train.labels[np.concatenate(micro_batches)], weights)
+        rows = np.concatenate(micro_batches)
+        weight = losses.TASKS[cfg.task].weight(train.labels[rows], weights)
         loop.step(job, micro_batches, loss_of, weight)
 
         # evaluation: best/ holds the model with the best metric so far
         if loop.due(job, job.eval_every):
-            logits = evaluate.score(job.model, judges.tokens.take(some), world, job.precision, cfg.max_tokens)
+            tokens = judges.tokens.take(some)
+            logits = evaluate.score(job.model, tokens, world, job.precision, cfg.max_tokens)
             if not np.isfinite(logits).all():
                 raise loop.not_finite(job, micro_batches[0], loss_of, f"step {state.step}: scores not finite")
             scores = metrics.of_task(cfg.task, logits, judges.labels[some])
