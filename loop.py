@@ -211,7 +211,8 @@ def not_finite(job: Job, rows: np.ndarray, loss_of: Callable, problem: str) -> F
     """The error that names the first layer whose output is not finite on these rows, or else the largest activation."""
     with torch.no_grad(), numerics.activation_maxima(job.model) as maxima:
         loss_of(rows)
-    return FloatingPointError(f"{problem}; {numerics.overflow_report(maxima)}; lower --lr, or try --precision bf16 or fp32")
+    layer = numerics.overflow_report(maxima)
+    return FloatingPointError(f"{problem}; {layer}; lower --lr, or try --precision bf16 or fp32")
 
 
 def due(job: Job, every: int) -> bool:
