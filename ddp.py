@@ -79,12 +79,11 @@ def launch(main) -> None:
         code = 0
     except (Exception, KeyboardInterrupt) as e:
         code = 4 if isinstance(e, FloatingPointError) else getattr(e, "exit_status", 1)
-        one_line = isinstance(e, (KeyboardInterrupt, FloatingPointError, OSError)) or hasattr(e, "exit_status")
         # Rank 0 reports an error that all ranks share; it ends the others meanwhile.
         if rank > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
-        if one_line:
+        if isinstance(e, (KeyboardInterrupt, FloatingPointError, OSError)) or hasattr(e, "exit_status"):
             tqdm.write(f"error: {e}" if str(e) else "interrupted", file=sys.stderr)  # on a line of its own
         else:
             traceback.print_exc()

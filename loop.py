@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,15 +83,14 @@ class Job:
 
     def __post_init__(self):
         cfg = self.cfg
+        self.say = partial(ddp.say, self.world)
         self.state = State(micro_batches=max(cfg.micro_batches, self.world.size))
         self.scaler = optim.loss_scaler(self.world.device.type, self.precision == "fp16")
         self.gradients = ddp.GradientSum([p for p in self.model.parameters() if p.requires_grad], self.world)
 
         # The plan: how many steps there are, and when to evaluate and save.
         self.steps_per_epoch = math.ceil(len(self.lengths) / cfg.batch_size)
-        self.total = cfg.epochs * self.steps_per_epoch
-        if cfg.max_steps:
-            self.total = min(self.total, cfg.max_steps)
+        self.total = min(cfg.epochs * self.steps_per_epoch, cfg.max_steps or math.inf)
         self.warmup = optim.warmup_updates(self.total, cfg.warmup_steps, cfg.warmup_ratio)
         self.eval_every = cfg.eval_every or self.steps_per_epoch
         self.save_every = cfg.save_every or self.eval_every
@@ -113,20 +113,17 @@ def say_plan(job: Job) -> None:
     """Print how many steps there are and how they are cut."""
     cfg, cut = job.cfg, job.state.micro_batches
     if cut != cfg.micro_batches:
-        ddp.say(
-            job.world,
+        job.say(
             f"steps are cut into {cut} micro-batches, more than --micro_batches {cfg.micro_batches}, to keep "
-            f"{job.world.size} ranks busy: equal to a run on fewer ranks to rounding only",
+            f"{job.world.size} ranks busy: equal to a run on fewer ranks to rounding only"
         )
     if not job.gradients.exact:
-        count = job.gradients.count
-        ddp.say(job.world, f"{count:,} trained parameters: gradients are summed in fp32, equal to rounding only")
+        job.say(f"{job.gradients.count:,} trained parameters: gradients are summed in fp32, equal to rounding only")
     mean = np.mean([len(micro_batches) for micro_batches in epoch_of(job, 0)])
-    ddp.say(
-        job.world,
+    job.say(
         f"plan: {job.total:,} steps of {cfg.batch_size} rows in {mean:.1f} micro-batches of at most "
         f"{cfg.max_tokens:,} tokens, warm-up {job.warmup}, evaluation every {job.eval_every}, "
-        f"save every {job.save_every}",
+        f"save every {job.save_every}"
     )
 
 
@@ -175,8 +172,7 @@ def step(job: Job, micro_batches: list[np.ndarray], loss_of: Callable, weight: f
 
     # The loss and the reasons to stop travel with the gradients, so that all ranks decide alike.
     sums = job.gradients.reduce()
-    norm, taken, numbers = optim.step(job.optimizer, job.scaler, factor, cfg.grad_clip, sums)
-    loss, stopping, late = numbers
+    norm, taken, (loss, stopping, late) = optim.step(job.optimizer, job.scaler, factor, cfg.grad_clip, sums)
     job.stopping, job.late = bool(stopping), bool(late)
     if not taken:
         state.skipped += 1
@@ -208,7 +204,7 @@ def step(job: Job, micro_batches: list[np.ndarray], loss_of: Callable, weight: f
     log(job, line)
     job.bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{state.tokens / state.seconds:,.0f}", refresh=False)
     job.bar.update()
-    ddp.say(world, job.limit.forecast(state, job.total))
+    job.say(job.limit.forecast(state, job.total))
 
 
 def not_finite(job: Job, rows: np.ndarray, loss_of: Callable, problem: str) -> FloatingPointError:
@@ -239,10 +235,11 @@ def lap(job: Job, counter: str) -> float:
     """Add the seconds since the last call to one of the state's counters, and return them."""
     now = time.perf_counter()
     seconds, job.lapped = now - job.lapped, now
-    setattr(job.state, counter, getattr(job.state, counter) + seconds)
+    vars(job.state)[counter] += seconds
     return seconds
 
 
+@dataclass
 class Limit:
     """A time limit in seconds of this process (0 for none): whether a step must be the last one, so that the final
     evaluation and the saves still fit.
@@ -251,13 +248,12 @@ class Limit:
     clock: the others hear of it with the step's sums.
     """
 
-    def __init__(self, seconds: float, world: ddp.World, val_tokens: float):
-        self.seconds = seconds
-        self.rank = world.rank
-        self.val_tokens = val_tokens
-        self.evaluation = 0.0  # seconds of an evaluation of all validation rows, once measured
-        self.first = None  # (step, seconds) after this process's first step
-        self.announced = False
+    seconds: float
+    rank: int
+    val_tokens: float
+    evaluation: float = 0.0  # seconds of an evaluation of all validation rows, once measured
+    first: tuple | None = None  # (step, seconds) after this process's first step
+    announced: bool = False
 
     def left(self, state: State) -> float:
         """Seconds for training: what is left without two evaluations, of the last step and of best/, and the saves."""
@@ -374,19 +370,12 @@ def open_run(job: Job, run: Path | None, fill: Callable, val_tokens: float = 0.0
     cfg, world, state = job.cfg, job.world, job.state
     job.run = run_folder(cfg, world, run, fill)
     resumed = f", resumed at step {state.step} of {job.total}" if state.step else ""
-    ddp.say(world, f"run {job.run}{resumed}")
+    job.say(f"run {job.run}{resumed}")
     job.stop = ddp.StopRequest()
     if world.rank == 0:
         job.tracker = tracking.Tracker(cfg.report, job.run, cli.to_json(cfg), state.step)
-    job.limit = Limit(checks.seconds(getattr(cfg, "time_limit", "")), world, val_tokens)
-    job.bar = tqdm(
-        total=job.total,
-        initial=state.step,
-        disable=world.rank != 0,
-        unit="step",
-        file=sys.stderr,
-        mininterval=1.0,
-    )
+    job.limit = Limit(checks.seconds(getattr(cfg, "time_limit", "")), world.rank, val_tokens)
+    job.bar = tqdm(total=job.total, initial=state.step, disable=world.rank != 0, unit="step", mininterval=1.0)
     job.lapped = time.perf_counter()
 
 
@@ -417,27 +406,25 @@ def restore(job: Job, run: Path, read: Callable) -> None:
 
     Without a save the run starts at step 0. Raises UserError when the training rows are not those it began with.
     """
-    newest = checkpoint.last_state(run)
+    save, saved = checkpoint.last_state(run) or (None, {"log_bytes": 0})
     if job.world.rank == 0:
-        checkpoint.cut_log(run / "metrics.jsonl", newest[1]["log_bytes"] if newest else 0)
-    if not newest:
-        ddp.say(job.world, f"{run} has no save yet: it starts at step 0")
+        checkpoint.cut_log(run / "metrics.jsonl", saved["log_bytes"])
+    if not save:
+        job.say(f"{run} has no save yet: it starts at step 0")
         return
-    save, saved = newest
     if saved["digest"] != job.digest:
         raise UserError(f"--resume {run}: the training rows or their tokens changed since this run began")
     threads = torch.get_num_threads()
     if saved["threads"] != threads:
-        ddp.say(
-            job.world,
+        job.say(
             f"warning: {threads} threads, the run began with {saved['threads']}: equal to rounding, not to the bit "
-            "(set OMP_NUM_THREADS)",
+            "(set OMP_NUM_THREADS)"
         )
     read(save)
     checkpoint.load_optimizer_tensors(job.optimizer, checkpoint.load_tensors(save.folder / "state.safetensors"))
     if saved["scaler"] and job.scaler.is_enabled():
         job.scaler.load_state_dict(saved["scaler"])
     elif bool(saved["scaler"]) != job.scaler.is_enabled():
-        ddp.say(job.world, "warning: this run began in another precision: equal to rounding, not to the bit")
+        job.say("warning: this run began in another precision: equal to rounding, not to the bit")
     saved["at"].pop("resumed", None)  # of runs before it was left out
     job.state = State(**saved["at"])

@@ -63,9 +63,7 @@ def lm_cross_entropy(hidden: Tensor, head, targets: Tensor, chunk: int = 512) ->
         return F.cross_entropy(head(states).float(), ids, reduction="sum")
 
     total = hidden.new_zeros((), dtype=torch.float32)
-    for i in range(0, len(targets), chunk):
-        states = hidden[i : i + chunk]
-        ids = targets[i : i + chunk]
+    for states, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         total = total + checkpoint(loss_of_chunk, states, ids, use_reentrant=False)
     return total
 
@@ -86,13 +84,13 @@ def softened_cells(probabilities: Tensor, temperature: float) -> Tensor:
 def weight_of_rows(labels: np.ndarray, weights: np.ndarray | None) -> float:
     """The class weights of rows, summed; their number where all classes weigh the same."""
     if weights is None:
-        return float(len(labels))
+        return len(labels)
     return float(weights[labels].sum())
 
 
 def weight_of_cells(labels: np.ndarray, weights: np.ndarray | None) -> float:
     """A row of several labels weighs as much as it has cells, whatever its positives cost."""
-    return float(labels.size)
+    return labels.size
 
 
 @dataclass(frozen=True)
@@ -134,10 +132,10 @@ def loss_sum(
     targets = loss.softened(soft.nan_to_num(0.5), temperature)  # NaN would spoil gradients even of unused terms
     taught = loss.of(logits / temperature, targets, 0.0, weights, "none")
     both = (1 - share) * hard + share * temperature**2 * taught
-    known = soft.isnan().logical_not()
+    unknown = soft.isnan()
     if hard.ndim == 1:
-        known = known.all(dim=1)
-    return torch.where(known, both, hard).sum()
+        unknown = unknown.any(dim=1)
+    return torch.where(unknown, hard, both).sum()
 
 
 # ---- weights of classes and labels ----------------------------------------------------------------------------------
@@ -172,7 +170,7 @@ def class_weights(setting: str, counts: np.ndarray) -> np.ndarray | None:
     """
     if setting == "none":
         return None
-    present = np.maximum(counts, 1).astype(np.float64)
+    present = np.maximum(counts, 1)
     if setting in ("balanced", "inverse"):
         return counts.sum() / (len(counts) * present)
     if setting.startswith("effective"):

@@ -21,11 +21,10 @@ PEFT_PREFIX = "base_model.model."
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of every tensor of the adapter under the key that peft gives it, on the CPU, in fp32."""
-    tensors = {}
-    for name in lora.adapter_names(model):
-        p = model.get_parameter(name).detach()
-        tensors[PEFT_PREFIX + name] = p.to("cpu", torch.float32, copy=True).contiguous()
-    return tensors
+    return {
+        PEFT_PREFIX + name: model.get_parameter(name).detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name in lora.adapter_names(model)
+    }
 
 
 def match_keys(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
@@ -66,8 +65,8 @@ def load_adapter_state(model: nn.Module, tensors: dict[str, torch.Tensor]) -> st
     problems, first = [], {}
     for key, name in names.items():
         tensor = tensors[key]
-        storage = model.get_parameter(name).data_ptr()
-        twin = first.setdefault(storage, key)  # a tied weight comes twice, and must be the same
+        # A tied weight comes twice, and must be the same.
+        twin = first.setdefault(model.get_parameter(name).data_ptr(), key)
         if not tensor.is_floating_point():
             problems.append(f"{key} has dtype {tensor.dtype}, expected floating point")
         elif not tensor.float().isfinite().all():
@@ -204,9 +203,8 @@ def read_adapter_config(config: dict) -> lora.Adapter:
     if repr(config.get("init_lora_weights", True)) not in PLAIN_STARTS:
         problems.append(f"init_lora_weights {config['init_lora_weights']}: it changed the base's own weights")
     known = NO_EFFECT + [key for _, key, _ in FORMAT]
-    for key, value in config.items():
-        if value and key not in known:
-            problems.append(f"{key} {str(value)[:60]} is not supported")
+    idle = {key: value for key, value in config.items() if value and key not in known}
+    problems += [f"{key} {str(value)[:60]} is not supported" for key, value in idle.items()]
     if problems:
         way_out = "load it with peft on its own base, merge_and_unload, save_pretrained, and give that folder as --base"
         raise ValueError(f"{lora.in_one_line(problems)}. Way out: {way_out}")

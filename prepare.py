@@ -43,8 +43,7 @@ def read(cfg: TrainConfig, say: Callable) -> tuple[TrainConfig, Material]:
     trained.check_model(cfg, labels, tokenizer)
     for name, split in (("train_data", rows), ("val_data", val)):
         if split:
-            rules = cfg.max_length, cfg.kept, cfg.budgets
-            split.tokens, report = data.tokenize(tokenizer, cfg.text, split.rows, *rules)
+            split.tokens, report = data.tokenize(tokenizer, cfg.text, split.rows, cfg.max_length, cfg.kept, cfg.budgets)
             split.uncut = np.array(report.lengths)
             say(f"{name}: {report}")
     tokenizer.model_max_length = cfg.max_length  # as others read it from a save
@@ -58,14 +57,21 @@ def check(cfg: TrainConfig, train: Split, judges: Split, classes: int) -> str:
     return chains.check_chain(cfg, train, judges)
 
 
+def untrained_labels(task: str, labels: np.ndarray, names: tuple[str, ...]) -> str:
+    """A warning for labels that no training row has, or an empty string."""
+    if task == "regression":
+        return ""
+    counts = losses.label_counts(task, labels, len(names))
+    absent = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    return f"warning: no training row has the label {', '.join(absent)}" if absent else ""
+
+
 def write(folder: Path, cfg: TrainConfig, material: Material, problems: dict) -> None:
     """What a run's folder holds before its first step: its labels, its split, and what is wrong with its rows."""
     labels, rows = material.labels, material.rows
-    shares = splits.class_shares(rows, labels).tolist()
-    known = {"values": labels.values, "names": labels.names, "shares": shares}
+    known = {"values": labels.values, "names": labels.names, "shares": splits.class_shares(rows, labels).tolist()}
     checkpoint.write_atomic(folder / "labels.json", json.dumps(known, indent=1))
     if not cfg.folds > 0 > cfg.fold:  # a family over all folds has one split in each of its runs
         checkpoint.write_atomic(folder / "split.csv", splits.split_csv(cfg, rows, material.val))
     if problems:
-        text = json.dumps(problems, ensure_ascii=False, indent=1)
-        checkpoint.write_atomic(folder / "audit.json", text + "\n")
+        checkpoint.write_atomic(folder / "audit.json", json.dumps(problems, ensure_ascii=False, indent=1) + "\n")

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> dict:
 
     # ---- model ------------------------------------------------------------------------------------------------------
     precision = loop.say_ranks(world, cfg.precision)
-    say(untrained_labels(cfg.task, train.labels, labels.names))
+    say(prepare.untrained_labels(cfg.task, train.labels, labels.names))
     model = new_model(cfg, material, precision, say, world)
     say(evaluate.weak_tokens(model, tokenizer, train.tokens))
     say(lora.trainable_table(model))
@@ -120,15 +120,6 @@ def new_model(cfg: TrainConfig, material: Material, precision: str, say: Callabl
     return model
 
 
-def untrained_labels(task: str, labels: np.ndarray, names: tuple[str, ...]) -> str:
-    """A warning for labels that no training row has, or an empty string."""
-    if task == "regression":
-        return ""
-    counts = losses.label_counts(task, labels, len(names))
-    absent = [name for name, count in zip(names, counts, strict=True) if count == 0]
-    return f"warning: no training row has the label {', '.join(absent)}" if absent else ""
-
-
 def read_save(save: checkpoint.Save, model: models.Classifier) -> None:
     """Load a save of this run. Raises Untrusted when it does not fit, or the base has changed."""
     trained.check_base(model, save.manifest["base"], "of this run")
@@ -137,7 +128,7 @@ def read_save(save: checkpoint.Save, model: models.Classifier) -> None:
 
 def dry_run(job: loop.Job, train: Split) -> dict:
     """Time one micro-batch forward and backward, print what the run would take, and stop."""
-    world = job.world
+    cfg, world = job.cfg, job.world
     rows = loop.epoch_of(job, 0)[0][0]
     for _ in range(2):  # the first one warms up
         started = time.perf_counter()
@@ -151,17 +142,16 @@ def dry_run(job: loop.Job, train: Split) -> dict:
     tokens = float(job.lengths.sum()) * job.total / job.steps_per_epoch
     memory = estimates.memory_estimate(
         job.model,
-        job.cfg.max_tokens,
+        cfg.max_tokens,
         job.precision,
-        job.cfg.grad_checkpoint,
+        cfg.grad_checkpoint,
     )
     total = sum(memory.values())
     parts = ", ".join(f"{name} {gigabytes:.2f}" for name, gigabytes in memory.items())
-    ddp.say(world, f"memory: about {total:.2f} GB a rank ({parts})")
-    ddp.say(
-        world,
+    job.say(f"memory: about {total:.2f} GB a rank ({parts})")
+    job.say(
         f"time: about {tokens / rate / 60:.1f} min for {tokens:,.0f} tokens at {rate:,.0f} tokens/s, "
-        "without evaluations (one micro-batch timed)",
+        "without evaluations (one micro-batch timed)"
     )
     return {
         "run": None,
@@ -218,7 +208,7 @@ def fit(job: loop.Job, train: Split, judges: Split, classes: int, write: Callabl
             job.limit.evaluation = loop.lap(job, "eval_seconds") * len(judges.labels) / len(some)
             loop.log(job, {"step": state.step, "eval": scores})
             shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "rows")
-            ddp.say(world, f"step {state.step}: {shown}")
+            job.say(f"step {state.step}: {shown}")
             if metrics.better(scores.get(cfg.metric), state.best, cfg.metric):
                 state.best = scores.get(cfg.metric, -1.0)
                 state.best_step = state.step
@@ -226,8 +216,7 @@ def fit(job: loop.Job, train: Split, judges: Split, classes: int, write: Callabl
                 loop.save(job.run / "best", job, write)
             else:
                 state.stale += 1
-            out_of_patience = cfg.patience > 0 and state.stale >= cfg.patience
-            state.done = out_of_patience or job.late
+            state.done = job.late or 0 < cfg.patience <= state.stale
 
         # save: last/ holds all that the next step depends on
         if loop.due(job, job.save_every) or job.ending:
@@ -243,8 +232,7 @@ def finish(job: loop.Job, train: Split, judges: Split, labels: Labels) -> dict:
 
     Raises Degenerate for scores that cannot be right.
     """
-    cfg, world, state, run = job.cfg, job.world, job.state, job.run
-    say = partial(ddp.say, world)
+    cfg, world, state, run, say = job.cfg, job.world, job.state, job.run, job.say
     ended_by = ""
     if state.done:
         ended_by = "time_limit" if job.late else "patience"
