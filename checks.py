@@ -19,11 +19,14 @@ def table(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("::")] for line in text.strip().splitlines()]
 
 
+def lists(text: str) -> dict[str, list[str]]:
+    """{name: words} of a table with the columns name and words."""
+    return {name: words.split() for name, words in table(text)}
+
+
 # ---- rules about one field, by its name, in every command -----------------------------------------------------------
 
-CHOICES = {
-    name: choices.split()
-    for name, choices in table("""
+CHOICES = lists("""
         head :: linear label_words
         quant :: none nf4
         chat :: auto yes no
@@ -38,18 +41,14 @@ CHOICES = {
         schedule :: cosine linear constant
         precision :: auto fp32 fp16 bf16
         task :: single_label multi_label regression
-    """)
-}
-METRICS = {
-    task: metrics.split()
-    for task, metrics in table("""
+""")
+METRICS = lists("""
         single_label :: micro_f1 macro_f1 weighted_f1 accuracy roc_auc log_loss
         multi_label :: micro_f1 macro_f1 weighted_f1 subset_accuracy hamming_loss roc_auc average_precision log_loss
         regression :: mse rmse mae r2 pearson roc_auc
-    """)
-}
+""")
 # fmt: off
-RANGES = (  # fields, what is expected, test
+RANGES = {name: rule for names, *rule in (  # fields, what is expected, test
     ("lr epochs batch_size max_new_tokens max_tokens micro_batches max_length alpha soft_temperature",
      "a number above 0", lambda value: value > 0),
     ("rank head_lr embed_lr weight_decay max_steps warmup_steps grad_clip eval_every save_every keep patience seed "
@@ -61,7 +60,7 @@ RANGES = (  # fields, what is expected, test
     ("threshold", "a probability below 1, or 0 for the run's own", lambda value: 0 <= value < 1),
     ("temperature", "0 for greedy, or 0.01 and more", lambda value: value == 0 or value >= 0.01),
     ("val_size", "a whole number of rows, if not a fraction", lambda value: value < 1 or value == int(value)),
-)
+) for name in names.split()}
 # fmt: on
 NUMBERS = r"(?:(?=[^,]*[1-9])[0-9.]+(?:e-?[0-9]+)?(?:,(?!$)|$))+"  # positive, separated by commas
 FORMS = {  # field: (regular expression of the value, or of each value of a tuple; what is expected)
@@ -139,11 +138,8 @@ def _holds(cfg, need):
 
 def in_words(needs: str) -> str:
     """Needs as a person reads them: "with --folds, without --val_data"."""
-    words = []
-    for need in needs.split():
-        flags = need.removeprefix("!").replace("=", " ").replace("|", " or --")
-        words.append(f"without --{flags}" if need.startswith("!") else f"with --{flags}")
-    return ", ".join(words)
+    words = [f"without --{need[1:]}" if need.startswith("!") else f"with --{need}" for need in needs.split()]
+    return ", ".join(words).replace("=", " ").replace("|", " or --")
 
 
 # ---- what does not go together --------------------------------------------------------------------------------------
@@ -239,10 +235,8 @@ def check(cfg, given: set[str] = frozenset(), needs: dict[str, str] | None = Non
     needs = needs_of(type(cfg)) if needs is None else needs
     problems = _idle_fields(cfg, given, needs) + _field_problems(cfg)
     problems += [_message_of(text, cfg) for need, text in rows_of(CLASHES, type(cfg)) if not _holds(cfg, need)]
-    for text, test in [*rows_of(PROBLEMS, type(cfg)), *clashes]:
-        problem = test(cfg)
-        if problem:
-            problems.append(_message_of(text, cfg, problem))
+    tests = [*rows_of(PROBLEMS, type(cfg)), *clashes]
+    problems += [_message_of(text, cfg, problem) for text, test in tests if (problem := test(cfg))]
     refuse(problems, f"{len(problems)} problems in the settings: " if len(problems) > 1 else "")
 
 
@@ -268,12 +262,12 @@ def _idle_fields(cfg, given, needs):
 def _field_problems(cfg):
     """A problem for each field whose value is out of its range, no known choice, or malformed."""
     problems = []
-    ranges = {name: (expected, test) for names, expected, test in RANGES for name in names.split()}
     for name, value in dataclasses.asdict(cfg).items():
+        expected, in_range = RANGES.get(name, ("", bool))
         if isinstance(value, float) and not abs(value) < float("inf"):
             problems.append(f"--{name} {value}: expected a finite number")
-        elif name in ranges and not ranges[name][1](value):
-            problems.append(f"--{name} {value}: expected {ranges[name][0]}")
+        elif expected and not in_range(value):
+            problems.append(f"--{name} {value}: expected {expected}")
         elif name in CHOICES and value not in CHOICES[name]:
             problems.append(f"--{name} {value}: expected one of {_not_among(value, CHOICES[name])}")
         elif name in FORMS:

@@ -80,7 +80,7 @@ def parse(cls, presets: dict, argv: list[str], doc: str = ""):
     # Two ways to state the warm-up: the one given by hand replaces the preset's.
     warmup = {"warmup_steps": 0, "warmup_ratio": 0.0}
     if given & warmup.keys():
-        values = {**warmup, **values}
+        values = warmup | values
     return replace(start, **values), given
 
 
@@ -89,7 +89,7 @@ def _read_flags(cls, argv):
 
     A field that takes several values takes all words up to the next flag.
     """
-    kinds = {**_kinds_of(cls), "cfg": str}
+    kinds = _kinds_of(cls) | {"cfg": str}
     moved = moved_fields(cls)
     texts, problems = {}, []
     for flag, words in grouped(argv):
@@ -170,7 +170,7 @@ def convert(value, kind):
         return tuple(map(str, value))
     read, expected = READERS[kind]
     try:
-        if isinstance(value, (str, int, float)):
+        if isinstance(value, str | int | float):
             return read(str(value))
     except (ValueError, KeyError):
         pass
@@ -285,14 +285,11 @@ def describe(cls, presets: dict, argv: list[str]) -> str:
     values = f"the values of {preset}" if preset else "their defaults"
     lines.append(f"settings (--name value), with {values} in brackets:")
     first = [] if "all" in argv else getattr(cls, "FIRST", "").split()
-    if not first:
-        for topic, names in topics.items():
-            lines += [f" {topic}:" if topic else "", *(described[name] for name in names)]
-        return "\n".join(lines)
     lines += [described[name] for name in first]
     for topic, names in topics.items():
         rest = " ".join(f"--{name}" for name in names if name not in first)
-        if rest:
-            text = f"more on {topic}: {rest}"
-            lines.append(textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="    "))
-    return "\n".join([*lines, "`--help all` describes every setting"])
+        if not first:
+            lines += [f" {topic}:" if topic else "", *(described[name] for name in names)]
+        elif rest:
+            lines.append(textwrap.fill(f"  more on {topic}: {rest}", 118, subsequent_indent="    "))
+    return "\n".join(lines + ["`--help all` describes every setting"] * bool(first))

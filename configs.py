@@ -10,7 +10,6 @@ presets.py has the named settings, checks.py says what does not go together, cli
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_PROJECTIONS = ATTENTION + ("gate_proj", "up_proj", "down_proj")
@@ -66,10 +65,8 @@ class Shared:
 class TrainConfig(Shared):
     """Fine-tuning of a decoder, or of an encoder to compare with, as a text classifier."""
 
-    FIRST: ClassVar[str] = (
-        "base train_data val_data test_data text label_column id_column task max_length rank targets quant lr epochs "
-        "batch_size max_tokens metric seed resume dry_run"
-    )
+    FIRST = """base train_data val_data test_data text label_column id_column task max_length rank targets quant lr
+        epochs batch_size max_tokens metric seed resume dry_run"""
 
     # data
     val_data: str = ""  # validation rows; default: val_size of the training rows, stratified by label
@@ -121,10 +118,8 @@ class TrainConfig(Shared):
 class CptConfig(Shared):
     """Next-token training of a base on plain text or on answers: the whole base, or an adapter on it."""
 
-    FIRST: ClassVar[str] = (
-        "base train_data guard_data text chat max_length rank targets quant lr embed_lr epochs batch_size max_tokens "
-        "val_size samples seed export export_dtype resume"
-    )
+    FIRST = """base train_data guard_data text chat max_length rank targets quant lr embed_lr epochs batch_size
+        max_tokens val_size samples seed export export_dtype resume"""
 
     # data
     train_data: str = ""  # folders of .tex .txt .md .jsonl (.gz too), or such files, comma separated
@@ -164,7 +159,7 @@ class CptConfig(Shared):
 class InferConfig:
     """Prediction with a finished run, or with a base and a public adapter."""
 
-    FIRST: ClassVar[str] = "runs input output submission base adapter text head label_names export"
+    FIRST = "runs input output submission base adapter text head label_names export"
 
     # what predicts
     runs: tuple[str, ...] = ()  # run folder, or a folder of folds and seeds; default: the newest finished run

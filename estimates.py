@@ -43,8 +43,7 @@ def memory_estimate(model, max_tokens: int, precision: str, checkpointing: bool)
     inner = getattr(config, "intermediate_size", 4 * hidden)
     stream = max_tokens * hidden * 4
     layer = stream + max_tokens * size * (6 * hidden + 3 * inner)
-    activations = config.num_hidden_layers * layer
-    if checkpointing:
-        activations = config.num_hidden_layers * stream + layer
+    depth = config.num_hidden_layers
+    activations = depth * stream + layer if checkpointing else depth * layer
     sizes = {"weights": weights, "trained state": trained * TRAINED_BYTES, "activations": activations}
     return {name: size / 1e9 for name, size in sizes.items()}

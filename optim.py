@@ -18,12 +18,9 @@ def parameter_groups(named, lr: float, head_lr: float, weight_decay: float, head
         if not p.requires_grad:
             continue
         is_head = name.startswith(tuple(f"{head}." for head in heads))
-        part = "head" if is_head else "body"
-        peak = (head_lr or lr) if is_head else lr
-        decay = weight_decay
+        part, peak, decay = ("head", head_lr or lr, weight_decay) if is_head else ("body", lr, weight_decay)
         if p.ndim < 2:
-            part += " (no decay)"
-            decay = 0.0
+            part, decay = f"{part} (no decay)", 0.0
         group = {"params": [], "name": part, "lr": peak, "peak_lr": peak, "weight_decay": decay}
         groups.setdefault(part, group)["params"].append(p)
     return list(groups.values())
