@@ -192,7 +192,6 @@ def _size_and_hash(path):
 
 def verify(folder: Path) -> dict:
     """The manifest of a save whose files all match it. Raises Untrusted with the first thing that does not."""
-    folder = Path(folder)
     if not folder.exists():
         raise Untrusted(f"{folder} is missing: its last save was interrupted")
     try:

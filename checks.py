@@ -102,12 +102,13 @@ NEEDS = table("""
     InferConfig :: answer :: submission
     InferConfig :: runs :: !base !adapter
 """)
-NO_MEANING = {  # fields that must have their default with a task
-    "regression": "label_smoothing class_weights head label_names label_columns label_delimiter pos_weight soft_share "
-    "soft_temperature",
-    "single_label": "label_columns label_delimiter pos_weight",
-    "multi_label": "class_weights",
-}
+# Fields that must have their default with a task.
+NO_MEANING = lists("""
+    regression :: label_smoothing class_weights head label_names label_columns label_delimiter pos_weight soft_share \
+soft_temperature
+    single_label :: label_columns label_delimiter pos_weight
+    multi_label :: class_weights
+""")
 
 
 def rows_of(rows, cls):
@@ -248,11 +249,11 @@ def _idle_fields(cfg, given, needs):
         # A field set to its empty value is how a preset's is switched off: that is no request.
         if missing and getattr(cfg, name) not in ("", (), None):
             problems.append(f"--{name} has no effect: it is used {in_words(' '.join(missing))}")
-    for name in NO_MEANING.get(getattr(cfg, "task", ""), "").split():
+    for name in NO_MEANING.get(getattr(cfg, "task", ""), []):
         value = getattr(cfg, name, None)
         if value != getattr(type(cfg), name, None):  # the default
             problems.append(f"--{name} {shown(value)} has no meaning with --task {cfg.task}: leave it out")
-    if isinstance(cfg, CptConfig) and "embed_lr" in given and cfg.rank:
+    if "embed_lr" in given and cfg.rank:
         vocabulary = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
         if not any(name.endswith(vocabulary) for name in cfg.targets + cfg.modules_to_save):
             problems.append("--embed_lr has no effect: no embedding or LM head in --targets or --modules_to_save")
@@ -323,7 +324,7 @@ def own_data(cfg, given: set[str]):
     if "folds" in given:
         changes["val_data"] = ""
     if "task" in given:
-        changes |= {name: getattr(type(cfg), name) for name in NO_MEANING.get(cfg.task, "").split()}
+        changes |= {name: getattr(type(cfg), name) for name in NO_MEANING.get(cfg.task, [])}
         metrics = METRICS.get(cfg.task, [cfg.metric])
         if cfg.metric not in metrics:
             changes["metric"] = metrics[0]

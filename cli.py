@@ -10,10 +10,12 @@ import os
 import re
 import sys
 import textwrap
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import checks
+from configs import Several
 from errors import UserError, nearest, refuse
 
 # Flags that live in another command now: commands, flags, what to do instead.
@@ -105,7 +107,7 @@ def _read_flags(cls, argv):
             problems.append(f"{flag} is given twice")
         elif not words and kind is not bool:
             problems.append(f"{flag} has no value")
-        elif len(words) > 1 and kind != SEVERAL:
+        elif len(words) > 1 and kind != Several:
             problems.append(f"'{words[1]}' is not a flag: expected --field value")
         else:
             texts[name] = ",".join(words) if words else "true"
@@ -134,8 +136,7 @@ def _starting_config(cls, presets, name):
     if name in presets:  # folds.py has more fields than its presets know
         return cls(**vars(presets[name]()))
     if name.endswith(".json") or os.path.isdir(name):
-        note = moved_note(cls, name)
-        if note:
+        if note := moved_note(cls, name):
             print(note, file=sys.stderr)
         return read_config(cls, name)
     known = ", ".join(presets) or "none here"
@@ -144,36 +145,32 @@ def _starting_config(cls, presets, name):
 
 def whole_number(text: str) -> int:
     """An int of any size, also written as 1e4. Raises ValueError for anything else."""
-    try:
+    with suppress(ValueError):
         return int(text)
-    except ValueError:
-        number = float(text)
+    number = float(text)
     if not number.is_integer():
         raise ValueError(text)
     return int(number)
 
 
-SEVERAL = tuple[str, ...]
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 READERS = {  # type of a field: how a text is read as its value, what is expected
     bool: (lambda text: TRUTH[text.lower()], "true or false"),
     int: (whole_number, "a whole number"),
     float: (float, "a number"),
     str: (str, "a string"),
-    SEVERAL: (lambda text: tuple(part.strip() for part in text.split(",") if part.strip()), "a string"),
+    Several: (lambda text: tuple(part.strip() for part in text.split(",") if part.strip()), "a string"),
 }
 
 
 def convert(value, kind):
     """A command-line or JSON value as the type of its field. Raises ValueError with what was expected."""
-    if kind == SEVERAL and isinstance(value, list):
+    if kind == Several and isinstance(value, list):
         return tuple(map(str, value))
     read, expected = READERS[kind]
-    try:
+    with suppress(ValueError, KeyError):
         if isinstance(value, str | int | float):
             return read(str(value))
-    except (ValueError, KeyError):
-        pass
     raise ValueError(expected)
 
 
@@ -238,8 +235,7 @@ def resumed(cfg, given: set[str], run: Path):
     """
     new, old = vars(cfg), vars(read_config(type(cfg), run))
     free = {"resume", "dry_run", "outputs", "keep", "export", "export_dtype", "time_limit"} & new.keys()
-    changed = [name for name in sorted(given - free) if new[name] != old[name]]
-    if changed:
+    if changed := [name for name in sorted(given - free) if new[name] != old[name]]:
         pairs = ", ".join(f"--{name} {new[name]} (the run has {old[name]})" for name in changed)
         raise UserError(f"--resume {run}: a run continues with its own settings, but {pairs}; leave these flags out")
     return replace(cfg, **{name: old[name] for name in old.keys() - free})
@@ -292,4 +288,6 @@ def describe(cls, presets: dict, argv: list[str]) -> str:
             lines += [f" {topic}:" if topic else "", *(described[name] for name in names)]
         elif rest:
             lines.append(textwrap.fill(f"  more on {topic}: {rest}", 118, subsequent_indent="    "))
-    return "\n".join(lines + ["`--help all` describes every setting"] * bool(first))
+    if first:
+        lines.append("`--help all` describes every setting")
+    return "\n".join(lines)
