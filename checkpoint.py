@@ -300,8 +300,7 @@ def load_optimizer_tensors(optimizer, tensors: dict[str, torch.Tensor]) -> None:
 
     bitsandbytes makes its own state first, paged or in 8 bits, and the saved values are copied into it.
     """
-    init_state = getattr(optimizer, "init_state", None)
-    if init_state:
+    if init_state := getattr(optimizer, "init_state", None):
         optimizer.check_overrides()
     for g, i, p in _numbered(optimizer):
         prefix = f"{g}.{i}."

@@ -64,9 +64,8 @@ RANGES = {name: rule for names, *rule in (  # fields, what is expected, test
 # fmt: on
 NUMBERS = r"(?:(?=[^,]*[1-9])[0-9.]+(?:e-?[0-9]+)?(?:,(?!$)|$))+"  # positive, separated by commas
 FORMS = {  # field: (regular expression of the value, or of each value of a tuple; what is expected)
-    name: rule
-    for name, *rule in table(
-        r"""
+    name: (form.replace("NUMBERS", NUMBERS), expected)
+    for name, form, expected in table(r"""
         text :: (?s).*\{[^{}]+\}.* :: a template that names a column, like "{Question}"
         label_delimiter :: (?s).+ :: the separator of the labels, or a JSON list in the column
         budgets :: [^=]+=[1-9]\d* :: field=tokens, such as body=300
@@ -76,8 +75,7 @@ FORMS = {  # field: (regular expression of the value, or of each value of a tupl
         report :: tensorboard|wandb :: tensorboard, wandb or both
         submission :: \s*|[^,]*[^,\s][^,]*,[^,]*[^,\s][^,]* :: two column names such as "id,label", or empty
         seeds :: \d+ :: whole numbers of 0 or more
-    """.replace("NUMBERS", NUMBERS)
-    )
+    """)
 }
 
 # ---- what a field that is given by hand needs -----------------------------------------------------------------------
@@ -233,8 +231,7 @@ def check(cfg, given: set[str] = frozenset(), needs: dict[str, str] | None = Non
 
     given: fields set by hand, which must have an effect. needs, clashes: the rules of a command that has its own.
     """
-    needs = needs_of(type(cfg)) if needs is None else needs
-    problems = _idle_fields(cfg, given, needs) + _field_problems(cfg)
+    problems = _idle_fields(cfg, given, needs or needs_of(type(cfg))) + _field_problems(cfg)
     problems += [_message_of(text, cfg) for need, text in rows_of(CLASHES, type(cfg)) if not _holds(cfg, need)]
     tests = [*rows_of(PROBLEMS, type(cfg)), *clashes]
     problems += [_message_of(text, cfg, problem) for text, test in tests if (problem := test(cfg))]
@@ -328,4 +325,4 @@ def own_data(cfg, given: set[str]):
         metrics = METRICS.get(cfg.task, [cfg.metric])
         if cfg.metric not in metrics:
             changes["metric"] = metrics[0]
-    return replace(cfg, **{name: value for name, value in changes.items() if name not in given})
+    return replace(cfg, **{name: changes[name] for name in changes.keys() - given})

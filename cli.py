@@ -210,8 +210,8 @@ def read_config(cls, path: str | Path):
     Raises UserError naming every field that is unknown or has a wrong value.
     """
     kinds, raw = _kinds_of(cls), raw_config(path)
-    unknown = sorted(raw.keys() - kinds.keys() - moved_fields(cls).keys())
-    problems = [f"unknown field {name}{nearest(name, kinds)}" for name in unknown]
+    unknown = raw.keys() - (kinds | moved_fields(cls))
+    problems = [f"unknown field {name}{nearest(name, kinds)}" for name in sorted(unknown)]
     if raw.get("fold") == "all":  # a family of runs over all folds, before folds.py
         del raw["fold"]
     known = {name: value for name, value in raw.items() if name in kinds}
@@ -221,11 +221,9 @@ def read_config(cls, path: str | Path):
 def moved_note(cls, path: str | Path) -> str:
     """Which settings of a config.json moved, and what replaces them; an empty string if none has an effect."""
     moved = moved_fields(cls)
-    used = {name: value for name, value in raw_config(path).items() if name in moved and value not in IDLE}
-    if not used:
-        return ""
-    hints = [f"{name} {json.dumps(value)}: {moved[name]}" for name, value in used.items()]
-    return f"note: {path}: not read, because it moved: {'; '.join(hints)}"
+    used = [(name, value) for name, value in raw_config(path).items() if name in moved and value not in IDLE]
+    hints = [f"{name} {json.dumps(value)}: {moved[name]}" for name, value in used]
+    return f"note: {path}: not read, because it moved: {'; '.join(hints)}" if hints else ""
 
 
 def resumed(cfg, given: set[str], run: Path):
@@ -234,7 +232,7 @@ def resumed(cfg, given: set[str], run: Path):
     Raises UserError for flags given by hand that contradict it.
     """
     new, old = vars(cfg), vars(read_config(type(cfg), run))
-    free = {"resume", "dry_run", "outputs", "keep", "export", "export_dtype", "time_limit"} & new.keys()
+    free = {"resume", "dry_run", "outputs", "keep", "export", "export_dtype", "time_limit"}
     if changed := [name for name in sorted(given - free) if new[name] != old[name]]:
         pairs = ", ".join(f"--{name} {new[name]} (the run has {old[name]})" for name in changed)
         raise UserError(f"--resume {run}: a run continues with its own settings, but {pairs}; leave these flags out")
@@ -277,7 +275,7 @@ def describe(cls, presets: dict, argv: list[str]) -> str:
         described[name] = f"  --{name:<16} {text}{need} [{value}]"
 
     lines = ["presets (--cfg NAME, or the config.json of an earlier run; default: tiny):"] if presets else []
-    lines += [f"  {name:<18} {inspect.getdoc(make)}" for name, make in presets.items()]
+    lines += [f"  {name:<18} {make.__doc__}" for name, make in presets.items()]
     values = f"the values of {preset}" if preset else "their defaults"
     lines.append(f"settings (--name value), with {values} in brackets:")
     first = [] if "all" in argv else getattr(cls, "FIRST", "").split()

@@ -44,5 +44,4 @@ def memory_estimate(model, max_tokens: int, precision: str, checkpointing: bool)
     layer = stream + max_tokens * size * (6 * hidden + 3 * inner)
     depth = config.num_hidden_layers
     activations = depth * stream + layer if checkpointing else depth * layer
-    sizes = {"weights": weights, "trained state": trained * TRAINED_BYTES, "activations": activations}
-    return {name: size / 1e9 for name, size in sizes.items()}
+    return {"weights": weights / 1e9, "trained state": trained * TRAINED_BYTES / 1e9, "activations": activations / 1e9}
