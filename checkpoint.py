@@ -263,7 +263,7 @@ def load_json(path: Path) -> dict:
 
 def environment(threads: int, world: int, device: str) -> dict:
     """Versions, commit, hardware and threads of a run."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

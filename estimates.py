@@ -42,6 +42,7 @@ def memory_estimate(model, max_tokens: int, precision: str, checkpointing: bool)
     inner = getattr(config, "intermediate_size", 4 * hidden)
     stream = max_tokens * hidden * 4
     layer = stream + max_tokens * size * (6 * hidden + 3 * inner)
-    depth = config.num_hidden_layers
-    activations = depth * stream + layer if checkpointing else depth * layer
+    activations = config.num_hidden_layers * layer
+    if checkpointing:
+        activations = config.num_hidden_layers * stream + layer
     return {"weights": weights / 1e9, "trained state": trained * TRAINED_BYTES / 1e9, "activations": activations / 1e9}
