@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -78,13 +79,12 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 def runs_of(outputs: str, base: str, dataset: str) -> list[Path]:
     """The run folders of a base and dataset, oldest first."""
-    parent = run_parent(outputs, base, dataset)
-    runs = [path for path in parent.glob("run_*") if path.name[4:].isdecimal() and path.is_dir()]
-    return sorted(runs, key=_number_of)
+    paths = run_parent(outputs, base, dataset).glob("run_*")
+    return sorted((path for path in paths if path.name[4:].isdecimal() and path.is_dir()), key=_number_of)
 
 
 def _number_of(run):
-    return int(run.name.removeprefix("run_"))
+    return int(run.name[4:])
 
 
 def run_parent(outputs: str, base: str, dataset: str) -> Path:
@@ -99,11 +99,9 @@ def new_run(outputs: str, base: str, dataset: str) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(max(map(_number_of, runs_of(outputs, base, dataset)), default=-1) + 1):
         run = parent / f"run_{number}"
-        try:
+        with suppress(FileExistsError):  # of another process
             run.mkdir()
             return run
-        except FileExistsError:  # of another process
-            continue
 
 
 def finished(run: Path) -> bool:
@@ -145,16 +143,14 @@ def save(target: Path, write, about: dict, keep: int = 1) -> None:
     places = [target, *(target.with_name(f".{target.name}.{i}") for i in range(1, max(keep, 1) + 1))]
     moved = []
     try:
-        if hidden.exists():
-            fs_remove(hidden)
+        fs_remove(hidden)
         hidden.mkdir()
         write(hidden)
         seal(hidden, about)
         if target.exists():
             for newer, older in reversed(list(itertools.pairwise(places))):
                 if newer.exists():
-                    if older.exists():
-                        fs_remove(older)
+                    fs_remove(older)
                     fs_rename(newer, older)
                     moved.append((newer, older))
         fs_rename(hidden, target)
@@ -164,7 +160,7 @@ def save(target: Path, write, about: dict, keep: int = 1) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
     fs_sync(target.parent)
-    if keep == 0 and places[1].exists():
+    if keep == 0:
         fs_remove(places[1])
 
 
@@ -174,8 +170,8 @@ def seal(folder: Path, about: dict) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         fs_sync(path)
         files[path.relative_to(folder).as_posix()] = _size_and_hash(path)
-    manifest = {**about, "files": files}
-    save_json(folder / MANIFEST, {**manifest, "seal": seal_of(manifest)})
+    manifest = about | {"files": files}
+    save_json(folder / MANIFEST, manifest | {"seal": seal_of(manifest)})
     fs_sync(folder)
 
 
@@ -196,7 +192,6 @@ def _size_and_hash(path):
 
 def verify(folder: Path) -> dict:
     """The manifest of a save whose files all match it. Raises Untrusted with the first thing that does not."""
-    folder = Path(folder)
     if not folder.exists():
         raise Untrusted(f"{folder} is missing: its last save was interrupted")
     try:
@@ -233,12 +228,11 @@ def trusted(target: Path) -> Save | None:
     for folder in [target, *older]:
         try:
             save = Save(folder, verify(folder))
+            for reason in reasons:
+                print(f"warning: {reason}; falling back to the previous save", file=sys.stderr, flush=True)
+            return save
         except Untrusted as e:
             reasons.append(str(e))
-            continue
-        for reason in reasons:
-            print(f"warning: {reason}; falling back to the previous save", file=sys.stderr, flush=True)
-        return save
     raise Untrusted("no save can be trusted: " + "; ".join(reasons))
 
 
@@ -269,15 +263,14 @@ def load_json(path: Path) -> dict:
 
 def environment(threads: int, world: int, device: str) -> dict:
     """Versions, commit, hardware and threads of a run."""
-    packages = ("torch", "transformers", "safetensors", "numpy", "tqdm")
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = "unknown"
     return {
         "python": platform.python_version(), "platform": platform.platform(), "command": sys.argv,
-        **{name: version(name) for name in packages}, "commit": commit,
+        **{name: version(name) for name in ("torch", "transformers", "safetensors", "numpy", "tqdm")}, "commit": commit,
         "device": device, "world_size": world, "threads": threads, "cores": os.cpu_count(),
     }  # fmt: skip
 
@@ -307,8 +300,7 @@ def load_optimizer_tensors(optimizer, tensors: dict[str, torch.Tensor]) -> None:
 
     bitsandbytes makes its own state first, paged or in 8 bits, and the saved values are copied into it.
     """
-    init_state = getattr(optimizer, "init_state", None)
-    if init_state:
+    if init_state := getattr(optimizer, "init_state", None):
         optimizer.check_overrides()
     for g, i, p in _numbered(optimizer):
         prefix = f"{g}.{i}."

@@ -19,11 +19,14 @@ def table(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("::")] for line in text.strip().splitlines()]
 
 
+def lists(text: str) -> dict[str, list[str]]:
+    """{name: words} of a table with the columns name and words."""
+    return {name: words.split() for name, words in table(text)}
+
+
 # ---- rules about one field, by its name, in every command -----------------------------------------------------------
 
-CHOICES = {
-    name: choices.split()
-    for name, choices in table("""
+CHOICES = lists("""
         head :: linear label_words
         quant :: none nf4
         chat :: auto yes no
@@ -38,18 +41,14 @@ CHOICES = {
         schedule :: cosine linear constant
         precision :: auto fp32 fp16 bf16
         task :: single_label multi_label regression
-    """)
-}
-METRICS = {
-    task: metrics.split()
-    for task, metrics in table("""
+""")
+METRICS = lists("""
         single_label :: micro_f1 macro_f1 weighted_f1 accuracy roc_auc log_loss
         multi_label :: micro_f1 macro_f1 weighted_f1 subset_accuracy hamming_loss roc_auc average_precision log_loss
         regression :: mse rmse mae r2 pearson roc_auc
-    """)
-}
+""")
 # fmt: off
-RANGES = (  # fields, what is expected, test
+RANGES = {name: rule for names, *rule in (  # fields, what is expected, test
     ("lr epochs batch_size max_new_tokens max_tokens micro_batches max_length alpha soft_temperature",
      "a number above 0", lambda value: value > 0),
     ("rank head_lr embed_lr weight_decay max_steps warmup_steps grad_clip eval_every save_every keep patience seed "
@@ -61,13 +60,12 @@ RANGES = (  # fields, what is expected, test
     ("threshold", "a probability below 1, or 0 for the run's own", lambda value: 0 <= value < 1),
     ("temperature", "0 for greedy, or 0.01 and more", lambda value: value == 0 or value >= 0.01),
     ("val_size", "a whole number of rows, if not a fraction", lambda value: value < 1 or value == int(value)),
-)
+) for name in names.split()}
 # fmt: on
 NUMBERS = r"(?:(?=[^,]*[1-9])[0-9.]+(?:e-?[0-9]+)?(?:,(?!$)|$))+"  # positive, separated by commas
 FORMS = {  # field: (regular expression of the value, or of each value of a tuple; what is expected)
-    name: rule
-    for name, *rule in table(
-        r"""
+    name: (form.replace("NUMBERS", NUMBERS), expected)
+    for name, form, expected in table(r"""
         text :: (?s).*\{[^{}]+\}.* :: a template that names a column, like "{Question}"
         label_delimiter :: (?s).+ :: the separator of the labels, or a JSON list in the column
         budgets :: [^=]+=[1-9]\d* :: field=tokens, such as body=300
@@ -77,8 +75,7 @@ FORMS = {  # field: (regular expression of the value, or of each value of a tupl
         report :: tensorboard|wandb :: tensorboard, wandb or both
         submission :: \s*|[^,]*[^,\s][^,]*,[^,]*[^,\s][^,]* :: two column names such as "id,label", or empty
         seeds :: \d+ :: whole numbers of 0 or more
-    """.replace("NUMBERS", NUMBERS)
-    )
+    """)
 }
 
 # ---- what a field that is given by hand needs -----------------------------------------------------------------------
@@ -103,12 +100,13 @@ NEEDS = table("""
     InferConfig :: answer :: submission
     InferConfig :: runs :: !base !adapter
 """)
-NO_MEANING = {  # fields that must have their default with a task
-    "regression": "label_smoothing class_weights head label_names label_columns label_delimiter pos_weight soft_share "
-    "soft_temperature",
-    "single_label": "label_columns label_delimiter pos_weight",
-    "multi_label": "class_weights",
-}
+# Fields that must have their default with a task.
+NO_MEANING = lists("""
+    regression :: label_smoothing class_weights head label_names label_columns label_delimiter pos_weight soft_share \
+soft_temperature
+    single_label :: label_columns label_delimiter pos_weight
+    multi_label :: class_weights
+""")
 
 
 def rows_of(rows, cls):
@@ -139,11 +137,8 @@ def _holds(cfg, need):
 
 def in_words(needs: str) -> str:
     """Needs as a person reads them: "with --folds, without --val_data"."""
-    words = []
-    for need in needs.split():
-        flags = need.removeprefix("!").replace("=", " ").replace("|", " or --")
-        words.append(f"without --{flags}" if need.startswith("!") else f"with --{flags}")
-    return ", ".join(words)
+    words = [f"without --{need[1:]}" if need.startswith("!") else f"with --{need}" for need in needs.split()]
+    return ", ".join(words).replace("=", " ").replace("|", " or --")
 
 
 # ---- what does not go together --------------------------------------------------------------------------------------
@@ -236,13 +231,10 @@ def check(cfg, given: set[str] = frozenset(), needs: dict[str, str] | None = Non
 
     given: fields set by hand, which must have an effect. needs, clashes: the rules of a command that has its own.
     """
-    needs = needs_of(type(cfg)) if needs is None else needs
-    problems = _idle_fields(cfg, given, needs) + _field_problems(cfg)
+    problems = _idle_fields(cfg, given, needs or needs_of(type(cfg))) + _field_problems(cfg)
     problems += [_message_of(text, cfg) for need, text in rows_of(CLASHES, type(cfg)) if not _holds(cfg, need)]
-    for text, test in [*rows_of(PROBLEMS, type(cfg)), *clashes]:
-        problem = test(cfg)
-        if problem:
-            problems.append(_message_of(text, cfg, problem))
+    tests = [*rows_of(PROBLEMS, type(cfg)), *clashes]
+    problems += [_message_of(text, cfg, problem) for text, test in tests if (problem := test(cfg))]
     refuse(problems, f"{len(problems)} problems in the settings: " if len(problems) > 1 else "")
 
 
@@ -254,11 +246,11 @@ def _idle_fields(cfg, given, needs):
         # A field set to its empty value is how a preset's is switched off: that is no request.
         if missing and getattr(cfg, name) not in ("", (), None):
             problems.append(f"--{name} has no effect: it is used {in_words(' '.join(missing))}")
-    for name in NO_MEANING.get(getattr(cfg, "task", ""), "").split():
+    for name in NO_MEANING.get(getattr(cfg, "task", ""), []):
         value = getattr(cfg, name, None)
         if value != getattr(type(cfg), name, None):  # the default
             problems.append(f"--{name} {shown(value)} has no meaning with --task {cfg.task}: leave it out")
-    if isinstance(cfg, CptConfig) and "embed_lr" in given and cfg.rank:
+    if "embed_lr" in given and cfg.rank:
         vocabulary = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
         if not any(name.endswith(vocabulary) for name in cfg.targets + cfg.modules_to_save):
             problems.append("--embed_lr has no effect: no embedding or LM head in --targets or --modules_to_save")
@@ -268,12 +260,12 @@ def _idle_fields(cfg, given, needs):
 def _field_problems(cfg):
     """A problem for each field whose value is out of its range, no known choice, or malformed."""
     problems = []
-    ranges = {name: (expected, test) for names, expected, test in RANGES for name in names.split()}
     for name, value in dataclasses.asdict(cfg).items():
+        expected, in_range = RANGES.get(name, ("", bool))
         if isinstance(value, float) and not abs(value) < float("inf"):
             problems.append(f"--{name} {value}: expected a finite number")
-        elif name in ranges and not ranges[name][1](value):
-            problems.append(f"--{name} {value}: expected {ranges[name][0]}")
+        elif expected and not in_range(value):
+            problems.append(f"--{name} {value}: expected {expected}")
         elif name in CHOICES and value not in CHOICES[name]:
             problems.append(f"--{name} {value}: expected one of {_not_among(value, CHOICES[name])}")
         elif name in FORMS:
@@ -329,8 +321,8 @@ def own_data(cfg, given: set[str]):
     if "folds" in given:
         changes["val_data"] = ""
     if "task" in given:
-        changes |= {name: getattr(type(cfg), name) for name in NO_MEANING.get(cfg.task, "").split()}
+        changes |= {name: getattr(type(cfg), name) for name in NO_MEANING.get(cfg.task, [])}
         metrics = METRICS.get(cfg.task, [cfg.metric])
         if cfg.metric not in metrics:
             changes["metric"] = metrics[0]
-    return replace(cfg, **{name: value for name, value in changes.items() if name not in given})
+    return replace(cfg, **{name: changes[name] for name in changes.keys() - given})

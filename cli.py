@@ -10,10 +10,12 @@ import os
 import re
 import sys
 import textwrap
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import checks
+from configs import Several
 from errors import UserError, nearest, refuse
 
 # Flags that live in another command now: commands, flags, what to do instead.
@@ -80,7 +82,7 @@ def parse(cls, presets: dict, argv: list[str], doc: str = ""):
     # Two ways to state the warm-up: the one given by hand replaces the preset's.
     warmup = {"warmup_steps": 0, "warmup_ratio": 0.0}
     if given & warmup.keys():
-        values = {**warmup, **values}
+        values = warmup | values
     return replace(start, **values), given
 
 
@@ -89,7 +91,7 @@ def _read_flags(cls, argv):
 
     A field that takes several values takes all words up to the next flag.
     """
-    kinds = {**_kinds_of(cls), "cfg": str}
+    kinds = _kinds_of(cls) | {"cfg": str}
     moved = moved_fields(cls)
     texts, problems = {}, []
     for flag, words in grouped(argv):
@@ -105,7 +107,7 @@ def _read_flags(cls, argv):
             problems.append(f"{flag} is given twice")
         elif not words and kind is not bool:
             problems.append(f"{flag} has no value")
-        elif len(words) > 1 and kind != SEVERAL:
+        elif len(words) > 1 and kind != Several:
             problems.append(f"'{words[1]}' is not a flag: expected --field value")
         else:
             texts[name] = ",".join(words) if words else "true"
@@ -134,8 +136,7 @@ def _starting_config(cls, presets, name):
     if name in presets:  # folds.py has more fields than its presets know
         return cls(**vars(presets[name]()))
     if name.endswith(".json") or os.path.isdir(name):
-        note = moved_note(cls, name)
-        if note:
+        if note := moved_note(cls, name):
             print(note, file=sys.stderr)
         return read_config(cls, name)
     known = ", ".join(presets) or "none here"
@@ -144,36 +145,32 @@ def _starting_config(cls, presets, name):
 
 def whole_number(text: str) -> int:
     """An int of any size, also written as 1e4. Raises ValueError for anything else."""
-    try:
+    with suppress(ValueError):
         return int(text)
-    except ValueError:
-        number = float(text)
+    number = float(text)
     if not number.is_integer():
         raise ValueError(text)
     return int(number)
 
 
-SEVERAL = tuple[str, ...]
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 READERS = {  # type of a field: how a text is read as its value, what is expected
     bool: (lambda text: TRUTH[text.lower()], "true or false"),
     int: (whole_number, "a whole number"),
     float: (float, "a number"),
     str: (str, "a string"),
-    SEVERAL: (lambda text: tuple(part.strip() for part in text.split(",") if part.strip()), "a string"),
+    Several: (lambda text: tuple(part.strip() for part in text.split(",") if part.strip()), "a string"),
 }
 
 
 def convert(value, kind):
     """A command-line or JSON value as the type of its field. Raises ValueError with what was expected."""
-    if kind == SEVERAL and isinstance(value, list):
+    if kind == Several and isinstance(value, list):
         return tuple(map(str, value))
     read, expected = READERS[kind]
-    try:
-        if isinstance(value, (str, int, float)):
+    with suppress(ValueError, KeyError):
+        if isinstance(value, str | int | float):
             return read(str(value))
-    except (ValueError, KeyError):
-        pass
     raise ValueError(expected)
 
 
@@ -213,8 +210,8 @@ def read_config(cls, path: str | Path):
     Raises UserError naming every field that is unknown or has a wrong value.
     """
     kinds, raw = _kinds_of(cls), raw_config(path)
-    unknown = sorted(raw.keys() - kinds.keys() - moved_fields(cls).keys())
-    problems = [f"unknown field {name}{nearest(name, kinds)}" for name in unknown]
+    unknown = raw.keys() - (kinds | moved_fields(cls))
+    problems = [f"unknown field {name}{nearest(name, kinds)}" for name in sorted(unknown)]
     if raw.get("fold") == "all":  # a family of runs over all folds, before folds.py
         del raw["fold"]
     known = {name: value for name, value in raw.items() if name in kinds}
@@ -224,11 +221,9 @@ def read_config(cls, path: str | Path):
 def moved_note(cls, path: str | Path) -> str:
     """Which settings of a config.json moved, and what replaces them; an empty string if none has an effect."""
     moved = moved_fields(cls)
-    used = {name: value for name, value in raw_config(path).items() if name in moved and value not in IDLE}
-    if not used:
-        return ""
-    hints = [f"{name} {json.dumps(value)}: {moved[name]}" for name, value in used.items()]
-    return f"note: {path}: not read, because it moved: {'; '.join(hints)}"
+    used = [(name, value) for name, value in raw_config(path).items() if name in moved and value not in IDLE]
+    hints = [f"{name} {json.dumps(value)}: {moved[name]}" for name, value in used]
+    return f"note: {path}: not read, because it moved: {'; '.join(hints)}" if hints else ""
 
 
 def resumed(cfg, given: set[str], run: Path):
@@ -237,9 +232,8 @@ def resumed(cfg, given: set[str], run: Path):
     Raises UserError for flags given by hand that contradict it.
     """
     new, old = vars(cfg), vars(read_config(type(cfg), run))
-    free = {"resume", "dry_run", "outputs", "keep", "export", "export_dtype", "time_limit"} & new.keys()
-    changed = [name for name in sorted(given - free) if new[name] != old[name]]
-    if changed:
+    free = {"resume", "dry_run", "outputs", "keep", "export", "export_dtype", "time_limit"}
+    if changed := [name for name in sorted(given - free) if new[name] != old[name]]:
         pairs = ", ".join(f"--{name} {new[name]} (the run has {old[name]})" for name in changed)
         raise UserError(f"--resume {run}: a run continues with its own settings, but {pairs}; leave these flags out")
     return replace(cfg, **{name: old[name] for name in old.keys() - free})
@@ -281,18 +275,17 @@ def describe(cls, presets: dict, argv: list[str]) -> str:
         described[name] = f"  --{name:<16} {text}{need} [{value}]"
 
     lines = ["presets (--cfg NAME, or the config.json of an earlier run; default: tiny):"] if presets else []
-    lines += [f"  {name:<18} {inspect.getdoc(make)}" for name, make in presets.items()]
+    lines += [f"  {name:<18} {make.__doc__}" for name, make in presets.items()]
     values = f"the values of {preset}" if preset else "their defaults"
     lines.append(f"settings (--name value), with {values} in brackets:")
     first = [] if "all" in argv else getattr(cls, "FIRST", "").split()
-    if not first:
-        for topic, names in topics.items():
-            lines += [f" {topic}:" if topic else "", *(described[name] for name in names)]
-        return "\n".join(lines)
     lines += [described[name] for name in first]
     for topic, names in topics.items():
         rest = " ".join(f"--{name}" for name in names if name not in first)
-        if rest:
-            text = f"more on {topic}: {rest}"
-            lines.append(textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="    "))
-    return "\n".join([*lines, "`--help all` describes every setting"])
+        if not first:
+            lines += [f" {topic}:" if topic else "", *(described[name] for name in names)]
+        elif rest:
+            lines.append(textwrap.fill(f"  more on {topic}: {rest}", 118, subsequent_indent="    "))
+    if first:
+        lines.append("`--help all` describes every setting")
+    return "\n".join(lines)

@@ -10,10 +10,10 @@ presets.py has the named settings, checks.py says what does not go together, cli
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_PROJECTIONS = ATTENTION + ("gate_proj", "up_proj", "down_proj")
+Several = tuple[str, ...]  # values of one field, separated by commas or spaces
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Shared:
     rank: int = 16  # LoRA rank; 0: no adapter, the base itself is trained
     alpha: float = 32.0  # LoRA alpha: the update is scaled by alpha / rank
     lora_dropout: float = 0.1  # dropout on the input of each adapter
-    targets: tuple[str, ...] = ATTENTION  # modules that get an adapter, by the end of their name, or all-linear
+    targets: Several = ATTENTION  # modules that get an adapter, by the end of their name, or all-linear
     quant: str = "none"  # with an adapter: nf4 stores the frozen linears of the layers in 4 bits; none
 
     # optimization
@@ -57,7 +57,7 @@ class Shared:
     save_every: int = 0  # steps between saves of last/, 0: after each evaluation
     keep: int = 1  # earlier saves of last/ and best/ that are kept as a fallback
     seed: int = 0  # seed of the split, the batch plan, the initial weights and every dropout mask
-    report: tuple[str, ...] = ()  # also log to tensorboard, wandb or both (install them first), beside metrics.jsonl
+    report: Several = ()  # also log to tensorboard, wandb or both (install them first), beside metrics.jsonl
     outputs: str = "outputs"  # folder of all runs
     resume: str = ""  # auto (the newest unfinished run of this base and dataset) or a run folder
 
@@ -66,22 +66,20 @@ class Shared:
 class TrainConfig(Shared):
     """Fine-tuning of a decoder, or of an encoder to compare with, as a text classifier."""
 
-    FIRST: ClassVar[str] = (
-        "base train_data val_data test_data text label_column id_column task max_length rank targets quant lr epochs "
-        "batch_size max_tokens metric seed resume dry_run"
-    )
+    FIRST = """base train_data val_data test_data text label_column id_column task max_length rank targets quant lr
+        epochs batch_size max_tokens metric seed resume dry_run"""
 
     # data
     val_data: str = ""  # validation rows; default: val_size of the training rows, stratified by label
     test_data: str = ""  # rows that infer.py predicts by default; labels are optional there
     prompt: str = ""  # instead of text: a named prompt (prompts/NAME.txt) or a file of your own, rendered as a chat
-    kept: tuple[str, ...] = ()  # fields of the template that are truncated only when the others are used up
-    budgets: tuple[str, ...] = ()  # maximum tokens of a field, as body=300; default: only max_length truncates
+    kept: Several = ()  # fields of the template that are truncated only when the others are used up
+    budgets: Several = ()  # maximum tokens of a field, as body=300; default: only max_length truncates
     label_column: str = "label"  # column of the label; multi_label: a JSON list, or labels separated by label_delimiter
-    label_columns: tuple[str, ...] = ()  # multi_label: one column of 0 and 1 for each label, instead of label_column
+    label_columns: Several = ()  # multi_label: one column of 0 and 1 for each label, instead of label_column
     label_delimiter: str = "|"  # multi_label: separator of the labels in label_column
-    label_names: tuple[str, ...] = ()  # class names in order, comma separated; default: the labels of the training rows
-    label_words: tuple[str, ...] = ()  # verbalizer for each class (aliases separated by |); default: the class names
+    label_names: Several = ()  # class names in order, comma separated; default: the labels of the training rows
+    label_words: Several = ()  # verbalizer for each class (aliases separated by |); default: the class names
     id_column: str = "id"  # id column; default: the row index
     group_column: str = ""  # rows with the same value here always stay together in the hold-out and the folds
     folds: int = 0  # with fold: the number of cross-validation folds; folds.py trains all of them
@@ -121,10 +119,8 @@ class TrainConfig(Shared):
 class CptConfig(Shared):
     """Next-token training of a base on plain text or on answers: the whole base, or an adapter on it."""
 
-    FIRST: ClassVar[str] = (
-        "base train_data guard_data text chat max_length rank targets quant lr embed_lr epochs batch_size max_tokens "
-        "val_size samples seed export export_dtype resume"
-    )
+    FIRST = """base train_data guard_data text chat max_length rank targets quant lr embed_lr epochs batch_size
+        max_tokens val_size samples seed export export_dtype resume"""
 
     # data
     train_data: str = ""  # folders of .tex .txt .md .jsonl (.gz too), or such files, comma separated
@@ -143,8 +139,8 @@ class CptConfig(Shared):
     rank: int = 0  # LoRA rank; 0: no adapter, the whole base is trained
     alpha: float = 16.0  # LoRA alpha: the update is scaled by alpha / rank
     lora_dropout: float = 0.05  # dropout on the input of each adapter
-    targets: tuple[str, ...] = ALL_PROJECTIONS  # modules that get an adapter, embed_tokens and lm_head too
-    modules_to_save: tuple[str, ...] = ()  # with an adapter: modules trained whole, such as embed_tokens,lm_head
+    targets: Several = ALL_PROJECTIONS  # modules that get an adapter, embed_tokens and lm_head too
+    modules_to_save: Several = ()  # with an adapter: modules trained whole, such as embed_tokens,lm_head
 
     # optimization
     lr: float = 1e-3  # peak learning rate
@@ -164,17 +160,17 @@ class CptConfig(Shared):
 class InferConfig:
     """Prediction with a finished run, or with a base and a public adapter."""
 
-    FIRST: ClassVar[str] = "runs input output submission base adapter text head label_names export"
+    FIRST = "runs input output submission base adapter text head label_names export"
 
     # what predicts
-    runs: tuple[str, ...] = ()  # run folder, or a folder of folds and seeds; default: the newest finished run
+    runs: Several = ()  # run folder, or a folder of folds and seeds; default: the newest finished run
     base: str = ""  # instead of a run: a base, hub name or folder; default with adapter: the one that the adapter names
     adapter: str = ""  # a PEFT LoRA adapter for that base, folder or hub name
     text: str = "{Question}"  # for base and adapter: format template over the columns of a row
     prompt: str = ""  # for base and adapter, instead of text: a named prompt, as in train.py
     label_column: str = "label"  # for base and adapter: column of the label, if there is one
-    label_names: tuple[str, ...] = ()  # for base and adapter: class names in the order of the head's outputs
-    label_words: tuple[str, ...] = ()  # for base and adapter: as in train.py
+    label_names: Several = ()  # for base and adapter: class names in the order of the head's outputs
+    label_words: Several = ()  # for base and adapter: as in train.py
     id_column: str = "id"  # for base and adapter: id column; default: the row index
     head: str = "linear"  # for base and adapter: linear, or label_words to score verbalizers without training
     quant: str = "none"  # for base and adapter: none or nf4

@@ -22,8 +22,7 @@ def training_flops(model, lengths) -> float:
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     tokens = float(sum(lengths))
-    squares = sum(float(n) ** 2 for n in lengths)
-    attention = 2 * squares * width * config.num_hidden_layers
+    attention = 2 * sum(float(n) ** 2 for n in lengths) * width * config.num_hidden_layers
 
     # With a trained head alone there is no backward pass through the backbone.
     if not any(p.requires_grad for p in model.backbone.parameters()):
@@ -46,5 +45,4 @@ def memory_estimate(model, max_tokens: int, precision: str, checkpointing: bool)
     activations = config.num_hidden_layers * layer
     if checkpointing:
         activations = config.num_hidden_layers * stream + layer
-    sizes = {"weights": weights, "trained state": trained * TRAINED_BYTES, "activations": activations}
-    return {name: size / 1e9 for name, size in sizes.items()}
+    return {"weights": weights / 1e9, "trained state": trained * TRAINED_BYTES / 1e9, "activations": activations / 1e9}

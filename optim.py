@@ -18,12 +18,10 @@ def parameter_groups(named, lr: float, head_lr: float, weight_decay: float, head
         if not p.requires_grad:
             continue
         is_head = name.startswith(tuple(f"{head}." for head in heads))
-        part = "head" if is_head else "body"
-        peak = (head_lr or lr) if is_head else lr
+        part, peak = ("head", head_lr or lr) if is_head else ("body", lr)
         decay = weight_decay
         if p.ndim < 2:
-            part += " (no decay)"
-            decay = 0.0
+            part, decay = f"{part} (no decay)", 0.0
         group = {"params": [], "name": part, "lr": peak, "peak_lr": peak, "weight_decay": decay}
         groups.setdefault(part, group)["params"].append(p)
     return list(groups.values())
@@ -76,9 +74,7 @@ def lr_factor(update: int, total: int, warmup: int, schedule: str) -> float:
     done = min(1.0, (update - warmup) / max(1, total - warmup))
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
-    if schedule == "linear":
-        return 1 - done
-    return 1.0
+    return 1 - done if schedule == "linear" else 1.0
 
 
 def warmup_updates(total: int, warmup_steps: int, warmup_ratio: float) -> int:
@@ -99,11 +95,11 @@ def step(optimizer, scaler, factor: float, grad_clip: float, riders: torch.Tenso
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     *read, host_norm = torch.cat([riders, norm.to(riders.dtype)[None]]).tolist()
     taken = math.isfinite(host_norm)
-    if taken and grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     if taken:
+        if grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=False)  # the .grad tensors are views of GradientSum's buffer: they stay

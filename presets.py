@@ -7,8 +7,15 @@ from dataclasses import replace
 
 from configs import ALL_PROJECTIONS, CptConfig, TrainConfig
 
-
 # fmt: off
+DATASET = dict(train_data="dataset/train.csv", test_data="dataset/test.csv", micro_batches=2)
+LLAMA8B = dict(  # what the two published recipes of the verifier share
+    base="meta-llama/Llama-3.1-8B", max_length=2048, eval_rows=500, lora_dropout=0.0, targets=("all-linear",),
+    quant="nf4", lr=1e-4, warmup_steps=100, batch_size=8, micro_batches=2, optimizer="paged_adamw", precision="fp16",
+    grad_checkpoint=True, eval_every=500, save_every=500,
+)
+
+
 def tiny() -> TrainConfig:
     """The embedded base and problems: about a minute on two CPU cores."""
     return TrainConfig(
@@ -20,9 +27,8 @@ def tiny() -> TrainConfig:
 def qwen05b() -> TrainConfig:
     """Qwen2.5-0.5B on the math problems, on two T4s: the published recipe of the 3B, at the smallest size."""
     return TrainConfig(
-        base="Qwen/Qwen2.5-0.5B", train_data="dataset/train.csv", test_data="dataset/test.csv",
-        bias="all", head_dropout=0.5, epochs=5, label_smoothing=0.1, weight_decay=0.001, lr=5e-5, head_lr=1e-4,
-        micro_batches=2, grad_checkpoint=True,
+        **DATASET, base="Qwen/Qwen2.5-0.5B", bias="all", head_dropout=0.5, epochs=5, label_smoothing=0.1,
+        weight_decay=0.001, lr=5e-5, head_lr=1e-4, grad_checkpoint=True,
     )
 
 
@@ -48,10 +54,7 @@ def llama1b() -> TrainConfig:
 
 def mathbert() -> TrainConfig:
     """MathBERT, the whole encoder trained: published validation micro-F1 0.84 on the math problems."""
-    return TrainConfig(
-        base="tbs17/MathBERT", train_data="dataset/train.csv", test_data="dataset/test.csv",
-        pooling="cls", rank=0, lr=2e-5, epochs=5, micro_batches=2,
-    )
+    return TrainConfig(**DATASET, base="tbs17/MathBERT", pooling="cls", rank=0, lr=2e-5, epochs=5)
 
 
 def modernbert_base() -> TrainConfig:
@@ -86,11 +89,8 @@ def roberta_large() -> TrainConfig:
 def llama8b_verify() -> TrainConfig:
     """Llama-3.1-8B in nf4 on slices of a balanced pool: is this solution right? Published accuracy 0.83, 0.85, 0.87."""
     return TrainConfig(
-        base="meta-llama/Llama-3.1-8B", train_data="dataset/slices/slice_0.csv",
-        val_data="dataset/slices/validation.csv", test_data="dataset/test.csv", prompt="verify_plain",
-        label_column="is_correct", head="label_words", quant="nf4", max_length=2048, eval_rows=500, alpha=16.0,
-        lora_dropout=0.0, targets=("all-linear",), lr=1e-4, warmup_steps=100, batch_size=8, micro_batches=2,
-        optimizer="paged_adamw", precision="fp16", grad_checkpoint=True, eval_every=500, save_every=500,
+        **LLAMA8B, train_data="dataset/slices/slice_0.csv", val_data="dataset/slices/validation.csv",
+        test_data="dataset/test.csv", prompt="verify_plain", label_column="is_correct", head="label_words", alpha=16.0,
         metric="accuracy",
     )
 
@@ -98,10 +98,10 @@ def llama8b_verify() -> TrainConfig:
 def qwen15b_rules() -> TrainConfig:
     """Qwen2.5-1.5B-Instruct on posts and rules, ranked by AUC: r 16, alpha 32, dropout 0.05 on q and v."""
     return TrainConfig(
-        base="Qwen/Qwen2.5-1.5B-Instruct", train_data="dataset/train.csv", test_data="dataset/test.csv",
-        prompt="rules_structured", label_column="rule_violation", id_column="row_id", group_column="body",
-        by_column="rule", head="label_words", max_length=1024, lora_dropout=0.05, targets=("q_proj", "v_proj"),
-        epochs=2, warmup_ratio=0.05, micro_batches=2, grad_checkpoint=True, metric="roc_auc",
+        **DATASET, base="Qwen/Qwen2.5-1.5B-Instruct", prompt="rules_structured", label_column="rule_violation",
+        id_column="row_id", group_column="body", by_column="rule", head="label_words", max_length=1024,
+        lora_dropout=0.05, targets=("q_proj", "v_proj"), epochs=2, warmup_ratio=0.05, grad_checkpoint=True,
+        metric="roc_auc",
     )
 
 
@@ -134,10 +134,8 @@ def qwen_math15b() -> CptConfig:
 def llama8b_sft() -> CptConfig:
     """Llama-3.1-8B in nf4 on prompts and responses: the published recipe of the verifier, responses learned."""
     return CptConfig(
-        base="meta-llama/Llama-3.1-8B", train_data="dataset/train.jsonl", max_length=2048, val_size=5000.0,
-        eval_rows=500, rank=16, lora_dropout=0.0, targets=("all-linear",), quant="nf4", lr=1e-4, warmup_steps=100,
-        warmup_ratio=0.0, weight_decay=0.01, epochs=3, batch_size=8, micro_batches=2, optimizer="paged_adamw",
-        precision="fp16", grad_checkpoint=True, eval_every=500, save_every=500,
+        **LLAMA8B, train_data="dataset/train.jsonl", val_size=5000.0, rank=16, warmup_ratio=0.0, weight_decay=0.01,
+        epochs=3,
     )
 # fmt: on
 

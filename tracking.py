@@ -18,9 +18,9 @@ class Tracker:
 
     def log(self, line: dict) -> None:
         """The numbers of a step are named train/..., those of a dict within the line by its own name (eval/...)."""
-        groups = {"train": line, **{name: scores for name, scores in line.items() if isinstance(scores, dict)}}
+        groups = {"train": line} | {name: scores for name, scores in line.items() if isinstance(scores, dict)}
         numbers = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
-        numbers = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
+        numbers = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
         step = numbers.pop("train/step")
         for log, _ in self.sinks:
             log(numbers, step)
@@ -64,4 +64,4 @@ def _weights_and_biases(run, config, step):
         resume="allow",
     )
     report.define_metric("*", step_metric="at")  # W&B's own step never goes back, that of a resumed run does
-    return lambda numbers, step: report.log({**numbers, "at": step}), report.finish
+    return lambda numbers, step: report.log(numbers | {"at": step}), report.finish
