@@ -219,7 +219,7 @@ def next_ids(tokenizer, text: str, words: list[str]) -> set[int]:
     "template,space", [("{Question}\nAnswer:", " "), ("{Question}\nAnswer:\n", ""), ("Solve: {Question}", " ")]
 )
 def test_words_are_taken_as_they_follow_the_rendered_text(template, space):
-    """" Yes" and "Yes" are different tokens. A space comes first after a colon and a field, not a line."""
+    """Yes with a space before it is another token. A space comes first after a colon and a field, not a line."""
     tokenizer = tiny_tokenizer()
     spaced, bare = (tokenizer(w)["input_ids"][0] for w in (" Yes", "Yes"))
     assert spaced != bare
