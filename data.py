@@ -141,12 +141,10 @@ def encode(
     encodings = (e for i in range(0, len(texts), BULK) for e in tokenizer(texts[i : i + BULK]).encodings)
     encoded, learned, lost = [], [], []
     for i, encoding in enumerate(encodings):
-        ids, spans = encoding.ids, None
         places = [match.span() for match in added.finditer(texts[i])]
-        guarded = _guarded(tokenizer, texts[i], rows[i], places) if places else None
-        if guarded:
-            report.guarded += 1
-            ids, spans = guarded
+        guarded = places and _guarded(tokenizer, texts[i], rows[i], places)
+        ids, spans = guarded or (encoding.ids, None)
+        report.guarded += bool(guarded)
         report.lengths.append(len(ids))
         too_long = has_budget or len(ids) > max_length
         if spans is None and (answers or too_long):  # places in the text take time: only where they are needed
@@ -205,7 +203,7 @@ def _pieces_of(spans, pieces):
 # ---- truncation -----------------------------------------------------------------------------------------------------
 
 
-def truncate(spans: list, pieces: prompts.Pieces, max_length: int, rules: list[tuple] = ()) -> list[int]:
+def truncate(spans: list, pieces: prompts.Pieces, max_length: int, rules: list[tuple]) -> list[int]:
     """Which of a row's tokens are kept, at most max_length. spans: their places in the text.
 
     First goes what a field has over its budget; then the ends of the longest fields, of those that are cut last only
@@ -292,29 +290,24 @@ def label_word_ids(tokenizer, template: str, words: tuple[str, ...]) -> tuple[tu
     before = tokenizer(context, add_special_tokens=False)["input_ids"]
     stem = context if context[-1].isspace() else context + " "
     last = tokenizer("a")["input_ids"][-1]
-    first_tokens, owner, problems = [], {}, []
+    owner, problems = {}, []  # owner: the class of each first token
     if last in tokenizer.all_special_ids:
         problems.append(f"its tokenizer ends a text with {tokenizer.decode([last])!r}: no word can follow")
     for c, word in enumerate(words):
-        ids = []
         for alias in map(str.strip, word.split("|")):
             after = tokenizer(stem + alias, add_special_tokens=False)["input_ids"]
             token = after[len(before) : len(before) + 1]  # as a list: there may be none
             if not alias:
                 problems.append(f"{word!r} has an empty alias: give a word on each side of |")
             elif not token or after[: len(before)] != before:
-                problems.append(
-                    f"a token joins the template's end {context[-20:]!r} and the word {alias!r}: change the end"
-                )
+                end = f"the template's end {context[-20:]!r}"
+                problems.append(f"a token joins {end} and the word {alias!r}: change the end")
             elif owner.setdefault(token[0], c) != c:
                 other, same = words[owner[token[0]]], tokenizer.decode(token)
                 problems.append(f"{other!r} and {word!r} begin with the same token {same!r}: give other words")
-            else:
-                ids += token
-        first_tokens.append(tuple(dict.fromkeys(ids)))
     if problems:
         raise UserError("--head label_words: " + "; ".join(problems[:4]))
-    return tuple(first_tokens)
+    return tuple(tuple(token for token in owner if owner[token] == c) for c in range(len(words)))
 
 
 # ---- the batch plan -------------------------------------------------------------------------------------------------
@@ -328,10 +321,8 @@ def plan_epoch(
     Rows are shuffled by (seed, epoch) and cut into steps of batch_size, the last one smaller; see cut_step.
     """
     order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
-    return [
-        cut_step(order[i : i + batch_size], lengths, max_tokens, micro_batches)
-        for i in range(0, len(order), batch_size)
-    ]
+    steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return [cut_step(rows, lengths, max_tokens, micro_batches) for rows in steps]
 
 
 def cut_step(rows: np.ndarray, lengths: np.ndarray, max_tokens: int, micro_batches: int) -> list[np.ndarray]:

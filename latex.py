@@ -20,11 +20,9 @@ ENCODINGS = table("""latin-1: latin1 iso8859-2: latin2 iso8859-9: latin5 iso8859
     mac_roman: applemac mac_cyrillic: maccyr cp1250: cp1250 cp1251: cp1251 cp866: cp866 cp437: cp437 cp850: cp850
     koi8-r: koi8-r koi8-u: koi8-u koi8-ru""")  # Python's names, and inputenc's
 DECLARED = re.compile(rb"\\usepackage[ \t]*\[([\w, \-]{1,80})\][ \t]*\{inputenc\}")
-PATH = r"[ \t]*\n?[ \t]*\{([^{}\n#]*)\}"  # a macro's \input{#1} names no path
-BARE_PATH = r"[ \t]*\n?[ \t]*([^\s{}\\%#\[]+)"
-INPUT = re.compile(
-    rf"\\(?:input(?:{PATH}|{BARE_PATH})|(?:include|subfile|subfileinclude){PATH}|(?:sub)?import{PATH}{PATH})([ \t]*\n)?"
-)
+ARG = r"[ \t]*\n?[ \t]*\{([^{}\n#]*)\}"  # a macro's \input{#1} names no path
+BARE = r"[ \t]*\n?[ \t]*([^\s{}\\%#\[]+)"
+INPUT = re.compile(rf"\\(?:input(?:{ARG}|{BARE})|(?:include|subfile(?:include)?){ARG}|(?:sub)?import{ARG}{ARG})([ \t]*\n)?")
 SUBFILE = re.compile(r"^[^%\n]*\\documentclass[ \t]*(?:\[[^\]]*\])?[ \t]*\{subfiles\}", re.MULTILINE)
 OPTIONS = re.compile(r"\\(?!item|begin)[a-zA-Z@]+\*?(?:\[[^\]\n]{0,200}\])*")  # a command and its own
 PROSE = re.compile(
@@ -63,10 +61,10 @@ def decode(raw: bytes, otherwise: str | None = None) -> tuple[str, str] | None:
         return None
     for codec in codecs:
         try:
-            text = raw.decode(codec).replace("\r\n", "\n").replace("\r", "\n")
+            text = re.sub("\r\n?", "\n", raw.decode(codec))
+            return None if "\0" in text else (text, codec.removesuffix("-sig"))
         except UnicodeDecodeError:
-            continue
-        return None if "\0" in text else (text, codec.removesuffix("-sig"))
+            pass
     return None
 
 
@@ -137,9 +135,8 @@ def inline(files: dict[str, str], root: str) -> tuple[str, list[str], set[str]]:
                     stack[child] = _parts(files[child]), len(out)
                     break
                 notes.append(f"{name}: {problem}: {part}")
-                if line_end:
-                    out.append(line_end)
-            elif kind == "begin" and name != root:
+                part = line_end
+            if kind == "begin" and name != root:
                 del out[start:]  # what came before was this file's own preamble
             elif kind == "end" and name != root:
                 parts.close()

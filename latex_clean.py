@@ -48,7 +48,7 @@ COMMANDS = kinds("""
     definition/2: DeclarePairedDelimiter NewDocumentCommand RenewDocumentCommand ProvideDocumentCommand
     DeclareDocumentCommand newenvironment renewenvironment definition/3: NewDocumentEnvironment""")
 DEFINING = [name for name, (kind, _) in COMMANDS.items() if kind == "definition"]
-ENVIRONMENTS = kinds("""
+ENVIRONMENTS = table("""
     graphics: tikzpicture pgfpicture asy asydef picture pspicture xy chart axis circuitikz overpic mpost feynmandiagram
     bibliography: thebibliography index: theindex file: filecontents""")  # these go with everything in them
 TAGS = kinds("""
@@ -106,10 +106,8 @@ PLAIN_ARGUMENT = {  # by signature: what is not in braces
 }
 PARAMETERS = re.compile(r"[^{]{0,199}")
 SPACES = "[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]"
-NO_TEXT = (
-    r"[\x00-\x08\r-\x1f\x7f-\x84\x86-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"
-    r"\ud800-\udfff\ufdd0-\ufdef\ufeff\ufff9-\uffff]"  # control and zero-width characters, and no characters
-)
+CONTROLS = r"\x00-\x08\r-\x1f\x7f-\x84\x86-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"
+NO_TEXT = rf"[{CONTROLS}\ud800-\udfff\ufdd0-\ufdef\ufeff\ufff9-\uffff]"  # those, zero-width ones, and no characters
 
 # ---- lexing ------------------------------------------------------------------------------------------------------
 
@@ -121,7 +119,7 @@ def _hidden(text):
         return hidden
     names = CONDITIONALS | set(re.findall(NEW_CONDITIONAL, text))
     for m in BRANCH.finditer(text):
-        depth += {"{": 1, "}": -1}.get(m[0], 0)
+        depth += (m[0] == "{") - (m[0] == "}")
         if m["name"] in names:
             conditionals.append([m, depth, None])
         elif m["name"] == "else" and conditionals:
@@ -157,10 +155,8 @@ def lex(text: str):
 
 def _uncomment(text, start, end):
     """Where a comment with its blanks starts, what is left of it, and where it ends: TeX joins the lines around it."""
-    left = start
-    while left and text[left - 1] in " \t":
-        left -= 1
-    line = text.rfind("\n", 0, left) + 1
+    line = text.rfind("\n", 0, start) + 1
+    left = line + len(text[line:start].rstrip(" \t"))
     if left == line:  # it is all of its line
         return left, "", end + 1
     after = AFTER_COMMENT.match(text, end)
@@ -301,7 +297,7 @@ def _cuts(text):
                 depth += 1
                 cut_end = brace + 1
         elif begin in ENVIRONMENTS:
-            kind, cut_end = ENVIRONMENTS[begin][0], ends.get(start)
+            kind, cut_end = ENVIRONMENTS[begin], ends.get(start)
         elif command or begin in TAGS:
             cut_end = _arguments_end(text, end, signature, ends)
         if cut_end:

@@ -248,9 +248,8 @@ def find(name: str) -> Prompt:
     try:
         return parse(path.read_text(encoding="utf-8-sig"))
     except OSError:
-        raise ValueError(
-            f"expected one of {', '.join(known)}, or the path of a text file{nearest(name, known)}"
-        ) from None
+        expected = f"expected one of {', '.join(known)}, or the path of a text file"
+        raise ValueError(expected + nearest(name, known)) from None
 
 
 def parse(text: str) -> Prompt:
@@ -299,8 +298,7 @@ def as_text(prompt: Prompt, tokenizer) -> str:
 
 def _filled(prompt, tokenizer, row):
     """The text (str) of a prompt with a row's fields put in."""
-    contents = [text for shot in prompt.shots for text in shot]
-    contents.append(plain(render(prompt.user, row)))
+    contents = [*sum(prompt.shots, ()), plain(render(prompt.user, row))]
     if not tokenizer.chat_template:
         return "\n\n".join(filter(None, [prompt.system, *contents, prompt.answer]))
     turns = [turn("assistant" if i % 2 else "user", content) for i, content in enumerate(contents)]
