@@ -67,8 +67,9 @@ class Tokens:
 
 def join_tokens(rows: list) -> Tokens:
     """Tokens from one id sequence a row."""
-    stops = np.cumsum([len(row) for row in rows], dtype=np.int64)
-    return Tokens(np.concatenate(rows).astype(np.int32), np.concatenate([[0], stops[:-1]]), stops)
+    lengths = list(map(len, rows))
+    stops = np.cumsum(lengths, dtype=np.int64)
+    return Tokens(np.concatenate(rows).astype(np.int32), stops - lengths, stops)
 
 
 @dataclass
@@ -245,8 +246,8 @@ def _guarded(tokenizer, text, pieces, places):
     A tokenizer turns the string <|im_end|> into the special token wherever it finds it. In a user's text that would
     end the user's turn, and let a post open a system turn of its own that says how it is to be judged.
     """
-    inside = zip(places, _pieces_of(places, pieces), strict=True)
-    special = [place for place, i in inside if i >= 0 and not pieces[i][0]]
+    inside = _pieces_of(places, pieces)
+    special = [place for place, i in zip(places, inside, strict=True) if i >= 0 and not pieces[i][0]]
     if special == places:
         return None
     vocabulary = tokenizer.get_added_vocab()
@@ -287,21 +288,21 @@ def label_word_ids(tokenizer, template: str, words: tuple[str, ...]) -> tuple[tu
     a text with a token of its own, after which no word can follow.
     """
     context = prompts.tail(template) or "a"  # where the template ends with a field any letter will do
-    before = tokenizer(context, add_special_tokens=False)["input_ids"]
+    before = tokenizer.encode(context, add_special_tokens=False)
     stem = context if context[-1].isspace() else context + " "
-    last = tokenizer("a")["input_ids"][-1]
+    last = tokenizer.encode("a")[-1]
     owner, problems = {}, []  # owner: the class of each first token
     if last in tokenizer.all_special_ids:
         problems.append(f"its tokenizer ends a text with {tokenizer.decode([last])!r}: no word can follow")
     for c, word in enumerate(words):
         for alias in map(str.strip, word.split("|")):
-            after = tokenizer(stem + alias, add_special_tokens=False)["input_ids"]
+            after = tokenizer.encode(stem + alias, add_special_tokens=False)
             token = after[len(before) : len(before) + 1]  # as a list: there may be none
             if not alias:
                 problems.append(f"{word!r} has an empty alias: give a word on each side of |")
             elif not token or after[: len(before)] != before:
-                end = f"the template's end {context[-20:]!r}"
-                problems.append(f"a token joins {end} and the word {alias!r}: change the end")
+                problem = f"a token joins the template's end {context[-20:]!r} and the word {alias!r}: change the end"
+                problems.append(problem)
             elif owner.setdefault(token[0], c) != c:
                 other, same = words[owner[token[0]]], tokenizer.decode(token)
                 problems.append(f"{other!r} and {word!r} begin with the same token {same!r}: give other words")
@@ -344,7 +345,7 @@ def cut_step(rows: np.ndarray, lengths: np.ndarray, max_tokens: int, micro_batch
             loads[least] += lengths[row]
         if max(loads) <= max_tokens:
             break
-    return [np.array(b) for b in bins]
+    return list(map(np.array, bins))
 
 
 def pack_by_length(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
@@ -356,4 +357,4 @@ def pack_by_length(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
             load = 0
         batches[-1].append(row)
         load += lengths[row]
-    return [np.array(batch) for batch in batches]
+    return list(map(np.array, batches))
