@@ -67,8 +67,9 @@ class Tokens:
 
 def join_tokens(rows: list) -> Tokens:
     """Tokens from one id sequence a row."""
-    stops = np.cumsum([len(row) for row in rows], dtype=np.int64)
-    return Tokens(np.concatenate(rows).astype(np.int32), np.concatenate([[0], stops[:-1]]), stops)
+    lengths = list(map(len, rows))
+    stops = np.cumsum(lengths, dtype=np.int64)
+    return Tokens(np.concatenate(rows).astype(np.int32), stops - lengths, stops)
 
 
 @dataclass
@@ -141,12 +142,10 @@ def encode(
     encodings = (e for i in range(0, len(texts), BULK) for e in tokenizer(texts[i : i + BULK]).encodings)
     encoded, learned, lost = [], [], []
     for i, encoding in enumerate(encodings):
-        ids, spans = encoding.ids, None
         places = [match.span() for match in added.finditer(texts[i])]
-        guarded = _guarded(tokenizer, texts[i], rows[i], places) if places else None
-        if guarded:
-            report.guarded += 1
-            ids, spans = guarded
+        guarded = places and _guarded(tokenizer, texts[i], rows[i], places)
+        ids, spans = guarded or (encoding.ids, None)
+        report.guarded += bool(guarded)
         report.lengths.append(len(ids))
         too_long = has_budget or len(ids) > max_length
         if spans is None and (answers or too_long):  # places in the text take time: only where they are needed
@@ -205,7 +204,7 @@ def _pieces_of(spans, pieces):
 # ---- truncation -----------------------------------------------------------------------------------------------------
 
 
-def truncate(spans: list, pieces: prompts.Pieces, max_length: int, rules: list[tuple] = ()) -> list[int]:
+def truncate(spans: list, pieces: prompts.Pieces, max_length: int, rules: list[tuple]) -> list[int]:
     """Which of a row's tokens are kept, at most max_length. spans: their places in the text.
 
     First goes what a field has over its budget; then the ends of the longest fields, of those that are cut last only
@@ -247,8 +246,8 @@ def _guarded(tokenizer, text, pieces, places):
     A tokenizer turns the string <|im_end|> into the special token wherever it finds it. In a user's text that would
     end the user's turn, and let a post open a system turn of its own that says how it is to be judged.
     """
-    inside = zip(places, _pieces_of(places, pieces), strict=True)
-    special = [place for place, i in inside if i >= 0 and not pieces[i][0]]
+    inside = _pieces_of(places, pieces)
+    special = [place for place, i in zip(places, inside, strict=True) if i >= 0 and not pieces[i][0]]
     if special == places:
         return None
     vocabulary = tokenizer.get_added_vocab()
@@ -289,32 +288,27 @@ def label_word_ids(tokenizer, template: str, words: tuple[str, ...]) -> tuple[tu
     a text with a token of its own, after which no word can follow.
     """
     context = prompts.tail(template) or "a"  # where the template ends with a field any letter will do
-    before = tokenizer(context, add_special_tokens=False)["input_ids"]
+    before = tokenizer.encode(context, add_special_tokens=False)
     stem = context if context[-1].isspace() else context + " "
-    last = tokenizer("a")["input_ids"][-1]
-    first_tokens, owner, problems = [], {}, []
+    last = tokenizer.encode("a")[-1]
+    owner, problems = {}, []  # owner: the class of each first token
     if last in tokenizer.all_special_ids:
         problems.append(f"its tokenizer ends a text with {tokenizer.decode([last])!r}: no word can follow")
     for c, word in enumerate(words):
-        ids = []
         for alias in map(str.strip, word.split("|")):
-            after = tokenizer(stem + alias, add_special_tokens=False)["input_ids"]
+            after = tokenizer.encode(stem + alias, add_special_tokens=False)
             token = after[len(before) : len(before) + 1]  # as a list: there may be none
             if not alias:
                 problems.append(f"{word!r} has an empty alias: give a word on each side of |")
             elif not token or after[: len(before)] != before:
-                problems.append(
-                    f"a token joins the template's end {context[-20:]!r} and the word {alias!r}: change the end"
-                )
+                problem = f"a token joins the template's end {context[-20:]!r} and the word {alias!r}: change the end"
+                problems.append(problem)
             elif owner.setdefault(token[0], c) != c:
                 other, same = words[owner[token[0]]], tokenizer.decode(token)
                 problems.append(f"{other!r} and {word!r} begin with the same token {same!r}: give other words")
-            else:
-                ids += token
-        first_tokens.append(tuple(dict.fromkeys(ids)))
     if problems:
         raise UserError("--head label_words: " + "; ".join(problems[:4]))
-    return tuple(first_tokens)
+    return tuple(tuple(token for token in owner if owner[token] == c) for c in range(len(words)))
 
 
 # ---- the batch plan -------------------------------------------------------------------------------------------------
@@ -328,10 +322,8 @@ def plan_epoch(
     Rows are shuffled by (seed, epoch) and cut into steps of batch_size, the last one smaller; see cut_step.
     """
     order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
-    return [
-        cut_step(order[i : i + batch_size], lengths, max_tokens, micro_batches)
-        for i in range(0, len(order), batch_size)
-    ]
+    steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return [cut_step(rows, lengths, max_tokens, micro_batches) for rows in steps]
 
 
 def cut_step(rows: np.ndarray, lengths: np.ndarray, max_tokens: int, micro_batches: int) -> list[np.ndarray]:
@@ -353,7 +345,7 @@ def cut_step(rows: np.ndarray, lengths: np.ndarray, max_tokens: int, micro_batch
             loads[least] += lengths[row]
         if max(loads) <= max_tokens:
             break
-    return [np.array(b) for b in bins]
+    return list(map(np.array, bins))
 
 
 def pack_by_length(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
@@ -365,4 +357,4 @@ def pack_by_length(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
             load = 0
         batches[-1].append(row)
         load += lengths[row]
-    return [np.array(batch) for batch in batches]
+    return list(map(np.array, batches))

@@ -19,15 +19,13 @@ from latex_clean import HEADINGS, WORD, clean, definitions, ends_of, lex, table
 ENCODINGS = table("""latin-1: latin1 iso8859-2: latin2 iso8859-9: latin5 iso8859-15: latin9 cp1252: ansinew cp1252
     mac_roman: applemac mac_cyrillic: maccyr cp1250: cp1250 cp1251: cp1251 cp866: cp866 cp437: cp437 cp850: cp850
     koi8-r: koi8-r koi8-u: koi8-u koi8-ru""")  # Python's names, and inputenc's
-DECLARED = re.compile(rb"\\usepackage[ \t]*\[([\w, \-]{1,80})\][ \t]*\{inputenc\}")
-PATH = r"[ \t]*\n?[ \t]*\{([^{}\n#]*)\}"  # a macro's \input{#1} names no path
-BARE_PATH = r"[ \t]*\n?[ \t]*([^\s{}\\%#\[]+)"
-INPUT = re.compile(
-    rf"\\(?:input(?:{PATH}|{BARE_PATH})|(?:include|subfile|subfileinclude){PATH}|(?:sub)?import{PATH}{PATH})([ \t]*\n)?"
-)
-SUBFILE = re.compile(r"^[^%\n]*\\documentclass[ \t]*(?:\[[^\]]*\])?[ \t]*\{subfiles\}", re.MULTILINE)
-OPTIONS = re.compile(r"\\(?!item|begin)[a-zA-Z@]+\*?(?:\[[^\]\n]{0,200}\])*")  # a command and its own
-PROSE = re.compile(
+DECLARED = rb"\\usepackage[ \t]*\[([\w, \-]{1,80})\][ \t]*\{inputenc\}"
+ARG = r"[ \t]*\n?[ \t]*\{([^{}\n#]*)\}"  # a macro's \input{#1} names no path
+BARE = r"[ \t]*\n?[ \t]*([^\s{}\\%#\[]+)"
+INPUT = rf"\\(?:input(?:{ARG}|{BARE})|(?:include|subfile(?:include)?){ARG}|(?:sub)?import{ARG}{ARG})([ \t]*\n)?"
+SUBFILE = r"(?m)^[^%\n]*\\documentclass[ \t]*(?:\[[^\]]*\])?[ \t]*\{subfiles\}"
+OPTIONS = r"\\(?!item|begin)[a-zA-Z@]+\*?(?:\[[^\]\n]{0,200}\])*"  # a command and its own
+PROSE = (
     r"(?<!\w)(?:[^\W\d_]{2,}[\s,;:'’()\-~]+){3}[^\W\d_]{2,}|[぀-ヿ㐀-鿿가-힯]{4}|(?<!\\)\$[^$]|\\\[|\\(?:item|begin)\b"
 )
 
@@ -50,7 +48,7 @@ class FileReport:
 
 def _declared(raw):
     """Python's name of the encoding that a source (bytes) declares, if it does and is known, or None."""
-    m = DECLARED.search(raw)
+    m = re.search(DECLARED, raw)
     return m and ENCODINGS.get(m[1].decode().split(",")[-1].strip())
 
 
@@ -63,10 +61,10 @@ def decode(raw: bytes, otherwise: str | None = None) -> tuple[str, str] | None:
         return None
     for codec in codecs:
         try:
-            text = raw.decode(codec).replace("\r\n", "\n").replace("\r", "\n")
+            text = re.sub("\r\n?", "\n", raw.decode(codec))
+            return None if "\0" in text else (text, codec.removesuffix("-sig"))
         except UnicodeDecodeError:
-            continue
-        return None if "\0" in text else (text, codec.removesuffix("-sig"))
+            pass
     return None
 
 
@@ -96,7 +94,7 @@ def _parts(text):
     """
     position = 0
     for kind, start, _, m in lex(text):
-        m = INPUT.match(text, start) if kind == "input" else m
+        m = re.compile(INPUT).match(text, start) if kind == "input" else m
         if kind == "endinput" and not text[text.rfind("\n", 0, start) + 1 : start].strip():
             text = text[:start]
             break
@@ -137,9 +135,8 @@ def inline(files: dict[str, str], root: str) -> tuple[str, list[str], set[str]]:
                     stack[child] = _parts(files[child]), len(out)
                     break
                 notes.append(f"{name}: {problem}: {part}")
-                if line_end:
-                    out.append(line_end)
-            elif kind == "begin" and name != root:
+                part = line_end
+            if kind == "begin" and name != root:
                 del out[start:]  # what came before was this file's own preamble
             elif kind == "end" and name != root:
                 parts.close()
@@ -190,9 +187,9 @@ def _has_text(text, main):
     """Whether there is text beside the definitions: any in a document, sentences, formulas or lists in a fragment."""
     text = _without(text, definitions(text))
     if main:
-        return bool(re.search(r"[^\W_]", WORD.sub("", text)))
+        return bool(re.search(r"[^\W_]", re.sub(WORD, "", text)))
     sentences = _without(text, sorted(ends_of(text).items()))  # the arguments of commands are none
-    return bool(PROSE.search(OPTIONS.sub("|", sentences)))
+    return bool(re.search(PROSE, re.sub(OPTIONS, "|", sentences)))
 
 
 def _read_texts(files, reports):
@@ -217,7 +214,7 @@ def _in_order(texts):
     for name, text in texts.items():
         parts, folders = list(_parts(text)), PurePosixPath(name).parents
         included |= {_resolve(part, folders, texts)[0] for kind, part, _ in parts if kind == "input"} - {name}
-        if "begin" in {kind for kind, *_ in parts} and not SUBFILE.search(text):
+        if "begin" in {kind for kind, *_ in parts} and not re.search(SUBFILE, text):
             mains.add(name)
     return sorted(texts, key=lambda name: (name in included, name not in mains)), mains
 
@@ -248,8 +245,7 @@ def corpus(files: dict[str, bytes], most: int = 50_000) -> tuple[list[tuple[str,
             continue
         report.kept = len(text)
         pieces = split(text, most)
-        for i, piece in enumerate(pieces, 1):
-            documents.append((f"{name}#{i}" if len(pieces) > 1 else name, piece))
+        documents += [(f"{name}#{i}" if len(pieces) > 1 else name, piece) for i, piece in enumerate(pieces, 1)]
     return documents, list(reports.values())
 
 

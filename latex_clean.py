@@ -48,7 +48,7 @@ COMMANDS = kinds("""
     definition/2: DeclarePairedDelimiter NewDocumentCommand RenewDocumentCommand ProvideDocumentCommand
     DeclareDocumentCommand newenvironment renewenvironment definition/3: NewDocumentEnvironment""")
 DEFINING = [name for name, (kind, _) in COMMANDS.items() if kind == "definition"]
-ENVIRONMENTS = kinds("""
+ENVIRONMENTS = table("""
     graphics: tikzpicture pgfpicture asy asydef picture pspicture xy chart axis circuitikz overpic mpost feynmandiagram
     bibliography: thebibliography index: theindex file: filecontents""")  # these go with everything in them
 TAGS = kinds("""
@@ -76,10 +76,10 @@ LEX = re.compile(
     rf"|(?P<input>input|include|subfile|subfileinclude|import|subimport){END}|[\\%])|(?P<comment>%[^\n]*)"
 )
 NEW_CONDITIONAL = r"\\newif\s*\\(if[a-zA-Z@]+)"
-BRANCH = re.compile(rf"(?s){NEW_CONDITIONAL}|\\(?:(?P<name>if[a-zA-Z@]*|else|fi){END}|.)|%[^\n]*|[{{}}]")
-PAIR = re.compile(rf"\\(?:(?P<tag>begin|end)[ \t]*\{{(?P<name>{'|'.join(ENVIRONMENTS)})\*?\}}|[\\{{}}])|[{{}}]")
-DEFINITION = re.compile(rf"(?s)\\(?:({'|'.join(DEFINING)}){END}|.)")
-TOKEN = re.compile(
+BRANCH = rf"(?s){NEW_CONDITIONAL}|\\(?:(?P<name>if[a-zA-Z@]*|else|fi){END}|.)|%[^\n]*|[{{}}]"
+PAIR = rf"\\(?:(?P<tag>begin|end)[ \t]*\{{(?P<name>{'|'.join(ENVIRONMENTS)})\*?\}}|[\\{{}}])|[{{}}]"
+DEFINITION = rf"(?s)\\(?:({'|'.join(DEFINING)}){END}|.)"
+TOKEN = (
     rf"(?s)\\(?:(?P<formula>[\[(]|begin[ \t]*\{{(?P<math>{MATH})\*?\}})"
     rf"|(?P<formula_end>[])]|end[ \t]*\{{(?P<math_end>{MATH})\*?\}})"
     r"|begin[ \t]*\{(?P<begin>[^{}\n*]*)\*?\}|end[ \t]*\{(?P<end>[^{}\n*]*)\*?\}"
@@ -87,29 +87,27 @@ TOKEN = re.compile(
     rf"|(?P<sized_group>\{{\s*\\(?:{SIZES}){END}\s*)|(?P<group>\{{)|(?P<group_end>\}})"
 )
 DEEPER = {"group": 1, "sized_group": 1, "group_end": -1}  # how tokens change the depth of groups
-WORD = re.compile(r"\\[a-zA-Z@]+")
-WORD_AT_END = re.compile(r"\\[a-zA-Z@]+$")
+WORD = r"\\[a-zA-Z@]+"
+WORD_AT_END = re.compile(WORD + "$")
 GAP = re.compile(r"[ \t]*\n?[ \t]*")
-ARGUMENT_START = re.compile(rf"{GAP.pattern}(?P<word>{WORD.pattern})?")
+ARGUMENT_START = re.compile(rf"{GAP.pattern}(?P<word>{WORD})?")
 BLOCK = re.compile(r"[ \t]*\\(?:begin|end|item|[][])")  # where TeX ignores a line end
 AFTER_COMMENT = re.compile(rf"{GAP.pattern}(?P<apart>\Z|[\n%]|{BLOCK.pattern})?")
 OPTIONAL = r"(?:[ \t]*\n?[ \t]*\[[^]]{0,498}\])"
 OPTIONAL_ARGUMENT, OPTIONAL_ARGUMENTS = re.compile(OPTIONAL + "?"), re.compile(OPTIONAL + "*")
-ARGUMENT_BEFORE = re.compile(r"(?:[}\]*]|\\[a-zA-Z@]+)$")  # of a group: it may be the argument of a command
+ARGUMENT_BEFORE = r"(?:[}\]*]|\\[a-zA-Z@]+)$"  # of a group: it may be the argument of a command
 DEFINEE = re.compile(r"\*?[ \t]*(?:\{\s*\\?[^{}\n]*\}|\\(?:[a-zA-Z@]+|.))")
 INTERNAL = re.compile(r"\\[a-zA-Z]+\*?[ \t]*(?:\{\s*\\?[^{}\n]*@|\\[a-zA-Z]*@)")  # a definition of a name with @
 SIZE = r"[ \t]*-?[ \t]*(?:[\d.,]*\\[a-zA-Z@]+|[\d.,]+[ \t]*(?:true[ \t]*)?(?:p[tc]|[cm]m|in|ex|em|bp|dd|cc|sp|mu|fil+))"
 PLAIN_ARGUMENT = {  # by signature: what is not in braces
-    "g": re.compile(rf"[ \t]*=?{SIZE}(?:[ \t]*(?:plus|minus){SIZE}){{0,2}}"),
-    "f": re.compile(r"[ \t]*\\[a-zA-Z]+[ \t]*=?[ \t]*[\w\-]+(?:[ \t]+(?:scaled|at)[ \t]*[\w.\\]+)?"),
-    "l": re.compile(r"[ \t]*=?[ \t]?(?:\\(?:[a-zA-Z@]+|.)|\S)"),
+    "g": rf"[ \t]*=?{SIZE}(?:[ \t]*(?:plus|minus){SIZE}){{0,2}}",
+    "f": r"[ \t]*\\[a-zA-Z]+[ \t]*=?[ \t]*[\w\-]+(?:[ \t]+(?:scaled|at)[ \t]*[\w.\\]+)?",
+    "l": r"[ \t]*=?[ \t]?(?:\\(?:[a-zA-Z@]+|.)|\S)",
 }
 PARAMETERS = re.compile(r"[^{]{0,199}")
 SPACES = "[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]"
-NO_TEXT = (
-    r"[\x00-\x08\r-\x1f\x7f-\x84\x86-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"
-    r"\ud800-\udfff\ufdd0-\ufdef\ufeff\ufff9-\uffff]"  # control and zero-width characters, and no characters
-)
+CONTROLS = r"\x00-\x08\r-\x1f\x7f-\x84\x86-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"
+NO_TEXT = rf"[{CONTROLS}\ud800-\udfff\ufdd0-\ufdef\ufeff\ufff9-\uffff]"  # those, zero-width ones, and no characters
 
 # ---- lexing ------------------------------------------------------------------------------------------------------
 
@@ -120,8 +118,8 @@ def _hidden(text):
     if "\\iffalse" not in text:
         return hidden
     names = CONDITIONALS | set(re.findall(NEW_CONDITIONAL, text))
-    for m in BRANCH.finditer(text):
-        depth += {"{": 1, "}": -1}.get(m[0], 0)
+    for m in re.finditer(BRANCH, text):
+        depth += (m[0] == "{") - (m[0] == "}")
         if m["name"] in names:
             conditionals.append([m, depth, None])
         elif m["name"] == "else" and conditionals:
@@ -157,10 +155,8 @@ def lex(text: str):
 
 def _uncomment(text, start, end):
     """Where a comment with its blanks starts, what is left of it, and where it ends: TeX joins the lines around it."""
-    left = start
-    while left and text[left - 1] in " \t":
-        left -= 1
-    line = text.rfind("\n", 0, left) + 1
+    line = text.rfind("\n", 0, start) + 1
+    left = line + len(text[line:start].rstrip(" \t"))
     if left == line:  # it is all of its line
         return left, "", end + 1
     after = AFTER_COMMENT.match(text, end)
@@ -196,7 +192,7 @@ def _hide(text, dropped):
 def ends_of(text: str) -> dict[int, int]:
     """Where each closed group, and each closed environment that is to go, ends: by where it starts."""
     ends, opened = {}, defaultdict(list)
-    for m in PAIR.finditer(text):
+    for m in re.finditer(PAIR, text):
         starts = opened[m["name"]]  # None: of braces
         if m[0] == "{" or m["tag"] == "begin":
             starts.append(m.start())
@@ -208,7 +204,7 @@ def ends_of(text: str) -> dict[int, int]:
 def _arguments_end(text, position, signature, ends):
     """Where the arguments that start at a position end; None when they are not all there. ends: those of `ends_of`."""
     if signature in PLAIN_ARGUMENT:
-        m = PLAIN_ARGUMENT[signature].match(text, position)
+        m = re.compile(PLAIN_ARGUMENT[signature]).match(text, position)
         return m and m.end()
     if signature == "=":  # \def\name#1#2{...}
         return ends.get(PARAMETERS.match(text, position).end())
@@ -232,7 +228,7 @@ def _definition_end(text, name, position, ends):
 def definitions(text: str):
     """(start, end) of all definitions, in order."""
     ends, position = ends_of(text), 0
-    for m in DEFINITION.finditer(text):
+    for m in re.finditer(DEFINITION, text):
         end = m[1] and m.start() >= position and _definition_end(text, m[1], m.end(), ends)
         if end:
             position = end
@@ -274,7 +270,7 @@ def _cuts(text):
     """(kind, start, end) of all that only lays out, draws or indexes, in order; of formulas and definitions nothing."""
     ends, formulas, depth, position = ends_of(text), [], 0, 0
     wrapped = set()  # closing braces that go because their opening ones went
-    for m in TOKEN.finditer(text):
+    for m in re.finditer(TOKEN, text):
         token, command, start, end = m.lastgroup, m["command"], m.start(), m.end()
         if token is None or start < position or (command and command not in COMMANDS):
             continue
@@ -287,7 +283,7 @@ def _cuts(text):
             cut_end = end
         elif token == "sized_group":  # {\small ...}: its braces go too, unless they hold an argument
             cut_end = end
-            if start in ends and not ARGUMENT_BEFORE.search(text[max(0, start - 40) : start].rstrip(" ")):
+            if start in ends and not re.search(ARGUMENT_BEFORE, text[max(0, start - 40) : start].rstrip(" ")):
                 wrapped.add(ends[start] - 1)
             else:
                 start += 1
@@ -301,7 +297,7 @@ def _cuts(text):
                 depth += 1
                 cut_end = brace + 1
         elif begin in ENVIRONMENTS:
-            kind, cut_end = ENVIRONMENTS[begin][0], ends.get(start)
+            kind, cut_end = ENVIRONMENTS[begin], ends.get(start)
         elif command or begin in TAGS:
             cut_end = _arguments_end(text, end, signature, ends)
         if cut_end:
@@ -316,8 +312,8 @@ def _strip(text, dropped):
         piece, between = text[copied:start], BETWEEN.get(kind, "")
         written = (written + piece[-40:])[-40:]
         before, after = written[-1], text[end : end + 1]
-        while before.isspace() and text.startswith(" ", end):
-            end += 1
+        if before.isspace():  # single blanks are all there are
+            end += text.startswith(" ", end)
         if before == "\n":
             end += text.startswith("\n", end)  # nothing else was on its line
             between = "\n" if between == "\n\n" else ""

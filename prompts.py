@@ -46,15 +46,15 @@ from pathlib import Path
 from errors import nearest
 
 FOLDER = Path(__file__).with_suffix("")  # of the named prompts
-SECTION = re.compile(r"^\[([A-Za-z ]+)\][ \t]*$", re.MULTILINE)
+SECTION = r"(?m)^\[([A-Za-z ]+)\][ \t]*$"
 SECTIONS = "about,system,user,answer,words,kept,shot user,shot answer".split(",")
 Pieces = list[tuple[bool, str]]  # of a row's text: (is it a field's or a message's?, text)
 SYSTEM = "You are a helpful assistant."
 
 DATE = "26 Jul 2024"  # given to templates that print today's date: scores must not change by the day
 DAY = datetime.date(2024, 7, 26)
-CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-THINK = re.compile(r"(\s*</?think>\s*)")  # where chat templates split an assistant's turn
+CLOCK = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
+THINK = r"(\s*</?think>\s*)"  # where chat templates split an assistant's turn
 MARK = re.compile("\ue000([0-9]+)\ue001")  # private-use characters around the number of a content or a column
 PROBE = " \n{0} 'a' \"b\" \\frac{{1}}{{2}} {{{{c}}}} <d> & é\t"  # what a field may hold that a template could change
 
@@ -110,7 +110,7 @@ def rendered(tokenizer, messages: list[dict], tools: list | None = None, answer:
     turns = [{**message, "content": message.get("content") or ""} for message in messages]
     options = {"tools": tools, "add_generation_prompt": answer, "date_string": DATE}
     try:
-        jinja = CLOCK.sub(lambda call: repr(DAY.strftime(call[2])), tokenizer.get_chat_template(tools=tools))
+        jinja = re.sub(CLOCK, lambda call: repr(DAY.strftime(call[2])), tokenizer.get_chat_template(tools=tools))
         return tokenizer.apply_chat_template(turns, chat_template=jinja, tokenize=False, **options)
     except Exception as e:  # a chat template is foreign code and may raise anything
         raise ValueError(f"the chat template refuses it ({' '.join(str(e).split())[:100]})") from None
@@ -127,7 +127,7 @@ def chat(tokenizer, messages: list[dict], tools: list | None = None, answer: boo
     own = [message.get("content") or "" for message in messages]
     contents, marked = [], []
     for message, content in zip(messages, own, strict=True):
-        parts = THINK.split(content) if message["role"] == "assistant" else [content]
+        parts = re.split(THINK, content) if message["role"] == "assistant" else [content]
         for i in range(0, len(parts), 2):
             if parts[i]:
                 contents.append(parts[i])
@@ -248,14 +248,13 @@ def find(name: str) -> Prompt:
     try:
         return parse(path.read_text(encoding="utf-8-sig"))
     except OSError:
-        raise ValueError(
-            f"expected one of {', '.join(known)}, or the path of a text file{nearest(name, known)}"
-        ) from None
+        expected = f"expected one of {', '.join(known)}, or the path of a text file"
+        raise ValueError(expected + nearest(name, known)) from None
 
 
 def parse(text: str) -> Prompt:
     """A prompt from its file's text. Raises ValueError for what is wrong in it."""
-    before, *parts = SECTION.split(text)
+    before, *parts = re.split(SECTION, text)
     if before.strip():
         raise ValueError("text before the first section: expected a line such as [user]")
     sections = {title: [] for title in SECTIONS}
@@ -271,7 +270,7 @@ def parse(text: str) -> Prompt:
             raise ValueError(f"{len(contents)} sections [{title}]: expected one")
     once = {title: "".join(contents) for title, contents in sections.items()}
     for title in ("words", "kept"):
-        once[title] = tuple(line.strip() for line in once[title].splitlines())
+        once[title] = tuple(map(str.strip, once[title].splitlines()))
     return Prompt(**once, shots=tuple(zip(questions, answers, strict=True)))
 
 
@@ -299,8 +298,7 @@ def as_text(prompt: Prompt, tokenizer) -> str:
 
 def _filled(prompt, tokenizer, row):
     """The text (str) of a prompt with a row's fields put in."""
-    contents = [text for shot in prompt.shots for text in shot]
-    contents.append(plain(render(prompt.user, row)))
+    contents = [*sum(prompt.shots, ()), plain(render(prompt.user, row))]
     if not tokenizer.chat_template:
         return "\n\n".join(filter(None, [prompt.system, *contents, prompt.answer]))
     turns = [turn("assistant" if i % 2 else "user", content) for i, content in enumerate(contents)]
