@@ -121,7 +121,12 @@ def cutting_rules(template: str, kept: tuple, budgets: tuple) -> list[tuple]:
 
 
 def encode(
-    tokenizer, rows: list[prompts.Pieces], max_length: int, answers: list = (), names: list = (), rules: list = ()
+    tokenizer,
+    rows: list[prompts.Pieces],
+    max_length: int,
+    answers: list = (),
+    names: list = (),
+    rules: list = (),
 ) -> tuple[Tokens, TokenReport]:
     """Encode rows of pieces (is it the user's?, text) exactly as the tokenizer itself does their text, in bulk.
 

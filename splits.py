@@ -310,7 +310,7 @@ def audit_rows(
         )
     for line in warnings or ["no duplicates, conflicts or leaks found"]:
         say(f"audit: {line}")
-    # every number in the findings is the index of a row
+    # Every number in the findings is the index of a row: the row's id takes its place.
     return json.loads(json.dumps(asdict(findings)), parse_int=lambda row: names[int(row)])
 
 

@@ -87,8 +87,16 @@ def main(argv: list[str]) -> dict:
     optimizer = optim.adamw(groups, cfg.optimizer)
     if cfg.optimizer.startswith("paged") and world.device.type != "cuda":
         say(f"{cfg.optimizer}: paging exists on GPUs only; the state stays in this machine's memory")
-    facts = {"base": model.base_fingerprint}
-    job = loop.Job(cfg, world, model, optimizer, precision, train.tokens.lengths, train.digest(), facts)
+    job = loop.Job(
+        cfg,
+        world,
+        model,
+        optimizer,
+        precision,
+        lengths=train.tokens.lengths,
+        digest=train.digest(),
+        about={"base": model.base_fingerprint},
+    )
 
     # ---- resume, or a new run ---------------------------------------------------------------------------------------
     if run and not cfg.dry_run:

@@ -613,7 +613,7 @@ MISTAKES = {
     "run and base": (["--runs", "outputs/x"], "--runs outputs/x with --base or --adapter"),
     "no chat": (["--chat", "yes"], "--chat yes: needs a chat, but the tokenizer has no chat template"),
     "system": (["--system", "Be brief."], "--system: needs a chat"),
-    "system, no chat": (["--system", "Be brief.", "--chat", "no"], "--system has no effect: .* without --chat no"),
+    "system, no chat": (["--system", "Be brief.", "--chat", "no"], "--system has no effect with --chat no"),
     "too long": (["--max_new_tokens", "400"], "exceed the 400 positions of .* lower --max_new_tokens"),
     "columns": (["--text", "{question}"], "no column question"),
     "examples": (["--examples", "nowhere.jsonl"], "--examples nowhere.jsonl: no such file"),
@@ -663,7 +663,7 @@ def test_what_writes_no_text_is_refused(one, asked, tmp_path):
     for more, words in (
         (["--runs", str(run)], "no run of cpt.py"),
         (["--runs", str(tmp_path)], "no run of cpt.py"),
-        (["--outputs", str(tmp_path / "outputs")], "no finished run of cpt.py"),
+        (["--outputs", str(tmp_path / "outputs")], "no finished run under .*python cpt.py"),
         (["--runs", str(run), "--quant", "nf4"], "--quant: no effect without --base"),
         (["--score", "--runs", str(run), "--text", "{a}"], "--text: no effect without --base"),
     ):

@@ -776,7 +776,7 @@ def replaced(name, make):
     return spoil
 
 
-NOT_SAFE = r"adapter_model\.safetensors: .*; it is damaged or incomplete, download it again"
+NOT_SAFE = r"adapter_model\.safetensors: .*; if it was downloaded, it is damaged or incomplete: download it again"
 FIT = "the adapter does not fit this model: "
 BYTES = {  # what becomes of the bytes of the weights: refused as no safetensors file
     "truncated": lambda b: b[:-100],
