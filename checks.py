@@ -99,6 +99,7 @@ NEEDS = table("""
     InferConfig :: label_words :: base|adapter head=label_words
     InferConfig :: answer :: submission
     InferConfig :: runs :: !base !adapter
+    InferConfig :: merge :: !export
 """)
 # Fields that must have their default with a task.
 NO_MEANING = lists("""
@@ -175,8 +176,8 @@ PROBLEMS = [
      lambda cfg: any(name in ("tensorboard", "wandb") and _missing(name) for name in cfg.report)),
     ("Shared", "--val_size {val_size}: expected a fraction or a count above 0",
      lambda cfg: not getattr(cfg, "val_data", "") and cfg.val_size <= 0),
-    ("TrainConfig", "--folds {folds} --fold {fold}: expected 2 or more folds, and one of 0 to folds - 1",
-     lambda cfg: cfg.folds and not cfg.fold < cfg.folds > 1),
+    ("TrainConfig", "--folds {folds}: expected 2 or more", lambda cfg: cfg.folds == 1),
+    ("TrainConfig", "--fold {fold}: expected 0 to one below --folds {folds}", lambda cfg: 0 < cfg.folds <= cfg.fold),
     ("TrainConfig", "--label_names {label_names}: expected at least 2 names, each once",
      lambda cfg: len(cfg.label_names) == 1 or len(set(cfg.label_names)) < len(cfg.label_names)),
     ("TrainConfig", "--metric {metric}: expected one of {problem}",

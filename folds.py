@@ -213,11 +213,11 @@ def new_member(name: str, cfg: TrainConfig, material: Material, folder: Path | N
 
 def write_family(folder: Path, cfg: FoldsConfig, material: Material, problems: dict, folders: dict) -> None:
     """The files of a family: what runs it has, their shared settings, labels and audit."""
-    names = settings_of_members(cfg)
-    members = {name: str(folders.get(name, name)) for name in names}
-    family = {"members": members, "folds": cfg.folds, "seeds": list(cfg.seeds)}
     prepare.write(folder, cfg, material, problems)
-    checkpoint.write_atomic(folder / "family.json", json.dumps(family, indent=1) + "\n")
+    if not (folder / "family.json").is_file():  # a family that was killed before its first run keeps its own
+        members = {name: str(folders[name]) if cfg.pool else name for name in settings_of_members(cfg)}
+        family = {"members": members, "folds": cfg.folds, "seeds": list(cfg.seeds)}
+        checkpoint.write_atomic(folder / "family.json", json.dumps(family, indent=1) + "\n")
     settings = {**asdict(plain(cfg, resume="", dry_run=False)), "seeds": cfg.seeds}
     checkpoint.write_atomic(folder / "config.json", json.dumps(settings, indent=1) + "\n")
 

@@ -57,6 +57,7 @@ class State:
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
     done: bool = False  # stopped early
+    ended_by: str = ""  # the setting that stopped it: time_limit or patience
     evals: list = field(default_factory=list)  # of cpt.py: all evaluations so far
 
 
@@ -404,7 +405,8 @@ def save(folder: Path, job: Job, write: Callable, resumable: bool = False) -> No
 def restore(job: Job, run: Path, read: Callable) -> None:
     """Take a job to the run's last save: the model by read(save), optimizer, scaler, state; cut the log back to it.
 
-    Without a save the run starts at step 0. Raises UserError when the training rows are not those it began with.
+    Nothing else is stored: dropout and the order of rows follow from the seed and the step, the learning rate from the
+    updates. Without a save the run starts at step 0. Raises UserError when the training rows are not those it began with.
     """
     save, saved = checkpoint.last_state(run) or (None, {"log_bytes": 0})
     if job.world.rank == 0:

@@ -1,8 +1,8 @@
 """Losses as sums over rows, and the weights of those rows: one table, a row for each task.
 
 A training step divides the summed loss of its micro-batches by the weight of all its rows. Both add up, so any split
-of a step into micro-batches and ranks gives the loss of the whole step. To add a loss, write its sum and put it into
-TASKS.
+of a step into micro-batches and ranks gives the loss of the whole step. To add a loss to a task, write it beside the
+others and let `loss_sum` take it where the config says so, as with a new setting.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from configs import TrainConfig
 from errors import UserError
 
 POS_WEIGHT_CAP = 20.0  # a rarer label would dominate the gradient with a few rows
@@ -23,7 +24,11 @@ POS_WEIGHT_CAP = 20.0  # a rarer label would dominate the gradient with a few ro
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, smoothing=0.0, weights: Tensor | None = None, reduction="sum"
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    reduction: str = "sum",
 ) -> Tensor:
     """Label-smoothed, class-weighted cross-entropy in fp32: logits (B, C), labels (B,) int64 or (B, C) probabilities.
 
@@ -46,10 +51,10 @@ def binary_cross_entropy(
     return F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=weights, reduction=reduction)
 
 
-def squared_error(outputs: Tensor, targets: Tensor, smoothing=0.0, weights=None) -> Tensor:
+def squared_error(outputs: Tensor, targets: Tensor, smoothing=0.0, weights=None, reduction="sum") -> Tensor:
     """Squared error in fp32: outputs (B, 1), targets (B,). Smoothing and weights are of classes only."""
     numbers = outputs[:, 0].float()
-    return F.mse_loss(numbers, targets.float(), reduction="sum")
+    return F.mse_loss(numbers, targets.float(), reduction=reduction)
 
 
 def lm_cross_entropy(hidden: Tensor, head, targets: Tensor, chunk: int = 512) -> Tensor:
@@ -110,25 +115,23 @@ TASKS = {
 
 
 def loss_sum(
-    task: str,
+    cfg: TrainConfig,
     logits: Tensor,
     labels: Tensor,
-    smoothing: float = 0.0,
     weights: Tensor | None = None,
     soft: Tensor | None = None,
-    share: float = 1.0,
-    temperature: float = 1.0,
 ) -> Tensor:
-    """The task's loss of a micro-batch, summed over its rows.
+    """The loss of a micro-batch of the config's task, summed over its rows.
 
     soft (B, C): a teacher's probabilities, NaN in rows without. The loss of the others becomes
     (1 - share) * loss(z, label) + share * T^2 * loss(z / T, p^(1 / T) normalised), which is knowledge distillation
     (Hinton et al. 2015, arXiv:1503.02531).
     """
-    loss = TASKS[task]
+    loss = TASKS[cfg.task]
+    share, temperature = cfg.soft_share, cfg.soft_temperature
     if soft is None:
-        return loss.of(logits, labels, smoothing, weights)
-    hard = loss.of(logits, labels, smoothing, weights, "none")  # (B,), or (B, C) of cells
+        return loss.of(logits, labels, cfg.label_smoothing, weights)
+    hard = loss.of(logits, labels, cfg.label_smoothing, weights, "none")  # (B,), or (B, C) of cells
     targets = loss.softened(soft.nan_to_num(0.5), temperature)  # NaN would spoil gradients even of unused terms
     taught = loss.of(logits / temperature, targets, 0.0, weights, "none")
     both = (1 - share) * hard + share * temperature**2 * taught

@@ -6,7 +6,8 @@ a tokenizer it becomes one plain template (`as_text`), and answer_parser.py read
 
 The named prompts are the files prompts/*.txt beside this one. To write your own, save a text file anywhere and pass
 its path: `--prompt polite.txt`. A line that is only a name in brackets begins a section; blank lines at a section's
-begin and end do not count. Only [user] is required, and only there do braces name columns ({{ is a plain brace):
+begin and end do not count. Only [user] is required, and only there do braces name columns ({{ is a plain brace).
+A word stands before the first column and after the last one, so that a row's text never touches the chat template:
 
     [about]
     Is a comment polite?
@@ -287,7 +288,7 @@ def as_text(prompt: Prompt, tokenizer) -> str:
     marks = {column: f"\ue000{i}\ue001" for i, column in enumerate(columns)}
     user = plain(render(prompt.user, marks)).strip()
     if user[0] == "\ue000" or user[-1] == "\ue001":
-        raise ValueError(f"user's turn {prompt.user[:60]!r}: expected words at its begin and end, not a field")
+        raise ValueError(f"user's turn {prompt.user[:60]!r}: a field needs words before and after it")
     text = _filled(prompt, tokenizer, marks).replace("{", "{{").replace("}", "}}")
     text = MARK.sub(lambda mark: "{" + columns[int(mark[1])] + "}", text)
     probe = {column: PROBE.format(column) for column in columns}

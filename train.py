@@ -190,14 +190,11 @@ def fit(job: loop.Job, train: Split, judges: Split, classes: int, write: Callabl
         with numerics.autocast(device, job.precision):
             logits = job.model(pack(train.tokens, rows, device))
         return losses.loss_sum(
-            cfg.task,
+            cfg,
             logits,
             labels,
-            cfg.label_smoothing,
             on_device,
             soft,
-            cfg.soft_share,
-            cfg.soft_temperature,
         )
 
     for micro_batches in loop.steps(job):
@@ -224,7 +221,11 @@ def fit(job: loop.Job, train: Split, judges: Split, classes: int, write: Callabl
                 loop.save(job.run / "best", job, write)
             else:
                 state.stale += 1
-            state.done = job.late or 0 < cfg.patience <= state.stale
+            if job.late:
+                state.ended_by = "time_limit"
+            elif 0 < cfg.patience <= state.stale:
+                state.ended_by = "patience"
+            state.done = bool(state.ended_by)
 
         # save: last/ holds all that the next step depends on
         if loop.due(job, job.save_every) or job.ending:
@@ -241,14 +242,12 @@ def finish(job: loop.Job, train: Split, judges: Split, labels: Labels) -> dict:
     Raises Degenerate for scores that cannot be right.
     """
     cfg, world, state, run, say = job.cfg, job.world, job.state, job.run, job.say
-    ended_by = ""
-    if state.done:
-        ended_by = "time_limit" if job.late else "patience"
-        say(f"stopped early, at step {state.step} of {job.total}: --{ended_by} {getattr(cfg, ended_by)}")
+    if state.ended_by:
+        say(f"stopped early, at step {state.step} of {job.total}: --{state.ended_by} {getattr(cfg, state.ended_by)}")
 
     # The best save is what users load: it is scored as it was read back from the disk.
     ddp.barrier(world)  # rank 0 has written best/
-    trained.read_classifier(checkpoint.trusted(run / "best").folder, job.model)
+    trained.read_classifier(trained.best_save(run).folder, job.model)
     logits = evaluate.score(job.model, judges.tokens, world, job.precision, cfg.max_tokens)
     scores = metrics.of_task(cfg.task, logits, judges.labels)
     loop.lap(job, "eval_seconds")
@@ -269,7 +268,7 @@ def finish(job: loop.Job, train: Split, judges: Split, labels: Labels) -> dict:
         "majority": round(metrics.majority(cfg.task, judges.labels), 6),
         **trained.fit_decision(cfg, run, logits, judges.labels, world),
         "best_step": state.best_step,
-        "ended_by": ended_by,
+        "ended_by": state.ended_by,
         "val_sha256": splits.digest_of(judges.rows),
         "steps": state.step,
         "examples_per_second": round(state.rows / state.seconds, 2),

@@ -496,3 +496,18 @@ def test_warmup_given_by_hand_takes_the_presets_place():
 def test_flags_of_other_tools_name_ours(theirs, ours):
     with pytest.raises(UserError, match=rf"unknown flag {theirs} \(did you mean {ours}\?\)"):
         cli.parse(configs.TrainConfig, presets.TRAIN_PRESETS, [theirs, "1"])
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, CptConfig, InferConfig])
+def test_every_number_and_choice_has_a_rule(cls):
+    """A new field is checked before hours are spent: --rank -3 must not reach the model."""
+    free = {"fold", "train_layers", "split_seed"}  # -1 has a meaning of its own; their rules are in checks.PROBLEMS
+    numbers = {field.name for field in dataclasses.fields(cls) if field.type in (int, float)}
+    lacking = numbers - free - checks.RANGES.keys() - checks.CHOICES.keys()
+    assert not lacking, f"checks.py: add a row of RANGES for {lacking}, and of NO_MEANING where a task ignores it"
+
+
+def test_every_preset_function_is_listed():
+    made = {name for name, f in vars(presets).items() if getattr(f, "__module__", "") == "presets"}
+    lacking = made - presets.TRAIN_PRESETS.keys() - presets.CPT_PRESETS.keys()
+    assert not lacking, f"presets.py: list {lacking} in TRAIN_MAKERS or CPT_MAKERS, or --cfg does not know it"

@@ -257,6 +257,22 @@ def test_a_stopped_run_names_the_way_on(tmp_path, small_base, monkeypatch):
         folds.main(toy_flags(tmp_path, small_base, folds=2, **QUICK))
 
 
+def test_a_family_killed_while_its_folder_was_made_goes_on(tmp_path, small_base, monkeypatch):
+    """Before environment.json, which is written last; with --outputs as people give it, relative."""
+    monkeypatch.chdir(tmp_path)
+    flags = toy_flags(tmp_path, small_base, folds=2, **{**QUICK, "outputs": "outputs"})
+    monkeypatch.setattr(checkpoint, "environment", lambda *facts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        folds.main(flags)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(folds, "started", in_process)
+    result = folds.main([*flags, "--resume", "auto"])
+    run = Path(result["run"])
+    assert json.loads((run / "family.json").read_text())["members"] == {"fold_0": "fold_0", "fold_1": "fold_1"}
+    assert all(checkpoint.finished(run / name) for name in ("fold_0", "fold_1"))
+
+
 def in_process(words: list[str]) -> tuple[int, bool]:
     train.main(words[words.index(str(folds.TRAIN)) + 1 :])
     return 0, False
@@ -426,7 +442,7 @@ def test_what_is_no_family_is_not_pooled(elsewhere, tmp_path, small_base):
     "changes, words",
     [
         ({}, "nothing to train: give --folds 5, or --seeds 1,2,3"),
-        ({"folds": 1}, "--folds 1 .*expected 2 or more"),
+        ({"folds": 1}, "--folds 1: expected 2 or more"),
         ({"folds": -3}, "--folds -3: expected 0 or more"),
         ({"folds": 5, "fold": 2}, "--fold 2: folds.py trains every fold"),
         ({"folds": 3, "val_size": 0.2}, "--val_size has no effect: it is used without --folds"),
@@ -455,7 +471,7 @@ def test_bad_families_are_one_line_before_anything_is_written(small_base, tmp_pa
     "changes, words",
     [
         ({"folds": 5}, "--folds moved: python folds.py --folds 5 trains every fold"),
-        ({"folds": 5, "fold": 5}, "--folds 5 --fold 5: expected"),
+        ({"folds": 5, "fold": 5}, "--fold 5: expected 0 to one below --folds 5"),
         ({"folds": 5, "fold": "first"}, "--fold first: expected a whole number"),
         ({"fold": 2}, "--fold has no effect: it is used with --folds"),
         ({"folds": 5, "group_column": "label", "fold": 0}, None),

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
+from configs import TrainConfig
 
 ROWS, CLASSES = 12, 4
 WEIGHTS = [0.3, 1.0, 2.5, 6.0]
@@ -19,6 +20,10 @@ def toy_rows(dtype=torch.float32):
     return logits.to(dtype).requires_grad_(), labels
 
 
+def settings(smoothing=0.0, share=1.0, temperature=1.0, task="single_label"):
+    return TrainConfig(task=task, label_smoothing=smoothing, soft_share=share, soft_temperature=temperature)
+
+
 def mass_of(labels, weights):
     return losses.TASKS["single_label"].weight(labels.numpy(), None if weights is None else weights.numpy())
 
@@ -29,8 +34,8 @@ def by_parts(logits, labels, sizes, smoothing, weights, soft=None, share=1.0, te
     for size in sizes:
         part = slice(start, start + size)
         teacher = None if soft is None else soft[part]
-        mix = smoothing, weights, teacher, share, temperature
-        total = total + losses.loss_sum("single_label", logits[part], labels[part], *mix)
+        cfg = settings(smoothing, share, temperature)
+        total = total + losses.loss_sum(cfg, logits[part], labels[part], weights, teacher)
         mass += mass_of(labels[part], weights)
         start += size
     return total, mass
@@ -92,18 +97,17 @@ def toy_teacher(rows: int = ROWS) -> torch.Tensor:
 def test_a_teacher_that_says_the_labels_changes_nothing(weighted):
     logits, labels = toy_rows()
     weights = torch.tensor(WEIGHTS) if weighted else None
-    plain = losses.loss_sum("single_label", logits, labels, 0.0, weights)
+    plain = losses.loss_sum(settings(), logits, labels, weights)
     for share in (0.0, 0.3, 1.0):
-        taught = losses.loss_sum(
-            "single_label", logits, labels, 0.0, weights, F.one_hot(labels, CLASSES).float(), share
-        )
+        teacher = F.one_hot(labels, CLASSES).float()
+        taught = losses.loss_sum(settings(share=share), logits, labels, weights, teacher)
         torch.testing.assert_close(taught, plain, rtol=1e-6, atol=0)
 
 
 def test_share_1_at_temperature_1_is_torchs_loss_of_probabilities():
     logits, labels = toy_rows()
     soft = toy_teacher()
-    got = losses.loss_sum("single_label", logits, labels, 0.1, None, soft)
+    got = losses.loss_sum(settings(0.1), logits, labels, soft=soft)
     torch.testing.assert_close(got, F.cross_entropy(logits, soft, reduction="sum"), rtol=1e-6, atol=0)
 
 
@@ -121,7 +125,7 @@ def test_soft_targets_equal_their_definition():
             continue
         q = p[i] ** (1 / t) / (p[i] ** (1 / t)).sum()
         want += (1 - share) * hard - share * t**2 * (q * F.log_softmax(z[i] / t, 0)).sum()
-    total = losses.loss_sum("single_label", logits, labels, 0.0, None, soft, share, t)
+    total = losses.loss_sum(settings(0.0, share, t), logits, labels, soft=soft)
     assert float(total.detach()) == pytest.approx(float(want), rel=1e-6)
     (grad,) = torch.autograd.grad(total, logits)
     assert grad.isfinite().all()
@@ -152,9 +156,9 @@ def test_soft_cells_of_several_labels(t):
     options = {"pos_weight": weights, "reduction": "sum"}
     hard = [bce(logits[rows], labels[rows], **options) for rows in (rest, [4])]
     want = (1 - share) * hard[0] + share * t**2 * bce(logits[rest] / t, q[rest], **options) + hard[1]
-    got = losses.loss_sum("multi_label", logits, labels, 0.0, weights, soft, share, t)
+    got = losses.loss_sum(settings(0.0, share, t, "multi_label"), logits, labels, weights, soft)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
-    same = losses.loss_sum("multi_label", logits, labels, 0.0, weights, labels, 1.0, 1.0)
+    same = losses.loss_sum(settings(task="multi_label"), logits, labels, weights, labels)
     torch.testing.assert_close(same, bce(logits, labels, **options), rtol=1e-6, atol=0)
 
 

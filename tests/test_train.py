@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import checkpoint
 import infer
+import loop
 import metrics
 import optim
 import train
@@ -196,6 +197,18 @@ def test_patience_and_eval_rows(tmp_path, small_base):
     assert result["steps"] == 3 and len(evals) == 3  # the first is the best, two more are not better
     assert all(e["rows"] == 9 for e in evals) and result["metrics"]["rows"] == 23
     assert result["best_step"] == 1 and len(rows_of(run / "val_predictions.csv")) == 23
+
+
+def test_what_ended_a_run_is_known_when_it_is_resumed_for_its_end(tmp_path, small_base, monkeypatch):
+    """Killed after its last save and before result.json: the process that writes the result did not see the clock."""
+    flags = toy_flags(tmp_path, small_base)
+    monkeypatch.setattr(loop.Limit, "over", lambda limit, state: state.step == 2)
+    first = train.main(flags)
+    assert (first["ended_by"], first["steps"]) == ("time_limit", 3)
+    monkeypatch.undo()
+    (Path(first["run"]) / "result.json").unlink()
+    again = train.main([*flags, "--resume", "auto"])
+    assert (again["ended_by"], again["steps"], again["metrics"]) == ("time_limit", 3, first["metrics"])
 
 
 def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, small_base, capsys):
