@@ -406,7 +406,8 @@ def restore(job: Job, run: Path, read: Callable) -> None:
     """Take a job to the run's last save: the model by read(save), optimizer, scaler, state; cut the log back to it.
 
     Nothing else is stored: dropout and the order of rows follow from the seed and the step, the learning rate from the
-    updates. Without a save the run starts at step 0. Raises UserError when the training rows are not those it began with.
+    updates. Without a save the run starts at step 0. Raises UserError when the training rows are not those it began
+    with.
     """
     save, saved = checkpoint.last_state(run) or (None, {"log_bytes": 0})
     if job.world.rank == 0:

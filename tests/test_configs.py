@@ -509,5 +509,5 @@ def test_every_number_and_choice_has_a_rule(cls):
 
 def test_every_preset_function_is_listed():
     made = {name for name, f in vars(presets).items() if getattr(f, "__module__", "") == "presets"}
-    lacking = made - presets.TRAIN_PRESETS.keys() - presets.CPT_PRESETS.keys()
-    assert not lacking, f"presets.py: list {lacking} in TRAIN_MAKERS or CPT_MAKERS, or --cfg does not know it"
+    listed = {make.__name__ for make in [*presets.TRAIN_PRESETS.values(), *presets.CPT_PRESETS.values()]}
+    assert made <= listed, f"presets.py: list {made - listed} in TRAIN_MAKERS or CPT_PRESETS, or --cfg does not know it"
