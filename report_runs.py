@@ -14,7 +14,7 @@ import metrics
 import splits
 import trained
 from configs import TrainConfig
-from errors import UserError
+from errors import Untrusted, UserError
 
 
 @dataclass
@@ -113,7 +113,10 @@ def read_run(path: Path) -> Run:
     cfg, labels = trained.run_facts(path)
     if not checkpoint.finished(path):
         raise UserError(f"run {path} is not finished (no result.json): continue it with --resume {path}")
-    ids, targets, logits = validation_rows(path, cfg, labels)
+    try:
+        ids, targets, logits = validation_rows(path, cfg, labels)
+    except UserError as e:  # the run wrote this file, so it is damaged
+        raise Untrusted(str(e)) from None
     predicted, probabilities = trained.decided(cfg.task, None, logits)
     decision = trained.read_decision(path, cfg.task, len(labels.names))
     result = checkpoint.load_json(path / "result.json")

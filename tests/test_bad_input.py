@@ -229,7 +229,7 @@ def infer_refused(tmp_path, *flags) -> str:
 
 def test_infer_without_a_finished_run(tmp_path):
     message = infer_refused(tmp_path)
-    assert f"no finished run of train.py under {tmp_path / 'outputs'}/" in message and "--runs" in message
+    assert f"no finished run under {tmp_path / 'outputs'}/" in message and "--runs" in message
 
 
 def test_infer_with_a_run_that_is_not_there(tmp_path):
@@ -255,7 +255,7 @@ def test_infer_with_an_input_that_is_missing(tmp_path, unloadable):
 
 def test_infer_with_a_run_that_has_saved_nothing_yet(tmp_path, unloadable, good):
     run = unfinished_run(tmp_path / "run_0", base=unloadable)
-    assert "no best/ save yet" in infer_refused(tmp_path, "--runs", run, "--input", good)
+    assert "no best/ save: finish it" in infer_refused(tmp_path, "--runs", run, "--input", good)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_command_unmatched_target(command, tmp_path, small_base, good):
 
 def test_command_infer_without_a_run(command, tmp_path):
     status, _, err = command("infer.py", "--output", tmp_path / "submission.csv")
-    assert "no finished run of train.py under" in one_line(status, err) and not (tmp_path / "submission.csv").exists()
+    assert "no finished run under" in one_line(status, err) and not (tmp_path / "submission.csv").exists()
 
 
 def test_command_torchrun_without_data_is_one_line(command, tmp_path):
