@@ -215,7 +215,8 @@ def write_family(folder: Path, cfg: FoldsConfig, material: Material, problems: d
     """The files of a family: what runs it has, their shared settings, labels and audit."""
     prepare.write(folder, cfg, material, problems)
     if not (folder / "family.json").is_file():  # a family that was killed before its first run keeps its own
-        members = {name: str(folders[name]) if cfg.pool else name for name in settings_of_members(cfg)}
+        elsewhere = {name: str(path) for name, path in folders.items() if path.parent != folder}
+        members = {name: elsewhere.get(name, name) for name in settings_of_members(cfg)}
         family = {"members": members, "folds": cfg.folds, "seeds": list(cfg.seeds)}
         checkpoint.write_atomic(folder / "family.json", json.dumps(family, indent=1) + "\n")
     settings = {**asdict(plain(cfg, resume="", dry_run=False)), "seeds": cfg.seeds}
