@@ -227,7 +227,9 @@ def truncate(spans: list, pieces: prompts.Pieces, max_length: int, rules: list[t
         most, is_last = rules[i] if rules else (0, False)
         tokens = np.flatnonzero(piece_of == i).tolist()
         (cut_last if is_last else cut_first).append(tokens[: most or None])
-    for fields in (cut_last, cut_first):  # their tokens are kept in turn: the longest fields lose their ends
+
+    # The room goes first to the fields that are cut last, a token to each in turn: so the longest lose their ends.
+    for fields in (cut_last, cut_first):
         in_turn = [token for turn in zip_longest(*fields) for token in turn if token is not None]
         kept += in_turn[: max_length - len(kept)]
     return sorted(kept)

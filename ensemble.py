@@ -41,7 +41,6 @@ class EnsembleConfig:
     limit: int = 0  # only the first rows, 0 for all
     precision: str = "auto"  # as in train.py
     force: bool = False  # write the output even if the scores are degenerate
-    outputs: str = "outputs"  # folder of all runs, as in every command; members are named by --runs
 
     # files alone, where no member is a run
     task: str = "single_label"  # single_label or multi_label (regression: by its one column)

@@ -32,7 +32,7 @@ def load_language_model(
     if random_seed is not None:
         torch.manual_seed(random_seed)
         lm = models.from_config(AutoModelForCausalLM, base, models.changed_config(base), dtype=dtype)
-        lm.get_input_embeddings().register_forward_hook(models.cast_out)
+        models.keep_stream_fp32(lm)
     else:
         # nf4 is made from the stored weights, which a cast to another dtype would have rounded.
         lm, missing = models.from_weights(AutoModelForCausalLM, base, "auto" if quant == "nf4" else dtype)

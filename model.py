@@ -273,7 +273,7 @@ def from_weights(auto, base: str, dtype, **changes) -> tuple[nn.Module, list[str
         raise UserError(f"--base {base}: its weights cannot be loaded ({type(e).__name__}: {one_line(e)})") from None
     if any(".lora_" in name for name, _ in model.named_parameters()):
         raise UserError(f"--base {base}: an adapter beside this base was loaded into it; give the base alone")
-    model.get_input_embeddings().register_forward_hook(cast_out)
+    keep_stream_fp32(model)
     return model, sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
 
 
@@ -284,9 +284,21 @@ def refuse_missing(base: str, names: list[str]) -> None:
         raise UserError(f"--base {base}: {problem}")
 
 
-def cast_out(module, inputs, output):
-    """fp32 from the embedding on: the residual stream of a half-precision model overflows otherwise."""
+def keep_stream_fp32(model: nn.Module) -> None:
+    """fp32 from the embedding on: the residual stream of a half-precision model overflows otherwise.
+
+    Cast again before the first layer, for some bases project a narrow embedding to the layers' width in between.
+    """
+    model.get_input_embeddings().register_forward_hook(_cast_output)
+    bases.decoder_layers(model)[0].register_forward_pre_hook(_cast_input)
+
+
+def _cast_output(module, inputs, output):
     return output.float()
+
+
+def _cast_input(module, inputs):
+    return inputs and (inputs[0].float(), *inputs[1:])
 
 
 def skeleton(base: str, head: Head, layers: int = 0, max_length: int = 0) -> Classifier:

@@ -77,9 +77,6 @@ def main(argv: list[str]) -> dict:
     model = new_model(cfg, material, precision, say, world)
     say(evaluate.weak_tokens(model, tokenizer, train.tokens))
     say(lora.trainable_table(model))
-    begun = run and any((run / name).exists() for name in ("last", ".last.1"))
-    if cfg.init_from and not begun:
-        say(chains.start_from(Path(cfg.init_from), cfg, labels, model))
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
     rates = cfg.lr, cfg.head_lr, cfg.weight_decay
@@ -101,6 +98,8 @@ def main(argv: list[str]) -> dict:
     # ---- resume, or a new run ---------------------------------------------------------------------------------------
     if run and not cfg.dry_run:
         loop.restore(job, run, partial(read_save, model=model))
+    if cfg.init_from and not job.state.step:
+        say(chains.start_from(Path(cfg.init_from), cfg, labels, model))
     loop.say_plan(job)
     if cfg.dry_run:
         return dry_run(job, train)

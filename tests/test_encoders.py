@@ -225,10 +225,15 @@ def test_a_row_of_roberta_starts_behind_its_padding_position(base):
         assert (model(batch) - right).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_half_precision_keeps_the_residual_stream_and_the_head_in_fp32(base, family):
-    """Under autocast every layer and the head give fp32, while linears compute in bf16; near the fp32 result."""
-    folder, rows = base(family), batch_of(sequences())
+@pytest.mark.parametrize(
+    "family, changes", [*((family, {}) for family in FAMILIES), ("DebertaV2", {"embedding_size": 8})]
+)
+def test_half_precision_keeps_the_residual_stream_and_the_head_in_fp32(base, family, changes):
+    """Under autocast every layer and the head give fp32, while linears compute in bf16; near the fp32 result.
+
+    Also where a linear projects a narrow embedding to the width of the layers.
+    """
+    folder, rows = base(family, **changes), batch_of(sequences())
     model = ours(folder, models.stored_pooling(folder))
     layers, linears = set(), set()
     for layer in bases.decoder_layers(model.backbone):
