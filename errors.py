@@ -1,6 +1,9 @@
 """The exceptions with their exit statuses, and helpers for messages. Every file may import this one."""
 
 import difflib
+import os
+from collections import Counter
+from functools import cache
 
 
 class UserError(ValueError):
@@ -38,6 +41,13 @@ def refuse(problems: list[str], prefix: str = "") -> None:
         raise UserError(prefix + " | ".join(problems))
 
 
+@cache
+def note(line: str) -> None:
+    """Print a line once, on rank 0 alone: for files, which every rank reads, some of them twice."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
+
+
 def nearest(name: str, known, prefix: str = "") -> str:
     """ " (did you mean --lr?)" for a name that resembles a known one, also by another tool's word; else nothing."""
     theirs = [other for other in ELSEWHERE if ELSEWHERE[other] in known]
@@ -50,6 +60,11 @@ def few(items: list[str], most: int = 5) -> str:
     """The first items of a list, and how many more there are."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
+
+
+def duplicates(values) -> list[str]:
+    """The values that are there more than once."""
+    return [value for value, count in Counter(values).items() if count > 1]
 
 
 def one_line(error) -> str:

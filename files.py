@@ -1,28 +1,32 @@
 """From files to rows: CSV, TSV, JSONL and Parquet, every value a string, nothing guessed."""
 
 import ast
-import csv
 import gzip
 import io
 import json
 import re
-import sys
 import zlib
-from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+import delimited
 import formats
 import prompts
-from errors import UserError, few
-
-csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # texts are longer than its default
+import spelling
+from errors import UserError, duplicates, few, nearest, note, one_line
 
 LONE = re.compile("[\ud800-\udfff]")  # half a surrogate pair: cannot be encoded, so neither read nor printed
 BYTES = re.compile(r"b(['\"]).*\1", re.DOTALL)  # b'Solve ...'
 Rows = list[dict[str, str]]  # of a file: column -> cell
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+UNPACKED, RATIO = 2**26, 200  # a gzip file with more characters than this, and than its bytes times this, is a bomb
+
+
+class Unreadable(str):
+    """The cell of a column that holds no text: what it holds. It may be in a row, but not be used."""
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -40,13 +44,15 @@ def read_rows(path: str, flag: str) -> Rows:
     if suffix == ".parquet":
         rows = _parquet(path, where)
     elif suffix == ".jsonl":
-        rows = _jsonl(read_text(path, where), where)
+        rows = _jsonl(read_lines(path, where, "\n"), where)
     elif suffix in DELIMITERS:
-        rows = _csv(read_text(path, where), where, DELIMITERS[suffix])
+        rows = delimited.read(read_lines(path, where), where, DELIMITERS[suffix])
     else:
         raise UserError(f"{where}: expected a name ending in .csv, .tsv, .jsonl (.gz too) or .parquet, got '{suffix}'")
     if not rows:
         raise UserError(f"{where}: no rows")
+    for names in spelling.alike(set().union(*rows)):
+        note(f"note: {where}: {' and '.join(spelling.quoted(names))} are different columns")
     return rows
 
 
@@ -56,21 +62,66 @@ def format_of(path: str) -> str:
 
 
 def read_text(path: str, where: str) -> str:
-    """The text of a UTF-8 file, unpacked. Raises UserError, beginning with `where`, for anything else."""
+    """The text of a file; see `read_lines`."""
+    return "".join(read_lines(path, where))
+
+
+def read_lines(path: str, where: str, newline: str = "") -> Iterator[str]:
+    """The lines of a UTF-8 file, unpacked, with their ends and without a BOM. newline: as for `open`.
+
+    Raises UserError, beginning with `where`, for anything else, and for what is too long before it is in memory.
+    """
     try:
-        raw = Path(path).read_bytes()
-        if path.lower().endswith(".gz"):
-            raw = gzip.decompress(raw)
+        with _opened(path, where) as raw:
+            text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline)
+            most = max(UNPACKED, RATIO * Path(path).stat().st_size)
+            for number, line in enumerate(iter(partial(text.readline, delimited.LIMIT), ""), 1):
+                most -= len(line)
+                if len(line) == delimited.LIMIT or most < 0:
+                    what = f"line {number} has {delimited.LIMIT:,} characters or more" if most > 0 else "a gzip bomb"
+                    raise UserError(f"{where}: {what}: no text is so long; shorten or leave out such a row")
+                if "\0" in line:
+                    hint = "; this is UTF-16, save it as UTF-8" if formats.utf16(line.encode()) else ""
+                    raise UserError(f"{where}: line {number} holds a NUL character{hint}")
+                yield line
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: {_undecodable(path, where)}") from None
     except (OSError, EOFError, zlib.error) as e:
-        raise UserError(f"{where}: cannot be read ({e})") from None
-    return decode_text(raw, where)
+        raise UserError(f"{where}: cannot be read ({one_line(e)})") from None
+
+
+def _opened(path, where):
+    """The unpacked bytes of a file as a stream. Raises UserError for what is no text."""
+    if path.lower().endswith(".gz"):
+        start = formats.first_bytes(path)
+        if not start.startswith(formats.GZIP):
+            _refuse_binary(start, where)
+        raw = gzip.open(path)
+    else:
+        raw = open(path, "rb")
+    _refuse_binary(raw.peek(formats.START), where)
+    return raw
+
+
+def _refuse_binary(start, where):
+    what = formats.binary(start)
+    if what:
+        raise UserError(f"{where}: this is {what}")
+
+
+def _undecodable(path, where):
+    """What to say of the first line of a file that is no UTF-8."""
+    with _opened(path, where) as raw:
+        for number, line in enumerate(iter(partial(raw.readline, 4 * delimited.LIMIT), b""), 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as e:
+                return f"not UTF-8 (byte 0x{line[e.start]:02x} in line {number}); save it as UTF-8"
 
 
 def decode_text(raw: bytes, where: str) -> str:
-    """The bytes as text, without a BOM. Raises UserError that names what the file is, or the line that is no UTF-8."""
-    what = formats.binary(raw)
-    if what:
-        raise UserError(f"{where}: this is {what}")
+    """The bytes of a document as text, without a BOM. Raises UserError that names what it is instead."""
+    _refuse_binary(raw, where)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -82,22 +133,7 @@ def decode_text(raw: bytes, where: str) -> str:
     return text
 
 
-def _csv(text, where, delimiter):
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        header = next(reader, [])
-        for name in duplicates(header):
-            raise UserError(f"{where}: column {name!r} is duplicated in the header")
-        rows = [(reader.line_num, values) for values in reader if values]  # blank lines aside
-    except csv.Error as e:
-        raise UserError(f"{where}: line {reader.line_num}: {e} (an unclosed or stray quote?)") from None
-    ragged = [f"line {line} has {len(values)}" for line, values in rows if len(values) != len(header)]
-    if ragged:
-        raise UserError(f"{where}: {len(ragged)} rows do not have the header's {len(header)} columns ({few(ragged)})")
-    return [dict(zip(header, values, strict=True)) for _, values in rows]
-
-
-def _jsonl(text, where):
+def _jsonl(lines, where):
     def unique_keys(pairs):
         for key in duplicates(key for key, _ in pairs):
             raise ValueError(f"key {key!r} is duplicated")
@@ -107,7 +143,8 @@ def _jsonl(text, where):
         raise ValueError(f"{word} is no JSON value; write null or leave the key out")
 
     rows, problems = [], []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
+        line = line.lstrip("\ufeff")
         if not line.strip():
             continue
         try:
@@ -129,23 +166,43 @@ def _parquet(path, where):
     try:
         import pyarrow.parquet as pq
 
-        rows = pq.read_table(path).to_pylist()
+        table = pq.read_table(path)
     except ImportError:
         raise UserError(f"{where}: Parquet needs pyarrow (pip install pyarrow), or save it as CSV") from None
     except (OSError, ValueError) as e:
-        raise UserError(f"{where}: cannot be read as Parquet ({str(e).splitlines()[0]})") from None
-    return [{key: _text(value) for key, value in row.items()} for row in rows]
+        what = formats.binary(path)
+        problem = f"this is {what}" if what else f"cannot be read as Parquet ({one_line(e)})"
+        raise UserError(f"{where}: {problem}") from None
+    for name in duplicates(table.column_names):
+        raise UserError(f"{where}: column {name!r} is duplicated")
+    columns = map(_cells, table.columns)
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _cells(column):
+    """The cells of a Parquet column as strings."""
+    try:
+        return list(map(_text, column.to_pylist()))
+    except (ValueError, OverflowError) as e:  # nanoseconds, years over 9999
+        return [Unreadable(f"{column.type} ({one_line(e)})")] * len(column)
 
 
 def _text(value):
     if isinstance(value, list | dict):
-        return json.dumps(value)
+        try:
+            return json.dumps(value, default=_plain)
+        except TypeError:
+            return Unreadable("bytes in a list or struct")
+    if isinstance(value, bytes):
+        return Unreadable("bytes")
     return "" if value is None else str(value)
 
 
-def duplicates(values) -> list[str]:
-    """The values that are there more than once."""
-    return [value for value, count in Counter(values).items() if count > 1]
+def _plain(value):
+    """A date, time, duration or decimal within a list as it reads alone."""
+    if isinstance(value, bytes):
+        raise TypeError
+    return str(value)
 
 
 # ---- columns --------------------------------------------------------------------------------------------------------
@@ -160,16 +217,35 @@ def template_columns(template: str) -> list[str]:
 
 
 def need_columns(rows: Rows, columns: list[str], path: str, flag: str) -> None:
-    """Raise UserError unless every row has all columns; names what exists."""
+    """Raise UserError unless every row has text in all columns; names what exists."""
     for number, row in enumerate(rows, 1):
         missing = [c for c in columns if c not in row]
         if missing:
-            names, hint = ", ".join(missing), ""
-            if number > 1:  # JSON lines need not have the same keys
-                names += f" in row {number}"
-            elif len(row) == 1:
-                hint = "; the header is a single column: is the file separated by commas?"
-            raise UserError(f"--{flag} {path}: no column {names} (there is: {', '.join(row)}){hint}")
+            # JSON lines need not have the same keys.
+            place = f" in row {number}" if number > 1 else ""
+            there = f"there is: {', '.join(row)}"
+            raise UserError(
+                f"--{flag} {path}: no column {', '.join(missing)}{place} ({there}){_hint(rows, row, missing)}"
+            )
+        odd = [c for c in columns if type(row[c]) is not str]
+        if odd:
+            holds = row[odd[0]] if isinstance(row[odd[0]], Unreadable) else type(row[odd[0]]).__name__
+            raise UserError(f"--{flag} {path}: column {odd[0]} holds {holds} in row {number}: expected text")
+
+
+def _hint(rows, row, missing):
+    """Why a file may lack columns, as far as its first row shows it."""
+    for name in missing:
+        same = [other for other in row if spelling.key(other) == spelling.key(name)]
+        if same:
+            return f"; {ascii(same[0])} is another name than {ascii(name)}: give it as it is written there"
+    if any(name and name == cell for other in rows[:1000] for name, cell in other.items()):
+        return "; the first line looks like a row: a line with the names of the columns must stand before it"
+    if len(row) == 1:
+        name = next(iter(row))
+        kind = "JSON lines? Name it .jsonl" if name.startswith(("{", "[")) else "the file separated by commas?"
+        return f"; the header is a single column: is {kind}"
+    return nearest(missing[0], list(row))
 
 
 def decode_bytes_literals(rows: Rows, columns: list[str]) -> int:

@@ -42,9 +42,7 @@ class SlicesConfig:
 if __name__ == "__main__":  # help and typos are answered before torch is loaded, which takes seconds
     cli.early(SlicesConfig, {}, __doc__)
 
-import csv
 import hashlib
-import io
 import json
 from collections import Counter
 from itertools import combinations
@@ -56,6 +54,7 @@ import audit
 import checkpoint
 import checks
 import ddp
+import delimited
 import files
 import labelling
 import splits
@@ -128,22 +127,25 @@ class Records:
 
 def read_records(cfg: SlicesConfig) -> tuple[list[dict[str, str]], Records]:
     """(rows, their records); without an id column the row index is put in front of both."""
+    where = f"--train_data {cfg.train_data}"
     rows = files.read_rows(cfg.train_data, "train_data")
     suffix = files.format_of(cfg.train_data)
     if suffix == ".parquet":
+        files.need_columns(rows, list(rows[0]), cfg.train_data, "train_data")
         records = Records("", [json.dumps(row, ensure_ascii=False) + "\n" for row in rows])
     elif suffix == ".jsonl":
-        lines = files.read_text(cfg.train_data, "train_data").split("\n")
+        lines = files.read_lines(cfg.train_data, "train_data", "\n")
         records = Records("", [line.strip() + "\n" for line in lines if line.strip()])
     else:
-        header, *lines = csv_records(files.read_text(cfg.train_data, "train_data"), suffix)
-        records = Records(header, lines)
+        lines = files.read_lines(cfg.train_data, where)
+        separator, every = delimited.records(lines, where, files.DELIMITERS[suffix])
+        header, *lines = ("".join(record.lines) for record in every)
+        records = Records(header, [line if line.endswith(("\n", "\r")) else line + "\n" for line in lines])
 
     if not any(cfg.id_column in row for row in rows):
         rows = [{cfg.id_column: str(i), **row} for i, row in enumerate(rows)]
         name = json.dumps(cfg.id_column, ensure_ascii=False)
         if records.header:
-            separator = "\t" if suffix == ".tsv" else ","
             records.header = f"{cfg.id_column}{separator}{records.header}"
             records.rows = [f"{i}{separator}{record}" for i, record in enumerate(records.rows)]
         else:
@@ -151,20 +153,6 @@ def read_records(cfg: SlicesConfig) -> tuple[list[dict[str, str]], Records]:
     columns = [cfg.id_column, cfg.group_column, *cfg.text_columns, *(cfg.label_columns or (cfg.label_column,))]
     files.need_columns(rows, [name for name in columns if name], cfg.train_data, "train_data")
     return rows, records
-
-
-def csv_records(text: str, suffix: str) -> list[str]:
-    """The header and the rows of a CSV or TSV file as they are written, blank lines aside, each with its line end."""
-    lines = list(io.StringIO(text, newline=""))
-    if not lines[-1].endswith(("\n", "\r")):
-        lines[-1] += "\n"
-    reader = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
-    records, start = [], 0
-    for values in reader:
-        if values:
-            records.append("".join(lines[start : reader.line_num]))
-        start = reader.line_num
-    return records
 
 
 # ---- which row goes where -------------------------------------------------------------------------------------------
