@@ -2,17 +2,21 @@
 
 import json
 import re
+from collections import Counter, defaultdict
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress
 
 import numpy as np
 
 import cli
+import spelling
 from errors import UserError, few
 from files import Rows
 
 TEACHER = "probability_"  # columns probability_<label> hold soft targets
 TRAIN_ONLY = "train_only"  # this column marks rows that are trained on and never judge
+INDICATORS = {"0": 0, "0.": 0, "0.0": 0, "false": 0, "1": 1, "1.": 1, "1.0": 1, "true": 1}
+MISSING = "NA N/A #N/A <NA> NaN nan NaT null NULL None".split()  # what other tools write where there is no value
 
 
 # ---- classes --------------------------------------------------------------------------------------------------------
@@ -77,8 +81,8 @@ def encode_targets(cfg, rows: Rows, labels: Labels, where: str) -> np.ndarray:
 def encode_labels(column: list[str], labels: Labels, where: str) -> np.ndarray:
     """Class indices (N,) int64 of a label column. Raises UserError naming unknown labels and their rows."""
     index = {value: c for c, value in enumerate(labels.values)}
-    classes = _parsed(column, index.__getitem__, where, "unknown labels", f"one of {few(labels.values, 20)}")
-    return np.array(classes, np.int64)
+    expected = f"one of {_known(labels, column)}"
+    return np.array(_parsed(column, index.__getitem__, where, "unknown labels", expected), np.int64)
 
 
 def encode_label_sets(sets: list[list[str]], labels: Labels, where: str) -> np.ndarray:
@@ -89,37 +93,101 @@ def encode_label_sets(sets: list[list[str]], labels: Labels, where: str) -> np.n
     def target(values):
         return sum((one_hot[value] for value in values), none)
 
-    return np.stack(_parsed(sets, target, where, "unknown labels", f"some of {few(labels.values, 20)}"))
+    expected = f"some of {_known(labels, chain.from_iterable(sets))}"
+    return np.stack(_parsed(sets, target, where, "unknown labels", expected))
+
+
+def _known(labels, given):
+    """The labels there are, and which of those given look like one of them."""
+    groups = spelling.alike({*labels.values, *given})
+    unlike = [" and ".join(spelling.quoted(group)) for group in groups if not set(labels.values) >= set(group)]
+    return few(labels.values, 20) + (f" ({few(unlike)} look alike, but differ)" if unlike else "")
 
 
 def label_sets(cfg, rows: Rows, where: str) -> list[list[str]]:
     """The different labels of each row: of a TrainConfig's label_columns those that hold 1, or the parts of its
-    label_column, delimited or a JSON list.
+    label_column, delimited or a JSON list; of lists of 0 and 1 those label_names where there is a 1.
 
     Raises UserError naming rows whose columns hold neither 0 nor 1, or whose list is no list of strings or numbers.
     """
 
     def of_columns(cells):
-        numbers = [float(cell) for cell in cells]
-        if not set(numbers) <= {0.0, 1.0}:
-            raise ValueError
-        return compress(cfg.label_columns, numbers)
+        return list(compress(cfg.label_columns, [INDICATORS[cell.strip().lower()] for cell in cells]))
 
     def of_list(text):
         if not text.startswith("["):
             return [part.strip() for part in text.split(cfg.label_delimiter) if part.strip()]
         parts = json.loads(text)
-        if not all(isinstance(part, str | int) for part in parts):
+        if not all(type(part) in (str, int) and str(part).strip() for part in parts):
             raise ValueError
         return [str(part) for part in parts]
 
     if cfg.label_columns:
         cells = [[row[name] for name in cfg.label_columns] for row in rows]
-        sets = _parsed(cells, of_columns, where, "malformed labels", "0 or 1 in every label column")
-    else:
-        cells = [row.get(cfg.label_column, "").strip() for row in rows]
-        sets = _parsed(cells, of_list, where, "malformed labels", "a JSON list of strings")
+        return _parsed(cells, of_columns, where, "malformed labels", "0 or 1 in every label column")
+    cells = [row.get(cfg.label_column, "").strip() for row in rows]
+    flags = indicators(cells, cfg.label_delimiter)
+    if flags:
+        check_indicators(flags, cfg.label_names, f"{where}: column {cfg.label_column}")
+        return [list(compress(cfg.label_names, row)) for row in flags]
+    sets = _parsed(cells, of_list, where, "malformed labels", "a JSON list of strings")
     return [list(dict.fromkeys(labels)) for labels in sets]
+
+
+def indicators(cells: list[str], delimiter: str) -> list[list[int]]:
+    """Cells that are lists of 0 and 1, in any form that tools print, as numbers; of any other cells nothing.
+
+    Lists of class ids have other numbers, or other lengths, and no number twice: none is taken for indicators.
+    """
+    lists = [re.findall(r"[^\s,;|()\[\]{}\"']+", cell.replace(delimiter, " ").lower()) for cell in cells]
+    if not all(INDICATORS.keys() >= set(parts) for parts in lists):
+        return []
+    flags = [[INDICATORS[part] for part in parts] for parts in lists]
+    one_length = len(set(map(len, flags))) == 1 and len(flags[0]) > 1
+    return flags if one_length or any(len(set(row)) < len(row) for row in flags) else []
+
+
+def check_indicators(flags: list[list[int]], names: tuple[str, ...], where: str) -> None:
+    """Raise UserError unless lists of 0 and 1 are as long as there are names."""
+    lengths = Counter(map(len, flags))
+    most = lengths.most_common(1)[0][0]
+    other = [str(i) for i, row in enumerate(flags, 1) if len(row) != most]
+    if other:
+        raise UserError(f"{where} holds lists of {most} times 0 or 1, but not in {len(other)} rows ({few(other)})")
+    if len(names) != most:
+        given = f", and --label_names has {len(names)}" if names else ""
+        raise UserError(
+            f"{where} holds lists of 0 and 1, one for each of {most} labels{given}: name these, in order, with "
+            "--label_names, or store lists of names, or a column of 0 and 1 for each label (--label_columns)"
+        )
+
+
+def doubts(sets: list[list[str]], where: str) -> list[str]:
+    """Warnings of what may be no labels among those of each row: spellings that a person cannot tell apart, marks of
+    missing values, whole lists. They stay what they are.
+    """
+    rows_of = defaultdict(list)
+    for number, labels in enumerate(sets, 1):
+        for label in labels:
+            rows_of[label].append(str(number))
+
+    def shown(labels):
+        named = zip(spelling.quoted(labels), labels, strict=True)
+        return " and ".join(f"{name} ({len(rows_of[label]):,} rows: {few(rows_of[label], 3)})" for name, label in named)
+
+    alike = list(map(shown, spelling.alike(rows_of)))
+    missing = [label for label in MISSING if label in rows_of]
+    lines = []
+    if alike:
+        advice = "each is a label of its own; where that is not meant, write them alike in the file"
+        lines.append(
+            f"warning: {where}: labels that look alike: {'; '.join(alike[:5])}{' ...' * (len(alike) > 5)}: {advice}"
+        )
+    if missing:
+        lines.append(f"warning: {where}: {shown(missing)}: taken as labels; remove such rows if they have none")
+    if rows_of and all(label.startswith("[") and label.endswith("]") for label in rows_of):
+        lines.append(f"warning: {where}: every label is a list: --task multi_label reads what is in it")
+    return lines
 
 
 def encode_numbers(column: list[str], where: str) -> np.ndarray:

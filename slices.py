@@ -59,7 +59,7 @@ import files
 import labelling
 import splits
 import strata
-from errors import UserError, few
+from errors import UserError, few, refuse
 
 NEEDS = {"label_delimiter": "!label_columns"}
 CLASHES = (
@@ -93,6 +93,9 @@ def main(argv: list[str]) -> dict:
     if duplicates:
         raise UserError(f"{where}: ids are duplicated ({few(duplicates)}): give an --id_column with unique values")
     every = splits.Split(rows, ids, labelling.encode_targets(cfg, rows, labels, where))
+    refuse(splits.lone_classes(cfg, every.labels, ~every.train_only, labels), f"{where}: ")
+    for line in splits.label_doubts(cfg, rows, where):
+        print(line)
 
     # ---- slices -----------------------------------------------------------------------------------------------------
     parts = deal(cfg, every)

@@ -23,7 +23,7 @@ import metrics
 import prompts
 import strata
 from configs import TrainConfig
-from errors import UserError, few
+from errors import UserError, few, refuse
 from files import Rows
 from labelling import Labels
 
@@ -94,18 +94,61 @@ def read(cfg: TrainConfig, say: Callable) -> tuple[Split, Split | None, Labels]:
 def _labelled(cfg, flag, labels, say):
     """(Split of train_data or val_data with its targets, Labels: those given, or else those of the rows).
 
-    Raises UserError for what is wrong with the file, with the numbers of rows without text.
+    Raises one UserError for all that is wrong with the rows of the file, with their numbers.
     """
     where = f"--{flag} {getattr(cfg, flag)}"
     columns = cfg.label_columns or (cfg.label_column,)
     rows, decoded, empty = _texts(cfg, flag, *columns, cfg.group_column, cfg.by_column)
     if decoded:
         say(f"{where}: {decoded} rows were Python bytes literals (b'...') and are decoded")
+    problems = []
     if empty:
-        raise UserError(f"{where}: {len(empty)} rows have an empty text (rows {few(empty, 20)})")
-    labels = labels or labels_of(cfg, rows, where)
-    targets = labelling.encode_targets(cfg, rows, labels, where)
-    return Split(rows, _ids(cfg, rows), targets, train_only=labelling.train_only(rows, where)), labels
+        problems.append(f"{len(empty)} rows have an empty text (rows {few(empty, 20)})")
+
+    def attempt(read, *given):
+        try:
+            return read(*given, where)
+        except UserError as e:
+            problems.append(str(e).removeprefix(where).lstrip(": "))
+
+    # Rows without a label are of no class; a known one takes its place, so that all other problems are found too.
+    blank = np.array([cfg.task == "single_label" and not row[cfg.label_column].strip() for row in rows])
+    if blank.any():
+        numbers = list(map(str, np.flatnonzero(blank) + 1))
+        problems.append(f"{len(numbers)} rows have an empty label (rows {few(numbers, 20)})")
+    is_new = labels is None
+    if is_new and not blank.all():
+        labels = attempt(labels_of, cfg, [row for row, is_blank in zip(rows, blank, strict=True) if not is_blank])
+    train_only = attempt(labelling.train_only, rows)
+    if labels and train_only is not None:
+        for i in np.flatnonzero(blank):
+            rows[i] = {**rows[i], cfg.label_column: labels.values[0]}
+        targets = attempt(labelling.encode_targets, cfg, rows, labels)
+        if is_new and targets is not None:
+            problems += lone_classes(cfg, targets, ~blank & ~train_only, labels)
+            for line in label_doubts(cfg, rows, where):
+                say(line)
+    refuse(problems, f"{where}: ")
+    return Split(rows, _ids(cfg, rows), targets, train_only=train_only), labels
+
+
+def lone_classes(cfg, targets: np.ndarray, judging: np.ndarray, labels: Labels) -> list[str]:
+    """What to say of classes with a single row of those that may judge (N,), where a hold-out needs two."""
+    if cfg.task != "single_label" or cfg.group_column or getattr(cfg, "val_data", "") or getattr(cfg, "folds", 0):
+        return []
+    rows = [np.flatnonzero((targets == c) & judging) for c in range(len(labels.values))]
+    lone = [f"{name!r} (row {own[0] + 1})" for name, own in zip(labels.names, rows, strict=True) if len(own) == 1]
+    advice = "give --val_data, or drop it"
+    return [f"a stratified split needs 2 rows of every class, but {few(lone)} has one: {advice}"] if lone else []
+
+
+def label_doubts(cfg, rows: Rows, where: str) -> list[str]:
+    """Warnings of what may be no labels; see labelling.doubts."""
+    if cfg.task == "regression" or cfg.label_columns:
+        return []
+    several = cfg.task == "multi_label"
+    sets = labelling.label_sets(cfg, rows, where) if several else [[row[cfg.label_column]] for row in rows]
+    return labelling.doubts(sets, where)
 
 
 def _texts(cfg, flag, *others):
