@@ -9,18 +9,23 @@ row of concatenated sequences.
 
 import hashlib
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import zip_longest
+from functools import cache, partial
 
 import numpy as np
 
+import cutting
 import files
 import prompts
 from errors import UserError, few
 
 NOWHERE = (-1, 0)  # the place in the text of a token that the tokenizer itself adds
-BULK = 1000  # rows that are encoded at once: many, for speed; not all, for memory
+BULK, BULK_TEXT = 1000, 2**22  # rows, and characters, that are encoded at once: many, for speed; not all, for memory
+LONG = 2**17  # characters of a row that may be encoded in part: shorter ones never are
+MOST = 2**20  # characters of a field of such a row that are tried at most
+BREAK = re.compile(r"[^\W_]\s")  # between these two every tokenizer's words end, whatever follows
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -82,12 +87,20 @@ class TokenReport:
     cut_tokens: int = 0
     guarded: int = 0  # rows whose fields hold the string of an added token
     empty: int = 0
+    partly: int = 0  # rows so long that the middle of their fields was not encoded: their lengths are at least these
+    unsure: int = 0  # those of them without white space where it would prove that the tokens are the same
     lengths: list[int] = field(default_factory=list)  # tokens of each row before it was cut
 
     def __str__(self):
         text = f"{len(self.lengths):,} rows, {self.tokens:,} tokens, longest {self.longest}"
         if self.cut_rows:
             text += f"; {self.cut_rows} rows cut to the limit, {self.cut_tokens:,} tokens lost"
+        if self.partly:
+            text += (
+                f"; {self.partly} very long rows were encoded as far as they are kept: their lengths are at least these"
+            )
+        if self.unsure:
+            text += f" ({self.unsure} have long stretches without white space: encoded whole, their tokens may differ)"
         if self.guarded:
             text += f"; {self.guarded} rows name special tokens in their text: encoded as plain text"
         if self.empty:
@@ -104,20 +117,8 @@ def tokenize(
     """Encode every row's rendered template; see `encode`. kept: fields that are cut only when nothing is left of the
     others; budgets: "field=tokens", the most tokens of a field.
     """
-    rules = cutting_rules(template, kept, budgets)
+    rules = cutting.cutting_rules(template, kept, budgets)
     return encode(tokenizer, [prompts.render(template, row) for row in rows], max_length, rules=rules)
-
-
-def cutting_rules(template: str, kept: tuple, budgets: tuple) -> list[tuple]:
-    """(most tokens or 0, is it cut last?) of each piece of a rendered template. UserError for unknown fields."""
-    budget_of = dict(budget.split("=") for budget in budgets)
-    names = files.template_columns(template)
-    for flag, given in (("kept", kept), ("budgets", budget_of)):
-        unknown = [name for name in given if name not in names]
-        if unknown:
-            raise UserError(f"--{flag} {','.join(unknown)}: no field of the text, which has {', '.join(names)}")
-    pieces = prompts.render(template, {name: name for name in names})
-    return [(int(budget_of.get(text, 0)), text in kept) for _, text in pieces]
 
 
 def encode(
@@ -143,21 +144,24 @@ def encode(
         raise UserError(f"{len(broken)} rows hold a lone surrogate, which is no text (rows {few(broken)})")
     report = TokenReport()
     added = prompts.spelled(token for token in tokenizer.get_added_vocab() if token.strip())
-    has_budget = any(most for most, _ in rules)
-    encodings = (e for i in range(0, len(texts), BULK) for e in tokenizer(texts[i : i + BULK]).encodings)
+    encode_row = partial(_encode_row, tokenizer, added, max_length, rules, bool(answers))
+    size = 16 * max_length + 4096
+    is_long = [len(text) > max(LONG, 4 * size) for text in texts]
+    encodings = _encodings(tokenizer, ["" if long else text for long, text in zip(is_long, texts, strict=True)])
     encoded, learned, lost = [], [], []
     for i, encoding in enumerate(encodings):
-        places = [match.span() for match in added.finditer(texts[i])]
-        guarded = places and _guarded(tokenizer, texts[i], rows[i], places)
-        ids, spans = guarded or (encoding.ids, None)
-        report.guarded += bool(guarded)
+        row, places = rows[i], answers[i] if answers else []
+        if is_long[i]:
+            whole = row
+            row, result, is_sure = _encode_long(tokenizer, encode_row, whole, size)
+            places = [[cutting.moved(place, whole, row) for place in span] for span in places]
+            report.partly += row != whole
+            report.unsure += not is_sure
+        else:
+            result = encode_row(row, encoding)
+        ids, spans, kept, guarded = result
+        report.guarded += guarded
         report.lengths.append(len(ids))
-        too_long = has_budget or len(ids) > max_length
-        if spans is None and (answers or too_long):  # places in the text take time: only where they are needed
-            marks = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
-            spans = [NOWHERE if is_special else span for span, is_special in marks]
-
-        kept = truncate(spans, rows[i], max_length, rules) if too_long else list(range(len(ids)))
         report.cut_rows += len(kept) < len(ids)
         report.cut_tokens += len(ids) - len(kept)
         if len(kept) > 1 and ids[kept[0]] == ids[kept[1]] == tokenizer.bos_token_id:  # the template's own and another
@@ -165,7 +169,7 @@ def encode(
         report.empty += not kept
         encoded.append([ids[t] for t in kept] or [end_of_text(tokenizer)])
         if answers:
-            learned.append(_learned(spans, kept, answers[i])[kept] if kept else [False])
+            learned.append(_learned(spans, kept, places)[kept] if kept else [False])
             if not any(learned[i][1:]):
                 lost.append(names[i])
 
@@ -178,61 +182,74 @@ def encode(
     return tokens, report
 
 
+def _encodings(tokenizer, texts) -> Iterator:
+    """The tokenizer's encodings of texts, made in bulk."""
+    batch, size = [], 0
+    for text in texts:
+        if batch and (len(batch) == BULK or size + len(text) > BULK_TEXT):
+            yield from tokenizer(batch).encodings
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield from tokenizer(batch).encodings
+
+
+def _encode_row(tokenizer, added, max_length, rules, need_spans, row, encoding):
+    """(ids of a row, their places in its text or None, the tokens that are kept, does the user's text spell an added
+    token?). added: a pattern of these; encoding: the tokenizer's, of the row's text.
+    """
+    text = prompts.plain(row)
+    places = [match.span() for match in added.finditer(text)]
+    guarded = places and _guarded(tokenizer, text, row, places)
+    ids, spans = guarded or (encoding.ids, None)
+    too_long = len(ids) > max_length or any(most for most, _ in rules)
+    if spans is None and (need_spans or too_long):  # places in the text take time: only where they are needed
+        marks = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+        spans = [NOWHERE if is_special else span for span, is_special in marks]
+    kept = cutting.truncate(spans, row, max_length, rules) if too_long else list(range(len(ids)))
+    return ids, spans, kept, bool(guarded)
+
+
+# ---- very long rows -------------------------------------------------------------------------------------------------
+
+
+def _encode_long(tokenizer, encode_row, row, size):
+    """(a row without the middle of its longest fields, encode_row of it, are its tokens surely those of the whole?).
+
+    The tokens that are kept come from the first `size` characters of each field, and end before a place where a word
+    ends whatever follows. They are compared with those of twice as many characters, and of more until both are equal.
+    """
+    before = None
+    while True:
+        short = [(is_field, cutting.shortened(text, size) if is_field else text) for is_field, text in row]
+        result = encode_row(short, tokenizer(prompts.plain(short)).encodings[0])
+        ids, spans, kept, _ = result
+        if short == row:
+            return row, result, True
+        tokens = [ids[t] for t in kept]
+        ends = cutting.ends_of_kept(spans, kept, short) if spans else [size] * len(row)
+        parts = [(i, text) for i, (_, text) in enumerate(short) if short[i] != row[i]]
+        same = tokens == before and all(ends[i] < size for i, _ in parts)
+        if same or size >= MOST:
+            begins = all(BREAK.search(text, ends[i], size) for i, text in parts)
+            tails = all(BREAK.search(text, size) for i, text in parts if i < len(row) - 1)
+            return short, result, same and begins and tails
+        before, size = tokens, 2 * size
+
+
 def _learned(spans, kept, answers):
     """(T,) bool: which tokens hold something of an answer (first, end), up to where anything of it is dropped.
 
     A token that reaches from the prompt into the answer is the answer's: nothing else would write its first letters.
     """
-    start, stop = _bounds(spans)
+    start, stop = cutting.bounds(spans)
     dropped = np.delete(start, kept)
     learned = np.zeros(len(spans), bool)
     for first, end in answers:
         cut = min(dropped[(dropped >= first) & (dropped < end)], default=end)
         learned |= (stop > first) & (start < cut)
     return learned
-
-
-def _bounds(spans):
-    """(2, T) int64: first characters and ends of spans."""
-    return np.array(spans, dtype=np.int64).reshape(-1, 2).T
-
-
-def _pieces_of(spans, pieces):
-    """(T,) int64: the piece that each span lies in, or -1: it reaches across a border, or is in none."""
-    start, end = _bounds(spans)
-    borders = np.cumsum([len(text) for _, text in pieces])
-    first = np.searchsorted(borders, start, side="right")
-    last = np.searchsorted(borders, np.maximum(start, end - 1), side="right")
-    return np.where((start >= 0) & (first == last), first, -1)
-
-
-# ---- truncation -----------------------------------------------------------------------------------------------------
-
-
-def truncate(spans: list, pieces: prompts.Pieces, max_length: int, rules: list[tuple]) -> list[int]:
-    """Which of a row's tokens are kept, at most max_length. spans: their places in the text.
-
-    First goes what a field has over its budget; then the ends of the longest fields, of those that are cut last only
-    when the others are gone. The template's own words stay, for a prompt without its end asks nothing: a token that
-    reaches across a border of the template is the template's. Raises UserError where the template alone is too long.
-    """
-    piece_of = _pieces_of(spans, pieces)
-    is_field = np.array([*(user for user, _ in pieces), False])  # the last one is for what lies in no piece
-    kept = np.flatnonzero(~is_field[piece_of]).tolist()
-    if len(kept) >= max_length:
-        raise UserError(f"the template alone has {len(kept)} tokens: --max_length {max_length} leaves no room for text")
-
-    cut_first, cut_last = [], []
-    for i in np.flatnonzero(is_field):
-        most, is_last = rules[i] if rules else (0, False)
-        tokens = np.flatnonzero(piece_of == i).tolist()
-        (cut_last if is_last else cut_first).append(tokens[: most or None])
-
-    # The room goes first to the fields that are cut last, a token to each in turn: so the longest lose their ends.
-    for fields in (cut_last, cut_first):
-        in_turn = [token for turn in zip_longest(*fields) for token in turn if token is not None]
-        kept += in_turn[: max_length - len(kept)]
-    return sorted(kept)
 
 
 # ---- special tokens -------------------------------------------------------------------------------------------------
@@ -253,7 +270,7 @@ def _guarded(tokenizer, text, pieces, places):
     A tokenizer turns the string <|im_end|> into the special token wherever it finds it. In a user's text that would
     end the user's turn, and let a post open a system turn of its own that says how it is to be judged.
     """
-    inside = _pieces_of(places, pieces)
+    inside = cutting.pieces_of(places, pieces)
     special = [place for place, i in zip(places, inside, strict=True) if i >= 0 and not pieces[i][0]]
     if special == places:
         return None
