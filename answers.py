@@ -11,7 +11,6 @@ import numpy as np
 from tqdm import tqdm
 
 import cutting
-import data
 import ddp
 import evaluate
 import files

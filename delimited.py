@@ -9,7 +9,7 @@ from itertools import chain
 
 from errors import UserError, duplicates, few, note
 
-LIMIT = 2**25  # characters of a line, and of a cell: no text is longer
+LIMIT, LINES = 2**25, 2**20  # characters of a line, and of a cell; lines of a cell: no text has more
 DELIMITERS = ",;\t|"
 LINE_END = re.compile("[\r\n]")
 csv.field_size_limit(LIMIT)  # its default is shorter than texts are
@@ -92,6 +92,8 @@ def _records(lines, number, where, delimiter):
 
     def fed():
         for line in lines:
+            if len(pending) == LINES:
+                raise csv.Error(f"a cell of more than {LINES:,} lines")
             pending.append(line)
             yield line
 
@@ -104,8 +106,6 @@ def _records(lines, number, where, delimiter):
             pending.clear()
     except csv.Error as e:
         problem = f"line {number + len(pending)}: {e}"
-        if "limit" in str(e):
-            raise UserError(f"{where}: {problem} of a cell; is a quotation mark never closed?") from None
         begins = f", in the row that begins in line {number + 1}" if len(pending) > 1 else ""
         raise UserError(f"{where}: {problem} (an unclosed or stray quote?{begins})") from None
 

@@ -22,7 +22,7 @@ BYTES = re.compile(r"b(['\"]).*\1", re.DOTALL)  # b'Solve ...'
 Rows = list[dict[str, str]]  # of a file: column -> cell
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-UNPACKED, RATIO = 2**26, 200  # a gzip file with more characters than this, and than its bytes times this, is a bomb
+UNPACKED, RATIO = 2**26, 200  # a gzip file that unpacks to more bytes than this, and than its own times this, is a bomb
 
 
 class Unreadable(str):
@@ -74,12 +74,9 @@ def read_lines(path: str, where: str, newline: str = "") -> Iterator[str]:
     try:
         with _opened(path, where) as raw:
             text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline)
-            most = max(UNPACKED, RATIO * Path(path).stat().st_size)
             for number, line in enumerate(iter(partial(text.readline, delimited.LIMIT), ""), 1):
-                most -= len(line)
-                if len(line) == delimited.LIMIT or most < 0:
-                    what = f"line {number} has {delimited.LIMIT:,} characters or more" if most > 0 else "a gzip bomb"
-                    raise UserError(f"{where}: {what}: no text is so long; shorten or leave out such a row")
+                if len(line) == delimited.LIMIT:
+                    raise UserError(f"{where}: line {number} has {delimited.LIMIT:,} characters or more: leave it out")
                 if "\0" in line:
                     hint = "; this is UTF-16, save it as UTF-8" if formats.utf16(line.encode()) else ""
                     raise UserError(f"{where}: line {number} holds a NUL character{hint}")
@@ -96,6 +93,11 @@ def _opened(path, where):
         start = formats.first_bytes(path)
         if not start.startswith(formats.GZIP):
             _refuse_binary(start, where)
+        most = max(UNPACKED, RATIO * Path(path).stat().st_size)
+        with gzip.open(path) as raw:
+            while raw.read(2**20):
+                if raw.tell() > most:
+                    raise UserError(f"{where}: it unpacks to more than {most:,} bytes: no data, but a gzip bomb")
         raw = gzip.open(path)
     else:
         raw = open(path, "rb")

@@ -71,7 +71,8 @@ def fields(template: str) -> list[str]:
         raise ValueError(f"template {template!r}: {e}") from None
     if not slots or any(spec or conversion or not name or name.isdigit() for name, spec, conversion in slots):
         example = "expected named columns such as {Question}, without a format (:) or conversion (!)"
-        raise ValueError(f"template {template!r}: {example}")
+        rename = "rename a column that is called by a number, or with one of { } : !"
+        raise ValueError(f"template {template!r}: {example}; {rename}")
     return list(dict.fromkeys(name for name, _, _ in slots))
 
 
