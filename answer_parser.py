@@ -1,16 +1,15 @@
 """Read a generated answer as a score of two classes."""
 
-import math
 import re
 
-Reading = tuple[float | None, str]  # the score of the second class, and the form it has or what is wrong with it
+from answer_numbers import COUNTS, NUMBER, SPELLED, Reading, digits_of, read_number, state_scores
 
 # ---- words, all in lower case ---------------------------------------------------------------------------------------
 
 # What says yes and what says no anywhere in a sentence.
 YES = set("yes yep yeah true correct right accurate valid".split())
 YES |= set("violates violate violated violating violation violations".split())
-NO = set("no nope false incorrect wrong untrue inaccurate invalid complies comply compliant".split())
+NO = set("no nope false incorrect wrong untrue inaccurate invalid complies comply compliant compliance".split())
 
 # What says so only as a whole sentence.
 ALONE = dict.fromkeys("ja oui sí sì si sim да はい 是 是的 y t".split(), True)
@@ -42,36 +41,28 @@ SURE = set("chance likely likelihood probability sure certain confident confiden
 SCORING = SURE | set("say score rate rated rating give assign estimate guess".split())
 SCORING |= set("about around approximately roughly".split())
 
-COUNTS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety hundred".split()
-COUNTS |= {word: f"{i}0" for i, word in enumerate(TENS, 2)}
-PARTS = dict(half=2, halves=2, third=3, thirds=3, quarter=4, quarters=4, fourths=4, fifth=5, fifths=5, tenths=10)
-COUNT = "|".join(COUNTS)
-SPELLED = re.compile(
-    rf"\b(?:(?:({COUNT}) )?point((?: (?:{COUNT}))+)"  # zero point eight
-    rf"|({COUNT}|an?) ({'|'.join(PARTS)})"  # three quarters
-    rf"|({COUNT})(?= out of\b| percent\b| per cent\b)"  # four, before "out of" or a percentage
-    rf"|(?<=out of )({COUNT}))\b"  # five, after "out of"
-)
-DIGITS = r"[-+]?(?:[0-9]+(?:[.,][0-9]+)*(?:e[-+]?[0-9]+)?|[.,][0-9]+)"
-NUMBER = re.compile(  # 0.8, 80%, 4/5, 4 out of 5
-    rf"(?<![\w.,/%])({DIGITS})(?: ?(?:(%|percent\b|per cent\b)|(?:/|out of|in) ?({DIGITS})))?(?![\w/]|[.,][0-9])"
-)
-THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")  # 1,000.5
-
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 TOKEN = re.compile(rf"{WORD.pattern}|[0-9]+(?:[.,][0-9]+)*|[^\w\s'-]")  # a word, a number, a mark that ends a clause
 SENTENCES = re.compile(r"\n+|(?<=[.!?])\s+")
 
 # Full-width forms and typographic marks: unicodedata.normalize would take quadratic time.
 WIDE = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}
-WIDE |= str.maketrans({"。": ". ", "’": "'", "−": "-", "–": "-", "—": " - ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
+WIDE |= str.maketrans(
+    {"ℙ": "p", "。": ". ", "’": "'", "−": "-", "–": "-", "—": " - ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"}
+)
 
 OUR_RULES = r"(?:the |this |that |these |any |its |no )?(?:subreddit's |community )?rules?\b"
 ADJECTIVES = "correct|incorrect|right|wrong|true|false|valid|invalid|accurate|inaccurate"
 
 # Texts are rewritten row by row: (pattern, what stands for it).
 REWRITES = [
+    # Pr[yes], p_yes and P(yes | post) are P(yes); of "1 - P(yes)" nobody knows.
+    (r"\\(?:text|math|operatorname)[a-z]{0,9} ?\{([^{}\n]{0,60})\}|\\(pr)\b", r"\1\2"),
+    (r"\b(p|pr|prob)_\{?([a-z_]{1,40})\}?", r"\1(\2)"),
+    (r"\b(p|pr|prob|probability) ?[\[{]([^\[\]{}\n]{1,60})[\]}]", r"\1(\2)"),
+    (r"(\b(?:p|pr|prob|probability) ?\([^()|\n]{1,60})\|[^()\n]{0,60}\)", r"\1)"),
+    (r"(\b(?:p|pr|prob|probability) ?\( ?)[~¬!]", r"\1not "),
+    (r"\b1(?:\.0)? ?- ?(?:p|pr|prob|probability) ?\(", "odds("),
     # LaTeX fractions are numbers, and a box holds the final answer.
     (r"\\[dt]?frac ?\{ ?([0-9.]{1,9}) ?\} ?\{ ?([0-9.]{1,9}) ?\}", r" \1/\2"),
     (r"\\f?boxed ?\{([^{}]{0,99}(?:\{[^{}]{0,99}\}[^{}]{0,99})?)\}", r"\nfinal answer: \1\n"),
@@ -87,6 +78,7 @@ REWRITES = [
     (r"\b([0-9]{1,3}) ?(?:-|to) ?([0-9]{1,3} ?%)", r"\1% \2"),
     (rf"\b100 ?% (?=(?:not )?(?:{ADJECTIVES})\b)", ""),
     # "Confidence: 90%" is about the answer, whichever it is.
+    (r"\bconfidence(?: level)? ?[:=] ?(?:0?[.,][0-4][0-9]*|[0-4]?[0-9] ?%|low\b)", "\nprobability: unsure\n"),
     (r"\bconfidence(?: level)? ?[:=] ?[0-9.,]+ ?%?", "confidence"),
     # "Step 2" is no number.
     (r"\b(rule|step|example|question|part|line|equation|case) ?#? ?[0-9]+(?![\w%/]|[.,][0-9])", r"\1"),
@@ -170,8 +162,9 @@ def parse_answer(text: str, words: tuple[str, ...]) -> Reading:
         return None, "none"
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    text = SPELLED.sub(_digits, text)
+    text = SPELLED.sub(digits_of, text)
     sides = _sides(words)
+    text = state_scores(text, lambda label: _side_of(label, sides))
 
     # A first line that answers stands alone; a model may have continued with another question and its answer.
     before_next = _sentences(NEXT.split(text, maxsplit=1)[0])
@@ -186,17 +179,6 @@ def parse_answer(text: str, words: tuple[str, ...]) -> Reading:
 def _sentences(text: str) -> list[str]:
     """Its lines and sentences that hold a word, white space collapsed."""
     return [" ".join(part.split()) for part in SENTENCES.split(text) if re.search(r"\w", part)]
-
-
-def _digits(match: re.Match) -> str:
-    """A number in words, as SPELLED finds it, in digits."""
-    whole, decimals, over, part, left, right = match.groups()
-    if decimals:
-        digits = "".join(COUNTS[word] for word in decimals.split())
-        return f"{COUNTS[whole or 'zero']}.{digits}"
-    if part:
-        return f"{COUNTS.get(over, '1')}/{PARTS[part]}"
-    return COUNTS[left or right]
 
 
 def _sides(words: tuple[str, ...]) -> dict[str, int]:
@@ -301,7 +283,7 @@ def _why_none(statements: list[str], alone_numbers: list[Reading]) -> str:
     """What is wrong with a text that says nothing."""
     readings = set(alone_numbers)
     for sentence in statements:
-        readings |= {_number(match) for match in NUMBER.finditer(sentence)}
+        readings |= {read_number(match) for match in NUMBER.finditer(sentence)}
     if len(readings) > 1:
         return "ambiguous"
     return "out of range" if (None, "out of range") in readings else "none"
@@ -320,38 +302,14 @@ def _alone(sentence: str, sides: dict[str, int], at_end: bool) -> tuple[int | No
     if at_end:
         match = NUMBER.search(sentence)
         if match and not re.search(r"\w", sentence[: match.start()] + sentence[match.end() :]):
-            return None, _number(match)
+            return None, read_number(match)
         if key in COUNTS:
-            return None, _number(NUMBER.match(COUNTS[key]))
+            return None, read_number(NUMBER.match(COUNTS[key]))
     return None, (None, "out of range") if key in ("nan", "inf", "infinity") else None
 
 
-def _value(digits: str) -> float:
-    """1,000 is a thousand, 0,5 a half; nan for what is neither."""
-    digits = digits.replace(",", "" if THOUSANDS.fullmatch(digits) else ".")
-    return float(digits) if digits.count(".") < 2 else math.nan
-
-
-def _number(match: re.Match) -> Reading:
-    """The value of a match of NUMBER, or None, and its form or what is wrong with it."""
-    if match[0] in ("50/50", "50 / 50"):
-        return None, "unsure"
-    digits, percent, whole = match.groups()
-    scale, form = 1.0, "number"
-    if whole:
-        scale, form = _value(whole), "fraction"
-    if percent:
-        scale, form = 100.0, "percent"
-    score = _value(digits) / scale if scale > 0 else math.inf
-    if math.isnan(score):
-        return None, "none"
-    if not 0 <= score <= 1:
-        return None, "out of range"
-    return abs(score), form  # of -0
-
-
 def _numbers(sentence: str, sides: dict[str, int], final: bool) -> list[Reading]:
-    """Stage 4: the numbers of a sentence that may be scores, as `_number` gives them.
+    """Stage 4: the numbers of a sentence that may be scores, as `read_number` gives them.
 
     Not those before a noun. All others of a sentence that speaks of scores, begins with one, or says nothing else;
     elsewhere decimals after words such as "is", and a share of a word ("50% correct").
@@ -367,7 +325,7 @@ def _numbers(sentence: str, sides: dict[str, int], final: bool) -> list[Reading]
         word = re.match(r" ([^\W\d_]+)", after)
         if word and word[1] not in no_nouns:
             continue
-        score, form = _number(match)
+        score, form = read_number(match)
         of_word = form != "number" and word and word[1] in sides
         exact = form != "number" or re.search("[.,]", match[1]) or after.startswith((",", " (", " because", " since"))
         if exact and (first_word is None or match.start() < first_word.start()):
@@ -395,6 +353,12 @@ def _spoken(sentence: str, sides: dict[str, int]) -> set[int | None]:
         else:
             spoken.add(sides[token] ^ _negations([*before, token]) % 2)
     return spoken
+
+
+def _side_of(label: str, sides: dict[str, int]) -> int | None:
+    """The class that a few words speak for, or None."""
+    spoken = {sides[label]} if label in sides else _spoken(label, sides)
+    return min(spoken) if len(spoken) == 1 and None not in spoken else None
 
 
 def _clause(tokens: list[str]) -> list[str]:

@@ -96,7 +96,7 @@ def score(cfg) -> dict:
 
     # ---- write and read the answers ---------------------------------------------------------------------------------
     precision, _ = numerics.choose_precision(cfg.precision, world.device)
-    lm, matched = writer.load(asked.given, world, precision)
+    lm, matched = foreign.load_writer(asked.given, world, precision)
     say(matched)
     options = precision, cfg.max_new_tokens, cfg.temperature, cfg.top_p
     started = time.perf_counter()

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
 from errors import UserError, one_line
@@ -113,19 +113,40 @@ def stored_labels(base: str, rows: int) -> tuple[str, ...]:
     return tuple(map(str, range(rows)))
 
 
+def generation_config(folder: str) -> GenerationConfig | None:
+    """The base's generation_config.json; None where it has none, or with a warning one that cannot be read."""
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as e:  # whatever a foreign file can make of it
+        if os.path.exists(Path(folder) / "generation_config.json"):
+            _warn(f"{folder}: generation_config.json cannot be read and is ignored ({one_line(e)})")
+    return None
+
+
 @contextmanager
-def without_adapter(folder: str):
-    """The base's folder; if an adapter lies in it, a view without it, for transformers would load that by itself."""
-    if not (Path(folder) / "adapter_config.json").is_file():
+def alone(folder: str):
+    """The base's folder; or a view without an adapter, which transformers would load by itself, and without a
+    generation_config.json that cannot be read, at which it would stop.
+    """
+    left_out = ()
+    if (Path(folder) / "adapter_config.json").is_file():
+        _warn(f"{folder} also holds an adapter, which is ignored (see infer.py --adapter)")
+        left_out += ("adapter_",)
+    if os.path.isdir(folder) and not generation_config(folder):
+        left_out += ("generation_config.json",)
+    if not left_out or not any(path.name.startswith(left_out) for path in Path(folder).iterdir()):
         yield folder
         return
-    if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {folder} also holds an adapter, which is ignored (see infer.py --adapter)", file=sys.stderr)
     with tempfile.TemporaryDirectory() as view:
         for path in Path(folder).iterdir():
-            if not path.name.startswith("adapter_"):
+            if not path.name.startswith(left_out):
                 os.symlink(path.resolve(), Path(view) / path.name)
         yield view
+
+
+def _warn(problem):
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {problem}", file=sys.stderr)
 
 
 # ---- its tokenizer --------------------------------------------------------------------------------------------------

@@ -320,7 +320,7 @@ def write_save(folder: Path, lm, tokenizer) -> None:
     if lora.adapters(lm):
         trained.write_adapter(folder, lm, tokenizer)
     else:
-        trained.write_whole(folder, lm, tokenizer, whole_config(lm), torch.float32)
+        trained.write_whole(folder, lm, tokenizer, language.whole_config(lm), torch.float32)
 
 
 def read_save(save: checkpoint.Save, lm) -> None:
@@ -328,16 +328,6 @@ def read_save(save: checkpoint.Save, lm) -> None:
     if lora.adapters(lm):
         trained.check_base(lm, save.manifest["base"], "of this run")
     trained.read_classifier(save.folder, lm)
-
-
-def whole_config(lm) -> dict:
-    """The config.json of a base whose adapter, if it had one, is merged."""
-    tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
-    return models.plain_config(lm) | {
-        "architectures": [type(lm).__name__],
-        "use_cache": True,
-        "tie_word_embeddings": tied,
-    }
 
 
 def export(cfg: CptConfig, lm, tokenizer, run: Path) -> None:
@@ -351,7 +341,7 @@ def export(cfg: CptConfig, lm, tokenizer, run: Path) -> None:
         lora.inject(lm, adapter_of(cfg))
         trained.read_classifier(checkpoint.trusted(run / "best").folder, lm)
     lora.merge(lm)
-    trained.export(Path(cfg.export), lm, tokenizer, whole_config(lm), dtype, {"exported": str(run)})
+    trained.export(Path(cfg.export), lm, tokenizer, language.whole_config(lm), dtype, {"exported": str(run)})
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import bases
 import checkpoint
 import ddp
+import language
 import lora
 import model as models
 import numerics
@@ -124,3 +125,81 @@ def load_adapter(folder: Path, adapter: lora.Adapter, model, base: str) -> str:
     if mismatch:
         report += f"\nwarning: {mismatch}: every tensor fits all the same"
     return report
+
+
+# ---- language models ------------------------------------------------------------------------------------------------
+
+
+def given_writer(config: CptConfig, folder: Path | None) -> Given:
+    """A base and the folder of its adapter as a Given, once they are known to fit each other."""
+    adapter, shapes = None, {}
+    if folder:
+        adapter, shapes = adapter_header(folder)
+        task = checkpoint.load_json(folder / "adapter_config.json").get("task_type")
+        if task not in (None, "CAUSAL_LM"):
+            raise UserError(f"{folder}: an adapter of task {task}, which writes no text; predict with infer.py")
+    base = config.base or adapter.base
+    where = bases.need_base(base)
+
+    # An adapter may bring its tokenizer, or a chat template alone.
+    if folder and (folder / "tokenizer.json").is_file():
+        where = str(folder)
+    tokenizer = bases.load_tokenizer(where)
+    bases.need_vocabulary(base, len(tokenizer))
+    if folder and bases.own_file(folder / "chat_template.jinja"):
+        tokenizer.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+
+    # The adapter must fit the base's modules, which a model without weights can tell.
+    bare = language.language_skeleton(base)
+    if adapter:
+        try:
+            lora.inject(bare, adapter)
+            peft_format.match_keys(bare, shapes)
+        except ValueError as e:
+            raise UserError(f"--base {base}: {e}") from None
+    return Given(replace(config, base=base), None, tokenizer, adapter, folder)
+
+
+def load_writer(given: Given, world: ddp.World, precision: str):
+    """(the language model, ready to write; a report of what matched).
+
+    Raises Untrusted for an adapter of no values, and for a run's on another base than it was trained on.
+    """
+    config = given.config
+    dtype = numerics.weight_dtype(world.device, precision)
+    compute = numerics.DTYPES[precision]
+    lm = language.load_language_model(config.base, world.device, dtype, None, config.quant, compute)
+    report = f"{config.base}, no adapter"
+    if given.adapter:
+        if config.rank:  # of a run, whose save was verified
+            manifest = checkpoint.load_json(given.folder / checkpoint.MANIFEST)
+            trained.check_base(lm, manifest["base"], config.base)
+        lora.inject(lm, given.adapter)
+        lora.train_only(lm)
+        report = load_adapter(given.folder, given.adapter, lm, config.base)
+    return lm.eval().requires_grad_(False), report
+
+
+def writes_text(cfg) -> bool:
+    """Whether infer.py's settings name an adapter of a language model, and no classes for it."""
+    if not cfg.adapter or cfg.label_names or cfg.head == "label_words":
+        return False
+    folder = bases.find_adapter(cfg.adapter)
+    return checkpoint.load_json(folder / "adapter_config.json").get("task_type") == "CAUSAL_LM"
+
+
+def export_writer(cfg, world: ddp.World) -> dict:
+    """Merge the adapter of a language model into its 16-bit base and write the whole, as transformers loads it."""
+    if cfg.input:
+        raise UserError("--input: an adapter of a language model has no classes to compare rows by: leave it out")
+    given = given_writer(CptConfig(base=cfg.base), bases.find_adapter(cfg.adapter))
+    precision, _ = numerics.choose_precision(cfg.precision, world.device)
+    lm, report = load_writer(given, world, precision)
+    ddp.say(world, report)
+    lora.merge(lm)
+    dtype = lm.get_input_embeddings().weight.dtype
+    config = language.whole_config(lm)
+    trained.export(Path(cfg.export), lm, given.tokenizer, config, dtype, {"exported": str(given.folder)})
+    architecture = type(lm).__name__
+    ddp.say(world, f"{cfg.export}: {architecture}")
+    return {"run": cfg.adapter, "export": cfg.export, "architecture": architecture}

@@ -182,7 +182,7 @@ def complete(cfg: GenerateConfig, given: set[str]) -> dict:
     ddp.say(world, plan)
 
     # ---- complete and write -----------------------------------------------------------------------------------------
-    lm, matched = writer.load(source, world, precision)
+    lm, matched = foreign.load_writer(source, world, precision)
     ddp.say(world, matched)
     model = writer.Writer(lm, source.tokenizer, precision, cfg.max_new_tokens, cfg.temperature, cfg.top_p)
     started = time.perf_counter()

@@ -38,6 +38,11 @@ def main(argv: list[str]) -> dict:
     world = ddp.setup()
     say = partial(ddp.say, world)
 
+    # An adapter of a language model predicts nothing, but it can be merged.
+    if cfg.export and foreign.writes_text(cfg):
+        _need_one_process(world)
+        return foreign.export_writer(cfg, world)
+
     # What predicts, from its config and headers alone: a mistake is found before any weight is loaded.
     if cfg.base or cfg.adapter:
         given = foreign.given_model(cfg)
@@ -96,8 +101,7 @@ def _export(cfg, path, load, world, rows):
 
     load: opens the run. rows: those that live and merged logits are compared on. UserError on several processes.
     """
-    if world.size > 1:
-        raise UserError("--export runs in one process: python infer.py --export DIR")
+    _need_one_process(world)
     run = load()
     if rows:
         before, _ = run.logits(rows)
@@ -112,6 +116,11 @@ def _export(cfg, path, load, world, rows):
         note = f"logits of {len(rows)} rows moved by at most {drift:.2g}, {flips} predictions changed"
     ddp.say(world, f"{cfg.export}: {name}; {note}")
     return {"run": str(path), "export": cfg.export, "architecture": name, "rows": len(rows), "drift": drift}
+
+
+def _need_one_process(world):
+    if world.size > 1:
+        raise UserError("--export runs in one process: python infer.py --export DIR")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def load_language_model(
     if random_seed is not None:
         torch.manual_seed(random_seed)
         lm = models.from_config(AutoModelForCausalLM, base, models.changed_config(base), dtype=dtype)
+        lm.generation_config = bases.generation_config(bases.find_base(base)) or lm.generation_config
         models.keep_stream_fp32(lm)
     else:
         # nf4 is made from the stored weights, which a cast to another dtype would have rounded.
@@ -70,6 +71,16 @@ def vocabulary_modules(lm: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in lm.named_modules() if module in ends)
 
 
+def whole_config(lm) -> dict:
+    """The config.json of a base whose adapter, if it had one, is merged."""
+    tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+    return models.plain_config(lm) | {
+        "architectures": [type(lm).__name__],
+        "use_cache": True,
+        "tie_word_embeddings": tied,
+    }
+
+
 # ---- scores ---------------------------------------------------------------------------------------------------------
 
 
@@ -103,7 +114,8 @@ def language_scores(lm, tokens: data.Tokens, world: ddp.World, precision: str, m
 def stop_ids(lm, tokenizer) -> set[int]:
     """Tokens that end a completion: EOS of the tokenizer and of the base, and what ends a turn of the chat template."""
     # The base has one id, a list of them, or None.
-    stops = {tokenizer.eos_token_id, *np.atleast_1d(lm.generation_config.eos_token_id).tolist()}
+    stored = lm.generation_config.eos_token_id
+    stops = [tokenizer.eos_token_id, *(stored if isinstance(stored, list) else [stored])]
     if tokenizer.chat_template:
         # An added token right behind an answer ends the turn; a model that learned chats writes it in place of EOS.
         try:
@@ -112,8 +124,21 @@ def stop_ids(lm, tokenizer) -> set[int]:
             pieces = []
         if len(pieces) > 1 and not pieces[-1][0]:
             after = tokenizer(pieces[-1][1].lstrip(), add_special_tokens=False)["input_ids"]
-            stops |= set(after[:1]) & set(tokenizer.get_added_vocab().values())
-    return {token for token in stops if isinstance(token, int)}
+            stops += set(after[:1]) & set(tokenizer.get_added_vocab().values())
+    return {token for token in stops if type(token) is int and 0 <= token < lm.config.vocab_size}
+
+
+def generation_settings(lm, tokenizer) -> dict:
+    """The generation_config.json of a saved model: where it begins, stops and pads.
+
+    A base's sampling and penalties are left out: they were chosen for what it was before.
+    """
+    settings = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": sorted(stop_ids(lm, tokenizer)),
+        "pad_token_id": data.end_of_text(tokenizer, padding=True),
+    }
+    return {name: value for name, value in settings.items() if value not in (None, [])}
 
 
 @contextmanager

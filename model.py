@@ -149,6 +149,7 @@ class Classifier(nn.Module):
 
         # Label words need rows of the LM head; encoders bring a dropout of their own.
         if head.words:
+            self.generation_config = whole.generation_config
             self.register_buffer("word_ids", torch.tensor(sum(head.words, ())), persistent=False)
         elif not self.family.encoder:
             if not hasattr(self, "score"):
@@ -267,7 +268,7 @@ def from_weights(auto, base: str, dtype, **changes) -> tuple[nn.Module, list[str
     options = {"config": changed_config(base, **changes), "dtype": dtype, "trust_remote_code": False}
     options |= {"weights_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        with bases.without_adapter(folder) as folder:
+        with bases.alone(folder) as folder:
             model, info = auto.from_pretrained(folder, **options)
     except Exception as e:  # whatever a foreign file, pickled ones included, can make of loading
         raise UserError(f"--base {base}: its weights cannot be loaded ({type(e).__name__}: {one_line(e)})") from None

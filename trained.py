@@ -22,6 +22,7 @@ import decide
 import evaluate
 import files
 import labelling
+import language
 import lora
 import model as models
 import numerics
@@ -133,6 +134,8 @@ def write_whole(folder: Path, model, tokenizer, config: dict, dtype: torch.dtype
     if dtype:
         config = {**config, "dtype": str(dtype).removeprefix("torch.")}
     checkpoint.save_json(folder / "config.json", config)
+    if getattr(model, "generation_config", None):  # it writes text, and must know where to stop
+        checkpoint.save_json(folder / "generation_config.json", language.generation_settings(model, tokenizer))
     tokenizer.save_pretrained(folder)
 
 

@@ -10,10 +10,6 @@ import data
 import ddp
 import foreign
 import language
-import lora
-import numerics
-import peft_format
-import trained
 from configs import CptConfig
 from errors import UserError
 
@@ -32,8 +28,8 @@ def of_run(run: Path) -> foreign.Given:
     if save is None:
         raise UserError(f"run {run}: it holds no save yet; continue it with python cpt.py --resume {run}")
     if (save.folder / "model.safetensors").exists():  # the whole base was trained: the save is a base itself
-        return _checked(replace(config, base=str(save.folder), quant="none"), None)
-    return _checked(config, save.folder)
+        return foreign.given_writer(replace(config, base=str(save.folder), quant="none"), None)
+    return foreign.given_writer(config, save.folder)
 
 
 def of_base(base: str, adapter: str = "", quant: str = "none") -> foreign.Given:
@@ -42,57 +38,7 @@ def of_base(base: str, adapter: str = "", quant: str = "none") -> foreign.Given:
     Raises UserError for what does not fit together.
     """
     folder = bases.find_adapter(adapter) if adapter else None
-    return _checked(CptConfig(base=base, quant=quant), folder)
-
-
-def _checked(config: CptConfig, folder: Path | None) -> foreign.Given:
-    """A base and the folder of its adapter as a Given, once they are known to fit each other."""
-    adapter, shapes = None, {}
-    if folder:
-        adapter, shapes = foreign.adapter_header(folder)
-        task = checkpoint.load_json(folder / "adapter_config.json").get("task_type")
-        if task not in (None, "CAUSAL_LM"):
-            raise UserError(f"{folder}: an adapter of task {task}, which writes no text; predict with infer.py")
-    base = config.base or adapter.base
-    where = bases.need_base(base)
-
-    # An adapter may bring its tokenizer, or a chat template alone.
-    if folder and (folder / "tokenizer.json").is_file():
-        where = str(folder)
-    tokenizer = bases.load_tokenizer(where)
-    bases.need_vocabulary(base, len(tokenizer))
-    if folder and bases.own_file(folder / "chat_template.jinja"):
-        tokenizer.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-
-    # The adapter must fit the base's modules, which a model without weights can tell.
-    bare = language.language_skeleton(base)
-    if adapter:
-        try:
-            lora.inject(bare, adapter)
-            peft_format.match_keys(bare, shapes)
-        except ValueError as e:
-            raise UserError(f"--base {base}: {e}") from None
-    return foreign.Given(replace(config, base=base), None, tokenizer, adapter, folder)
-
-
-def load(given: foreign.Given, world: ddp.World, precision: str):
-    """(the language model, ready to write; a report of what matched).
-
-    Raises Untrusted for an adapter of no values, and for a run's on another base than it was trained on.
-    """
-    config = given.config
-    dtype = numerics.weight_dtype(world.device, precision)
-    compute = numerics.DTYPES[precision]
-    lm = language.load_language_model(config.base, world.device, dtype, None, config.quant, compute)
-    report = f"{config.base}, no adapter"
-    if given.adapter:
-        if config.rank:  # of a run, whose save was verified
-            manifest = checkpoint.load_json(given.folder / checkpoint.MANIFEST)
-            trained.check_base(lm, manifest["base"], config.base)
-        lora.inject(lm, given.adapter)
-        lora.train_only(lm)
-        report = foreign.load_adapter(given.folder, given.adapter, lm, config.base)
-    return lm.eval().requires_grad_(False), report
+    return foreign.given_writer(CptConfig(base=base, quant=quant), folder)
 
 
 # ---- completing prompts ---------------------------------------------------------------------------------------------

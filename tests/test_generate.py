@@ -26,6 +26,7 @@ import cli
 import configs
 import data
 import ddp
+import foreign
 import generate
 import language
 import lora
@@ -116,7 +117,7 @@ def adapter_on(folder: Path, base: str, seed=0, **changes) -> str:
 def opened(**flags):
     """(language model, tokenizer) as generate.py loads them."""
     given = writer.of_base(**flags)
-    return writer.load(given, WORLD, "fp32")[0], given.tokenizer
+    return foreign.load_writer(given, WORLD, "fp32")[0], given.tokenizer
 
 
 def ids_of(tokenizer, texts=TEXTS) -> list[list[int]]:
@@ -175,7 +176,7 @@ def test_the_real_public_adapter_completes(shared, base, tmp_path):
     folder = base("Qwen2", use_sliding_window=False, initializer_range=0.02, **sizes)
     flags = {"base": folder, "adapter": str(shared / "adapters/SGOD-UTH_qwen2.5-0.5b_r8_math-latex")}
     given = writer.of_base(**flags)
-    lm, report = writer.load(given, WORLD, "fp32")
+    lm, report = foreign.load_writer(given, WORLD, "fp32")
     assert "96 tensors matched (48 lora_A, 48 lora_B) on 24 q_proj, 24 v_proj" in report
     rows = ids_of(given.tokenizer, TEXTS[:2])
     live = greedy(lm, rows, max_new_tokens=6)
