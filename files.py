@@ -12,6 +12,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+import formats
 import prompts
 from errors import UserError, few
 
@@ -22,11 +23,6 @@ BYTES = re.compile(r"b(['\"]).*\1", re.DOTALL)  # b'Solve ...'
 Rows = list[dict[str, str]]  # of a file: column -> cell
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-STARTS = {  # first bytes of files that are no UTF-8 text
-    (b"PK",): "a zip archive; unpack it first",
-    (b"PAR1",): "a Parquet file; name it .parquet",
-    (b"\xff\xfe", b"\xfe\xff"): "UTF-16; save it as UTF-8",
-}
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -72,9 +68,9 @@ def read_text(path: str, where: str) -> str:
 
 def decode_text(raw: bytes, where: str) -> str:
     """The bytes as text, without a BOM. Raises UserError that names what the file is, or the line that is no UTF-8."""
-    for starts, problem in STARTS.items():
-        if raw.startswith(starts):
-            raise UserError(f"{where}: this is {problem}")
+    what = formats.binary(raw)
+    if what:
+        raise UserError(f"{where}: this is {what}")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
