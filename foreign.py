@@ -28,7 +28,7 @@ class Given:
     folder: Path | None  # of the adapter
 
 
-SAME = "prompt text label_column id_column head label_words quant max_length".split()
+SAME = "prompt text label_column head label_words quant max_length".split()
 
 
 def given_model(cfg) -> Given:

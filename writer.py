@@ -12,6 +12,7 @@ import foreign
 import language
 import lora
 import numerics
+import parts
 import peft_format
 import trained
 from configs import CptConfig
@@ -20,8 +21,8 @@ from errors import UserError
 # ---- what is on disk: checked by headers, before any weight is loaded -----------------------------------------------
 
 
-def of_run(run: Path) -> foreign.Given:
-    """A run of cpt.py by its best save, or else its last.
+def of_run(run: Path, base: str = "") -> foreign.Given:
+    """A run of cpt.py by its best save, or else its last. base: where its base is now, if it moved.
 
     Raises UserError for any other folder, Untrusted where no save can be trusted.
     """
@@ -32,7 +33,11 @@ def of_run(run: Path) -> foreign.Given:
     if save is None:
         raise UserError(f"run {run}: it holds no save yet; continue it with python cpt.py --resume {run}")
     if (save.folder / "model.safetensors").exists():  # the whole base was trained: the save is a base itself
+        if base:
+            raise UserError(f"--base {base} has no effect: {run} trained its whole base and holds it")
         return _checked(replace(config, base=str(save.folder), quant="none"), None)
+    config = replace(config, base=base or config.base)
+    trained.need_base(run, config.base)
     return _checked(config, save.folder)
 
 
@@ -86,9 +91,9 @@ def load(given: foreign.Given, world: ddp.World, precision: str):
     lm = language.load_language_model(config.base, world.device, dtype, None, config.quant, compute)
     report = f"{config.base}, no adapter"
     if given.adapter:
-        if config.rank:  # of a run, whose save was verified
-            manifest = checkpoint.load_json(given.folder / checkpoint.MANIFEST)
-            trained.check_base(lm, manifest["base"], config.base)
+        manifest = given.folder / checkpoint.MANIFEST
+        if manifest.is_file():  # of a run: its base is known
+            trained.check_base(lm, checkpoint.load_json(manifest)["base"], config.base)
         lora.inject(lm, given.adapter)
         lora.train_only(lm)
         report = foreign.load_adapter(given.folder, given.adapter, lm, config.base)
@@ -149,6 +154,11 @@ class Writer:
         """The ids of a completion for each prompt of a batch."""
         limits = self.precision, self.max_new_tokens, self.temperature, self.top_p
         return language.complete(self.lm, prompts, self.pad, self.stops, *limits, seed)
+
+    def progress(self, output: str, prompts: list[list[int]], size: int, seed: int) -> parts.Parts:
+        """Where the completions of batches of prompts are kept until the output is written."""
+        limits = self.precision, self.max_new_tokens, self.temperature, self.top_p, sorted(self.stops), self.pad
+        return parts.Parts(output, parts.digest_of(self.lm, prompts, size, seed, limits))
 
     def text(self, prompt: list[int], ids: list[int]) -> str:
         return language.completion_text(self.tokenizer, prompt, ids)
