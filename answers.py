@@ -43,11 +43,11 @@ def subject(cfg) -> Subject:
 
     Raises UserError for what does not say two words, Degenerate for an adapter that seems to be another base's.
     """
-    if cfg.base or cfg.adapter:
+    if (cfg.base or cfg.adapter) and not cfg.runs:
         given = writer.of_base(cfg.base, cfg.adapter, cfg.quant)
         if not cfg.force:
             foreign.refuse_other_base(given)
-        same = ("prompt", "text", "label_words", "label_column", "id_column", "max_length")
+        same = ("prompt", "text", "label_words", "label_column", "max_length")
         fields = {name: getattr(cfg, name) for name in same}
         config = TrainConfig(base=given.config.base, head="label_words", **fields)
         if cfg.prompt:
@@ -63,7 +63,9 @@ def subject(cfg) -> Subject:
             raise UserError(f"run {name}: it trained its whole base as a classifier, which writes no text")
         if not (name / "best").is_dir():
             raise UserError(f"run {name}: it holds no best/ save (of several folds or seeds name one run with --runs)")
-        given = writer.of_base(config.base, str(name / "best"), config.quant)
+        base = cfg.base or config.base
+        trained.need_base(name, base)
+        given = writer.of_base(base, str(name / "best"), config.quant)
     words = config.label_words or labels.names
     if len(words) != 2:
         raise UserError(f"--label_words {','.join(words)}: expected those of two classes")
@@ -85,8 +87,9 @@ def score(cfg) -> dict:
         raise UserError(f"{asked.name} names no test_data: give the rows to score with --input FILE")
     rows = files.read_rows(source, "input")
     rows = rows[: cfg.limit or None]
+    others = (*files.template_columns(config.text), config.label_column)
+    ids = predictions.ids_of(cfg, config.id_column, rows, source, others, say)
     encoded, report = encode_rows(cfg, asked, rows, source)
-    ids = [row.get(config.id_column, str(i)) for i, row in enumerate(rows)]
     known = predictions.known_labels(rows, config, labels, say)
     if known is None and cfg.by_column:
         say(f"--by_column {cfg.by_column}: the rows have no labels, so there are no metrics")
@@ -110,12 +113,14 @@ def score(cfg) -> dict:
 
     # ---- metrics and output -----------------------------------------------------------------------------------------
     result = {"run": asked.name, "rows": len(rows), "output": cfg.output, "malformed": len(rows) - len(good)}
-    if known is not None and len(good):
-        logits = logits_of(scores[good])
-        values = metrics.of_task("single_label", logits, known[good])
-        values["accuracy_all"] = values["accuracy"] * len(good) / len(rows)  # an answer that cannot be read is wrong
+    read = np.isfinite(scores[known.rows]) if known else np.zeros(0, bool)
+    if read.any():
+        judged, targets = known.rows[read], known.targets[read]
+        logits = logits_of(scores[judged])
+        values = metrics.of_task("single_label", logits, targets)
+        values["accuracy_all"] = values["accuracy"] * read.mean()  # an answer that cannot be read is wrong
         result["metrics"] = {name: round(value, 6) for name, value in values.items()}
-        result |= evaluate.by_value(config, cfg.by_column, [rows[i] for i in good], logits, known[good], say)
+        result |= evaluate.by_value(config, cfg.by_column, [rows[i] for i in judged], logits, targets, say)
     if world.rank == 0:
         Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
         chosen, shares, malformed = [], [], []
@@ -123,11 +128,11 @@ def score(cfg) -> dict:
             if np.isnan(p):
                 chosen.append("")
                 shares.append(["", ""])
-                malformed.append([ids[i], readings[i][1], answers[i]])
+                malformed.append([ids.values[i], readings[i][1], answers[i]])
             else:
                 chosen.append(labels.values[int(p > 0.5)])
                 shares.append([1 - p, p])
-        predictions.write_records(cfg, config.id_column, labels, ids, chosen, shares, probability)
+        predictions.write_records(cfg, labels, ids, chosen, shares, probability)
         predictions.write_lines(cfg, "malformed", ["id", "why", "answer"], malformed)
     return {**result, "examples_per_second": round(len(rows) / seconds, 2), "seconds": round(seconds, 2)}
 
@@ -159,6 +164,7 @@ def written(model: writer.Writer, cfg, world: ddp.World, encoded: list[list[int]
     def complete(batch: list[list[int]], number: int) -> list[list[int]]:
         return model.complete(batch, cfg.seed + number)
 
+    complete = model.progress(cfg.output, longest_first, cfg.batch_size, cfg.seed).once(complete)
     answers = [""] * len(encoded)
     bar = tqdm(total=len(encoded), unit="row", disable=world.rank != 0, file=sys.stderr)
     for first, completions in writer.in_batches(world, longest_first, cfg.batch_size, complete):
@@ -166,7 +172,8 @@ def written(model: writer.Writer, cfg, world: ddp.World, encoded: list[list[int]
             answers[order[i]] = model.text(longest_first[i], ids)
         bar.update(len(completions))
         if first == 0 and not cfg.force:
-            check_answers([answers[i] for i in order[: cfg.batch_size]], words)
+            asked = {tuple(encoded[i]): answers[i] for i in order[: cfg.batch_size]}  # a repeated prompt counts once
+            check_answers(list(asked.values()), words)
     bar.close()
     return answers
 

@@ -364,10 +364,11 @@ def last_state(run: Path) -> tuple[Save, dict] | None:
     return (save, load_json(save.folder / "state.json")) if save else None
 
 
-def append_whole(path: Path, text: str) -> None:
-    """Append whole lines in one write; if the disk takes only a part of them, none of them."""
+def append_whole(path: Path, data: bytes | str) -> None:
+    """Append whole lines or records in one write; if the disk takes only a part of them, none of them."""
+    data = data.encode() if isinstance(data, str) else data
     with open(path, "ab", buffering=0) as f:
-        before, data = f.seek(0, os.SEEK_END), text.encode()
+        before = f.seek(0, os.SEEK_END)
         if f.write(data) != len(data):
             f.truncate(before)
             raise OSError(f"{path}: the disk took only a part of {len(data)} bytes (is it full?)")

@@ -59,6 +59,7 @@ RANGES = {name: rule for names, *rule in (  # fields, what is expected, test
     ("top_p", "a fraction above 0, at most 1", lambda value: 0 < value <= 1),
     ("threshold", "a probability below 1, or 0 for the run's own", lambda value: 0 <= value < 1),
     ("temperature", "0 for greedy, or 0.01 and more", lambda value: value == 0 or value >= 0.01),
+    ("submission", "two different names", lambda value: len(set(map(str.strip, value.split(",")))) > value.count(",")),
     ("val_size", "a whole number of rows, if not a fraction", lambda value: value < 1 or value == int(value)),
 ) for name in names.split()}
 # fmt: on
@@ -94,17 +95,17 @@ NEEDS = table("""
     TrainConfig :: label_delimiter :: !label_columns
     CptConfig :: export_dtype :: export
     CptConfig :: system :: !chat=no
-    InferConfig :: prompt label_column label_names id_column head quant max_length :: base|adapter
-    InferConfig :: text :: base|adapter !prompt
-    InferConfig :: label_words :: base|adapter head=label_words
+    InferConfig :: prompt label_column label_names head quant max_length :: base|adapter !runs
+    InferConfig :: text :: base|adapter !runs !prompt
+    InferConfig :: label_words :: base|adapter !runs head=label_words
     InferConfig :: answer :: submission
-    InferConfig :: runs :: !base !adapter
+    InferConfig :: runs :: !adapter
     InferConfig :: merge :: !export
 """)
 # Fields that must have their default with a task.
 NO_MEANING = lists("""
     regression :: label_smoothing class_weights head label_names label_columns label_delimiter pos_weight soft_share \
-soft_temperature
+soft_temperature thresholds
     single_label :: label_columns label_delimiter pos_weight
     multi_label :: class_weights
 """)
@@ -158,6 +159,8 @@ one of the two
 would be trained
     TrainConfig :: !rank|train_layers=-1 :: --train_layers {train_layers} with --rank {rank}: it needs --rank 0
     TrainConfig :: rank|bias=none :: --bias {bias} with --rank 0: biases are trained with an adapter only
+    TrainConfig :: !thresholds=per_class|!task=single_label :: --thresholds per_class with --task single_label: \
+it is for --task multi_label; two classes take global
     TrainConfig :: !label_names|!label_columns :: --label_names with --label_columns: the columns name the labels
     CptConfig :: !random_init|!rank :: --random_init with --rank: an adapter on a random base learns nothing
     CptConfig :: rank|!modules_to_save :: --modules_to_save with --rank 0: the whole base is trained already

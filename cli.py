@@ -233,6 +233,8 @@ def resumed(cfg, given: set[str], run: Path):
     """
     new, old = vars(cfg), vars(read_config(type(cfg), run))
     free = {"resume", "dry_run", "outputs", "keep", "export", "export_dtype", "time_limit"}
+    if (run / "last").is_dir():  # the base may have moved: its fingerprint is compared with that of the save
+        free |= {"base"} & given
     if changed := [name for name in sorted(given - free) if new[name] != old[name]]:
         pairs = ", ".join(f"--{name} {new[name]} (the run has {old[name]})" for name in changed)
         raise UserError(f"--resume {run}: a run continues with its own settings, but {pairs}; leave these flags out")

@@ -164,14 +164,13 @@ class InferConfig:
 
     # what predicts
     runs: Several = ()  # run folder, or a folder of folds and seeds; default: the newest finished run
-    base: str = ""  # instead of a run: a base, hub name or folder; default with adapter: the one that the adapter names
+    base: str = ""  # instead of a run: hub name or folder; with runs: where its base is now; default: the adapter's
     adapter: str = ""  # a PEFT LoRA adapter for that base, folder or hub name
     text: str = "{Question}"  # for base and adapter: format template over the columns of a row
     prompt: str = ""  # for base and adapter, instead of text: a named prompt, as in train.py
     label_column: str = "label"  # for base and adapter: column of the label, if there is one
     label_names: Several = ()  # for base and adapter: class names in the order of the head's outputs
     label_words: Several = ()  # for base and adapter: as in train.py
-    id_column: str = "id"  # for base and adapter: id column; default: the row index
     head: str = "linear"  # for base and adapter: linear, or label_words to score verbalizers without training
     quant: str = "none"  # for base and adapter: none or nf4
     max_length: int = 512  # for base and adapter: maximum tokens per row
@@ -180,6 +179,7 @@ class InferConfig:
     input: str = ""  # rows to predict; default: the run's own test_data
     output: str = "submission.csv"  # file of the predictions, .csv or .jsonl
     submission: str = "id,label"  # names of the two columns id and label; empty: id, prediction and all probabilities
+    id_column: str = ""  # id column; default: the first of submission, or the run's, where input has it; else row index
     answer: str = "auto"  # in a submission: label, probability (of the second of two classes), auto: by the metric
     overwrite: bool = False  # replace an existing output; otherwise it is kept beside it as NAME.previous
     by_column: str = ""  # also report metrics for each value of this column

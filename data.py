@@ -57,6 +57,10 @@ class Tokens:
     def row(self, i: int) -> np.ndarray:
         return self.ids[self.starts[i] : self.stops[i]]
 
+    def keys(self) -> np.ndarray:
+        """(N,) numbers, equal for rows of equal tokens; they hold within this process only."""
+        return np.array([hash(self.row(i).tobytes()) for i in range(len(self.starts))])
+
     def take(self, rows: np.ndarray) -> "Tokens":
         """Some rows, in the given order."""
         return Tokens(self.ids, self.starts[rows], self.stops[rows], self.learned)
@@ -90,6 +94,7 @@ class TokenReport:
     partly: int = 0  # rows so long that the middle of their fields was not encoded: their lengths are at least these
     unsure: int = 0  # those of them without white space where it would prove that the tokens are the same
     lengths: list[int] = field(default_factory=list)  # tokens of each row before it was cut
+    keys: np.ndarray | None = None  # where scores are compared: `Tokens.keys`
 
     def __str__(self):
         text = f"{len(self.lengths):,} rows, {self.tokens:,} tokens, longest {self.longest}"

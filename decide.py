@@ -18,6 +18,7 @@ import calibrate
 import metrics
 from metrics import Array, Scores
 
+LEAST_ROWS = 10  # to fit anything to
 FOLDS = 5  # of the rows, for scores that no row's own label had a part in
 
 
@@ -138,6 +139,13 @@ def fit_decision(
     decision = _fitted(task, z, y, kind)
     scores = _before_and_after(task, z, y, *_decide(decision, z))
     return replace(decision, fitted_on=fitted_on, rows=len(z), scores=scores)
+
+
+def unfit(labels: Array) -> str:
+    """Why nothing can be fitted to these labels, or an empty string."""
+    if len(labels) < LEAST_ROWS:
+        return f"{len(labels)} validation rows are too few (expected {LEAST_ROWS})"
+    return "" if np.ptp(labels) else "the validation rows are all of one class"
 
 
 def cross_fitted(

@@ -24,12 +24,14 @@ class EnsembleConfig:
 
     # members
     runs: tuple[str, ...] = ()  # the members: run folders, families of runs, and CSV or JSONL files of other systems
+    base: tuple[str, ...] = ()  # where the runs' bases are now, if they moved: one for all, or one for each run
     ensemble: str = "mean_logit"  # mean_logit, mean_prob, rank, or weighted (fitted on shared validation rows)
 
     # input and output
     input: str = ""  # rows to predict; default: the first run's test_data, or without a run the rows of the first file
     output: str = "submission.csv"  # where predictions go; CSV, or JSONL by its extension
     submission: str = "id,label"  # names of the two columns id and label; empty: id, prediction and all probabilities
+    id_column: str = ""  # id column; default: the first of submission, or the run's, where input has it; else row index
     answer: str = "auto"  # in a submission: label, probability (of the last of two), auto: by the first run's metric
     overwrite: bool = False  # replace an existing output; otherwise it is kept beside it as NAME.previous
     by_column: str = ""  # metrics are also given for each value of this column
@@ -47,7 +49,6 @@ class EnsembleConfig:
     label_names: tuple[str, ...] = ()  # the labels in order; default: those of the first columns
     label_column: str = "label"  # column of the label in input, where there is one
     label_delimiter: str = "|"  # multi_label: separates the labels of label_column
-    id_column: str = "id"  # id column of the files
 
 
 if __name__ == "__main__":  # help and typos are answered before torch is loaded, which takes seconds
@@ -84,8 +85,8 @@ CLASHES = (
     ("--output {output}: expected a name that ends in .csv or .jsonl", lambda c: not is_file(c.output)),
     ("--task regression: it is known by its one column, prediction; leave it out", lambda c: c.task == "regression"),
 )
-FOR_FILES = ("task", "label_names", "label_column", "label_delimiter", "id_column")  # a run has its own
-FOR_RUNS = ("time_limit", "max_tokens", "precision")  # a file is not scored
+FOR_FILES = ("task", "label_names", "label_column", "label_delimiter")  # a run has its own
+FOR_RUNS = ("base", "time_limit", "max_tokens", "precision")  # a file is not scored
 
 
 def main(argv: list[str]) -> dict:
@@ -99,6 +100,8 @@ def main(argv: list[str]) -> dict:
     folders = {member: Path(member) for member in cfg.runs if not is_file(member)}
     runs = list(folders.values())
     refuse_idle(given, runs)
+    if len(cfg.base) > 1 and len(cfg.base) != len(runs):
+        raise UserError(f"--base {','.join(cfg.base)}: expected one for all {len(runs)} runs, or one for each")
     train_cfg, labels = trained.run_facts(runs[0]) if runs else described(cfg)
     predictions.as_probability(cfg, train_cfg, labels)
 
@@ -121,11 +124,12 @@ def main(argv: list[str]) -> dict:
     shares = predictions.class_shares(runs[0] if runs else Path(), labels)
     members |= score_runs(cfg, folders, rows, known, world)
     logits = blended([members[name] for name in cfg.runs], cfg, blend, train_cfg.task, shares)
+    inputs = inputs_of(rows, runs)
     seconds = time.perf_counter() - started
     say(blend.report)
 
     # Decide, measure where labels are known, and write.
-    result = predictions.finish(cfg, train_cfg, labels, blend.decision, rows, ids, known, logits, shares, world)
+    result = predictions.finish(cfg, train_cfg, labels, blend.decision, rows, ids, known, logits, inputs, shares, world)
     rate = round(len(rows) / seconds, 2)
     return {"runs": list(cfg.runs), **result, "examples_per_second": rate, "seconds": round(seconds, 2)}
 
@@ -155,11 +159,17 @@ def columns_of(runs: list[Path]) -> list[str]:
     return list(columns)
 
 
+def inputs_of(rows: files.Rows, runs: list[Path]) -> np.ndarray:
+    """(N,) numbers, equal for rows of equal texts; without a run the texts are not known, and all are equal."""
+    columns = columns_of(runs)
+    return np.array([hash(tuple(row[name] for name in columns)) for row in rows])
+
+
 def described(cfg: EnsembleConfig) -> tuple[TrainConfig, labelling.Labels]:
     """What a run's config and labels say, for files alone: from the flags and the columns of the first file."""
     first = cfg.runs[0]
     header = list(files.read_rows(first, "runs")[0])
-    same = {"id_column": cfg.id_column, "label_column": cfg.label_column, "label_delimiter": cfg.label_delimiter}
+    same = {"label_column": cfg.label_column, "label_delimiter": cfg.label_delimiter}
     for prefix in PREFIXES:
         names = tuple(column.removeprefix(prefix) for column in header if column.startswith(prefix))
         if names:
@@ -174,8 +184,9 @@ def described(cfg: EnsembleConfig) -> tuple[TrainConfig, labelling.Labels]:
 PREFIXES = ("logit_", "probability_")
 
 
-def csv_member(path: str, cfg: TrainConfig, labels: labelling.Labels, ids: list[str]) -> np.ndarray:
-    """fp32 logits (N, C) of another system, by the ids of its file: log-odds or log of its probabilities.
+def csv_member(path: str, cfg: TrainConfig, labels: labelling.Labels, ids: predictions.Ids) -> np.ndarray:
+    """fp32 logits (N, C) of another system, by the ids of its file: log-odds or log of its probabilities. Its id column
+    has the name of the input's, or of the first run's.
 
     Raises UserError for ids or columns that the file lacks.
     """
@@ -185,14 +196,15 @@ def csv_member(path: str, cfg: TrainConfig, labels: labelling.Labels, ids: list[
     if labels.values:
         prefix = next((prefix for prefix in PREFIXES if prefix + names[0] in rows[0]), PREFIXES[-1])
     columns = [prefix + name for name in names]
-    files.need_columns(rows, [cfg.id_column, *columns], path, "runs")
-    by_id = {row[cfg.id_column]: row for row in rows}
-    missing = [id_ for id_ in ids if id_ not in by_id]
+    id_column = ids.column if ids.column in rows[0] else cfg.id_column
+    files.need_columns(rows, [id_column, *columns], path, "runs")
+    by_id = {row[id_column]: row for row in rows}
+    missing = [id_ for id_ in ids.values if id_ not in by_id]
     if missing:
-        raise UserError(f"--runs {path}: {len(missing)} of {len(ids)} ids are not in it ({few(missing)})")
+        raise UserError(f"--runs {path}: {len(missing)} of {len(ids.values)} ids are not in it ({few(missing)})")
     if len(by_id) < len(rows):
         raise UserError(f"--runs {path}: {len(rows) - len(by_id)} of its ids are duplicates")
-    values = [labelling.encode_numbers([by_id[id_][column] for id_ in ids], path) for column in columns]
+    values = [labelling.encode_numbers([by_id[id_][column] for id_ in ids.values], path) for column in columns]
     values = np.stack(values, axis=1)
     if prefix != "probability_":
         return values
@@ -209,12 +221,13 @@ def score_runs(cfg: EnsembleConfig, runs: dict[str, Path], rows: list, known, wo
     Raises Degenerate for scores that are not finite, or that a few rows first show to be wrong.
     """
     limit, scores = checks.seconds(cfg.time_limit), {}
+    moved = cfg.base if len(cfg.base) > 1 else (cfg.base or ("",)) * len(runs)
     for done, (name, path) in enumerate(runs.items()):
-        run = trained.load_run(path, world, cfg.precision)
+        run = trained.load_run(path, world, cfg.precision, base=moved[done])
         if not cfg.force:
             ddp.say(world, f"run {path}: {evaluate.preflight(run, rows, known, cfg.max_tokens)}")
         seconds = predictions.time_left(limit, len(runs) - done)
-        logits, report = run.logits(rows, cfg.max_tokens, seconds)
+        logits, report = run.logits(rows, cfg.max_tokens, seconds, cfg.output)
         ddp.say(world, f"run {path}: tokens: {report}")
         if not limit and not np.isfinite(logits).all():
             raise Degenerate(f"run {path}: {evaluate.degenerate(logits)}; nothing was written")
@@ -262,7 +275,7 @@ def blending(cfg: EnsembleConfig, runs: list[Path], train_cfg: TrainConfig, labe
             )
         weights = fit_weights(logits, truth, task)
         report += f", weights {np.round(weights, 3)}"
-    if len(truth) < 10 or cfg.ensemble == "rank":  # ranks depend on the rows that they are among
+    if not logits or decide.unfit(truth) or cfg.ensemble == "rank":  # ranks depend on the rows that they are among
         return Blend(task, weights, None, f"{report}; argmax or probability 0.5 decides")
     both = combine(logits, cfg.ensemble, weights, task)
     decision = decide.fit_decision(task, both, truth, trained.threshold_kind(train_cfg))

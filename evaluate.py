@@ -16,50 +16,97 @@ from configs import TrainConfig
 from errors import Degenerate, UserError
 from metrics import Array
 from packed import pack
+from parts import Parts
 
 # ---- scoring --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def score(model, tokens: data.Tokens, world: ddp.World, precision: str, max_tokens: int, seconds: float = 0.0) -> Array:
+def score(
+    model,
+    tokens: data.Tokens,
+    world: ddp.World,
+    precision: str,
+    max_tokens: int,
+    seconds: float = 0.0,
+    progress: Parts | None = None,
+) -> Array:
     """fp32 logits (N, C) of all rows in their order, on every rank, each row scored once.
 
     Micro-batches are cut by length, the same for any number of ranks, and dealt to the ranks in turn. seconds: a limit,
-    0 for none; short rows then come first, and those that were not reached in time are NaN.
+    0 for none; short rows then come first, and those that were not reached in time are NaN. progress: where the scores
+    of each micro-batch are kept, and those of an earlier process that was killed are taken from.
     """
     was_training, started = model.training, time.perf_counter()
     model.eval()
-    batches, device = data.pack_by_length(tokens.lengths, max_tokens), world.device
+    batches = list(enumerate(data.pack_by_length(tokens.lengths, max_tokens)))
     if seconds:
-        batches, device = batches[::-1], "cpu"  # scores are fetched at once: the clock must wait for the GPU
-    scored = [np.zeros(0, np.int64)]
-    logits = [torch.zeros(0, model.outputs, device=device)]
-    for rows in batches[world.rank :: world.size]:
-        if seconds and time.perf_counter() - started > seconds:
-            break
-        with numerics.autocast(world.device, precision):
-            logits.append(model(pack(tokens, rows, world.device)).to(device))
+        batches.reverse()
+    done = progress.read() if progress else {}
+    if done:
+        ddp.say(world, f"{len(done):,} of {len(batches):,} micro-batches were scored before: {progress.folder}")
+
+    # Scores stay on the GPU, unless the clock must wait for them, or each is kept before the next one begins.
+    device = "cpu" if seconds or progress else world.device
+    scored, logits = [np.zeros(0, np.int64)], [torch.zeros(0, model.outputs, device=device)]
+    running = None
+
+    def fetch():
+        if running is None:
+            return
+        number, rows, values = running
+        values = values.float().to(device)
+        if seconds:
+            values.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # NaN: a row that was not reached
         scored.append(rows)
+        logits.append(values)
+        if progress:
+            progress.append(number, values.numpy().tobytes())
+
+    for number, rows in batches[world.rank :: world.size]:
+        if len(done.get(number, b"")) == 4 * len(rows) * model.outputs:
+            scored.append(rows)
+            logits.append(torch.frombuffer(bytearray(done[number]), dtype=torch.float32).view(len(rows), -1))
+            continue
+        batch = pack(tokens, rows, world.device)  # while the GPU still scores the one before
+        fetch()
+        running = None
+        if seconds and time.perf_counter() - started > seconds:
+            continue
+        with numerics.autocast(world.device, precision):
+            running = number, rows, model(batch)
+    fetch()
     model.train(was_training)
     values = torch.cat(logits).cpu().numpy()
     return ddp.gather_rows(world, np.concatenate(scored), values, len(tokens.lengths), partial=seconds > 0)
 
 
-def degenerate(logits: Array) -> str:
-    """Why these scores (N, C) cannot be trusted, or an empty string: not finite, or the same for every row."""
-    rows, columns = logits.shape
+def degenerate(logits: Array, inputs: Array | None = None, task: str = "single_label") -> str:
+    """Why these scores (N, C) cannot be trusted, or an empty string: not finite, or the same for different inputs.
+
+    inputs (N,): equal where the rows' inputs are equal, so that a repeated text counts once; None: all differ.
+    """
     bad = ~np.isfinite(logits).all(axis=1)
     if bad.any():
-        return f"{bad.sum()} of {rows} rows have scores that are not finite (first: row {bad.argmax() + 1})"
-    if rows < 8:
+        return f"{bad.sum()} of {len(bad)} rows have scores that are not finite (first: row {bad.argmax() + 1})"
+
+    # Only different inputs should have different scores: with a single one there is nothing to compare.
+    if inputs is not None:
+        _, first = np.unique(inputs, return_index=True)
+        logits = logits[first]
+    rows = len(logits)
+    if rows < 2:
         return ""
     distinct = len(np.unique(logits, axis=0))
-    if columns > 1:
+    if task != "multi_label" and logits.shape[1] > 1:
         logits = logits - logits.mean(axis=1, keepdims=True)  # softmax is blind to a shift of the whole row
     spread = logits.std(axis=0).max()
-    if spread < 1e-4 or distinct <= max(2, rows // 100):
-        return f"{rows} rows have {distinct} distinct scores, spread {spread:.1e}: the model ignores its input"
-    return ""
+    if rows < 8:  # so few may resemble each other, but are never the same
+        wrong = spread < 1e-6
+    else:
+        wrong = spread < 1e-4 or distinct <= max(2, rows // 100)
+    found = f"{rows} different inputs have {distinct} distinct scores, spread {spread:.1e}"
+    return f"{found}: the model ignores its input" if wrong else ""
 
 
 def by_value(cfg: TrainConfig, column: str, rows: list, logits: Array, targets: Array, say) -> dict:
@@ -85,22 +132,23 @@ def by_value(cfg: TrainConfig, column: str, rows: list, logits: Array, targets: 
 # ---- before hours are spent -----------------------------------------------------------------------------------------
 
 
-def preflight(run, rows: files.Rows, known: Array | None, max_tokens: int) -> str:
+def preflight(run, rows: files.Rows, known, max_tokens: int) -> str:
     """Score a few rows before all of them; returns how far the adapter moves them, and how long all rows will take.
 
-    Raises Degenerate where scores are not finite, do not depend on the row, or the adapter does not move them.
+    known: the rows with labels (predictions.Known), or None. Raises Degenerate where scores are not finite, do not
+    depend on the row, or the adapter does not move them.
     """
     # A few rows: spread over the input, and the first of every class where labels are known.
     chosen = np.linspace(0, len(rows) - 1, min(16, len(rows))).astype(int)
-    if known is not None and known.ndim == 1:
-        _, first = np.unique(known, return_index=True)
-        chosen = np.union1d(chosen, first[:8])
+    if known is not None and known.targets.ndim == 1:
+        _, first = np.unique(known.targets, return_index=True)
+        chosen = np.union1d(chosen, known.rows[first[:8]])
     few = [rows[i] for i in chosen]
     run.logits(few[:1], max_tokens)  # warms up
     started = time.perf_counter()
-    logits, _ = run.logits(few, max_tokens)
+    logits, report = run.logits(few, max_tokens)
     seconds = time.perf_counter() - started
-    reason, moves = degenerate(logits), ""
+    reason, moves = degenerate(logits, report.keys, run.config.task), ""
     if lora.adapters(run.model) and not reason:
         moved = _probe(run, few, logits)
         moves = f"the adapter moves the logits by up to {moved:.3g}; "

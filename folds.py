@@ -345,7 +345,7 @@ def pool(cfg: FoldsConfig, run: Path, labels: labelling.Labels, judged: Split, m
         "std": rounded(deviations),
         "intervals": {name: [round(end, 6) for end in ends] for name, ends in intervals.items()},
         "runs": {name: result["metrics"] for name, result in results.items()},
-        "majority": round(metrics.majority(cfg.task, judged.labels), 6),
+        "majority": metrics.majority(cfg.task, judged.labels, cfg.metric, len(labels.names)),
         **evaluate.by_value(cfg, cfg.by_column, judged.rows, logits, judged.labels, print),
         **trained.fit_decision(plain(cfg), run, logits, judged.labels, WORLD),
         "ended_by": "time_limit" if cut else "",

@@ -29,7 +29,7 @@ class Given:
     folder: Path | None  # of the adapter
 
 
-SAME = "prompt text label_column id_column head label_words quant max_length".split()
+SAME = "prompt text label_column head label_words quant max_length".split()
 
 
 def given_model(cfg) -> Given:
@@ -171,9 +171,9 @@ def load_writer(given: Given, world: ddp.World, precision: str):
     lm = language.load_language_model(config.base, world.device, dtype, None, config.quant, compute)
     report = f"{config.base}, no adapter"
     if given.adapter:
-        if config.rank:  # of a run, whose save was verified
-            manifest = checkpoint.load_json(given.folder / checkpoint.MANIFEST)
-            trained.check_base(lm, manifest["base"], config.base)
+        manifest = given.folder / checkpoint.MANIFEST
+        if manifest.is_file():  # of a run: its base is known
+            trained.check_base(lm, checkpoint.load_json(manifest)["base"], config.base)
         lora.inject(lm, given.adapter)
         lora.train_only(lm)
         report = load_adapter(given.folder, given.adapter, lm, config.base)

@@ -24,7 +24,7 @@ class GenerateConfig:
 
     # what writes
     runs: str = ""  # run folder; default: the newest finished run, of cpt.py, or with score of train.py
-    base: str = ""  # instead of a run: a base, hub name or folder; empty with adapter: the one that the adapter names
+    base: str = ""  # instead of a run: hub name or folder; with runs: where its base is now; default: the adapter's
     adapter: str = ""  # a PEFT LoRA adapter for that base, folder or hub name
     quant: str = "none"  # of base and adapter: none or nf4
     precision: str = "auto"  # auto: bf16 from capability 8.0, fp16 on older GPUs, fp32 on a CPU; or fp32, fp16, bf16
@@ -33,7 +33,7 @@ class GenerateConfig:
     # prompts
     input: str = ""  # rows (CSV, TSV, JSONL, Parquet); default: the terminal or a pipe, with score the run's test_data
     text: str = "{prompt}"  # format template over a row's columns; a column messages holds whole chats
-    id_column: str = "id"  # id column; default: the row index
+    id_column: str = ""  # id column; default: the first of submission, or the run's, where input has it; else row index
     limit: int = 0  # only the first rows, 0 for all
     max_length: int = 512  # most tokens of a prompt: longer ones are cut, and counted
     chat: str = "auto"  # prompts as chats: yes, no, or auto: where the tokenizer has a chat template
@@ -65,6 +65,7 @@ class GenerateConfig:
 if __name__ == "__main__":  # help and typos are answered before torch is loaded, which takes seconds
     cli.early(GenerateConfig, {}, __doc__)
 
+import functools
 import hashlib
 import itertools
 import json
@@ -85,6 +86,7 @@ import ddp
 import files
 import foreign
 import numerics
+import parts
 import predictions
 import prompts
 import trained
@@ -101,12 +103,12 @@ NEEDS = {  # a field given by hand that has no effect without another ("!": with
     "seed": "temperature",
 }
 OF_BASE = ("quant",)
-SCORED_OF_BASE = tuple("text prompt label_names label_words label_column id_column quant max_length".split())
+SCORED_OF_BASE = tuple("text prompt label_names label_words label_column quant max_length".split())
 
 
 def idle_fields(cfg: GenerateConfig) -> list[str]:
     """Fields of a base that are set although a run, which has its own, is to write."""
-    if cfg.base or cfg.adapter:
+    if (cfg.base or cfg.adapter) and not cfg.runs:
         return []
     names = SCORED_OF_BASE if cfg.score else OF_BASE
     return [f"--{name}" for name in names if getattr(cfg, name) != getattr(GenerateConfig, name)]
@@ -114,8 +116,8 @@ def idle_fields(cfg: GenerateConfig) -> list[str]:
 
 CLASHES = [  # (message, test)
     (
-        lambda cfg: f"--runs {cfg.runs} with --base or --adapter: a run has its own base; give one or the other",
-        lambda cfg: cfg.runs and (cfg.base or cfg.adapter),
+        lambda cfg: f"--runs {cfg.runs} with --adapter: a run has its own; give one or the other",
+        lambda cfg: cfg.runs and cfg.adapter,
     ),
     (
         lambda cfg: f"{', '.join(idle_fields(cfg))}: no effect without --base or --adapter, as a run has its own",
@@ -123,7 +125,7 @@ CLASHES = [  # (message, test)
     ),
     (
         lambda cfg: f"--label_names {','.join(cfg.label_names)}: --score expects the names of two classes",
-        lambda cfg: cfg.score and (cfg.base or cfg.adapter) and len(cfg.label_names) != 2,
+        lambda cfg: cfg.score and (cfg.base or cfg.adapter) and not cfg.runs and len(cfg.label_names) != 2,
     ),
     (
         lambda cfg: f"--output {cfg.output}: expected a name that ends in .jsonl",
@@ -152,16 +154,16 @@ def main(argv: list[str]) -> dict:
 
 
 def complete(cfg: GenerateConfig, given: set[str]) -> dict:
-    """Prompts of a file, a pipe or a terminal, completed in batches, written as they come."""
+    """Prompts of a file, a pipe or a terminal, completed in batches."""
     world = ddp.setup()
 
     # ---- what writes ------------------------------------------------------------------------------------------------
-    if cfg.base or cfg.adapter:
+    if (cfg.base or cfg.adapter) and not cfg.runs:
         name = cfg.adapter or cfg.base
         source = writer.of_base(cfg.base, cfg.adapter, cfg.quant)
     else:
         name = trained.find_run(cfg.runs, cfg.outputs, "cpt.py")
-        source = writer.of_run(name)
+        source = writer.of_run(name, cfg.base)
         cfg = as_trained(cfg, given, source.config, name)
     precision, _ = numerics.choose_precision(cfg.precision, world.device)
 
@@ -270,31 +272,38 @@ def typed(cfg: GenerateConfig, source: foreign.Given, maker: chats.Prompter, mod
 
 
 def to_file(cfg: GenerateConfig, world: ddp.World, rows, pieces, prompts_ids, report: data.TokenReport, model):
-    """Write the completions of each round of batches before the next one begins, and yield them."""
+    """Yield the completions of each round of batches, kept before the next one begins; then write all of them."""
 
     def complete_batch(batch: list[list[int]], number: int) -> list[list[int]]:
         return model.complete(batch, ddp.micro_seed(cfg.seed, number, 0))
 
-    out = Path(cfg.output)
+    ids = ids_of_prompts(cfg, rows, world)
+    progress = model.progress(cfg.output, prompts_ids, cfg.batch_size, cfg.seed)
+    complete_batch = progress.once(complete_batch)
+    lines = []
     bar = tqdm(total=len(rows), unit="row", disable=world.rank != 0, file=sys.stderr)
     for first, completions in writer.in_batches(world, prompts_ids, cfg.batch_size, complete_batch):
         bar.update(len(completions))
-        if world.rank == 0:
-            lines = []
-            for i, completion in enumerate(completions, first):
-                prompt = prompts.plain(pieces[i])
-                if report.cut_rows:  # what was read may be less than the row's prompt
-                    prompt = model.tokenizer.decode(prompts_ids[i])
-                record = {"id": rows[i].get(cfg.id_column, str(i)), "prompt": prompt}
-                record["completion"] = model.text(prompts_ids[i], completion)
-                lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-            if first == 0:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                predictions.keep_previous(out, cfg.overwrite)
-                checkpoint.write_atomic(out, "")
-            checkpoint.append_whole(out, "".join(lines))
+        for i, completion in enumerate(completions, first):
+            prompt = prompts.plain(pieces[i])
+            if report.cut_rows:  # what was read may be less than the row's prompt
+                prompt = model.tokenizer.decode(prompts_ids[i])
+            record = {"id": ids[i], "prompt": prompt, "completion": model.text(prompts_ids[i], completion)}
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         yield completions
     bar.close()
+    if world.rank == 0:
+        predictions.keep_previous(Path(cfg.output), cfg.overwrite)
+        checkpoint.write_atomic(cfg.output, "".join(lines))
+        parts.remove(cfg.output)
+
+
+def ids_of_prompts(cfg: GenerateConfig, rows, world: ddp.World) -> list[str]:
+    """The ids of a file's rows; of lines of a pipe their index."""
+    if not cfg.input:
+        return [str(i) for i in range(len(rows))]
+    say = functools.partial(ddp.say, world)
+    return predictions.ids_of(cfg, "id", rows, cfg.input, files.template_columns(cfg.text), say).values
 
 
 if __name__ == "__main__":

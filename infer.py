@@ -44,7 +44,7 @@ def main(argv: list[str]) -> dict:
         return foreign.export_writer(cfg, world)
 
     # What predicts, from its config and headers alone: a mistake is found before any weight is loaded.
-    if cfg.base or cfg.adapter:
+    if (cfg.base or cfg.adapter) and not cfg.runs:
         given = foreign.given_model(cfg)
         if not (cfg.force or cfg.export):
             foreign.refuse_other_base(given)
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> dict:
             raise UserError(f"--export and --merge take a single run: {count}; name one of them, such as {members[0]}")
         if cfg.merge and train_cfg.quant != "none":
             raise UserError(f"--merge: {path} is quantized, which takes no update; --export DIR merges its 16-bit base")
-        load = partial(trained.load_run, path, world, cfg.precision)
+        load = partial(trained.load_run, path, world, cfg.precision, base=cfg.base)
     predictions.as_probability(cfg, train_cfg, labels)
     say(f"run {path}")
 
@@ -85,13 +85,14 @@ def main(argv: list[str]) -> dict:
 
     # Every row is scored once, over all ranks; of a family by each run in turn, and their logits are averaged.
     started = time.perf_counter()
-    logits, report = run.logits(rows, cfg.max_tokens, predictions.time_left(checks.seconds(cfg.time_limit)))
+    seconds_left = predictions.time_left(checks.seconds(cfg.time_limit))
+    logits, report = run.logits(rows, cfg.max_tokens, seconds_left, cfg.output)
     seconds = time.perf_counter() - started
     say(f"tokens: {report}")
 
     # Decide, measure where labels are known, and write: nothing is written where the scores cannot be right.
     shares = predictions.class_shares(path, labels)
-    result = predictions.finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, world)
+    result = predictions.finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, report.keys, shares, world)
     rate = round(len(rows) / seconds, 2)
     return {"run": str(path), **result, "examples_per_second": rate, "seconds": round(seconds, 2)}
 

@@ -287,15 +287,23 @@ def _mean(values, weights):
     return (cells * weights[:, None]).sum() / (weights.sum() * cells.shape[1])
 
 
-def majority(task: str, labels: Array) -> float:
-    """The majority-class baseline: the share of the largest class, the micro-F1 of the commonest label on every row,
-    or the mse of the mean.
+def majority(task: str, labels: Array, metric: str = "", classes: int = 0) -> float | None:
+    """What a metric (default: micro_f1, or mse) gives for the same answer to every row: the largest class or commonest
+    label, with the classes' frequencies as probabilities, or the mean. None where the metric is not defined for it.
+
+    classes: of single-label ids (N,); default: those up to the largest one.
     """
     if task == "regression":
-        return float(np.var(labels))
+        constant = np.full((len(labels), 1), np.mean(labels))
+        return of_task(task, constant, labels).get(metric or "mse")
+    true = labels if labels.ndim == 2 else one_hot(labels, classes or labels.max() + 1)
+    shares = np.clip(true.mean(axis=0), 1e-12, 1 - 1e-12)
+    log_odds = np.log(shares) - (np.log1p(-shares) if task == "multi_label" else 0)
+    constant = np.tile(log_odds, (len(labels), 1))
+    predicted = np.full(len(labels), shares.argmax())
     if task == "multi_label":
-        return float(2 * labels.sum(axis=0).max() / (len(labels) + labels.sum()))
-    return float(np.bincount(labels).max() / len(labels))
+        predicted = one_hot(predicted, len(shares))
+    return of_task(task, constant, labels, predicted=predicted).get(metric or "micro_f1")
 
 
 def better(now: float | None, best: float | None, metric: str) -> bool:

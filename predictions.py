@@ -1,12 +1,17 @@
 """Rows to predict, and predictions as files: what infer.py, ensemble.py, generate.py and train.py share."""
 
 import csv
-import io
 import itertools
 import json
+import math
 import shutil
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +23,7 @@ import files
 import labelling
 import loop
 import metrics
+import parts
 import tables
 import trained
 from errors import Degenerate, UserError, few
@@ -28,41 +34,111 @@ from splits import Split
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def read_input(cfg, train_cfg, source: str, columns: list[str], say) -> tuple[files.Rows, list[str]]:
+class Ids(NamedTuple):
+    """What identifies the rows in the output."""
+
+    column: str
+    values: list[str]  # as they are in the file, or the row index
+
+
+def read_input(cfg, train_cfg, source: str, columns: list[str], say) -> tuple[files.Rows, Ids]:
     """(rows, ids) of the file to predict, up to --limit. Raises UserError unless every row has all columns."""
     rows = files.read_rows(source, "input")[: cfg.limit or None]
     files.need_columns(rows, [name for name in (*columns, cfg.by_column) if name], source, "input")
     say(f"{len(rows):,} rows of {source}")
+    labelled = train_cfg.label_columns or (train_cfg.label_column,)
+    ids = ids_of(cfg, train_cfg.id_column, rows, source, (*columns, *labelled), say)
+    if _header(cfg)[:1] and _header(cfg)[0] in labelled:
+        raise UserError(f"--submission {cfg.submission}: expected the id column first, then the label column")
     decoded = files.decode_bytes_literals(rows, columns)
     if decoded:
         say(f"{decoded} rows were Python bytes literals (b'...') and are decoded")
     empty = files.empty_rows(rows, columns)
     if empty and columns:
         say(f"warning: {len(empty)} rows have an empty text (first: row {empty[0] + 1}); they are scored as such")
-    return rows, [row.get(train_cfg.id_column, str(i)) for i, row in enumerate(rows)]
+    return rows, ids
 
 
-def known_labels(rows: files.Rows, train_cfg, labels: Labels, say) -> Array | None:
-    """The targets of the rows where every row has labels of this run, else None.
+def ids_of(cfg, own: str, rows: files.Rows, source: str, others: Collection[str], say) -> Ids:
+    """The ids of rows: of --id_column; else of the first name of --submission, or of the column `own` (a run's), where
+    the rows have it; else the row index, and a line says so.
 
-    multi_label: labels that the run does not know are left out of their rows, and named in a warning.
+    others: columns that are no ids. Raises UserError for a column that some rows lack, or that the output cannot have.
+    """
+    wanted = [cfg.id_column, *_header(cfg)[:1], own]
+    column = next((name for name in wanted if name and (name in rows[0] or name == cfg.id_column)), "")
+    if not column:
+        unused = [name for name in rows[0] if name not in others]
+        unused.sort(key=lambda name: "id" not in name.lower())  # the likeliest first
+        advice = f"; --id_column takes one of {few(unused)}" if unused else ""
+        say(f"warning: {source} has no column {wanted[1]}: rows are numbered from 0{advice}")
+        return Ids(own, [str(i) for i in range(len(rows))])
+    files.need_columns(rows, [column], source, "input")
+    if not cfg.submission and (column == "prediction" or column.startswith(labelling.TEACHER)):
+        raise UserError(f"--id_column {column}: the output has another column of this name; name both by --submission")
+    values = [row[column] for row in rows]
+    blank = sum(not value.strip() for value in values)
+    repeated = files.duplicates(values)
+    if blank or repeated:
+        say(f"warning: column {column}: {blank} ids are empty, {len(repeated)} are duplicated ({few(repeated, 3)})")
+    return Ids(column, values)
+
+
+@dataclass
+class Known:
+    """The rows of a file whose labels are known, and these."""
+
+    rows: Array  # (n,) indices
+    targets: Array  # (n,) classes or numbers, (n, C) of 0 and 1
+
+
+def known_labels(rows: files.Rows, train_cfg, labels: Labels, say) -> Known | None:
+    """The targets of the rows that hold labels of this run, or None. What is left out is named in a line.
+
+    multi_label: a row without a label counts as such if others have one; labels that the run does not know are ignored.
     """
     columns = train_cfg.label_columns or (train_cfg.label_column,)
-    if not rows[0].keys() >= set(columns):
+    if not any(name in row for row in rows for name in columns):
         return None
-    try:
-        if train_cfg.task != "multi_label":
-            return labelling.encode_targets(train_cfg, rows, labels, "input")
-        sets = labelling.label_sets(train_cfg, rows, "input")
-    except (UserError, KeyError):
-        if any(row.get(column, "").strip() for row in rows for column in columns):
-            say(f"column {', '.join(columns)} does not hold this run's labels in every row: no metrics")
+    read = partial(labelling.encode_targets, train_cfg, labels=labels, where="input")
+    if train_cfg.task == "multi_label":
+        read = partial(labelling.label_sets, train_cfg, where="input")
+    good, targets = _readable(read, rows)
+    unknown = []
+    if train_cfg.task == "multi_label":
+        unknown = sorted(set().union(*targets).difference(labels.values))
+        sets = [[label for label in own if label not in unknown] for own in targets]
+        good = good if any(sets) else good[:0]
+        targets = labelling.encode_label_sets(sets, labels, "input") if any(sets) else None
+
+    # Rows that cannot be judged, by what they hold instead.
+    name = f"column {', '.join(columns)}"
+    left_out = sorted(set(range(len(rows))).difference(good))
+    cells = dict.fromkeys("|".join(row.get(name, "") for name in columns) for row in map(rows.__getitem__, left_out))
+    cells = few([f"{cell!r:.60}" for cell in cells], 3)
+    if not len(good):
+        say(f"no metrics: {name} holds no label of this run in any row (but {cells})")
         return None
-    unknown = sorted(set().union(*sets).difference(labels.values))
+    if left_out:
+        rest = f"{name} holds no label of this run in the others ({cells})"
+        say(f"warning: metrics are over {len(good):,} of {len(rows):,} rows: {rest}")
     if unknown:
         say(f"warning: this run does not know the labels {few(unknown, 10)}: metrics are over those it knows")
-    sets = [[label for label in own if label not in unknown] for own in sets]
-    return labelling.encode_label_sets(sets, labels, "input")
+    return Known(good, targets)
+
+
+def _readable(read, rows):
+    """(indices of the rows that `read` takes, what it makes of them)."""
+
+    def takes(row):
+        with suppress(UserError, KeyError):
+            read(rows=[row])
+            return True
+
+    with suppress(UserError, KeyError):
+        return np.arange(len(rows)), read(rows=rows)
+    good = [i for i, row in enumerate(rows) if takes(row)]
+    return np.array(good, int), read(rows=[rows[i] for i in good]) if good else []
 
 
 # ---- rows that a time limit leaves out ------------------------------------------------------------------------------
@@ -104,35 +180,39 @@ def decision_at(probability: float, task: str, classes: int, decision: decide.De
         raise UserError(f"--threshold {probability:g}: {e}; or leave it out") from None
 
 
-def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, world: ddp.World) -> dict:
+def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, inputs, shares, world: ddp.World) -> dict:
     """From logits (N, C), NaN where a time limit left a row out, to the output file; returns what to report of it.
 
-    shares (C,): what rows that were left out get. Raises Degenerate, before anything is written, for scores that cannot
-    be right.
+    inputs (N,): equal where the inputs of rows are equal. shares (C,): what rows that were left out get. Raises
+    Degenerate, before anything is written, for scores that cannot be right.
     """
     task, say = train_cfg.task, partial(ddp.say, world)
     result = {"rows": len(rows), "output": cfg.output}
 
     # Rows that were left out get the class frequencies of the training rows, once the others have been checked.
     late = np.isnan(logits).any(axis=1) & bool(cfg.time_limit)
-    unscored = [[ids[i]] for i in np.flatnonzero(late)]
-    reason = evaluate.degenerate(logits[~late])
+    unscored = [[ids.values[i]] for i in np.flatnonzero(late)]
+    reason = evaluate.degenerate(logits[~late], inputs[~late], task)
     logits[late] = prior_logits(task, shares)
     say(tables.distribution(logits, labels.names, task))
     if reason and not cfg.force:
         raise Degenerate(f"{reason}; nothing was written (--force writes it all the same)")
 
-    # Metrics, where every row has a label: of what is written, and of plain argmax where thresholds decide.
+    # Metrics, of rows that have a label: of what is written, and of plain argmax where thresholds decide.
     predicted, probabilities = trained.decided(task, decision, logits)
     if known is None and cfg.by_column:
         say(f"--by_column {cfg.by_column}: the rows have no labels, so there are no metrics")
     if known is not None and np.isfinite(logits).all():
-        say(tables.summary(task, logits, known, labels.names))
-        ways = {"metrics": predicted, "undecided": None} if decision and decision.thresholds else {"metrics": None}
+        judged = logits[known.rows]
+        say(tables.summary(task, judged, known.targets, labels.names))
+        ways = {"metrics": None}
+        if decision and decision.thresholds:
+            ways = {"metrics": predicted[known.rows], "undecided": None}
         for name, way in ways.items():
-            scores = metrics.of_task(task, logits, known, predicted=way)
+            scores = metrics.of_task(task, judged, known.targets, predicted=way)
             result[name] = {score: round(value, 6) for score, value in scores.items()}
-        result |= evaluate.by_value(train_cfg, cfg.by_column, rows, logits, known, say)
+        labelled = [rows[i] for i in known.rows]
+        result |= evaluate.by_value(train_cfg, cfg.by_column, labelled, judged, known.targets, say)
     if cfg.time_limit:
         result["unscored"] = len(unscored)
         say(f"--time_limit {cfg.time_limit}: {len(unscored):,} of {len(rows):,} rows were not scored in time")
@@ -143,9 +223,11 @@ def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, shares, w
         probabilities[late] = shares  # a regression's have no columns
         answers = labelling.answers(task, predicted, labels)
         if task == "multi_label" and not cfg.output.endswith(".jsonl"):  # there it is a list
-            answers = [train_cfg.label_delimiter.join(own) for own in answers]
+            answers = as_cells(answers, train_cfg, labels)
+        for i in np.flatnonzero(~np.isfinite(logits).all(axis=1)):  # --force writes what there is
+            answers[i] = ""
         ranking = as_probability(cfg, train_cfg, labels)
-        write_records(cfg, train_cfg.id_column, labels, ids, answers, probabilities.tolist(), ranking)
+        write_records(cfg, labels, ids, answers, probabilities.tolist(), ranking)
         write_lines(cfg, "unscored", ["id"], unscored)
     return result
 
@@ -161,21 +243,46 @@ def as_probability(cfg, train_cfg, labels: Labels) -> bool:
     return cfg.answer == "probability" or (cfg.answer == "auto" and two and train_cfg.metric == "roc_auc")
 
 
-def write_records(cfg, id_column: str, labels: Labels, ids, answers, shares, probability: bool) -> None:
+def _header(cfg):
+    """The two names of --submission, if there are any."""
+    return [name.strip() for name in cfg.submission.split(",") if name.strip()]
+
+
+def as_cells(answers: list[list[str]], train_cfg, labels: Labels) -> list[str]:
+    """Lists of labels as cells that read back as these lists: delimited, or as JSON where a label is in the way."""
+    join = train_cfg.label_delimiter.join
+    sets = [[value] for value in labels.values] + [list(labels.values)]
+    rows = [{train_cfg.label_column: join(own)} for own in sets]
+    with suppress(UserError):
+        if labelling.label_sets(replace(train_cfg, label_columns=()), rows, "labels") == sets:
+            return list(map(join, answers))
+    return [json.dumps(own, ensure_ascii=False) for own in answers]
+
+
+def write_records(cfg, labels: Labels, ids: Ids, answers, shares, probability: bool) -> None:
     """Write the two columns of a submission, or id, prediction and a probability for each class, in one piece."""
-    if cfg.submission:
-        header = [column.strip() for column in cfg.submission.split(",")]
+    if cfg.submission.strip():
+        header = _header(cfg)
         values = [share[-1] for share in shares] if probability else answers
-        table = list(zip(ids, values, strict=True))
+        table = list(zip(ids.values, values, strict=True))
     else:
-        header = [id_column, "prediction", *(f"probability_{value}" for value in labels.values)]
-        table = [[id_, answer, *share] for id_, answer, share in zip(ids, answers, shares, strict=True)]
+        header = [ids.column, "prediction", *(f"{labelling.TEACHER}{value}" for value in labels.values)]
+        table = [[id_, answer, *share] for id_, answer, share in zip(ids.values, answers, shares, strict=True)]
+    table = [[_cell(value) for value in row] for row in table]
     out = Path(cfg.output)
     lines = (json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) + "\n" for row in table)
     text = "".join(lines) if out.suffix == ".jsonl" else csv_text([header, *table])
     keep_previous(out, cfg.overwrite)
     checkpoint.write_atomic(out, text)
+    parts.remove(out)
     print(f"wrote {len(table):,} predictions to {out}")
+
+
+def _cell(value):
+    """A value as it is written: neither -0.0 nor NaN."""
+    if isinstance(value, float):
+        return value + 0.0 if math.isfinite(value) else ""
+    return value
 
 
 def write_lines(cfg, what: str, header: list[str], lines: list[list]) -> None:
@@ -202,10 +309,11 @@ def write_predictions(path: Path, val: Split, task: str, logits: Array, labels: 
 
 
 def csv_text(lines) -> str:
-    """Lines of cells as CSV."""
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(lines)
-    return out.getvalue()
+    """Lines of cells as CSV. Each ends with a newline; but a writer of such lines would leave a lone \\r unquoted."""
+    texts = []
+    ends = SimpleNamespace(write=lambda text: texts.append(text.removesuffix("\r\n") + "\n"))
+    csv.writer(ends).writerows(lines)
+    return "".join(texts)
 
 
 def keep_previous(out: Path, overwrite: bool) -> None:

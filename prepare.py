@@ -16,6 +16,7 @@ import prompts
 import splits
 import trained
 from configs import TrainConfig
+from errors import UserError
 from labelling import Labels
 from splits import Split
 
@@ -51,7 +52,9 @@ def read(cfg: TrainConfig, say: Callable) -> tuple[TrainConfig, Material]:
 
 
 def check(cfg: TrainConfig, train: Split, judges: Split, classes: int) -> str:
-    """Raise UserError for weights, evaluations or earlier runs that do not fit a run's rows; returns a note."""
+    """Raise UserError for thresholds, weights, evaluations or earlier runs that do not fit its rows; returns a note."""
+    if cfg.task == "single_label" and cfg.thresholds == "global" and classes > 2:
+        raise UserError(f"--thresholds global has no effect on {classes} classes: the largest score decides")
     losses.label_weights(cfg.task, cfg.class_weights, cfg.pos_weight, train.labels, classes)
     splits.periodic_rows(cfg, judges.labels, classes)
     return chains.check_chain(cfg, train, judges)

@@ -50,7 +50,7 @@ def overview(run: Run) -> dict:
         "metric": cfg.metric,
         "metrics": scores,
         "intervals": intervals,
-        "baseline": metrics.majority(cfg.task, run.targets),
+        "baseline": metrics.majority(cfg.task, run.targets, cfg.metric, len(run.labels.names)),
         "fitted_thresholds": run.thresholds,
         "with_thresholds": with_thresholds(run),
         **{name: result.get(name) for name in ("steps", "runs", "mean", "std")},

@@ -12,9 +12,9 @@ INTERVAL = "95% interval"
 ABOUT = ("run", "base", "data", "finished", "task", "labels", "rows", "steps", "seconds")
 MOST_BARS = 40  # of a picture of classes
 BASELINES = {
-    "single_label": "Majority-class baseline: accuracy",
-    "multi_label": "Baseline that predicts the most frequent label for every row: micro_f1",
-    "regression": "Baseline that predicts the mean: mse",
+    "single_label": "Majority-class baseline",
+    "multi_label": "Baseline that predicts the most frequent label for every row",
+    "regression": "Baseline that predicts the mean",
 }
 
 
@@ -35,7 +35,7 @@ def lead(facts: dict) -> str:
         text += f" (95% {span(facts['intervals'][metric])})"
     if metric in facts["with_thresholds"]:
         text += f", with fitted thresholds {shown(facts['with_thresholds'][metric])},"
-    return f"{text} on {facts['rows']:,} rows. {BASELINES[facts['task']]} {facts['baseline']:.4f}."
+    return f"{text} on {facts['rows']:,} rows. {BASELINES[facts['task']]}: {metric} {shown(facts['baseline'])}."
 
 
 def about(facts: dict) -> Html:

@@ -264,7 +264,7 @@ def finish(job: loop.Job, train: Split, judges: Split, labels: Labels) -> dict:
         "text_sha256": prompts.digest(cfg.text),
         "metrics": {name: round(value, 6) for name, value in scores.items()},
         **evaluate.by_value(cfg, cfg.by_column, judges.rows, logits, judges.labels, say),
-        "majority": round(metrics.majority(cfg.task, judges.labels), 6),
+        "majority": metrics.majority(cfg.task, judges.labels, cfg.metric, len(labels.names)),
         **trained.fit_decision(cfg, run, logits, judges.labels, world),
         "best_step": state.best_step,
         "ended_by": state.ended_by,
@@ -282,7 +282,7 @@ def finish(job: loop.Job, train: Split, judges: Split, labels: Labels) -> dict:
     if world.rank == 0:  # result.json last: it marks the run as finished
         predictions.write_predictions(run / "val_predictions.csv", judges, cfg.task, logits, labels)
         checkpoint.write_atomic(run / "result.json", json.dumps(result) + "\n")
-    reason = evaluate.degenerate(logits)
+    reason = evaluate.degenerate(logits, judges.tokens.keys(), cfg.task)
     if reason:
         raise Degenerate(f"{reason}; the run is in {run}")
     return result

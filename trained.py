@@ -26,6 +26,7 @@ import language
 import lora
 import model as models
 import numerics
+import parts
 import peft_format
 import prompts
 from configs import TrainConfig
@@ -228,21 +229,28 @@ class Run:
     def __post_init__(self):
         self.model.eval().requires_grad_(False)
 
-    def logits(self, rows: files.Rows, max_tokens: int = 8192, seconds: float = 0.0):
+    def logits(self, rows: files.Rows, max_tokens: int = 8192, seconds: float = 0.0, output: str = ""):
         """fp32 logits (N, C) of rows that have the template's columns, and a report of their tokenization.
 
-        seconds: a time limit, 0 for none; rows that no save reached in time are NaN.
+        seconds: a time limit, 0 for none; rows that no save reached in time are NaN. output: the file that they are
+        for, beside which progress is kept.
         """
         end = time.perf_counter() + seconds
         cfg = self.config
         tokens, report = data.tokenize(self.tokenizer, cfg.text, rows, cfg.max_length, cfg.kept, cfg.budgets)
+        report.keys = tokens.keys()
         scores = []
         for done, save in enumerate(self.saves):
             if len(self.saves) > 1:  # they take turns in one model; a single save stays loaded, and may be merged
                 read_classifier(save, self.model)
             share = seconds and max(1e-3, (end - time.perf_counter()) / (len(self.saves) - done))
-            scores.append(evaluate.score(self.model, tokens, self.world, self.precision, max_tokens, share))
-        reached = np.isfinite(scores) if seconds else True
+            progress = None
+            if output:
+                settings = repr(cfg), self.precision, max_tokens, tokens.digest()
+                progress = parts.Parts(output, parts.digest_of(self.model, *settings))
+            how = self.world, self.precision, max_tokens, share, progress
+            scores.append(evaluate.score(self.model, tokens, *how))
+        reached = ~np.isnan(scores) if seconds else True
         with warnings.catch_warnings(action="ignore"):  # of rows that no save reached: their mean is NaN
             return np.mean(scores, axis=0, dtype=np.float32, where=reached), report
 
@@ -301,18 +309,21 @@ def best_save(run: Path) -> checkpoint.Save:
     return save
 
 
-def load_run(path: str | Path, world: ddp.World | None = None, precision: str = "auto", quant: str = "") -> Run:
+def load_run(
+    path: str | Path, world: ddp.World | None = None, precision: str = "auto", quant: str = "", base: str = ""
+) -> Run:
     """The best save of a run, on this process's device, verified file by file and against its base; of a family over
     folds or seeds the saves of all its runs, whose mean logits it gives.
 
-    quant: another way to store the base than the run's. Raises UserError when there is no such run, Untrusted when
-    nothing in it can be trusted or its base has changed.
+    quant: another way to store the base than the run's. base: where the base is now. Raises UserError when there is no
+    such run or base, Untrusted when nothing in it can be trusted or its base has changed.
     """
     path, world = Path(path), world or ddp.setup()
     cfg, labels = run_facts(path)
     saves = [best_save(run) for run in members(path).values()]
     first = saves[0].folder
-    cfg = replace(cfg, quant=quant or cfg.quant)
+    cfg = replace(cfg, quant=quant or cfg.quant, base=base or cfg.base)
+    need_base(path, cfg.base)
     tokenizer = bases.load_tokenizer(str(first))
     precision, _ = numerics.choose_precision(precision, world.device)
     adapter = None
@@ -325,6 +336,15 @@ def load_run(path: str | Path, world: ddp.World | None = None, precision: str = 
     read_classifier(first, model)
     folders = tuple(save.folder for save in saves)
     return Run(path, cfg, labels, model, tokenizer, world, precision, folders, decision)
+
+
+def need_base(run: Path, base: str) -> None:
+    """Raise UserError where the base of a run cannot be found or read, before any weight is loaded."""
+    try:
+        bases.need_base(base)
+    except UserError as e:
+        advice = "if this base moved, name its new folder with --base, or load_run(run, base=...)"
+        raise UserError(f"run {run}: {e}; {advice}") from None
 
 
 def check_base(model, saved: dict, base: str) -> None:
@@ -365,9 +385,13 @@ def fit_decision(cfg: TrainConfig, run: Path, logits: Array, labels: Array, worl
     """Fit thresholds and calibration on the validation logits, and keep them in the run.
 
     Returns scores without and with them, cross-fitted over 5 folds: no row is decided by a fit on its own label.
-    Nothing for a regression, or where there are too few rows.
+    Nothing for a regression, or where the rows cannot tell; a line says so.
     """
-    if cfg.task == "regression" or len(labels) < 10:
+    if cfg.task == "regression":
+        return {}
+    problem = decide.unfit(labels)
+    if problem:
+        ddp.say(world, f"no thresholds, no calibration: {problem}")
         return {}
     kind, rows = threshold_kind(cfg), "out-of-fold" if cfg.folds and cfg.fold < 0 else "validation"
     decision = decide.fit_decision(cfg.task, logits, labels, kind, rows)

@@ -10,14 +10,16 @@ import data
 import ddp
 import foreign
 import language
+import parts
+import trained
 from configs import CptConfig
 from errors import UserError
 
 # ---- what is on disk: checked by headers, before any weight is loaded -----------------------------------------------
 
 
-def of_run(run: Path) -> foreign.Given:
-    """A run of cpt.py by its best save, or else its last.
+def of_run(run: Path, base: str = "") -> foreign.Given:
+    """A run of cpt.py by its best save, or else its last. base: where its base is now, if it moved.
 
     Raises UserError for any other folder, Untrusted where no save can be trusted.
     """
@@ -28,7 +30,11 @@ def of_run(run: Path) -> foreign.Given:
     if save is None:
         raise UserError(f"run {run}: it holds no save yet; continue it with python cpt.py --resume {run}")
     if (save.folder / "model.safetensors").exists():  # the whole base was trained: the save is a base itself
+        if base:
+            raise UserError(f"--base {base} has no effect: {run} trained its whole base and holds it")
         return foreign.given_writer(replace(config, base=str(save.folder), quant="none"), None)
+    config = replace(config, base=base or config.base)
+    trained.need_base(run, config.base)
     return foreign.given_writer(config, save.folder)
 
 
@@ -95,6 +101,11 @@ class Writer:
         """The ids of a completion for each prompt of a batch."""
         limits = self.precision, self.max_new_tokens, self.temperature, self.top_p
         return language.complete(self.lm, prompts, self.pad, self.stops, *limits, seed)
+
+    def progress(self, output: str, prompts: list[list[int]], size: int, seed: int) -> parts.Parts:
+        """Where the completions of batches of prompts are kept until the output is written."""
+        limits = self.precision, self.max_new_tokens, self.temperature, self.top_p, sorted(self.stops), self.pad
+        return parts.Parts(output, parts.digest_of(self.lm, prompts, size, seed, limits))
 
     def text(self, prompt: list[int], ids: list[int]) -> str:
         return language.completion_text(self.tokenizer, prompt, ids)

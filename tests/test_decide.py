@@ -127,6 +127,25 @@ def test_few_distinct_scores_are_an_alarm():
     assert "6 distinct" in evaluate.degenerate(z)
 
 
+def test_a_repeated_text_counts_once():
+    """Scores are compared between different inputs: as many scores as inputs is what a sound model gives."""
+    z = logits(2000, 2)
+    inputs = np.arange(2000) % 6
+    assert evaluate.degenerate(z[inputs], inputs) == ""
+    assert "6 different inputs have 1 distinct scores" in evaluate.degenerate(z[inputs * 0], inputs)
+    assert "2000 different inputs have 6 distinct" in evaluate.degenerate(z[inputs], np.arange(2000))
+    assert evaluate.degenerate(np.tile(z[0], (50, 1)), np.zeros(50)) == "", "one input says nothing about a model"
+    assert "2 different inputs" in evaluate.degenerate(np.tile(z[0], (50, 1)), np.arange(50) % 2)
+    assert "not finite" in evaluate.degenerate(np.full((50, 2), np.nan), np.zeros(50))
+
+
+def test_a_shift_of_the_whole_row_matters_to_several_labels_only():
+    """Two labels that always come together have equal columns: softmax would be blind to them, sigmoids are not."""
+    z = np.repeat(logits(50, 1), 2, axis=1)
+    assert evaluate.degenerate(z, task="multi_label") == "" != evaluate.degenerate(z)
+    assert evaluate.degenerate(z[:, :1], task="regression") == ""
+
+
 def test_a_spread_of_rounding_alone_is_an_alarm():
     z = np.tile(logits(1), (50, 1)) + logits(50) * 1e-6
     assert "spread" in evaluate.degenerate(z)
@@ -301,25 +320,87 @@ def test_half_of_the_best_f1_is_the_best_cut_of_calibrated_probabilities():
 # ---- calibration ----------------------------------------------------------------------------------------------------
 
 
-def single_loss(z, y):
-    return float(np.logaddexp.reduce(z, axis=1).mean() - z[np.arange(len(y)), y].mean())
+def smoothed_loss(z, y):
+    """Cross-entropy of a row's class against all others, with the target (N + 1) / (N + 2)."""
+    log_p = z - np.logaddexp.reduce(z, axis=1, keepdims=True)
+    others = np.logaddexp.reduce(np.where(np.arange(z.shape[1]) == y[:, None], -np.inf, log_p), axis=1)
+    target = (len(y) + 1) / (len(y) + 2)
+    return float(-(target * log_p[np.arange(len(y)), y] + (1 - target) * others).mean())
 
 
 @pytest.mark.parametrize("classes", [2, 3, 8])
 @pytest.mark.parametrize("scale", [0.3, 1.0, 6.0])
-def test_temperature_is_scikit_learns(classes, scale):
+@pytest.mark.parametrize("rows", [12, 1000])
+def test_temperature_is_that_of_an_independent_optimizer(classes, scale, rows):
+    """scipy's minimum of the smoothed loss, the best of a grid too; with many rows scikit-learn's temperature."""
     calibration = pytest.importorskip("sklearn.calibration")
-    z, y = rows_of("single_label", classes=classes, scale=scale, seed=classes)
+    optimize = pytest.importorskip("scipy.optimize")
+    z, y = rows_of("single_label", rows=rows, classes=classes, scale=scale, seed=classes)
     t = calibrate.fit_temperature(z, y)
-    assert t == pytest.approx(1 / calibration._TemperatureScaling().fit(z, y).beta_, rel=1e-6)
-    losses = [single_loss(z / other, y) for other in np.geomspace(0.05, 20, 400)]
-    assert single_loss(z / t, y) <= min(losses)
+    best = optimize.minimize_scalar(
+        lambda log_t: smoothed_loss(z / np.exp(log_t), y),
+        bounds=np.log([0.05, 20]),
+        method="bounded",
+        options={"xatol": 1e-10},
+    )
+    assert t == pytest.approx(np.exp(best.x), rel=1e-5)
+    assert smoothed_loss(z / t, y) <= min(smoothed_loss(z / other, y) for other in np.geomspace(0.05, 20, 20)) + 1e-12
+    if rows == 1000:
+        assert t == pytest.approx(1 / calibration._TemperatureScaling().fit(z, y).beta_, rel=0.02)
+
+
+def easy(rows, classes, seed=0):
+    """Logits (N, C) whose argmax is the label, by margins from 2 to 4, and the labels: every class in turn."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(rows) % classes
+    z = rng.normal(size=(rows, classes)) * 0.3
+    z[np.arange(rows), y] = z.max(axis=1) + rng.uniform(2, 4, size=rows)
+    return z, y
+
+
+@pytest.mark.parametrize("classes", [2, 3, 20])
+@pytest.mark.parametrize("rows", [12, 100, 2000])
+def test_rows_that_are_all_right_are_no_proof_of_certainty(rows, classes):
+    """The mean top probability is about (N + 1) / (N + 2), cross-fitted too: twice the rows, half the doubt."""
+    z, y = easy(rows, classes)
+    doubt = 1 / (rows + 2)
+    decision = decide.fit_decision("single_label", z, y)
+    top = decide.apply(decision, z)[1].max(axis=1)
+    # Two classes have a target each, of the rows of that class; and a temperature has its bound.
+    assert 0.3 * doubt < 1 - top.mean() < 3 * doubt
+    scores, _, p = decide.cross_fitted("single_label", z, y)
+    assert scores["after"]["log_loss"] > 0.3 * doubt
+    assert 1 - p.max(axis=1).mean() > 0.3 * doubt
+
+
+def test_one_wrong_row_more_does_not_change_the_temperature_tenfold():
+    z, y = easy(13, 4)
+    all_right = calibrate.fit_temperature(z, y)
+    y[3] = (y[3] + 1) % 4
+    assert 1 < calibrate.fit_temperature(z, y) / all_right < 4
+
+
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        (np.arange(9) % 3, "9 validation rows are too few"),
+        (np.full(30, 2), "all of one class"),
+        (np.zeros((30, 4), int), "all of one class"),
+        (np.ones((30, 4), int), "all of one class"),
+        (np.arange(30) % 2, ""),
+        (np.eye(10, dtype=int), ""),
+    ],
+)
+def test_what_nothing_can_be_fitted_to_is_named(labels, words):
+    assert words in decide.unfit(labels) and bool(words) == bool(decide.unfit(labels))
 
 
 def test_temperature_at_its_bounds():
     z, y = rows_of("single_label")
     right = np.eye(4)[y]
-    assert calibrate.fit_temperature(right, y) == pytest.approx(0.05), "all right: as sure as allowed"
+    top = metrics.softmax(right / calibrate.fit_temperature(right, y)).max(axis=1)
+    assert top == pytest.approx(301 / 302), "all right: as sure as 300 rows can tell"
+    assert calibrate.fit_temperature(right / 1e3, y) == pytest.approx(0.05), "as sure as allowed"
     assert calibrate.fit_temperature(-right, y) == pytest.approx(20), "all wrong: as unsure as allowed"
     assert calibrate.fit_temperature(np.zeros((5, 3)), np.array([0, 1, 2, 0, 0])) == 1, "constant scores say nothing"
     assert calibrate.fit_temperature(np.arange(5.0)[:, None] + np.zeros(3), np.array([0, 1, 2, 0, 0])) == 1, (

@@ -276,7 +276,7 @@ def test_members_must_fit_together(three, small_base, tmp_path):
         (["--runs", runs[0], other], "its task or labels are not those"),
         (["--runs", runs[0], runs[0]], "a member is duplicated"),
         (["--runs", runs[0], "--ensemble", "rank"], "name two or more members"),
-        (["--runs", *runs, "--id_column", "x"], "--id_column has no effect with a run"),
+        (["--runs", *runs, "--id_column", "x"], "no column x"),
         (["--runs", *runs, "--output", "x.parquet"], "expected a name that ends in .csv or .jsonl"),
         (["--runs", *runs, "--ensemble", "median"], "--ensemble median: expected one of mean_logit"),
         (["--runs", *runs, "--threshold", "1.5"], "--threshold 1.5: expected a probability"),

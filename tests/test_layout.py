@@ -27,7 +27,7 @@ FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 HOUSE = """
 errors
 configs presets checks cli formats spelling delimited
-lora peft_format losses metrics tables bootstrap calibrate decide optim ddp checkpoint tracking
+lora peft_format losses metrics tables bootstrap calibrate decide optim ddp checkpoint parts tracking
 prompts answer_numbers answer_parser latex_clean latex audit
 files cutting labelling strata packed bases numerics nf4 model estimates data splits loop
 evaluate language corpus trained chains prepare foreign predictions writer chats answers

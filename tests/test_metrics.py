@@ -262,6 +262,39 @@ def test_the_majority_baseline_is_the_score_of_a_constant(task):
     assert metrics.majority(task, labels) == pytest.approx(scores[name], **TIGHT)
 
 
+def test_the_majority_baseline_is_in_the_metric_that_it_stands_beside():
+    """Of scikit-learn's dummy classifier on the newcomer's 42, 9 and 3 rows, a mean, and undefined ones."""
+    dummy = pytest.importorskip("sklearn.dummy")
+    scores = pytest.importorskip("sklearn.metrics")
+    y = np.repeat([0, 1, 2], [42, 9, 3])
+    x = np.zeros((54, 1))
+    frequent = dummy.DummyClassifier(strategy="most_frequent").fit(x, y).predict(x)
+    prior = dummy.DummyClassifier(strategy="prior").fit(x, y).predict_proba(x)
+    expected = {
+        "accuracy": 42 / 54,
+        "micro_f1": 42 / 54,
+        "macro_f1": scores.f1_score(y, frequent, average="macro", zero_division=0),
+        "weighted_f1": scores.f1_score(y, frequent, average="weighted", zero_division=0),
+        "log_loss": scores.log_loss(y, prior),
+        "roc_auc": 0.5,
+    }
+    assert {name: metrics.majority("single_label", y, name, 3) for name in expected} == pytest.approx(expected)
+    assert metrics.majority("single_label", y, "roc_auc", 4) is None, "no row of the fourth class: not defined"
+    several = (np.random.default_rng(0).random((60, 3)) < [0.6, 0.3, 0.1]).astype(int)
+    commonest = np.tile([1, 0, 0], (60, 1))
+    for name, average in (("micro_f1", "micro"), ("macro_f1", "macro")):
+        value = scores.f1_score(several, commonest, average=average, zero_division=0)
+        assert metrics.majority("multi_label", several, name) == pytest.approx(value)
+    assert metrics.majority("multi_label", several, "roc_auc") == 0.5
+    assert metrics.majority("multi_label", several, "average_precision") == pytest.approx(several.mean())
+    numbers = np.arange(10.0)
+    assert metrics.majority("regression", numbers, "rmse") == pytest.approx(numbers.std())
+    assert (
+        metrics.majority("regression", numbers, "r2") == 0
+        and metrics.majority("regression", numbers, "pearson") is None
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # tables, errors
 
