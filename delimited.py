@@ -69,7 +69,7 @@ def records(lines: Iterable[str], where: str, usual: str) -> tuple[str, Iterator
         first = next(lines, "")
     delimiter = told[1] if told else delimiter_of(first, usual)
     if delimiter != usual:
-        note(f"{where}: read with {delimiter!r} between columns, as its header is written")
+        note(f"note: {where}: read with {delimiter!r} between columns, as its header is written")
     return delimiter, _records(chain([first], lines), len(start), where, delimiter)
 
 
@@ -106,7 +106,7 @@ def _records(lines, number, where, delimiter):
             pending.clear()
     except csv.Error as e:
         problem = f"line {number + len(pending)}: {e}"
-        begins = f", in the row that begins in line {number + 1}" if len(pending) > 1 else ""
+        begins = f" The row begins in line {number + 1}" if len(pending) > 1 else ""
         raise UserError(f"{where}: {problem} (an unclosed or stray quote?{begins})") from None
 
 

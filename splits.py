@@ -24,7 +24,7 @@ import metrics
 import prompts
 import strata
 from configs import TrainConfig
-from errors import UserError, few, refuse
+from errors import UserError, duplicates, few, refuse
 from files import Rows
 from labelling import Labels
 
@@ -130,6 +130,9 @@ def _labelled(cfg, flag, labels, say):
             for line in label_doubts(cfg, rows, where):
                 say(line)
     refuse(problems, f"{where}: ")
+    repeated = duplicates(row[cfg.id_column] for row in rows if cfg.id_column in row)
+    if repeated:
+        say(f"warning: {where}: {len(repeated)} ids stand in several rows ({few(repeated)}): predictions repeat them")
     return Split(rows, _ids(cfg, rows), targets, train_only=train_only), labels
 
 
@@ -158,7 +161,8 @@ def _texts(cfg, flag, *others):
     """
     path, columns = getattr(cfg, flag), files.template_columns(cfg.text)
     rows = files.read_rows(path, flag)
-    files.need_columns(rows, [*columns, *filter(None, others)], path, flag)
+    has_ids = all(cfg.id_column in row for row in rows)
+    files.need_columns(rows, [*columns, *filter(None, others), *[cfg.id_column] * has_ids], path, flag)
     decoded = files.decode_bytes_literals(rows, columns)
     return rows, decoded, [str(i + 1) for i in files.empty_rows(rows, columns)]
 
