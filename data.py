@@ -24,7 +24,7 @@ from errors import UserError, few
 NOWHERE = (-1, 0)  # the place in the text of a token that the tokenizer itself adds
 BULK, BULK_TEXT = 1000, 2**22  # rows, and characters, that are encoded at once: many, for speed; not all, for memory
 LONG = 2**17  # characters of a row that may be encoded in part: shorter ones never are
-MOST = 2**20  # characters of a field of such a row that are tried at most
+PER_TOKEN, LEAST, MOST = 16, 2**12, 2**20  # characters of its fields that are tried: at first so many, at most so many
 BREAK = re.compile(r"[^\W_]\s")  # between these two every tokenizer's words end, whatever follows
 
 
@@ -145,7 +145,7 @@ def encode(
     report = TokenReport()
     added = prompts.spelled(token for token in tokenizer.get_added_vocab() if token.strip())
     encode_row = partial(_encode_row, tokenizer, added, max_length, rules, bool(answers))
-    size = 16 * max_length + 4096
+    size = PER_TOKEN * max_length + LEAST
     is_long = [len(text) > max(LONG, 4 * size) for text in texts]
     encodings = _encodings(tokenizer, ["" if long else text for long, text in zip(is_long, texts, strict=True)])
     encoded, learned, lost = [], [], []

@@ -249,8 +249,6 @@ def _hint(rows, row, missing):
         return f"; give names as they are written there: {', '.join(same)}"
     if any(f"{{{name}}}" in row for name in missing):
         return "; rename a column with braces in its name"
-    if next(iter(row), "").startswith(("{", "[")):
-        return "; are these JSON lines? Name the file .jsonl"
     if any(name and name == cell for other in rows[:1000] for name, cell in other.items()):
         return "; the first line looks like a row: write one with the names of the columns before it"
     if len(row) == 1:
