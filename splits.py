@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -113,13 +114,16 @@ def _labelled(cfg, flag, labels, say):
             problems.append(str(e).removeprefix(where).lstrip(": "))
 
     # Rows without a label are of no class; a known one takes its place, so that all other problems are found too.
-    blank = np.array([cfg.task == "single_label" and not row[cfg.label_column].strip() for row in rows])
+    blank = np.zeros(len(rows), bool)
+    if cfg.task == "single_label":
+        blank[:] = [not row[cfg.label_column].strip() for row in rows]
     if blank.any():
         numbers = list(map(str, np.flatnonzero(blank) + 1))
         problems.append(f"{len(numbers)} rows have an empty label (rows {few(numbers, 20)})")
     is_new = labels is None
     if is_new and not blank.all():
-        labels = attempt(labels_of, cfg, [row for row, is_blank in zip(rows, blank, strict=True) if not is_blank])
+        labelled = list(compress(rows, ~blank))
+        labels = attempt(labels_of, cfg, labelled)
     train_only = attempt(labelling.train_only, rows)
     if labels and train_only is not None:
         for i in np.flatnonzero(blank):
@@ -138,20 +142,26 @@ def _labelled(cfg, flag, labels, say):
 
 def lone_classes(cfg, targets: np.ndarray, judging: np.ndarray, labels: Labels) -> list[str]:
     """What to say of classes with a single row of those that may judge (N,), where a hold-out needs two."""
-    if cfg.task != "single_label" or cfg.group_column or getattr(cfg, "val_data", "") or getattr(cfg, "folds", 0):
+    others = ("group_column", "val_data", "folds")
+    if cfg.task != "single_label" or any(getattr(cfg, name, "") for name in others):
         return []
-    rows = [np.flatnonzero((targets == c) & judging) for c in range(len(labels.values))]
-    lone = [f"{name!r} (row {own[0] + 1})" for name, own in zip(labels.names, rows, strict=True) if len(own) == 1]
-    advice = "give --val_data, or drop it"
-    return [f"a stratified split needs 2 rows of every class, but {few(lone)} has one: {advice}"] if lone else []
+    lone = []
+    for c, name in enumerate(labels.names):
+        rows = np.flatnonzero((targets == c) & judging)
+        if len(rows) == 1:
+            lone.append(f"{name!r} (row {rows[0] + 1})")
+    problem = f"a stratified split needs 2 rows of every class, but {few(lone)} has one: give --val_data, or drop it"
+    return [problem] if lone else []
 
 
 def label_doubts(cfg, rows: Rows, where: str) -> list[str]:
     """Warnings of what may be no labels; see labelling.doubts."""
     if cfg.task == "regression" or cfg.label_columns:
         return []
-    several = cfg.task == "multi_label"
-    sets = labelling.label_sets(cfg, rows, where) if several else [[row[cfg.label_column]] for row in rows]
+    if cfg.task == "multi_label":
+        sets = labelling.label_sets(cfg, rows, where)
+    else:
+        sets = [[row[cfg.label_column]] for row in rows]
     return labelling.doubts(sets, where)
 
 
@@ -161,8 +171,10 @@ def _texts(cfg, flag, *others):
     """
     path, columns = getattr(cfg, flag), files.template_columns(cfg.text)
     rows = files.read_rows(path, flag)
-    has_ids = all(cfg.id_column in row for row in rows)
-    files.need_columns(rows, [*columns, *filter(None, others), *[cfg.id_column] * has_ids], path, flag)
+    needed = [*columns, *filter(None, others)]
+    if all(cfg.id_column in row for row in rows):
+        needed.append(cfg.id_column)
+    files.need_columns(rows, needed, path, flag)
     decoded = files.decode_bytes_literals(rows, columns)
     return rows, decoded, [str(i + 1) for i in files.empty_rows(rows, columns)]
 

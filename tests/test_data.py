@@ -449,11 +449,9 @@ def test_a_long_row_has_the_tokens_of_the_whole(small, kind, monkeypatch):
     tokenizer = small if kind == "byte-level" else made_tokenizer(kind)
     rng = np.random.default_rng(0)
     sure = differ = 0
-    for i in range(120):
+    for i in range(48):
         words = rng.choice(WORDS, int(rng.integers(4, len(WORDS))), replace=False)
-        row = {
-            name: "".join(rng.choice(words, size)) for name, size in (("a", 3000), ("b", int(rng.integers(3, 2000))))
-        }
+        row = {name: "".join(rng.choice(words, size)) for name, size in (("a", 1500), ("b", int(rng.integers(3, 900))))}
         template, max_length = TEMPLATES[i % 4], int(rng.integers(12, 40))
         rules = cutting.cutting_rules(template, *[((), ()), (("a",), ()), ((), ("a=7",))][i % 3])
         pieces = [prompts.render(template, row)]
@@ -469,15 +467,15 @@ def test_a_long_row_has_the_tokens_of_the_whole(small, kind, monkeypatch):
             except UserError as e:  # the template alone is too long, or nothing of an answer is left
                 results.append((str(e), None))
         (whole, _), (tokens, report) = results
-        if report is None or isinstance(whole, str):
-            assert report is None and whole == tokens
+        if isinstance(whole, str):  # what is not kept may spell what a tokenizer cannot tell from its special tokens
+            assert report is None or "cannot be told from" in whole
         elif report.partly and not report.unsure:
             sure += 1
             assert tokens.ids.tolist() == whole.ids.tolist(), (template, row["a"][:99])
             assert not answers or tokens.learned.tolist() == whole.learned.tolist()
         else:
             differ += tokens.ids.tolist() != whole.ids.tolist()
-    assert sure > 40
+    assert sure > 15
 
 
 @pytest.mark.parametrize(
@@ -493,7 +491,10 @@ def test_a_field_of_megabytes_is_encoded_as_far_as_it_is_kept(small, text):
         tokens, report = data.tokenize(small, "Q: {a}\nA:", [{"a": text}, {"a": "short"}], 512)
     assert report.partly == 1 and report.cut_rows == 1 and "very long rows" in str(report) and sum(sizes) < 200_000
     assert ("may differ" in str(report)) == (" " not in text)
-    assert small.decode(tokens.row(0)).startswith("Q: " + text[:20]) and len(tokens.row(0)) == 512
+    assert (
+        small.decode(tokens.row(0)).startswith("Q: " + unicodedata.normalize("NFC", text[:20]))
+        and len(tokens.row(0)) == 512
+    )
     assert small.decode(tokens.row(0)).endswith("\nA:") and small.decode(tokens.row(1)) == "Q: short\nA:"
 
 
