@@ -1,6 +1,6 @@
 """From text to tokens to the batch plan.
 
-`tokenize` renders a row's template and encodes it; `truncate` decides what a row that is too long loses.
+`tokenize` renders a row's template and encodes it; `truncate` in cutting.py decides what a row that is too long loses.
 
 A step's rows are a pure function of (seed, epoch, lengths, batch_size, max_tokens, micro_batches), never of the number
 of ranks: micro-batch j of a step runs on rank j mod W. Nothing is padded, duplicated or dropped: a micro-batch is one
@@ -132,7 +132,7 @@ def encode(
     """Encode rows of pieces (is it the user's?, text) exactly as the tokenizer itself does their text, in bulk.
 
     A row whose user's text spells an added token (<|im_end|>, <think>, ...) is encoded so that it stays text. A row of
-    more than max_length tokens is truncated, see `truncate`. BOS comes at most once. A row without text becomes the
+    more than max_length tokens is truncated, see cutting.py. BOS comes at most once. A row without text becomes the
     single end-of-text token. answers: the character spans (first, end) of each row that a language model learns. Of a
     field that was cut, what follows in its span is not learned: an answer cut short has no end. names: of rows, for
     errors. rules: of the pieces of each row, (most tokens or 0, is it cut last?). Raises UserError when a template

@@ -475,7 +475,7 @@ def test_a_long_row_has_the_tokens_of_the_whole(small, kind, monkeypatch):
             assert not answers or tokens.learned.tolist() == whole.learned.tolist()
         else:
             differ += tokens.ids.tolist() != whole.ids.tolist()
-    assert sure > 15
+    assert sure > 8
 
 
 @pytest.mark.parametrize(
