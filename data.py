@@ -16,9 +16,9 @@ from functools import cache, partial
 
 import numpy as np
 
-import cutting
 import files
 import prompts
+from cutting import bounds, cutting_rules, ends_of_kept, moved, pieces_of, shortened, truncate
 from errors import UserError, few
 
 NOWHERE = (-1, 0)  # the place in the text of a token that the tokenizer itself adds
@@ -117,7 +117,7 @@ def tokenize(
     """Encode every row's rendered template; see `encode`. kept: fields that are cut only when nothing is left of the
     others; budgets: "field=tokens", the most tokens of a field.
     """
-    rules = cutting.cutting_rules(template, kept, budgets)
+    rules = cutting_rules(template, kept, budgets)
     return encode(tokenizer, [prompts.render(template, row) for row in rows], max_length, rules=rules)
 
 
@@ -154,7 +154,7 @@ def encode(
         if is_long[i]:
             whole = row
             row, result, is_sure = _encode_long(tokenizer, encode_row, whole, size)
-            places = [[cutting.moved(place, whole, row) for place in span] for span in places]
+            places = [[moved(place, whole, row) for place in span] for span in places]
             report.partly += row != whole
             report.unsure += not is_sure
         else:
@@ -207,7 +207,7 @@ def _encode_row(tokenizer, added, max_length, rules, need_spans, row, encoding):
     if spans is None and (need_spans or too_long):  # places in the text take time: only where they are needed
         marks = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
         spans = [NOWHERE if is_special else span for span, is_special in marks]
-    kept = cutting.truncate(spans, row, max_length, rules) if too_long else list(range(len(ids)))
+    kept = truncate(spans, row, max_length, rules) if too_long else list(range(len(ids)))
     return ids, spans, kept, bool(guarded)
 
 
@@ -222,13 +222,13 @@ def _encode_long(tokenizer, encode_row, row, size):
     """
     before = None
     while True:
-        short = [(is_field, cutting.shortened(text, size) if is_field else text) for is_field, text in row]
+        short = [(is_field, shortened(text, size) if is_field else text) for is_field, text in row]
         result = encode_row(short, tokenizer(prompts.plain(short)).encodings[0])
         ids, spans, kept, _ = result
         if short == row:
             return row, result, True
         tokens = [ids[t] for t in kept]
-        ends = cutting.ends_of_kept(spans, kept, short) if spans else [size] * len(row)
+        ends = ends_of_kept(spans, kept, short) if spans else [size] * len(row)
         parts = [(i, text) for i, (_, text) in enumerate(short) if short[i] != row[i]]
         same = tokens == before and all(ends[i] < size for i, _ in parts)
         if same or size >= MOST:
@@ -243,7 +243,7 @@ def _learned(spans, kept, answers):
 
     A token that reaches from the prompt into the answer is the answer's: nothing else would write its first letters.
     """
-    start, stop = cutting.bounds(spans)
+    start, stop = bounds(spans)
     dropped = np.delete(start, kept)
     learned = np.zeros(len(spans), bool)
     for first, end in answers:
@@ -270,7 +270,7 @@ def _guarded(tokenizer, text, pieces, places):
     A tokenizer turns the string <|im_end|> into the special token wherever it finds it. In a user's text that would
     end the user's turn, and let a post open a system turn of its own that says how it is to be judged.
     """
-    inside = cutting.pieces_of(places, pieces)
+    inside = pieces_of(places, pieces)
     special = [place for place, i in zip(places, inside, strict=True) if i >= 0 and not pieces[i][0]]
     if special == places:
         return None

@@ -17,7 +17,6 @@ import numpy as np
 
 import audit
 import cli
-import cutting
 import data
 import files
 import labelling
@@ -75,7 +74,7 @@ def read(cfg: TrainConfig, say: Callable) -> tuple[Split, Split | None, Labels]:
 
     Raises UserError for everything that is wrong with the files, before the base is touched.
     """
-    cutting.cutting_rules(cfg.text, cfg.kept, cfg.budgets)  # raises for unknown fields
+    data.cutting_rules(cfg.text, cfg.kept, cfg.budgets)  # raises for unknown fields
     train, labels = _labelled(cfg, "train_data", None, say)
     train.soft = labelling.soft_targets(cfg, train.rows, labels, f"--train_data {cfg.train_data}")
     if train.soft is not None:
