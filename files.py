@@ -232,7 +232,9 @@ def need_columns(rows: Rows, columns: list[str], path: str, flag: str) -> None:
         odd = [c for c in columns if type(row[c]) is not str]
         if odd:
             holds = row[odd[0]] if isinstance(row[odd[0]], Unreadable) else type(row[odd[0]]).__name__
-            raise UserError(f"{where}: column {odd[0]} holds {holds} in row {number}: expected text")
+            raise UserError(
+                f"{where}: column {odd[0]} holds {holds} in row {number}: expected text; store it as strings"
+            )
         if any(row[c] == c for c in columns):
             headers.append(str(number))
     if headers:

@@ -162,7 +162,8 @@ def check_indicators(flags: list[list[int]], names: tuple[str, ...], where: str)
     most = lengths.most_common(1)[0][0]
     other = [str(i) for i, row in enumerate(flags, 1) if len(row) != most]
     if other:
-        raise UserError(f"{where} holds lists of {most} times 0 or 1, but not in {len(other)} rows ({few(other)})")
+        advice = f"{len(other)} rows have another number ({few(other)}): give each row as many"
+        raise UserError(f"{where} holds lists of {most} times 0 or 1, but {advice}")
     if len(names) != most:
         given = f", and --label_names has {len(names)}" if names else ""
         raise UserError(

@@ -169,8 +169,8 @@ def test_lists_of_class_ids_stay_class_ids(tmp_path, lists):
 @pytest.mark.parametrize(
     "lists, words",
     [
-        ([[1, 0, 1], [1, 0], [0, 0, 1]], "lists of 3 times 0 or 1, but not in 1 rows (2)"),
-        ([[1, 0, 1], [], [0, 0, 1]], "but not in 1 rows (2)"),
+        ([[1, 0, 1], [1, 0], [0, 0, 1]], "lists of 3 times 0 or 1, but 1 rows have another number (2)"),
+        ([[1, 0, 1], [], [0, 0, 1]], "but 1 rows have another number (2)"),
         ([[True], [True, False], ["a"]], "malformed labels"),
         ([["a", ""], ["b"]], "malformed labels"),
         ([["a"], [None]], "malformed labels"),
