@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import cutting
+import data
 import ddp
 import evaluate
 import files
@@ -148,7 +148,7 @@ def encode_rows(cfg, asked: Subject, rows: list[dict[str, str]], source: str):
     files.need_columns(rows, columns + by_column, source, "input")
     files.decode_bytes_literals(rows, columns)
     pieces = [prompts.render(config.text, row) for row in rows]
-    rules = cutting.cutting_rules(config.text, config.kept, config.budgets)
+    rules = data.cutting_rules(config.text, config.kept, config.budgets)
     return writer.encode_prompts(asked.given.tokenizer, pieces, config.max_length, rules=rules)
 
 

@@ -71,7 +71,9 @@ def audit(texts: list[str], labels: list, splits: list[str], near: bool = True) 
     for row, text in enumerate(texts):
         rows_of[normal_form(text)].append(row)
     forms = sorted(rows_of)
-    groups = _near([form[:LONGEST] for form in forms]) if near and len(forms) > 1 else []
+    groups = []
+    if near and len(forms) > 1:
+        groups = _near([form[:LONGEST] for form in forms])
     kinds = (
         [rows for rows in rows_of.values() if len(rows) > 1],
         sorted(sorted(row for form in group for row in rows_of[forms[form]]) for group in groups),

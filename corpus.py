@@ -24,7 +24,8 @@ from errors import Untrusted, UserError, few
 ENDS = tuple(".tex .txt .md .jsonl .jsonl.gz".split())
 ROLES = "system user assistant tool".split()
 KINDS = {"ids": np.int32, "starts": np.int64, "stops": np.int64, "sizes": np.int64, "learned": bool}  # files of a cache
-CODE = "corpus cutting data files latex latex_clean prompts".split()  # what tokens follow from besides texts
+# What tokens follow from besides texts.
+CODE = "corpus cutting data delimited files formats latex latex_clean prompts spelling".split()
 Sources = list[tuple[Path, list[Path]]]  # (folder, its files)
 
 

@@ -1,6 +1,6 @@
 """What a row that is too long loses: the ends of its longest fields, first what is over a field's budget."""
 
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import numpy as np
 
@@ -19,8 +19,11 @@ def cutting_rules(template: str, kept: tuple, budgets: tuple) -> list[tuple]:
         unknown = [name for name in given if name not in names]
         if unknown:
             raise UserError(f"--{flag} {','.join(unknown)}: no field of the text, which has {', '.join(names)}")
-    pieces = prompts.render(template, {name: name for name in names})
-    return [(int(budget_of.get(text, 0)), text in kept) for _, text in pieces]
+    rules = []
+    for _, text in prompts.render(template, {name: name for name in names}):
+        most = int(budget_of.get(text, 0))
+        rules.append((most, text in kept))
+    return rules
 
 
 def bounds(spans: list) -> np.ndarray:
@@ -31,10 +34,12 @@ def bounds(spans: list) -> np.ndarray:
 def pieces_of(spans: list, pieces: prompts.Pieces) -> np.ndarray:
     """(T,) int64: the piece that each span lies in, or -1: it reaches across a border, or is in none."""
     start, end = bounds(spans)
+    last_letter = np.maximum(start, end - 1)
     borders = np.cumsum([len(text) for _, text in pieces])
     first = np.searchsorted(borders, start, side="right")
-    last = np.searchsorted(borders, np.maximum(start, end - 1), side="right")
-    return np.where((start >= 0) & (first == last), first, -1)
+    last = np.searchsorted(borders, last_letter, side="right")
+    is_inside = (start >= 0) & (first == last)
+    return np.where(is_inside, first, -1)
 
 
 # ---- truncation -----------------------------------------------------------------------------------------------------
@@ -48,8 +53,10 @@ def truncate(spans: list, pieces: prompts.Pieces, max_length: int, rules: list[t
     reaches across a border of the template is the template's. Raises UserError where the template alone is too long.
     """
     piece_of = pieces_of(spans, pieces)
-    is_field = np.array([*(user for user, _ in pieces), False])  # the last one is for what lies in no piece
-    kept = np.flatnonzero(~is_field[piece_of]).tolist()
+    is_field = [user for user, _ in pieces]
+    is_field = np.array([*is_field, False])  # the last one is for what lies in no piece
+    is_template = ~is_field[piece_of]
+    kept = np.flatnonzero(is_template).tolist()
     if len(kept) >= max_length:
         raise UserError(f"the template alone has {len(kept)} tokens: --max_length {max_length} leaves no room for text")
 
@@ -57,12 +64,14 @@ def truncate(spans: list, pieces: prompts.Pieces, max_length: int, rules: list[t
     for i in np.flatnonzero(is_field):
         most, is_last = rules[i] if rules else (0, False)
         tokens = np.flatnonzero(piece_of == i).tolist()
-        (cut_last if is_last else cut_first).append(tokens[: most or None])
+        fields = cut_last if is_last else cut_first
+        fields.append(tokens[: most or None])
 
     # The room goes first to the fields that are cut last, a token to each in turn: so the longest lose their ends.
     for fields in (cut_last, cut_first):
-        in_turn = [token for turn in zip_longest(*fields) for token in turn if token is not None]
-        kept += in_turn[: max_length - len(kept)]
+        in_turn = chain.from_iterable(zip_longest(*fields))
+        tokens = [token for token in in_turn if token is not None]
+        kept += tokens[: max_length - len(kept)]
     return sorted(kept)
 
 
@@ -71,7 +80,9 @@ def truncate(spans: list, pieces: prompts.Pieces, max_length: int, rules: list[t
 
 def shortened(text: str, size: int) -> str:
     """A text's first `size` characters and its last EDGE ones."""
-    return text if len(text) <= size + EDGE else text[:size] + text[-EDGE:]
+    if len(text) <= size + EDGE:
+        return text
+    return text[:size] + text[-EDGE:]
 
 
 def moved(place: int, row: prompts.Pieces, short: prompts.Pieces) -> int:
@@ -79,14 +90,21 @@ def moved(place: int, row: prompts.Pieces, short: prompts.Pieces) -> int:
     start = left_out = 0
     for (_, whole), (_, part) in zip(row, short, strict=True):
         gap = len(whole) - len(part)
-        if gap:
-            left_out += min(max(place - start - len(part) + EDGE, 0), gap)
+        gap_start = start + len(part) - EDGE
+        if gap and place > gap_start:
+            left_out += min(place - gap_start, gap)
         start += len(whole)
     return place - left_out
 
 
 def ends_of_kept(spans: list, kept: list[int], pieces: prompts.Pieces) -> list[int]:
     """The place in each piece after the last token in it that is kept."""
-    inside, ends = pieces_of(spans, pieces)[kept], bounds(spans)[1][kept]
-    borders = np.cumsum([0, *(len(text) for _, text in pieces)])
-    return [int(ends[inside == i].max(initial=borders[i]) - borders[i]) for i in range(len(pieces))]
+    piece_of = pieces_of(spans, pieces)[kept]
+    _, stops = bounds(spans)
+    stops = stops[kept]
+    start, ends = 0, []
+    for i, (_, text) in enumerate(pieces):
+        end = stops[piece_of == i].max(initial=start)
+        ends.append(int(end) - start)
+        start += len(text)
+    return ends

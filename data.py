@@ -1,6 +1,6 @@
 """From text to tokens to the batch plan.
 
-`tokenize` renders a row's template and encodes it; `truncate` decides what a row that is too long loses.
+`tokenize` renders a row's template and encodes it; `truncate` in cutting.py decides what a row that is too long loses.
 
 A step's rows are a pure function of (seed, epoch, lengths, batch_size, max_tokens, micro_batches), never of the number
 of ranks: micro-batch j of a step runs on rank j mod W. Nothing is padded, duplicated or dropped: a micro-batch is one
@@ -16,15 +16,15 @@ from functools import cache, partial
 
 import numpy as np
 
-import cutting
 import files
 import prompts
+from cutting import bounds, cutting_rules, ends_of_kept, moved, pieces_of, shortened, truncate
 from errors import UserError, few
 
 NOWHERE = (-1, 0)  # the place in the text of a token that the tokenizer itself adds
 BULK, BULK_TEXT = 1000, 2**22  # rows, and characters, that are encoded at once: many, for speed; not all, for memory
 LONG = 2**17  # characters of a row that may be encoded in part: shorter ones never are
-MOST = 2**20  # characters of a field of such a row that are tried at most
+PER_TOKEN, LEAST, MOST = 16, 2**12, 2**20  # characters of its fields that are tried: at first so many, at most so many
 BREAK = re.compile(r"[^\W_]\s")  # between these two every tokenizer's words end, whatever follows
 
 
@@ -122,7 +122,7 @@ def tokenize(
     """Encode every row's rendered template; see `encode`. kept: fields that are cut only when nothing is left of the
     others; budgets: "field=tokens", the most tokens of a field.
     """
-    rules = cutting.cutting_rules(template, kept, budgets)
+    rules = cutting_rules(template, kept, budgets)
     return encode(tokenizer, [prompts.render(template, row) for row in rows], max_length, rules=rules)
 
 
@@ -137,7 +137,7 @@ def encode(
     """Encode rows of pieces (is it the user's?, text) exactly as the tokenizer itself does their text, in bulk.
 
     A row whose user's text spells an added token (<|im_end|>, <think>, ...) is encoded so that it stays text. A row of
-    more than max_length tokens is truncated, see `truncate`. BOS comes at most once. A row without text becomes the
+    more than max_length tokens is truncated, see cutting.py. BOS comes at most once. A row without text becomes the
     single end-of-text token. answers: the character spans (first, end) of each row that a language model learns. Of a
     field that was cut, what follows in its span is not learned: an answer cut short has no end. names: of rows, for
     errors. rules: of the pieces of each row, (most tokens or 0, is it cut last?). Raises UserError when a template
@@ -150,7 +150,7 @@ def encode(
     report = TokenReport()
     added = prompts.spelled(token for token in tokenizer.get_added_vocab() if token.strip())
     encode_row = partial(_encode_row, tokenizer, added, max_length, rules, bool(answers))
-    size = 16 * max_length + 4096
+    size = PER_TOKEN * max_length + LEAST
     is_long = [len(text) > max(LONG, 4 * size) for text in texts]
     encodings = _encodings(tokenizer, ["" if long else text for long, text in zip(is_long, texts, strict=True)])
     encoded, learned, lost = [], [], []
@@ -159,7 +159,7 @@ def encode(
         if is_long[i]:
             whole = row
             row, result, is_sure = _encode_long(tokenizer, encode_row, whole, size)
-            places = [[cutting.moved(place, whole, row) for place in span] for span in places]
+            places = [[moved(place, whole, row) for place in span] for span in places]
             report.partly += row != whole
             report.unsure += not is_sure
         else:
@@ -212,7 +212,7 @@ def _encode_row(tokenizer, added, max_length, rules, need_spans, row, encoding):
     if spans is None and (need_spans or too_long):  # places in the text take time: only where they are needed
         marks = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
         spans = [NOWHERE if is_special else span for span, is_special in marks]
-    kept = cutting.truncate(spans, row, max_length, rules) if too_long else list(range(len(ids)))
+    kept = truncate(spans, row, max_length, rules) if too_long else list(range(len(ids)))
     return ids, spans, kept, bool(guarded)
 
 
@@ -227,13 +227,13 @@ def _encode_long(tokenizer, encode_row, row, size):
     """
     before = None
     while True:
-        short = [(is_field, cutting.shortened(text, size) if is_field else text) for is_field, text in row]
+        short = [(is_field, shortened(text, size) if is_field else text) for is_field, text in row]
         result = encode_row(short, tokenizer(prompts.plain(short)).encodings[0])
         ids, spans, kept, _ = result
         if short == row:
             return row, result, True
         tokens = [ids[t] for t in kept]
-        ends = cutting.ends_of_kept(spans, kept, short) if spans else [size] * len(row)
+        ends = ends_of_kept(spans, kept, short) if spans else [size] * len(row)
         parts = [(i, text) for i, (_, text) in enumerate(short) if short[i] != row[i]]
         same = tokens == before and all(ends[i] < size for i, _ in parts)
         if same or size >= MOST:
@@ -248,7 +248,7 @@ def _learned(spans, kept, answers):
 
     A token that reaches from the prompt into the answer is the answer's: nothing else would write its first letters.
     """
-    start, stop = cutting.bounds(spans)
+    start, stop = bounds(spans)
     dropped = np.delete(start, kept)
     learned = np.zeros(len(spans), bool)
     for first, end in answers:
@@ -275,7 +275,7 @@ def _guarded(tokenizer, text, pieces, places):
     A tokenizer turns the string <|im_end|> into the special token wherever it finds it. In a user's text that would
     end the user's turn, and let a post open a system turn of its own that says how it is to be judged.
     """
-    inside = cutting.pieces_of(places, pieces)
+    inside = pieces_of(places, pieces)
     special = [place for place, i in zip(places, inside, strict=True) if i >= 0 and not pieces[i][0]]
     if special == places:
         return None

@@ -28,6 +28,8 @@ def read(lines: Iterable[str], where: str, usual: str) -> list[dict[str, str]]:
     """The rows of a file's lines. usual: the delimiter of such a file. Raises UserError for what cannot be read."""
     delimiter, every = records(lines, where, usual)
     names, rows, ragged, several = next(every, Record(0, [], [])).values, [], [], []
+    for name in duplicates(filter(str.strip, names)):
+        raise UserError(f"{where}: column {name!r} is duplicated in the header")
     for record in every:
         rows.append(record.values)
         last = record.line + len(record.lines) - 1
@@ -39,8 +41,6 @@ def read(lines: Iterable[str], where: str, usual: str) -> list[dict[str, str]]:
         raise UserError(f"{where}: {len(ragged)} rows do not have the header's {len(names)} columns ({few(ragged)})")
     if several:
         refuse_swallowed(several, rows, delimiter, where)
-    for name in duplicates(filter(str.strip, names)):
-        raise UserError(f"{where}: column {name!r} is duplicated in the header")
     unnamed = [j for j, name in enumerate(names) if not name.strip()]
     filled = [str(j + 1) for j in unnamed if any(row[j].strip() for row in rows)]
     if len(filled) > 1:
@@ -63,13 +63,15 @@ def records(lines: Iterable[str], where: str, usual: str) -> tuple[str, Iterator
         if line.strip("\r\n"):
             break
     first = start.pop().lstrip("\ufeff") if start else ""
+    if re.match(r'\s*[{\[] *["{]', first):
+        raise UserError(f"{where}: this looks like JSON; name it .jsonl, with one object a line")
     told = re.fullmatch(r"\"?sep=([,;|\t])\"?[\r\n]*", first, re.IGNORECASE)
     if told:
         start.append(first)
         first = next(lines, "")
     delimiter = told[1] if told else delimiter_of(first, usual)
     if delimiter != usual:
-        note(f"{where}: read with {delimiter!r} between columns, as its header is written")
+        note(f"note: {where}: read with {delimiter!r} between columns, as its header is written")
     return delimiter, _records(chain([first], lines), len(start), where, delimiter)
 
 
@@ -106,7 +108,7 @@ def _records(lines, number, where, delimiter):
             pending.clear()
     except csv.Error as e:
         problem = f"line {number + len(pending)}: {e}"
-        begins = f", in the row that begins in line {number + 1}" if len(pending) > 1 else ""
+        begins = f" The row begins in line {number + 1}" if len(pending) > 1 else ""
         raise UserError(f"{where}: {problem} (an unclosed or stray quote?{begins})") from None
 
 

@@ -93,6 +93,7 @@ def _opened(path, where):
         start = formats.first_bytes(path)
         if not start.startswith(formats.GZIP):
             _refuse_binary(start, where)
+            raise UserError(f"{where}: cannot be read: it is not packed; take .gz off its name")
         most = max(UNPACKED, RATIO * Path(path).stat().st_size)
         with gzip.open(path) as raw:
             while raw.read(2**20):
@@ -105,9 +106,10 @@ def _opened(path, where):
     return raw
 
 
-def _refuse_binary(start, where):
+def _refuse_binary(start, where, but=b"\0"):
+    """Raise UserError for the first bytes of a file that is of some other kind than the one it may be."""
     what = formats.binary(start)
-    if what:
+    if what and not start.startswith(but):
         raise UserError(f"{where}: this is {what}")
 
 
@@ -172,9 +174,8 @@ def _parquet(path, where):
     except ImportError:
         raise UserError(f"{where}: Parquet needs pyarrow (pip install pyarrow), or save it as CSV") from None
     except (OSError, ValueError) as e:
-        what = formats.binary(path)
-        problem = f"this is {what}" if what else f"cannot be read as Parquet ({one_line(e)})"
-        raise UserError(f"{where}: {problem}") from None
+        _refuse_binary(formats.first_bytes(path), where, but=formats.PARQUET)
+        raise UserError(f"{where}: cannot be read as Parquet ({one_line(e)})") from None
     for name in duplicates(table.column_names):
         raise UserError(f"{where}: column {name!r} is duplicated")
     columns = map(_cells, table.columns)
@@ -219,34 +220,41 @@ def template_columns(template: str) -> list[str]:
 
 
 def need_columns(rows: Rows, columns: list[str], path: str, flag: str) -> None:
-    """Raise UserError unless every row has text in all columns; names what exists."""
+    """Raise UserError unless every row has text in all columns; names what exists. Notes header lines among them."""
+    where, headers = f"--{flag} {path}", []
     for number, row in enumerate(rows, 1):
         missing = [c for c in columns if c not in row]
         if missing:
             # JSON lines need not have the same keys.
             place = f" in row {number}" if number > 1 else ""
             there = f"there is: {', '.join(row)}"
-            raise UserError(
-                f"--{flag} {path}: no column {', '.join(missing)}{place} ({there}){_hint(rows, row, missing)}"
-            )
+            raise UserError(f"{where}: no column {', '.join(missing)}{place} ({there}){_hint(rows, row, missing)}")
         odd = [c for c in columns if type(row[c]) is not str]
         if odd:
             holds = row[odd[0]] if isinstance(row[odd[0]], Unreadable) else type(row[odd[0]]).__name__
-            raise UserError(f"--{flag} {path}: column {odd[0]} holds {holds} in row {number}: expected text")
+            raise UserError(
+                f"{where}: column {odd[0]} holds {holds} in row {number}: expected text; store it as strings"
+            )
+        if any(row[c] == c for c in columns):
+            headers.append(str(number))
+    if headers:
+        advice = "does the file repeat its header, or lack one?"
+        note(f"warning: {where}: a column holds its own name in {len(headers)} rows ({few(headers)}): {advice}")
 
 
 def _hint(rows, row, missing):
     """Why a file may lack columns, as far as its first row shows it."""
-    for name in missing:
-        same = [other for other in row if spelling.key(other) == spelling.key(name)]
-        if same:
-            return f"; {ascii(same[0])} is another name than {ascii(name)}: give it as it is written there"
+    same = [
+        f"{ascii(other)} for {name}" for other in row for name in missing if spelling.key(other) == spelling.key(name)
+    ]
+    if same:
+        return f"; give names as they are written there: {', '.join(same)}"
+    if any(f"{{{name}}}" in row for name in missing):
+        return "; rename a column with braces in its name"
     if any(name and name == cell for other in rows[:1000] for name, cell in other.items()):
-        return "; the first line looks like a row: a line with the names of the columns must stand before it"
+        return "; the first line looks like a row: write one with the names of the columns before it"
     if len(row) == 1:
-        name = next(iter(row))
-        kind = "JSON lines? Name it .jsonl" if name.startswith(("{", "[")) else "the file separated by commas?"
-        return f"; the header is a single column: is {kind}"
+        return "; the header is a single column: is the file separated by commas?"
     return nearest(missing[0], list(row))
 
 

@@ -6,12 +6,12 @@ START = 4096  # bytes that are looked at
 
 # (the bytes that a file begins with, what it is, what to do)
 LFS = b"version https://git-lfs.github.com/spec/v1\n"
-GZIP = b"\x1f\x8b"
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 POINTER = "a Git LFS pointer, which stands for the file; fetch it with git lfs pull"
 SIGNATURES = (
     (LFS, POINTER),
     (GZIP, "gzip, not UTF-8 text; end its name in .gz"),
-    (b"PAR1", "a Parquet file; name it .parquet"),
+    (PARQUET, "a Parquet file; name it .parquet"),
     (b"SQLite format 3\0", "a SQLite database; export the table as CSV"),
     (b"\xd0\xcf\x11\xe0", "an old Excel or Word file; save it as CSV (UTF-8)"),
     (b"ARROW1", "an Arrow or Feather file; save it as Parquet or CSV"),

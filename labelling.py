@@ -99,9 +99,14 @@ def encode_label_sets(sets: list[list[str]], labels: Labels, where: str) -> np.n
 
 def _known(labels, given):
     """The labels there are, and which of those given look like one of them."""
-    groups = spelling.alike({*labels.values, *given})
-    unlike = [" and ".join(spelling.quoted(group)) for group in groups if not set(labels.values) >= set(group)]
-    return few(labels.values, 20) + (f" ({few(unlike)} look alike, but differ)" if unlike else "")
+    known = few(labels.values, 20)
+    pairs = []
+    for group in spelling.alike({*labels.values, *given}):
+        if not set(group) <= set(labels.values):
+            pairs.append(" and ".join(spelling.quoted(group)))
+    if pairs:
+        known += f" ({few(pairs)} look alike, but differ)"
+    return known
 
 
 def label_sets(cfg, rows: Rows, where: str) -> list[list[str]]:
@@ -139,12 +144,16 @@ def indicators(cells: list[str], delimiter: str) -> list[list[int]]:
 
     Lists of class ids have other numbers, or other lengths, and no number twice: none is taken for indicators.
     """
-    lists = [re.findall(r"[^\s,;|()\[\]{}\"']+", cell.replace(delimiter, " ").lower()) for cell in cells]
-    if not all(INDICATORS.keys() >= set(parts) for parts in lists):
-        return []
-    flags = [[INDICATORS[part] for part in parts] for parts in lists]
-    one_length = len(set(map(len, flags))) == 1 and len(flags[0]) > 1
-    return flags if one_length or any(len(set(row)) < len(row) for row in flags) else []
+    flags = []
+    for cell in cells:
+        parts = re.findall(r"[^\s,;|()\[\]{}\"']+", cell.replace(delimiter, " ").lower())
+        if not INDICATORS.keys() >= set(parts):
+            return []
+        flags.append([INDICATORS[part] for part in parts])
+    lengths = set(map(len, flags))
+    has_one_length = len(lengths) == 1 and max(lengths) > 1
+    repeats = any(len(set(row)) < len(row) for row in flags)
+    return flags if has_one_length or repeats else []
 
 
 def check_indicators(flags: list[list[int]], names: tuple[str, ...], where: str) -> None:
@@ -153,7 +162,8 @@ def check_indicators(flags: list[list[int]], names: tuple[str, ...], where: str)
     most = lengths.most_common(1)[0][0]
     other = [str(i) for i, row in enumerate(flags, 1) if len(row) != most]
     if other:
-        raise UserError(f"{where} holds lists of {most} times 0 or 1, but not in {len(other)} rows ({few(other)})")
+        advice = f"{len(other)} rows have another number ({few(other)}): give each row as many"
+        raise UserError(f"{where} holds lists of {most} times 0 or 1, but {advice}")
     if len(names) != most:
         given = f", and --label_names has {len(names)}" if names else ""
         raise UserError(
@@ -172,8 +182,11 @@ def doubts(sets: list[list[str]], where: str) -> list[str]:
             rows_of[label].append(str(number))
 
     def shown(labels):
-        named = zip(spelling.quoted(labels), labels, strict=True)
-        return " and ".join(f"{name} ({len(rows_of[label]):,} rows: {few(rows_of[label], 3)})" for name, label in named)
+        texts = []
+        for name, label in zip(spelling.quoted(labels), labels, strict=True):
+            rows = rows_of[label]
+            texts.append(f"{name} ({len(rows):,} rows: {few(rows, 3)})")
+        return " and ".join(texts)
 
     alike = list(map(shown, spelling.alike(rows_of)))
     missing = [label for label in MISSING if label in rows_of]

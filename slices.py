@@ -142,8 +142,10 @@ def read_records(cfg: SlicesConfig) -> tuple[list[dict[str, str]], Records]:
     else:
         lines = files.read_lines(cfg.train_data, where)
         separator, every = delimited.records(lines, where, files.DELIMITERS[suffix])
-        header, *lines = ("".join(record.lines) for record in every)
-        records = Records(header, [line if line.endswith(("\n", "\r")) else line + "\n" for line in lines])
+        header, *texts = ("".join(record.lines) for record in every)
+        if texts and not texts[-1].endswith(("\n", "\r")):
+            texts[-1] += "\n"
+        records = Records(header, texts)
 
     if not any(cfg.id_column in row for row in rows):
         rows = [{cfg.id_column: str(i), **row} for i, row in enumerate(rows)]
@@ -154,7 +156,8 @@ def read_records(cfg: SlicesConfig) -> tuple[list[dict[str, str]], Records]:
         else:
             records.rows = [f"{{{name}: {i}, {record[1:].lstrip()}" for i, record in enumerate(records.rows)]
     columns = [cfg.id_column, cfg.group_column, *cfg.text_columns, *(cfg.label_columns or (cfg.label_column,))]
-    files.need_columns(rows, [name for name in columns if name], cfg.train_data, "train_data")
+    needed = list(filter(None, columns))
+    files.need_columns(rows, needed, cfg.train_data, "train_data")
     return rows, records
 
 

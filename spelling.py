@@ -10,7 +10,9 @@ from unicodedata import category, normalize
 
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,3})?")
 # Characters that show nothing though Unicode calls them letters, marks or symbols.
-BLANK = set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | set(map(chr, range(0xFE00, 0xFE10)))
+BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
+VARIATION = "\ufe00-\ufe0f"  # how an emoji is drawn
+HIDDEN = re.compile(f"[{BLANK}{VARIATION}]")
 # Letters of Cyrillic and Greek, quotation marks and dashes that look like those of ASCII.
 LOOKS = str.maketrans(
     "аеорсухіјѕԁһӏАВЕКМНОРСТХІЈЅαορνΑΒΕΖΗΙΚΜΝΟΡΤΥΧ‘’‚`´“”„«»‐‑‒–—―−",
@@ -20,14 +22,18 @@ LOOKS = str.maketrans(
 
 def look(text: str) -> str:
     """How a text looks: composed, without what shows nothing, in ASCII where that looks the same."""
-    shown = "".join(c for c in normalize("NFKC", text) if category(c) not in ("Cf", "Cc") or c.isspace())
-    return "".join(c for c in shown if c not in BLANK).translate(LOOKS)
+    composed = normalize("NFKC", text)
+    shown = [c for c in composed if c.isspace() or category(c) not in ("Cf", "Cc")]
+    return HIDDEN.sub("", "".join(shown)).translate(LOOKS)
 
 
-def key(text: str) -> str:
+def key(text: str) -> str | Decimal:
     """What all spellings of a text have in common."""
-    plain = " ".join(look(text).casefold().split())
-    return str(Decimal(plain).normalize() + 0) if NUMBER.fullmatch(plain) else plain
+    words = look(text).casefold().split()
+    plain = " ".join(words)
+    if NUMBER.fullmatch(plain):
+        return Decimal(plain)
+    return plain
 
 
 def alike(texts: Iterable[str]) -> list[list[str]]:
@@ -35,10 +41,14 @@ def alike(texts: Iterable[str]) -> list[list[str]]:
     groups = defaultdict(set)
     for text in texts:
         groups[key(text)].add(text)
-    return [sorted(group) for group in groups.values() if len(group) > 1]
+    several = [group for group in groups.values() if len(group) > 1]
+    return list(map(sorted, several))
 
 
 def quoted(texts: list[str]) -> list[str]:
     """The texts in quotation marks, escaped as far as it takes to see that they differ."""
     shown = list(map(repr, texts))
-    return shown if len(set(map(look, shown))) == len(set(texts)) else list(map(ascii, texts))
+    looks = set(map(look, shown))
+    if len(looks) == len(set(texts)):
+        return shown
+    return list(map(ascii, texts))

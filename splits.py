@@ -10,13 +10,13 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 
 import audit
 import cli
-import cutting
 import data
 import files
 import labelling
@@ -24,7 +24,7 @@ import metrics
 import prompts
 import strata
 from configs import TrainConfig
-from errors import UserError, few, refuse
+from errors import UserError, duplicates, few, refuse
 from files import Rows
 from labelling import Labels
 
@@ -74,7 +74,7 @@ def read(cfg: TrainConfig, say: Callable) -> tuple[Split, Split | None, Labels]:
 
     Raises UserError for everything that is wrong with the files, before the base is touched.
     """
-    cutting.cutting_rules(cfg.text, cfg.kept, cfg.budgets)  # raises for unknown fields
+    data.cutting_rules(cfg.text, cfg.kept, cfg.budgets)  # raises for unknown fields
     train, labels = _labelled(cfg, "train_data", None, say)
     train.soft = labelling.soft_targets(cfg, train.rows, labels, f"--train_data {cfg.train_data}")
     if train.soft is not None:
@@ -113,13 +113,16 @@ def _labelled(cfg, flag, labels, say):
             problems.append(str(e).removeprefix(where).lstrip(": "))
 
     # Rows without a label are of no class; a known one takes its place, so that all other problems are found too.
-    blank = np.array([cfg.task == "single_label" and not row[cfg.label_column].strip() for row in rows])
+    blank = np.zeros(len(rows), bool)
+    if cfg.task == "single_label":
+        blank[:] = [not row[cfg.label_column].strip() for row in rows]
     if blank.any():
         numbers = list(map(str, np.flatnonzero(blank) + 1))
         problems.append(f"{len(numbers)} rows have an empty label (rows {few(numbers, 20)})")
     is_new = labels is None
     if is_new and not blank.all():
-        labels = attempt(labels_of, cfg, [row for row, is_blank in zip(rows, blank, strict=True) if not is_blank])
+        labelled = list(compress(rows, ~blank))
+        labels = attempt(labels_of, cfg, labelled)
     train_only = attempt(labelling.train_only, rows)
     if labels and train_only is not None:
         for i in np.flatnonzero(blank):
@@ -130,25 +133,34 @@ def _labelled(cfg, flag, labels, say):
             for line in label_doubts(cfg, rows, where):
                 say(line)
     refuse(problems, f"{where}: ")
+    repeated = duplicates(row[cfg.id_column] for row in rows if cfg.id_column in row)
+    if repeated:
+        say(f"warning: {where}: {len(repeated)} ids stand in several rows ({few(repeated)}): predictions repeat them")
     return Split(rows, _ids(cfg, rows), targets, train_only=train_only), labels
 
 
 def lone_classes(cfg, targets: np.ndarray, judging: np.ndarray, labels: Labels) -> list[str]:
     """What to say of classes with a single row of those that may judge (N,), where a hold-out needs two."""
-    if cfg.task != "single_label" or cfg.group_column or getattr(cfg, "val_data", "") or getattr(cfg, "folds", 0):
+    others = ("group_column", "val_data", "folds")
+    if cfg.task != "single_label" or any(getattr(cfg, name, "") for name in others):
         return []
-    rows = [np.flatnonzero((targets == c) & judging) for c in range(len(labels.values))]
-    lone = [f"{name!r} (row {own[0] + 1})" for name, own in zip(labels.names, rows, strict=True) if len(own) == 1]
-    advice = "give --val_data, or drop it"
-    return [f"a stratified split needs 2 rows of every class, but {few(lone)} has one: {advice}"] if lone else []
+    lone = []
+    for c, name in enumerate(labels.names):
+        rows = np.flatnonzero((targets == c) & judging)
+        if len(rows) == 1:
+            lone.append(f"{name!r} (row {rows[0] + 1})")
+    problem = f"a stratified split needs 2 rows of every class, but {few(lone)} has one: give --val_data, or drop it"
+    return [problem] if lone else []
 
 
 def label_doubts(cfg, rows: Rows, where: str) -> list[str]:
     """Warnings of what may be no labels; see labelling.doubts."""
     if cfg.task == "regression" or cfg.label_columns:
         return []
-    several = cfg.task == "multi_label"
-    sets = labelling.label_sets(cfg, rows, where) if several else [[row[cfg.label_column]] for row in rows]
+    if cfg.task == "multi_label":
+        sets = labelling.label_sets(cfg, rows, where)
+    else:
+        sets = [[row[cfg.label_column]] for row in rows]
     return labelling.doubts(sets, where)
 
 
@@ -158,7 +170,10 @@ def _texts(cfg, flag, *others):
     """
     path, columns = getattr(cfg, flag), files.template_columns(cfg.text)
     rows = files.read_rows(path, flag)
-    files.need_columns(rows, [*columns, *filter(None, others)], path, flag)
+    needed = [*columns, *filter(None, others)]
+    if all(cfg.id_column in row for row in rows):
+        needed.append(cfg.id_column)
+    files.need_columns(rows, needed, path, flag)
     decoded = files.decode_bytes_literals(rows, columns)
     return rows, decoded, [str(i + 1) for i in files.empty_rows(rows, columns)]
 

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bases
+import cutting
 import data
 import files
+import prompts
 from errors import UserError
 from packed import pack
 
@@ -390,3 +392,115 @@ def test_tokens_take_and_row():
     tokens = data.join_tokens([[1, 2, 3], [4], [5, 6]])
     assert tokens.lengths.tolist() == [3, 1, 2]
     assert [tokens.take(np.array([2, 0])).row(i).tolist() for i in (0, 1)] == [[5, 6], [1, 2, 3]]
+
+
+# ---- very long rows -------------------------------------------------------------------------------------------------
+
+WORDS = [
+    "a",
+    "b",
+    "the",
+    "don't",
+    " ",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "1",
+    "12",
+    "e\u0301",
+    "\u0323",
+    "汉",
+    "，",
+    ".",
+    "'s",
+    "😀",
+    "ß",
+]
+WORDS += ["<|im_end|>", "<|im", "\u00a0", "İ", "\r\n", "▁", "def "]
+TEMPLATES = ["{a}", "Q: {a}\nA:", "{a} {b}", "<|im_end|>{a}{b}x"]
+
+
+def made_tokenizer(kind: str):
+    """A small tokenizer of another kind than tiny/base's byte-level BPE, trained on this project's own text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    models, before, forms = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.normalizers
+    special = ["[UNK]", "[SEP]", "<|im_end|>"]
+    if kind == "wordpiece":
+        made = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        made.normalizer, made.pre_tokenizer = forms.BertNormalizer(), before.BertPreTokenizer()
+        trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    else:
+        made = tokenizers.Tokenizer(models.Unigram())
+        made.normalizer, made.pre_tokenizer = forms.NFKC(), before.Metaspace()
+        options = {"vocab_size": 400, "unk_token": "[UNK]", "show_progress": False}
+        trainer = tokenizers.trainers.UnigramTrainer(special_tokens=special, **options)
+    made.train_from_iterator([(ROOT / name).read_text() for name in ("train.py", "README.md")], trainer)
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", 1)])
+    more = {"unk_token": "[UNK]", "eos_token": "[SEP]", "additional_special_tokens": ["<|im_end|>"]}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **more)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "wordpiece", "unigram"])
+def test_a_long_row_has_the_tokens_of_the_whole(small, kind, monkeypatch):
+    """Wherever it is not reported otherwise: ids, and what is learned of answers, equal those of the row whole."""
+    tokenizer = small if kind == "byte-level" else made_tokenizer(kind)
+    rng = np.random.default_rng(0)
+    sure = differ = 0
+    for i in range(48):
+        words = rng.choice(WORDS, int(rng.integers(4, len(WORDS))), replace=False)
+        row = {name: "".join(rng.choice(words, size)) for name, size in (("a", 1500), ("b", int(rng.integers(3, 900))))}
+        template, max_length = TEMPLATES[i % 4], int(rng.integers(12, 40))
+        rules = cutting.cutting_rules(template, *[((), ()), (("a",), ()), ((), ("a=7",))][i % 3])
+        pieces = [prompts.render(template, row)]
+        end = len(prompts.plain(pieces[0]))
+        answers = [[(end // 3, end // 2), (end - 5, end)]] if i % 2 else ()
+        results = []
+        for long in (10**9, 100):
+            monkeypatch.setattr(data, "LONG", long)
+            monkeypatch.setattr(data, "LEAST", 4 if long == 100 else 4096)
+            monkeypatch.setattr(data, "PER_TOKEN", 4 if long == 100 else 16)
+            try:
+                results.append(data.encode(tokenizer, pieces, max_length, answers, ["row"], rules))
+            except UserError as e:  # the template alone is too long, or nothing of an answer is left
+                results.append((str(e), None))
+        (whole, _), (tokens, report) = results
+        if isinstance(whole, str):  # what is not kept may spell what a tokenizer cannot tell from its special tokens
+            assert report is None or "cannot be told from" in whole
+        elif report.partly and not report.unsure:
+            sure += 1
+            assert tokens.ids.tolist() == whole.ids.tolist(), (template, row["a"][:99])
+            assert not answers or tokens.learned.tolist() == whole.learned.tolist()
+        else:
+            differ += tokens.ids.tolist() != whole.ids.tolist()
+    assert sure > 8
+
+
+@pytest.mark.parametrize(
+    "text", ["long words " * 900_000, "<|im_end|>" * 1_000_000, "e" + "\u0301" * 1_000_000, "a" * 10**7]
+)
+def test_a_field_of_megabytes_is_encoded_as_far_as_it_is_kept(small, text):
+    """10 MB, a million special tokens, a million combining marks: no more than a few of its characters are encoded."""
+    sizes, encode = [], type(small).__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(small), "__call__", lambda self, texts: sizes.append(sum(map(len, texts))) or encode(self, texts)
+        )
+        tokens, report = data.tokenize(small, "Q: {a}\nA:", [{"a": text}, {"a": "short"}], 512)
+    assert report.partly == 1 and report.cut_rows == 1 and "very long rows" in str(report) and sum(sizes) < 200_000
+    assert ("may differ" in str(report)) == (" " not in text)
+    assert (
+        small.decode(tokens.row(0)).startswith("Q: " + unicodedata.normalize("NFC", text[:20]))
+        and len(tokens.row(0)) == 512
+    )
+    assert small.decode(tokens.row(0)).endswith("\nA:") and small.decode(tokens.row(1)) == "Q: short\nA:"
+
+
+def test_bulks_are_bounded_by_their_text(small, monkeypatch):
+    monkeypatch.setattr(data, "BULK_TEXT", 50)
+    rows = [{"a": "abc " * (i % 20)} for i in range(60)]
+    tokens, _ = data.tokenize(small, "{a}", rows, 100)
+    monkeypatch.setattr(data, "BULK_TEXT", 10**6)
+    assert data.tokenize(small, "{a}", rows, 100)[0].digest() == tokens.digest()
