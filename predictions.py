@@ -47,9 +47,9 @@ def read_input(cfg, train_cfg, source: str, columns: list[str], say) -> tuple[fi
     files.need_columns(rows, [name for name in (*columns, cfg.by_column) if name], source, "input")
     say(f"{len(rows):,} rows of {source}")
     labelled = train_cfg.label_columns or (train_cfg.label_column,)
-    ids = ids_of(cfg, train_cfg.id_column, rows, source, (*columns, *labelled), say)
-    if _header(cfg)[:1] and _header(cfg)[0] in labelled:
+    if set(_header(cfg)[:1]) & set(labelled):
         raise UserError(f"--submission {cfg.submission}: expected the id column first, then the label column")
+    ids = ids_of(cfg, train_cfg.id_column, rows, source, (*columns, *labelled), say)
     decoded = files.decode_bytes_literals(rows, columns)
     if decoded:
         say(f"{decoded} rows were Python bytes literals (b'...') and are decoded")
@@ -117,10 +117,10 @@ def known_labels(rows: files.Rows, train_cfg, labels: Labels, say) -> Known | No
     cells = dict.fromkeys("|".join(row.get(name, "") for name in columns) for row in map(rows.__getitem__, left_out))
     cells = few([f"{cell!r:.60}" for cell in cells], 3)
     if not len(good):
-        say(f"no metrics: {name} holds no label of this run in any row (but {cells})")
+        say(f"no metrics: no row of {name} holds a label of this run (there is: {cells})")
         return None
     if left_out:
-        rest = f"{name} holds no label of this run in the others ({cells})"
+        rest = f"{name} holds no label of this run in the others (there is: {cells})"
         say(f"warning: metrics are over {len(good):,} of {len(rows):,} rows: {rest}")
     if unknown:
         say(f"warning: this run does not know the labels {few(unknown, 10)}: metrics are over those it knows")
