@@ -297,7 +297,7 @@ def majority(task: str, labels: Array, metric: str = "", classes: int = 0) -> fl
         constant = np.full((len(labels), 1), np.mean(labels))
         return of_task(task, constant, labels).get(metric or "mse")
     true = labels if labels.ndim == 2 else one_hot(labels, classes or labels.max() + 1)
-    shares = np.clip(true.mean(axis=0), 1e-12, 1 - 1e-12)
+    shares = np.clip(true.mean(axis=0, dtype=float), 1e-12, 1 - 1e-12)
     log_odds = np.log(shares) - (np.log1p(-shares) if task == "multi_label" else 0)
     constant = np.tile(log_odds, (len(labels), 1))
     predicted = np.full(len(labels), shares.argmax())

@@ -490,7 +490,7 @@ def test_each_batch_is_on_disk_before_the_next(one, asked, tmp_path, monkeypatch
     fresh = tmp_path / "fresh.jsonl"
     monkeypatch.setattr(language, "complete", complete)
     generate.main(flags_of(one, asked, fresh))
-    assert out.read_bytes() == fresh.read_bytes() and len(calls) == 3 + len(records(out)) // 3 - 2
+    assert out.read_bytes() == fresh.read_bytes() and len(calls) == 5
     assert (tmp_path / "out.jsonl.previous").read_text() == "older\n"
 
 
@@ -613,7 +613,7 @@ MISTAKES = {
     "chat of scores": (["--chat", "no", "--score", "true"], "--chat has no effect: it is used without --score"),
     "one class": (["--score", "true", "--label_names", "a"], "--label_names a: --score expects the names of two"),
     "score to text": (["--score", "true", "--output", "o.txt"], "expected a name that ends in .csv or .jsonl"),
-    "run and base": (["--runs", "outputs/x"], "--runs outputs/x with --base or --adapter"),
+    "run and adapter": (["--runs", "outputs/x", "--adapter", "a"], "--runs outputs/x with --adapter"),
     "no chat": (["--chat", "yes"], "--chat yes: needs a chat, but the tokenizer has no chat template"),
     "system": (["--system", "Be brief."], "--system: needs a chat"),
     "system, no chat": (["--system", "Be brief.", "--chat", "no"], "--system has no effect with --chat no"),
