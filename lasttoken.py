@@ -15,24 +15,28 @@ HERE = Path(__file__).resolve().parent
 NAMES = {path.stem for path in HERE.glob("*.py")} - {"lasttoken"}
 
 
-def _ours(module) -> bool:
-    """Whether a module is a file of this project."""
-    return Path(getattr(module, "__file__", None) or "/").resolve().parent == HERE
+def _take() -> dict:
+    """Take the modules of these names, and of packages of these names, out of sys.modules."""
+    names = [name for name in sys.modules if name.partition(".")[0] in NAMES]
+    return {name: sys.modules.pop(name) for name in names}
 
 
-_before = {name: sys.modules[name] for name in list(sys.modules) if name.partition(".")[0] in NAMES}
-_others = {name for name, module in _before.items() if not _ours(_before.get(name.partition(".")[0], module))}
-_path = sys.path[:]
-for _name in _others:
-    del sys.modules[_name]
+_inside = Path(getattr(sys.modules.get("trained"), "__file__", "/")).parent == HERE  # in one of the project's commands
+_before = {} if _inside else _take()
 sys.path.insert(0, str(HERE))
 try:
     from errors import Degenerate, Untrusted, UserError
     from trained import Run, load_run
 finally:
-    sys.path[:] = _path
-    for _name in NAMES - (_before.keys() - _others):
-        sys.modules.pop(_name, None)
-    sys.modules.update({name: _before[name] for name in _others})
+    sys.path.remove(str(HERE))
+    if not _inside:
+        _take()
+        sys.modules.update(_before)
 
-__all__ = ["Degenerate", "Run", "Untrusted", "UserError", "load_run"]
+__all__ = [
+    "Degenerate",
+    "Run",
+    "Untrusted",
+    "UserError",
+    "load_run",
+]
