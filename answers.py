@@ -17,6 +17,7 @@ import files
 import foreign
 import metrics
 import numerics
+import parts
 import predictions
 import prompts
 import trained
@@ -134,6 +135,7 @@ def score(cfg) -> dict:
                 shares.append([1 - p, p])
         predictions.write_records(cfg, labels, ids, chosen, shares, probability)
         predictions.write_lines(cfg, "malformed", ["id", "why", "answer"], malformed)
+        parts.remove(cfg.output)
     return {**result, "examples_per_second": round(len(rows) / seconds, 2), "seconds": round(seconds, 2)}
 
 

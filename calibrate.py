@@ -92,10 +92,13 @@ def fit_temperature(logits: Array, labels: Array) -> float:
         total = powers.sum(axis=1)
         mean = (powers * others).sum(axis=1) / total
         spread = (powers * others**2).sum(axis=1) / total - mean**2
-        p = np.exp(metrics.log_sigmoid(true * inverse - np.log(total)))
+        log_odds = true * inverse - np.log(total)
         rise = true - mean
-        slope = ((p - target) * rise).mean()
-        curvature = (p * (1 - p) * rise**2 - (p - target) * spread).mean()
+        p = np.exp(metrics.log_sigmoid(log_odds))
+        slopes = (p - target) * rise
+        slope = slopes.mean()
+        curvature = p * (1 - p) * rise**2 - (p - target) * spread
+        curvature = curvature.mean()
         if slope == 0:
             break
         if slope > 0:

@@ -294,16 +294,22 @@ def majority(task: str, labels: Array, metric: str = "", classes: int = 0) -> fl
     classes: of single-label ids (N,); default: those up to the largest one.
     """
     if task == "regression":
-        constant = np.full((len(labels), 1), np.mean(labels))
-        return of_task(task, constant, labels).get(metric or "mse")
-    true = labels if labels.ndim == 2 else one_hot(labels, classes or labels.max() + 1)
-    shares = np.clip(true.mean(axis=0), 1e-12, 1 - 1e-12)
-    log_odds = np.log(shares) - (np.log1p(-shares) if task == "multi_label" else 0)
-    constant = np.tile(log_odds, (len(labels), 1))
+        mean = np.full((len(labels), 1), np.mean(labels))
+        scores = of_task(task, mean, labels)
+        return scores.get(metric or "mse")
+    true = labels
+    if task == "single_label":
+        true = one_hot(labels, classes or labels.max() + 1)
+    shares = true.mean(axis=0, dtype=float)
+    shares = shares.clip(1e-12, 1 - 1e-12)
+    constant = np.log(shares)
     predicted = np.full(len(labels), shares.argmax())
     if task == "multi_label":
+        constant -= np.log1p(-shares)
         predicted = one_hot(predicted, len(shares))
-    return of_task(task, constant, labels, predicted=predicted).get(metric or "micro_f1")
+    constant = np.tile(constant, (len(labels), 1))
+    scores = of_task(task, constant, labels, predicted=predicted)
+    return scores.get(metric or "micro_f1")
 
 
 def better(now: float | None, best: float | None, metric: str) -> bool:

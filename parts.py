@@ -71,7 +71,7 @@ class Parts:
 
 
 def _checksum(number, batch):
-    return zlib.crc32(batch, number % 2**32)
+    return zlib.crc32(batch, zlib.crc32(repr(number).encode()))
 
 
 def folder_of(output: str | Path) -> Path:

@@ -47,9 +47,9 @@ def read_input(cfg, train_cfg, source: str, columns: list[str], say) -> tuple[fi
     files.need_columns(rows, [name for name in (*columns, cfg.by_column) if name], source, "input")
     say(f"{len(rows):,} rows of {source}")
     labelled = train_cfg.label_columns or (train_cfg.label_column,)
-    ids = ids_of(cfg, train_cfg.id_column, rows, source, (*columns, *labelled), say)
-    if _header(cfg)[:1] and _header(cfg)[0] in labelled:
+    if set(_header(cfg)[:1]) & set(labelled):
         raise UserError(f"--submission {cfg.submission}: expected the id column first, then the label column")
+    ids = ids_of(cfg, train_cfg.id_column, rows, source, (*columns, *labelled), say)
     decoded = files.decode_bytes_literals(rows, columns)
     if decoded:
         say(f"{decoded} rows were Python bytes literals (b'...') and are decoded")
@@ -65,16 +65,17 @@ def ids_of(cfg, own: str, rows: files.Rows, source: str, others: Collection[str]
 
     others: columns that are no ids. Raises UserError for a column that some rows lack, or that the output cannot have.
     """
-    wanted = [cfg.id_column, *_header(cfg)[:1], own]
-    column = next((name for name in wanted if name and (name in rows[0] or name == cfg.id_column)), "")
+    wanted = [*_header(cfg)[:1], own]
+    there = [name for name in wanted if any(name in row for row in rows)]
+    column = cfg.id_column or next(iter(there), "")
     if not column:
-        unused = [name for name in rows[0] if name not in others]
+        unused = [name for name in rows[0] if name and name not in others]
         unused.sort(key=lambda name: "id" not in name.lower())  # the likeliest first
         advice = f"; --id_column takes one of {few(unused)}" if unused else ""
-        say(f"warning: {source} has no column {wanted[1]}: rows are numbered from 0{advice}")
+        say(f"warning: {source} has no column {wanted[0]}: rows are numbered from 0{advice}")
         return Ids(own, [str(i) for i in range(len(rows))])
     files.need_columns(rows, [column], source, "input")
-    if not cfg.submission and (column == "prediction" or column.startswith(labelling.TEACHER)):
+    if not _header(cfg) and (column == "prediction" or column.startswith(labelling.TEACHER)):
         raise UserError(f"--id_column {column}: the output has another column of this name; name both by --submission")
     values = [row[column] for row in rows]
     blank = sum(not value.strip() for value in values)
@@ -117,10 +118,10 @@ def known_labels(rows: files.Rows, train_cfg, labels: Labels, say) -> Known | No
     cells = dict.fromkeys("|".join(row.get(name, "") for name in columns) for row in map(rows.__getitem__, left_out))
     cells = few([f"{cell!r:.60}" for cell in cells], 3)
     if not len(good):
-        say(f"no metrics: {name} holds no label of this run in any row (but {cells})")
+        say(f"no metrics: no row of {name} holds a label of this run (there is: {cells})")
         return None
     if left_out:
-        rest = f"{name} holds no label of this run in the others ({cells})"
+        rest = f"{name} holds no label of this run in the others (there is: {cells})"
         say(f"warning: metrics are over {len(good):,} of {len(rows):,} rows: {rest}")
     if unknown:
         say(f"warning: this run does not know the labels {few(unknown, 10)}: metrics are over those it knows")
@@ -229,6 +230,7 @@ def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, inputs, s
         ranking = as_probability(cfg, train_cfg, labels)
         write_records(cfg, labels, ids, answers, probabilities.tolist(), ranking)
         write_lines(cfg, "unscored", ["id"], unscored)
+        parts.remove(cfg.output)
     return result
 
 
@@ -261,8 +263,8 @@ def as_cells(answers: list[list[str]], train_cfg, labels: Labels) -> list[str]:
 
 def write_records(cfg, labels: Labels, ids: Ids, answers, shares, probability: bool) -> None:
     """Write the two columns of a submission, or id, prediction and a probability for each class, in one piece."""
-    if cfg.submission.strip():
-        header = _header(cfg)
+    header = _header(cfg)
+    if header:
         values = [share[-1] for share in shares] if probability else answers
         table = list(zip(ids.values, values, strict=True))
     else:
@@ -274,7 +276,6 @@ def write_records(cfg, labels: Labels, ids: Ids, answers, shares, probability: b
     text = "".join(lines) if out.suffix == ".jsonl" else csv_text([header, *table])
     keep_previous(out, cfg.overwrite)
     checkpoint.write_atomic(out, text)
-    parts.remove(out)
     print(f"wrote {len(table):,} predictions to {out}")
 
 

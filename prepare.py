@@ -53,11 +53,16 @@ def read(cfg: TrainConfig, say: Callable) -> tuple[TrainConfig, Material]:
 
 def check(cfg: TrainConfig, train: Split, judges: Split, classes: int) -> str:
     """Raise UserError for thresholds, weights, evaluations or earlier runs that do not fit its rows; returns a note."""
-    if cfg.task == "single_label" and cfg.thresholds == "global" and classes > 2:
-        raise UserError(f"--thresholds global has no effect on {classes} classes: the largest score decides")
+    refuse_idle_thresholds(cfg, classes)
     losses.label_weights(cfg.task, cfg.class_weights, cfg.pos_weight, train.labels, classes)
     splits.periodic_rows(cfg, judges.labels, classes)
     return chains.check_chain(cfg, train, judges)
+
+
+def refuse_idle_thresholds(cfg: TrainConfig, classes: int) -> None:
+    """Raise UserError for a threshold of more than two classes, of which the largest score decides."""
+    if cfg.task == "single_label" and cfg.thresholds == "global" and classes > 2:
+        raise UserError(f"--thresholds global has no effect on {classes} classes: the largest score decides")
 
 
 def untrained_labels(task: str, labels: np.ndarray, names: tuple[str, ...]) -> str:

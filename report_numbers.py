@@ -6,6 +6,7 @@ Each function takes the run and returns its section's numbers, or None where the
 import dataclasses
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +16,7 @@ import configs
 import metrics
 import trained
 from configs import TrainConfig
+from errors import Untrusted
 from report_runs import Run
 
 BINS = 15  # of the reliability diagram, as of the calibration error
@@ -98,7 +100,7 @@ def training(run: Run) -> dict[str, dict]:
         log, result = folder / "metrics.jsonl", folder / "result.json"
         if not (log.is_file() and result.is_file()):
             continue
-        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        lines = log_lines(log)
         steps = [line for line in lines if line.get("loss") is not None]
         evals = [line for line in lines if metric in line.get("eval", {})]
         if steps:
@@ -111,6 +113,14 @@ def training(run: Run) -> dict[str, dict]:
                 "best_step": checkpoint.load_json(result).get("best_step"),
             }
     return curves
+
+
+def log_lines(log: Path) -> list[dict]:
+    """The lines of a finished run's metrics.jsonl. Raises Untrusted where one is no JSON object."""
+    try:
+        return [dict(json.loads(line)) for line in log.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, TypeError) as e:
+        raise Untrusted(f"{log}: {e}") from None
 
 
 # ---- classes --------------------------------------------------------------------------------------------------------

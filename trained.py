@@ -7,6 +7,7 @@ run.predict(["What is 2 + 2?"])            # [{"label": "0", "name": "0", "proba
 
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ import peft_format
 import prompts
 from configs import TrainConfig
 from decide import Decision
-from errors import Untrusted, UserError
+from errors import Untrusted, UserError, few
 from labelling import Labels
 from metrics import Array
 from model import Classifier
@@ -254,17 +255,17 @@ class Run:
         with warnings.catch_warnings(action="ignore"):  # of rows that no save reached: their mean is NaN
             return np.mean(scores, axis=0, dtype=np.float32, where=reached), report
 
-    def predict(self, texts: list, max_tokens: int = 8192) -> list[dict]:
+    def predict(self, texts: Iterable[str | dict], max_tokens: int = 8192) -> list[dict]:
         """Label and display name (multi_label: lists of them), probabilities and logits (both in the order of `labels`)
         of each text; a regression's score.
 
-        texts: strings, where the template has one column, or rows as dicts of its columns.
+        texts: strings, where the template has one column, or rows as dicts of its columns; one of them counts as a list
+        of one. Raises UserError for anything else.
         """
         task, columns = self.config.task, prompts.fields(self.config.text)
-        rows = [{columns[0]: text} if isinstance(text, str) else dict(text) for text in texts]
+        rows = rows_of(texts, columns)
         if not rows:
             return []
-        files.need_columns(rows, columns, "texts (a string is the first column, a dict has several)", "input")
         files.decode_bytes_literals(rows, columns)
         logits, _ = self.logits(rows, max_tokens)
         if task == "regression":
@@ -276,6 +277,33 @@ class Run:
         keys = f"label{plural}", f"name{plural}", "probabilities", "logits"
         columns = values, names, probabilities.tolist(), logits.tolist()
         return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def rows_of(texts, columns: list[str]) -> files.Rows:
+    """Texts or dicts, or a single one of them, as rows of the template's columns. UserError for anything else."""
+    if isinstance(texts, str | dict):
+        texts = [texts]
+    ordered = isinstance(texts, Iterable) and not isinstance(texts, bytes | set | frozenset)
+    if not ordered or getattr(texts, "ndim", 1) != 1:  # a table's rows would be its column names
+        advice = 'expected a list of strings or of dicts (of a DataFrame: df["text"] or df.to_dict("records"))'
+        raise UserError(f"texts: got {type(texts).__name__}, {advice}")
+    rows, problems = [], []
+    for number, text in enumerate(texts):
+        row = {columns[0]: text} if isinstance(text, str) else text
+        if not isinstance(row, dict):
+            problems.append(f"texts[{number}] is {type(text).__name__}, expected a string or a dict of columns")
+            continue
+        for name in columns:
+            if name not in row:
+                problems.append(
+                    f"texts[{number}] has no column {name} (a string is the first column, a dict has several)"
+                )
+            elif not isinstance(row[name], str | int):
+                problems.append(f"texts[{number}][{name!r}] is {type(row[name]).__name__}, expected a string")
+        rows.append({name: str(value) for name, value in row.items()})
+    if problems:
+        raise UserError(few(problems, 3))
+    return rows
 
 
 def run_facts(path: Path) -> tuple[TrainConfig, Labels]:

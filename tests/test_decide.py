@@ -11,11 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import calibrate
+import checks
+import configs
 import decide
 import evaluate
 import losses
 import metrics
+import prepare
 import tables
+from errors import UserError
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 10**6)
@@ -161,6 +165,41 @@ def test_one_predicted_class_alone_is_no_alarm():
     z = logits() * 0.1
     z[:, 0] += 5
     assert evaluate.degenerate(z) == ""
+
+
+# ---- thresholds without an effect -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, classes, words",
+    [
+        ({"thresholds": "per_class"}, 3, "--thresholds per_class with --task single_label"),
+        ({"thresholds": "per_class"}, 2, "two classes take global"),
+        ({"thresholds": "global"}, 3, "--thresholds global has no effect on 3 classes"),
+        ({"thresholds": "global"}, 2, ""),
+        ({"thresholds": "none"}, 3, ""),
+        ({"thresholds": "auto"}, 3, ""),
+        ({"thresholds": "global", "task": "regression", "metric": "mse"}, 1, "--thresholds global has no meaning"),
+        ({"thresholds": "per_class", "task": "multi_label"}, 3, ""),
+        ({"thresholds": "global", "task": "multi_label"}, 3, ""),
+    ],
+)
+def test_thresholds_that_decide_nothing_are_refused(settings, classes, words):
+    """What is accepted is what `fit_decision` gives the kind of, or auto and none."""
+    cfg = configs.TrainConfig(train_data="x.csv", **settings)
+
+    def check():
+        checks.check(cfg, {"thresholds"})
+        prepare.refuse_idle_thresholds(cfg, classes)
+
+    if words:
+        with pytest.raises(UserError, match=words):
+            check()
+        return
+    check()
+    if cfg.thresholds in ("global", "per_class"):
+        z, y = rows_of(cfg.task, classes=classes)
+        assert decide.fit_decision(cfg.task, z, y, cfg.thresholds).kind == cfg.thresholds
 
 
 # ---- distribution ---------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ configs presets checks cli formats spelling delimited
 lora peft_format losses metrics tables bootstrap calibrate decide optim ddp checkpoint parts tracking
 prompts answer_numbers answer_parser latex_clean latex audit
 files cutting labelling strata packed bases numerics nf4 model estimates data splits loop
-evaluate language corpus trained chains prepare foreign predictions writer chats answers
+evaluate language corpus trained lasttoken chains prepare foreign predictions writer chats answers
 report_runs report_numbers pictures page report_sections compare_runs
 train infer cpt generate folds ensemble slices report
 """

@@ -433,12 +433,14 @@ def test_what_cannot_be_reported_is_refused(tmp_path, monkeypatch):
     assert not (run / "report").exists()
 
 
-@pytest.mark.parametrize("damage", ["column", "decision", "metrics"])
+@pytest.mark.parametrize("damage", ["column", "decision", "metrics", "log"])
 def test_a_damaged_run_is_not_trusted(tmp_path, damage):
     run = finished_run(tmp_path / "run", "single_label", *simulated("single_label", 30, 3, 0), names(3), decision=True)
     if damage == "column":
         text = (run / "val_predictions.csv").read_text()
         (run / "val_predictions.csv").write_text(text.replace("logit_class 1", "logit_else"))
+    elif damage == "log":
+        (run / "metrics.jsonl").write_text('{"step": 1, "lo')
     else:
         (run / ("decision.json" if damage == "decision" else "result.json")).write_text("{")
     with pytest.raises(Untrusted):
