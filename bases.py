@@ -114,7 +114,7 @@ def need_readable(folder: str, paths: list[Path]) -> None:
     for path in paths:
         if path.is_file() and formats.lfs_pointer(path):
             raise UserError(f"--base {folder}: {path.name} is {formats.POINTER}")
-        if path.suffix != ".safetensors":
+        if path.suffix != ".safetensors" or path.stat().st_size < 8:  # an empty one is refused when it is loaded
             continue
         try:
             with safe_open(path, framework="pt") as file:
@@ -161,7 +161,7 @@ def load_config(base: str):
 def need_sane_config(folder: str) -> None:
     """Raise UserError for a local config.json that stands for another file, or whose sizes nobody can build."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         return
     if formats.lfs_pointer(path):
         raise UserError(f"--base {folder}: config.json is {formats.POINTER}")

@@ -14,7 +14,7 @@ from checks import table
 from errors import few
 
 PEFT_PREFIX = "base_model.model."
-MOST_NAMES = 10_000  # of targets, patterns or layers in a config
+MOST_NAMES = 100_000  # of targets, patterns or layers in a config
 
 
 # ---- PEFT's tensors -------------------------------------------------------------------------------------------------
@@ -37,15 +37,17 @@ def plain_keys(tensors: dict) -> dict:
 
     Raises ValueError where two keys become one.
     """
+    bare = not any(PEFT_PREFIX in key for key in tensors)
     plain = {}
     for key, value in tensors.items():
         name = WRAPPERS.sub("", key)
+        prefix = PEFT_PREFIX if bare or name.startswith(PEFT_PREFIX) else ""
         while name.startswith(PEFT_PREFIX):
             name = name.removeprefix(PEFT_PREFIX)
-        name = re.sub(r"(\.lora_(?:embedding_)?[AB])\.default\b", r"\1", name)
-        if PEFT_PREFIX + name in plain:
+        name = prefix + re.sub(r"(\.lora_(?:embedding_)?[AB])\.default\b", r"\1", name)
+        if name in plain:
             raise ValueError(f"{lora.in_one_line([key])} and another key name the same tensor")
-        plain[PEFT_PREFIX + name] = value
+        plain[name] = value
     return plain
 
 
@@ -70,7 +72,7 @@ def match_keys(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str
         problem = f"{len(empty)} tensors are empty ({few(empty, 2)}), as DeepSpeed ZeRO-3 leaves them"
         raise ValueError(f"{problem}: gather the parameters when saving (stage3_gather_16bit_weights_on_model_save)")
     resized = [key for key in given if key.endswith(("embed_tokens.weight", "lm_head.weight"))]
-    rows = model.get_input_embeddings().num_embeddings if hasattr(model, "get_input_embeddings") else 0
+    rows = getattr(getattr(model, "config", None), "vocab_size", 0)
     resized = [key for key in resized if rows and shapes[key][:1] and shapes[key][0] != rows]
     if resized:
         problem = f"{resized[0]:.200} has {shapes[resized[0]][0]:,} rows, the base's vocabulary {rows:,}"

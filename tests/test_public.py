@@ -151,7 +151,7 @@ CONFIGS = {  # of an adapter's config: a change -> what is said
         for key in ("target_modules", "modules_to_save", "exclude_modules")
     },
     "a million layers": ({"layers_to_transform": list(range(10**6))}, "has 1,000,000 entries"),
-    "many ranks": ({"rank_pattern": {f"q{i}": 4 for i in range(10**5)}}, "has 100,000 entries"),
+    "many ranks": ({"rank_pattern": {f"q{i}": 4 for i in range(2 * 10**5)}}, "has 200,000 entries"),
     "a long method": ({"peft_type": "Z" * 10**7}, "only LORA is read"),
     "a long key": ({"x" * 10**7: "y"}, "is not supported"),
 }
