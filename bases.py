@@ -12,16 +12,33 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-from errors import UserError, one_line
+import formats
+from errors import UserError, few, one_line
 
 HUB_NAME = r"\w[\w.-]*(/[\w.-]+)?"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 WEIGHT_FILES = (".safetensors", ".bin")
 MOST_CLASSES = 100_000  # a damaged header claims more
+# Of a config's sizes: what transformers would build for hours, or until the memory is full.
+LARGEST = {"num_labels": MOST_CLASSES, "num_hidden_layers": 10_000, "num_attention_heads": 100_000}
+LARGEST |= dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 10_000_000)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Weights of other programs, by the ends of their names.
+FOREIGN = {
+    ".gguf": "llama.cpp's",
+    ".pth": "the publisher's own pickle",
+    ".pt": "a pickle",
+    ".h5": "TensorFlow's",
+    ".msgpack": "Flax's",
+    ".onnx": "ONNX",
+    ".incomplete": "a download that was interrupted",
+    ".part": "a download that was interrupted",
+}
 
 
 # ---- the base -------------------------------------------------------------------------------------------------------
@@ -37,18 +54,26 @@ def find_base(base: str) -> str:
             return str(folder)
         if os.path.isdir(folder):
             advice = "give a folder saved by transformers (an adapter goes to --adapter, with its base here)"
-            raise UserError(f"--base {base}: no config.json in this folder; {advice}")
+            raise UserError(f"--base {base}: no config.json in this folder; {_deeper(folder, 'config.json') or advice}")
+        if os.path.isfile(folder):
+            raise UserError(f"--base {base}: this is a file; give its folder, {folder.parent}")
     if not re.fullmatch(HUB_NAME, base):
         advice = "give a local folder or a hub name such as Qwen/Qwen2.5-0.5B"
         raise UserError(f"--base {one_line(base)}: no such folder; {advice}")
     return base
 
 
+def _deeper(folder, name):
+    """Which folders below this one hold a file, in words; an empty string where none does."""
+    below = sorted(str(path.parent) for depth in ("*", "*/*") for path in Path(folder).glob(f"{depth}/{name}"))
+    return below and f"there is one in {few(below, 3)}: give that folder"
+
+
 def need_base(base: str) -> str:
     """Where the base is, once its config and weights are known to be there. Raises UserError before anything loads."""
     folder = find_base(base)
     need_weights(folder)
-    if getattr(load_config(base), "quantization_config", None):
+    if getattr(load_config(base), "quantization_config", None) is not None:
         raise UserError(f"--base {base} is stored quantized: give the 16-bit base it was made from, with --quant nf4")
     return folder
 
@@ -59,7 +84,9 @@ def need_weights(folder: str) -> None:
         return
     paths = sorted(Path(folder).iterdir())
     if all(path.name.startswith("adapter_") for path in paths if path.suffix in WEIGHT_FILES):
-        raise UserError(f"--base {folder}: no weights in this folder (model.safetensors or its shards)")
+        others = [f"{path.name} is {FOREIGN[path.suffix]}" for path in paths if path.suffix in FOREIGN]
+        others = f"; {few(others, 2)}: not read" if others else ""
+        raise UserError(f"--base {folder}: no weights in this folder (model.safetensors or its shards){others}")
 
     # transformers would follow a link, and read whatever it points to.
     for path in paths:
@@ -75,6 +102,33 @@ def need_weights(folder: str) -> None:
         for shard in shards:
             if Path(str(shard)).name != shard or shard in ("", ".."):
                 raise UserError(f"--base {folder}: {index.name} names {shard!r:.200}, outside the folder: not read")
+        absent = sorted(shard for shard in shards if not (Path(folder) / shard).exists())
+        if absent and index.name.startswith("model.safetensors"):
+            problem = f"{index.name} names {len(absent)} files that are not there ({few(absent, 3)})"
+            raise UserError(f"--base {folder}: {problem}: download them")
+    need_readable(folder, paths)
+
+
+def need_readable(folder: str, paths: list[Path]) -> None:
+    """Raise UserError for files of a base that stand for others, are cut off, or hold no floating-point weights."""
+    for path in paths:
+        if path.is_file() and formats.lfs_pointer(path):
+            raise UserError(f"--base {folder}: {path.name} is {formats.POINTER}")
+        if path.suffix != ".safetensors" or path.stat().st_size < 8:  # an empty one is refused when it is loaded
+            continue
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = [name for name in file.keys() if name.endswith((".weight", ".bias"))]  # noqa: SIM118
+                dtypes = {name: file.get_slice(name).get_dtype() for name in names}
+        except (SafetensorError, OSError, ValueError) as e:
+            remedy = "damaged or incomplete: download it again"
+            raise UserError(
+                f"--base {folder}: its weights cannot be loaded ({path.name}: {one_line(e)}); {remedy}"
+            ) from None
+        for name, dtype in dtypes.items():
+            if dtype not in ("F64", "F32", "F16", "BF16"):
+                remedy = "give the 16-bit base it was made from, with --quant nf4"
+                raise UserError(f"--base {folder}: {name:.200} is stored as {dtype}, quantized or damaged: {remedy}")
 
 
 def own_file(path: Path) -> bool:
@@ -92,6 +146,7 @@ def need_own(path: Path, flag: str) -> None:
 def load_config(base: str):
     """The transformers config of a base. Raises UserError with what to do when it cannot be loaded."""
     folder = find_base(base)
+    need_sane_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except Exception as e:  # whatever a foreign file can make of it
@@ -103,12 +158,43 @@ def load_config(base: str):
     return config
 
 
+def need_sane_config(folder: str) -> None:
+    """Raise UserError for a local config.json that stands for another file, or whose sizes nobody can build."""
+    path = Path(folder) / "config.json"
+    if not os.path.isfile(path):
+        return
+    if formats.lfs_pointer(path):
+        raise UserError(f"--base {folder}: config.json is {formats.POINTER}")
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return  # transformers says why
+    if not isinstance(config, dict):
+        return
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise UserError(f"--base {folder}: config.json has dtype {dtype:.40}, expected one of {', '.join(DTYPES)}")
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    sizes = [(name, part[name]) for part in parts for name in LARGEST if type(part.get(name)) is int]
+    wrong = [f"{name} {size:.3g}" for name, size in sizes if size > LARGEST[name]]
+    if wrong:
+        raise UserError(f"--base {folder}: config.json claims {few(wrong)}: it is damaged")
+    if "vision_config" in config:
+        kind = config.get("model_type")
+        remedy = "save its language model alone, or take a base of text"
+        raise UserError(
+            f"--base {folder}: {kind!s:.40} reads pictures (vision_config), which is not supported: {remedy}"
+        )
+
+
 def stored_labels(base: str, rows: int) -> tuple[str, ...]:
     """Class names of a base that is a classifier (with `rows` outputs, if not 0), or else the numbers below `rows`."""
     config = load_config(base)
     if rows > MOST_CLASSES:
         raise UserError(f"the adapter's head, score.weight or the like, claims {rows:,} outputs: it is damaged")
     if "ForSequenceClassification" in str(config.architectures) and rows in (0, config.num_labels):
+        if set(config.id2label) != set(range(config.num_labels)):
+            raise UserError(f"--base {base}: id2label in its config does not name each of {config.num_labels} classes")
         return tuple(str(config.id2label[i]) for i in range(config.num_labels))
     return tuple(map(str, range(rows)))
 
@@ -149,11 +235,24 @@ def _warn(problem):
         print(f"warning: {problem}", file=sys.stderr)
 
 
+# ---- its values -----------------------------------------------------------------------------------------------------
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the weights that hold NaN or infinity; those of the embedding are judged by the tokens that occur."""
+    embedding = model.get_input_embeddings().weight
+    weights = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and p is not embedding]
+    return [name for name, p in weights if p.numel() and not all(value.isfinite() for value in p.detach().aminmax())]
+
+
 # ---- its tokenizer --------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(base: str):
     """The fast tokenizer of a base. Raises UserError when there is none."""
+    for path in sorted(Path(base).glob("*token*")) + sorted(Path(base).glob("*vocab*")):
+        if path.is_file() and formats.lfs_pointer(path):
+            raise UserError(f"--base {base}: {path.name} is {formats.POINTER}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except Exception as e:  # whatever a foreign file can make of it
@@ -173,7 +272,9 @@ def need_vocabulary(base: str, tokens: int) -> None:
     """Raise UserError when the tokenizer has more tokens than the base has embeddings."""
     embeddings = load_config(base).vocab_size
     if tokens > embeddings:
-        raise UserError(f"--base {base}: its tokenizer has {tokens} tokens for {embeddings} embeddings")
+        problem = f"its tokenizer has {tokens} tokens for {embeddings} embeddings"
+        remedy = "the tokenizer of an adapter that was trained on a resized base? Then merge that one with peft first"
+        raise UserError(f"--base {base}: {problem} ({remedy})")
 
 
 # ---- an adapter -----------------------------------------------------------------------------------------------------
@@ -182,6 +283,8 @@ def need_vocabulary(base: str, tokens: int) -> None:
 def find_adapter(adapter: str) -> Path:
     """The folder of a PEFT adapter: a local one, or a hub name's, fetched. Raises UserError for what is never read."""
     flag, folder = f"--adapter {adapter}", Path(adapter)
+    if os.path.isfile(folder):
+        raise UserError(f"{flag}: this is a file; give its folder, {folder.parent}")
     if not os.path.isdir(folder):
         if "/" not in adapter or not re.fullmatch(HUB_NAME, adapter):
             raise UserError(f"--adapter {one_line(adapter)}: no such folder; give the one that peft saved")
@@ -191,10 +294,14 @@ def find_adapter(adapter: str) -> Path:
             raise UserError(f"{flag}: could not be loaded ({one_line(e)}); give a folder") from None
     for name in ADAPTER_FILES:
         if not (folder / name).exists():
+            if below := _deeper(folder, name):
+                raise UserError(f"{flag}: no {name} there; {below}")
             advice = "give the folder that peft saved (a pickle such as adapter_model.bin is never read: load it where "
             advice += "you trust it, and peft's save_pretrained writes adapter_model.safetensors)"
             raise UserError(f"{flag}: no {name} there; {advice}")
         need_own(folder / name, flag)
+        if formats.lfs_pointer(folder / name):
+            raise UserError(f"{flag}: {name} is {formats.POINTER}")
     return folder
 
 

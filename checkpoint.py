@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from errors import Untrusted, UserError
+from errors import Untrusted, UserError, one_line
 
 MANIFEST = "manifest.json"
 
@@ -242,7 +242,9 @@ def load_tensors(path: Path, read=safe_open.get_tensor) -> dict:
         with safe_open(path, framework="pt") as f:
             return {name: read(f, name) for name in f.keys()}  # noqa: SIM118 (safe_open is no dict)
     except (SafetensorError, OSError, ValueError) as e:
-        raise Untrusted(f"{path}: {e}; if it was downloaded, it is damaged or incomplete: download it again") from None
+        raise Untrusted(
+            f"{path}: {one_line(e)}; if it was downloaded, it is damaged or incomplete: download it again"
+        ) from None
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

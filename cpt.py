@@ -320,7 +320,8 @@ def write_save(folder: Path, lm, tokenizer) -> None:
     if lora.adapters(lm):
         trained.write_adapter(folder, lm, tokenizer)
     else:
-        trained.write_whole(folder, lm, tokenizer, language.whole_config(lm), torch.float32)
+        config = language.whole_config(lm)
+        trained.write_whole(folder, lm, tokenizer, config, torch.float32)
 
 
 def read_save(save: checkpoint.Save, lm) -> None:
@@ -341,7 +342,9 @@ def export(cfg: CptConfig, lm, tokenizer, run: Path) -> None:
         lora.inject(lm, adapter_of(cfg))
         trained.read_classifier(checkpoint.trusted(run / "best").folder, lm)
     lora.merge(lm)
-    trained.export(Path(cfg.export), lm, tokenizer, language.whole_config(lm), dtype, {"exported": str(run)})
+    config = language.whole_config(lm)
+    facts = {"exported": str(run)}
+    trained.export(Path(cfg.export), lm, tokenizer, config, dtype, facts)
 
 
 if __name__ == "__main__":

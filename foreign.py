@@ -87,7 +87,8 @@ def _base_mismatch(adapter, base):
     Every part of that name (qwen2.5, 0.5b, instruct) should occur somewhere in the given base's path.
     """
     path = re.sub(r"[^a-z0-9.]", "", base.lower())
-    parts = re.findall(r"[a-z0-9.]+", Path(adapter.base).name.lower())
+    name = re.sub(r"(-unsloth)?-bnb-4bit$", "", Path(adapter.base).name.lower())  # a quantized copy of it
+    parts = re.findall(r"[a-z0-9.]+", name)
     if all(part in path for part in parts):
         return ""
     return f"the adapter was trained on {adapter.base}, not on {base}"
@@ -104,6 +105,7 @@ def adapter_header(folder: Path) -> tuple[lora.Adapter, dict]:
     """An adapter's config and the shapes of its tensors. Raises UserError for what cannot be honoured."""
     shapes = checkpoint.tensor_shapes(folder / "adapter_model.safetensors")
     try:
+        shapes = peft_format.plain_keys(shapes)
         return peft_format.read_adapter_config(checkpoint.load_json(folder / "adapter_config.json")), shapes
     except ValueError as e:
         raise UserError(f"--adapter {folder}: {e}") from None
@@ -121,6 +123,8 @@ def load_adapter(folder: Path, adapter: lora.Adapter, model, base: str) -> str:
         raise Untrusted(f"{folder}: every update is zero; the adapter was never trained")
     if idle:
         report += f"; {idle} updates are zero"
+    if adapter.base.endswith("-bnb-4bit") and not base.endswith("-bnb-4bit"):
+        report += f"; it was trained on {adapter.base}, a 4-bit copy of the base"
     mismatch = _base_mismatch(adapter, base)
     if mismatch:
         report += f"\nwarning: {mismatch}: every tensor fits all the same"

@@ -167,7 +167,14 @@ def named(name: str, ends) -> bool:
     """Whether a module's name is, or ends in, one of `ends` by whole segments; or a regex means the whole of it."""
     if isinstance(ends, str):
         return re.fullmatch(ends, name) is not None
-    return f".{name}".endswith(tuple(f".{end}" for end in ends))
+    return any(end in ends for end in _ends_of(name))
+
+
+def _ends_of(name):
+    """A name, and what is left of it without its first segments."""
+    segments = name.split(".")
+    starts = range(len(segments))
+    return [".".join(segments[start:]) for start in starts]
 
 
 def within(name: str, ends) -> bool:
@@ -190,12 +197,14 @@ def find_targets(model: nn.Module, adapter: Adapter) -> list[str]:
 
     # What the targets name.
     targets = adapter.targets
-    names = [name for name in modules if named(name, targets)]
+    ends = targets if isinstance(targets, str) else set(targets)
+    names = [name for name in modules if named(name, ends)]
     problems = []
     if targets in ALL_LINEAR:
         names = [name for name in linears if not within(name, HEADS)]
     elif not isinstance(targets, str):
-        unmatched = [target for target in targets if not any(named(name, [target]) for name in names)]
+        matched = {end for name in names for end in _ends_of(name)}
+        unmatched = [target for target in targets if target not in matched]
         problems = [f"target {target} matches no module" for target in unmatched]
         names = [name for name in names if name in targets or _in_layers(name, adapter)]
 

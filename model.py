@@ -17,7 +17,7 @@ import bases
 import lora
 import nf4
 import numerics
-from errors import UserError, one_line
+from errors import UserError, few, one_line
 from packed import Batch, packed_attention, sequence_of_tokens, takes_grouped
 
 ATTENTION = "lasttoken"
@@ -274,6 +274,10 @@ def from_weights(auto, base: str, dtype, **changes) -> tuple[nn.Module, list[str
         raise UserError(f"--base {base}: its weights cannot be loaded ({type(e).__name__}: {one_line(e)})") from None
     if any(".lora_" in name for name, _ in model.named_parameters()):
         raise UserError(f"--base {base}: an adapter beside this base was loaded into it; give the base alone")
+    damaged = bases.not_finite(model)
+    if damaged:
+        problem = f"{len(damaged)} of its weights hold NaN or infinity ({few(damaged, 3)})"
+        raise UserError(f"--base {base}: {problem}: they are damaged, or overflowed when they were cast")
     keep_stream_fp32(model)
     return model, sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
 

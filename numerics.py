@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import bases
+from errors import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -15,6 +16,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     """The autocast precision and why. By compute capability, for torch.cuda.is_bf16_supported() is True on a T4."""
     if wanted != "auto":
+        if wanted not in DTYPES:
+            raise UserError(f"precision {wanted!s:.40}: expected auto, {', '.join(DTYPES)}")
         return wanted, "as given"
     if device.type != "cuda":
         return "fp32", "a CPU"

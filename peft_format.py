@@ -14,6 +14,7 @@ from checks import table
 from errors import few
 
 PEFT_PREFIX = "base_model.model."
+MOST_NAMES = 100_000  # of targets, patterns or layers in a config
 
 
 # ---- PEFT's tensors -------------------------------------------------------------------------------------------------
@@ -25,6 +26,29 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
         PEFT_PREFIX + name: model.get_parameter(name).detach().to("cpu", torch.float32, copy=True).contiguous()
         for name in lora.adapter_names(model)
     }
+
+
+# What wrappers put between or before the names of modules: torch.compile, FSDP, activation checkpointing, DDP.
+WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module\.)+")
+
+
+def plain_keys(tensors: dict) -> dict:
+    """The tensors (or shapes) of an adapter file under the keys that peft gives them, without the names of wrappers.
+
+    Raises ValueError where two keys become one.
+    """
+    bare = not any(PEFT_PREFIX in key for key in tensors)
+    plain = {}
+    for key, value in tensors.items():
+        name = WRAPPERS.sub("", key)
+        prefix = PEFT_PREFIX if bare or name.startswith(PEFT_PREFIX) else ""
+        while name.startswith(PEFT_PREFIX):
+            name = name.removeprefix(PEFT_PREFIX)
+        name = prefix + re.sub(r"(\.lora_(?:embedding_)?[AB])\.default\b", r"\1", name)
+        if name in plain:
+            raise ValueError(f"{lora.in_one_line([key])} and another key name the same tensor")
+        plain[name] = value
+    return plain
 
 
 def match_keys(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
@@ -41,6 +65,19 @@ def match_keys(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str
     adapters = lora.adapters(model).items()
     tied = [name for name, m in adapters if isinstance(m, lora.LoRAEmbedding) or lora.named(name, ["lm_head"])]
     optional = [f"{PEFT_PREFIX}{name}.base_layer.weight" for name in tied]
+
+    # Two ways to lose an adapter's tensors without losing their keys.
+    empty = sorted(key[:200] for key in given if tuple(shapes[key]) == (0,))
+    if empty:
+        problem = f"{len(empty)} tensors are empty ({few(empty, 2)}), as DeepSpeed ZeRO-3 leaves them"
+        raise ValueError(f"{problem}: gather the parameters when saving (stage3_gather_16bit_weights_on_model_save)")
+    resized = [key for key in given if key.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    rows = getattr(getattr(model, "config", None), "vocab_size", 0)
+    resized = [key for key in resized if rows and shapes[key][:1] and shapes[key][0] != rows]
+    if resized:
+        problem = f"{resized[0]:.200} has {shapes[resized[0]][0]:,} rows, the base's vocabulary {rows:,}"
+        way_out = "load it with peft's AutoPeftModelForCausalLM, merge_and_unload, save_pretrained, give that as --base"
+        raise ValueError(f"{problem}: it was trained on a resized vocabulary. Way out: {way_out}")
 
     problems = []
     for side, keys in (("missing", set(required) - given), ("unexpected", given.difference(required, optional))):
@@ -107,7 +144,9 @@ def _is_rank(value):
 
 
 def _is_names(value):
-    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+    return (
+        isinstance(value, list) and len(value) <= MOST_NAMES and all(isinstance(name, str) and name for name in value)
+    )
 
 
 def _is_regex(value, around="{}"):
@@ -183,7 +222,7 @@ def read_adapter_config(config: dict) -> lora.Adapter:
     """The Adapter that an adapter_config.json describes. Raises ValueError naming all that cannot be honoured."""
     problems = []
     if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type {config.get('peft_type')}: only LORA is read")
+        problems.append(f"peft_type {config.get('peft_type')!s:.60}: only LORA is read")
 
     given = DEFAULTS | {key: value for key, value in config.items() if value is not None}
     values = {}
@@ -191,6 +230,9 @@ def read_adapter_config(config: dict) -> lora.Adapter:
         if key not in given:
             continue
         value = given[key]
+        if isinstance(value, list | dict) and len(value) > MOST_NAMES:
+            problems.append(f"{key} has {len(value):,} entries, at most {MOST_NAMES:,} are read")
+            continue
         if name.startswith("layers") and not isinstance(value, list):
             value = [value]
         if not VALID[expected](value):
@@ -199,12 +241,17 @@ def read_adapter_config(config: dict) -> lora.Adapter:
             value = tuple(dict.fromkeys(value))
         values[name] = value
 
+    if isinstance(given["target_modules"], str):
+        layers = [key for key in ("layers_to_transform", "layers_pattern") if given.get(key) is not None]
+        target = given["target_modules"]
+        problems += [f"{key} with target_modules {target:.60}: peft refuses the pair" for key in layers]
+
     # What is not known here may change the model, unless it is off.
     if repr(config.get("init_lora_weights", True)) not in PLAIN_STARTS:
-        problems.append(f"init_lora_weights {config['init_lora_weights']}: it changed the base's own weights")
+        problems.append(f"init_lora_weights {config['init_lora_weights']!s:.60}: it changed the base's own weights")
     known = NO_EFFECT + [key for _, key, _ in FORMAT]
     idle = {key: value for key, value in config.items() if value and key not in known}
-    problems += [f"{key} {str(value)[:60]} is not supported" for key, value in idle.items()]
+    problems += [f"{key:.60} {str(value)[:60]} is not supported" for key, value in idle.items()]
     if problems:
         way_out = "load it with peft on its own base, merge_and_unload, save_pretrained, and give that folder as --base"
         raise ValueError(f"{lora.in_one_line(problems)}. Way out: {way_out}")

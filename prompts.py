@@ -42,8 +42,10 @@ import os
 import re
 import string
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import template_trial
 from errors import nearest
 
 FOLDER = Path(__file__).with_suffix("")  # of the named prompts
@@ -113,7 +115,11 @@ def rendered(tokenizer, messages: list[dict], tools: list | None = None, answer:
     options = {"tools": tools, "add_generation_prompt": answer, "date_string": DATE}
     try:
         jinja = re.sub(CLOCK, lambda call: repr(DAY.strftime(call[2])), tokenizer.get_chat_template(tools=tools))
-        return tokenizer.apply_chat_template(turns, chat_template=jinja, tokenize=False, **options)
+        render = partial(tokenizer.apply_chat_template, chat_template=jinja, tokenize=False, **options)
+        unusable = template_trial.problem(jinja, render, turns)
+        if unusable:
+            raise ValueError(unusable)
+        return render(turns)
     except Exception as e:  # a chat template is foreign code and may raise anything
         raise ValueError(f"the chat template refuses it ({' '.join(str(e).split())[:100]})") from None
 
@@ -127,15 +133,20 @@ def chat(tokenizer, messages: list[dict], tools: list | None = None, answer: boo
     # Render the chat a second time with numbered marks for contents, to see where the template puts each of them.
     text = rendered(tokenizer, messages, tools, answer)
     own = [message.get("content") or "" for message in messages]
-    contents, marked = [], []
+    contents, marked, of_users = [], [], set()
     for message, content in zip(messages, own, strict=True):
         parts = re.split(THINK, content) if message["role"] == "assistant" else [content]
         for i in range(0, len(parts), 2):
             if parts[i]:
                 contents.append(parts[i])
+                if message["role"] == "user":
+                    of_users.add(len(contents) - 1)
                 parts[i] = f"\ue000{len(contents) - 1}\ue001"
         marked.append({**message, "content": "".join(parts)})
     parts = MARK.split(rendered(tokenizer, marked, tools, answer))
+    left_out = {i for i, text in enumerate(contents) if text.strip()} - set(map(int, parts[1::2]))
+    if left_out & of_users:
+        raise ValueError("the chat template leaves out a user's message")
     filled = [contents[int(number)] for number in parts[1::2]]
     for clean in (str, str.strip):  # some templates strip contents
         parts[1::2] = map(clean, filled)
@@ -291,6 +302,8 @@ def as_text(prompt: Prompt, tokenizer) -> str:
     if user[0] == "\ue000" or user[-1] == "\ue001":
         raise ValueError(f"user's turn {prompt.user[:60]!r}: a field needs words before and after it")
     text = _filled(prompt, tokenizer, marks).replace("{", "{{").replace("}", "}}")
+    if not all(mark in text for mark in marks.values()):
+        raise ValueError("the chat template leaves out a field of the user's turn")
     text = MARK.sub(lambda mark: "{" + columns[int(mark[1])] + "}", text)
     probe = {column: PROBE.format(column) for column in columns}
     if plain(render(text, probe)) != _filled(prompt, tokenizer, probe):

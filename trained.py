@@ -165,7 +165,7 @@ def read_classifier(folder: Path, model) -> str:
     try:
         adapter = folder / "adapter_model.safetensors"
         if adapter.exists():
-            return peft_format.load_adapter_state(model, checkpoint.load_tensors(adapter))
+            return peft_format.load_adapter_state(model, peft_format.plain_keys(checkpoint.load_tensors(adapter)))
         tensors = checkpoint.load_tensors(folder / "model.safetensors")
         differ = sorted(tensors.keys() ^ models.state(model).keys())
         if differ:
@@ -312,6 +312,9 @@ def run_facts(path: Path) -> tuple[TrainConfig, Labels]:
         cpt = f"a run of cpt.py writes text: python generate.py --runs {path}"
         raise UserError(f"run {path}: no classification run (expected config.json and labels.json in it); {cpt}")
     stored = checkpoint.load_json(path / "labels.json")
+    for name in ("values", "names"):
+        if not isinstance(stored.get(name), list):
+            raise Untrusted(f"{path / 'labels.json'}: no list of {name} in it: it is damaged")
     return cli.read_config(TrainConfig, path), Labels(tuple(stored["values"]), tuple(stored["names"]))
 
 

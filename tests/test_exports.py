@@ -115,9 +115,10 @@ def test_the_models_own_answers_end_in_transformers_as_here(small_base, tmp_path
 @pytest.mark.parametrize("rank", [4, 0], ids=["adapter", "whole base"])
 def test_an_export_with_label_words_stops_too_and_one_with_a_head_has_no_settings(rank, small_base, tmp_path):
     base = base_with(tmp_path / "base", small_base, json.dumps(SETTINGS), None)
-    words = {"head": "label_words", "label_words": ",".join("01234567"), "head_lr": None, "head_dropout": None}
+    words = {"head": "label_words", "label_words": ",".join("abcdefgh"), "head_lr": None, "head_dropout": None}
     for name, changes, stops in (("words", words, [0, 2]), ("linear", {}, None)):
-        changes |= {"rank": rank, "train_layers": 0 if rank else -1, "targets": "q_proj" if rank else None}
+        if not rank:
+            changes |= {"rank": 0, "alpha": None, "lora_dropout": None, "train_layers": -1}
         (tmp_path / name).mkdir()
         flags = toy_flags(tmp_path / name, base, max_steps=2, eval_every=2, **changes)
         run = train.main(flags)["run"]

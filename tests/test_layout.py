@@ -28,7 +28,7 @@ HOUSE = """
 errors
 configs presets checks cli formats spelling delimited
 lora peft_format losses metrics tables bootstrap calibrate decide optim ddp checkpoint parts tracking
-prompts answer_numbers answer_parser latex_clean latex audit
+template_trial prompts answer_numbers answer_parser latex_clean latex audit
 files cutting labelling strata packed bases numerics nf4 model estimates data splits loop
 evaluate language corpus trained lasttoken chains prepare foreign predictions writer chats answers
 report_runs report_numbers pictures page report_sections compare_runs
@@ -130,14 +130,54 @@ def test_no_package_folder_at_the_top():
     assert not [path for path in ROOT.glob("*/__init__.py")]
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_no_pickle(name):
-    source = FILES[name].read_text(encoding="utf-8")
-    assert not {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"} & {module for module, _ in imports(source)}
+RUNTIME_CODE = sorted([*ROOT.glob("*.py"), *(ROOT / "runs").rglob("*.py")])
+PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+# Calls that run what a file or a text says: names, and attributes of modules.
+RUNS_CODE = {"eval", "exec", "compile", "__import__"}
+RUNS_CODE_OF = {("torch", "load"), ("torch", "save"), ("os", "system"), ("os", "popen"), ("yaml", "load")}
+RUNS_CODE_OF |= {(module, call) for module in ("np", "numpy") for call in ("load", "save")}
+NEVER_TRUE = {"shell", "allow_pickle", "trust_remote_code"}
+
+
+def what_runs_code(source: str) -> list[str]:
+    """Where a source unpickles or evaluates what it is given, or allows others to: "line 7: eval"."""
+    bad = [f"import of {module}" for module, _ in imports(source) if module in PICKLES]
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}, f"line {node.lineno}"
-            assert not (node.value.id in ("np", "numpy") and node.attr in ("load", "save")), f"line {node.lineno}"
+        name = ""
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in RUNS_CODE:
+            name = node.func.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = f"{node.value.id}.{node.attr}" if (node.value.id, node.attr) in RUNS_CODE_OF else ""
+        elif isinstance(node, ast.keyword) and node.arg in NEVER_TRUE:
+            name = "" if is_false_constant(node.value) else node.arg
+        elif isinstance(node, ast.Dict):
+            pairs = zip(node.keys, node.values, strict=True)
+            keys = [key.value for key, value in pairs if isinstance(key, ast.Constant) and not is_false_constant(value)]
+            name = ", ".join(key for key in keys if key in NEVER_TRUE)
+        if name:
+            bad.append(f"line {node.lineno}: {name}")
+    return bad
+
+
+def is_false_constant(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
+
+
+@pytest.mark.parametrize("path", RUNTIME_CODE, ids=lambda path: path.stem)
+def test_no_pickle_and_nothing_that_runs_what_a_file_says(path):
+    assert not what_runs_code(path.read_text(encoding="utf-8"))
+
+
+def test_the_rule_itself_finds_what_runs_code():
+    for line in (
+        "import pickle", "from torch import nn, load\ntorch.load(x)", "eval(x)", "exec(x)", "run(x, shell=True)",
+        "np.load(x, allow_pickle=True)", "f(trust_remote_code=True)", "f(trust_remote_code=flag)", "os.system(x)",
+        "options = {'trust_remote_code': True}", "def f():\n    import dill",
+    ):  # fmt: skip
+        assert what_runs_code(line), line
+    assert not what_runs_code(
+        "model.eval()\nre.compile(x)\nf(trust_remote_code=False)\no = {'trust_remote_code': False}"
+    )
 
 
 # ---- budgets --------------------------------------------------------------------------------------------------------

@@ -805,8 +805,6 @@ TENSORS = {  # what becomes of the tensors, and what is said
     "head missing": (without(HEAD), "the classes are not known"),
     "one more": (put("x", torch.ones(2)), FIT + r"1 unexpected tensors \(x\)"),
     "renamed": (rename("q_proj", "k_proj"), FIT + "4 missing tensors .*; 4 unexpected tensors .*k_proj"),
-    "renamed as peft does within": (rename("(lora_.)", r"\1.default"), FIT + "8 missing .*; 8 unexpected .*A.default"),
-    "without the prefix": (rename("^base_model.model.", ""), "the classes are not known|" + FIT),
     "transposed": (lambda t: t | {A0: t[A0].T.contiguous()}, FIT + rf"{A0} has shape \(32, 4\), expected \(4, 32\)"),
     "another rank": (lambda t: t | {A0: t[A0][:2]}, FIT + rf"{A0} has shape \(2, 32\), expected \(4, 32\)"),
     "empty": (put(A0, torch.zeros(0, 32)), FIT + rf"{A0} has shape \(0, 32\), expected \(4, 32\)"),
