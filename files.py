@@ -243,7 +243,7 @@ def _hint(rows, row, missing):
             return f"; {ascii(same[0])} is another name than {ascii(name)}: give it as it is written there"
     if any(name and name == cell for other in rows[:1000] for name, cell in other.items()):
         return "; the first line looks like a row: a line with the names of the columns must stand before it"
-    if len(row) == 1:
+    if len(row) == 1 and row is rows[0]:
         name = next(iter(row))
         kind = "JSON lines? Name it .jsonl" if name.startswith(("{", "[")) else "the file separated by commas?"
         return f"; the header is a single column: is {kind}"

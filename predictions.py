@@ -66,7 +66,8 @@ def ids_of(cfg, own: str, rows: files.Rows, source: str, others: Collection[str]
     others: columns that are no ids. Raises UserError for a column that some rows lack, or that the output cannot have.
     """
     wanted = [cfg.id_column, *_header(cfg)[:1], own]
-    column = next((name for name in wanted if name and (name in rows[0] or name == cfg.id_column)), "")
+    there = set().union(*rows)  # of JSON lines the first may lack what others have
+    column = next((name for name in wanted if name and (name in there or name == cfg.id_column)), "")
     if not column:
         unused = [name for name in rows[0] if name not in others]
         unused.sort(key=lambda name: "id" not in name.lower())  # the likeliest first
@@ -265,6 +266,8 @@ def write_records(cfg, labels: Labels, ids: Ids, answers, shares, probability: b
         header = _header(cfg)
         values = [share[-1] for share in shares] if probability else answers
         table = list(zip(ids.values, values, strict=True))
+        if probability:
+            print(f"column {header[1]} holds the probability of {labels.names[-1]}")
     else:
         header = [ids.column, "prediction", *(f"{labelling.TEACHER}{value}" for value in labels.values)]
         table = [[id_, answer, *share] for id_, answer, share in zip(ids.values, answers, shares, strict=True)]
