@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import checks
 import data
 import ddp
 import evaluate
@@ -86,6 +87,7 @@ def score(cfg) -> dict:
     source = cfg.input or config.test_data
     if not source:
         raise UserError(f"{asked.name} names no test_data: give the rows to score with --input FILE")
+    checks.need_output(cfg.output, "--output", source, asked.name, config.train_data, config.val_data)
     rows = files.read_rows(source, "input")
     rows = rows[: cfg.limit or None]
     others = (*files.template_columns(config.text), config.label_column)

@@ -50,6 +50,8 @@ def find_base(base: str) -> str:
     Raises UserError for a folder that is missing or holds no config, before anything is loaded.
     """
     for folder in (Path(base), Path(__file__).parent / base):
+        if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+            raise UserError(f"--base {base}: this folder cannot be read: permission denied")
         if os.path.exists(folder / "config.json"):
             return str(folder)
         if os.path.isdir(folder):
@@ -138,9 +140,11 @@ def own_file(path: Path) -> bool:
 
 
 def need_own(path: Path, flag: str) -> None:
-    """Raise UserError for a file that is not its folder's own."""
+    """Raise UserError for a file that is not its folder's own, or cannot be read."""
     if not own_file(path):
         raise UserError(f"{flag}: {path.name} is not a file of this folder (a link out of it?): copy it there")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{flag}: {path.name} cannot be read: permission denied")
 
 
 def load_config(base: str):
@@ -266,6 +270,14 @@ def load_tokenizer(base: str):
         raise UserError(f"--base {base}: no tokenizer files there (transformers made an empty one up)")
     tokenizer.model_max_length = 1_000_000_000  # lengths are limited by max_length, with a report
     return tokenizer
+
+
+def need_positions(base: str, max_length: int) -> None:
+    """Raise UserError for more tokens than a base was made for; those with relative positions have no such limit."""
+    config = load_config(base)
+    room = getattr(config, "max_position_embeddings", None)
+    if room and max_length > room and not getattr(config, "relative_attention", False):
+        raise UserError(f"--max_length {max_length}: {base} was made for {room} positions; lower it")
 
 
 def need_vocabulary(base: str, tokens: int) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,7 @@ RANGES = {name: rule for names, *rule in (  # fields, what is expected, test
     ("val_size", "a whole number of rows, if not a fraction", lambda value: value < 1 or value == int(value)),
 ) for name in names.split()}
 # fmt: on
+MOST = 2**63 - 1  # of whole numbers: torch takes no larger seed
 NUMBERS = r"(?:(?=[^,]*[1-9])[0-9.]+(?:e-?[0-9]+)?(?:,(?!$)|$))+"  # positive, separated by commas
 FORMS = {  # field: (regular expression of the value, or of each value of a tuple; what is expected)
     name: (form.replace("NUMBERS", NUMBERS), expected)
@@ -75,7 +77,7 @@ FORMS = {  # field: (regular expression of the value, or of each value of a tupl
         class_weights :: none|balanced|inverse|effective(:0?\.\d+)?|NUMBERS :: none, balanced, effective:0.99 or numbers
         report :: tensorboard|wandb :: tensorboard, wandb or both
         submission :: \s*|[^,]*[^,\s][^,]*,[^,]*[^,\s][^,]* :: two column names such as "id,label", or empty
-        seeds :: \d+ :: whole numbers of 0 or more
+        seeds :: \d{1,18} :: whole numbers of 0 or more, up to 18 digits
     """)
 }
 
@@ -177,6 +179,8 @@ PROBLEMS = [
      lambda cfg: "all-linear" in cfg.targets and len(cfg.targets) > 1),
     ("Shared", "--report {report}: not installed: pip install {report}",
      lambda cfg: any(name in ("tensorboard", "wandb") and _missing(name) for name in cfg.report)),
+    ("Shared", "--outputs {outputs}: {problem}; name another folder",
+     lambda cfg: cfg.resume in ("", "auto") and not getattr(cfg, "dry_run", False) and folder_problem(cfg.outputs)),
     ("Shared", "--val_size {val_size}: expected a fraction or a count above 0",
      lambda cfg: not getattr(cfg, "val_data", "") and cfg.val_size <= 0),
     ("TrainConfig", "--folds {folds}: expected 2 or more", lambda cfg: cfg.folds == 1),
@@ -222,9 +226,45 @@ def _export_problem(folder, base=None):
     if names:
         first = min(names, key=lambda name: (not name.endswith(".safetensors"), name))
         return f"it already holds {first}; name another folder or remove it"
-    parent = next(folder for folder in (path, *path.parents) if folder.exists())
-    writable = parent.is_dir() and os.access(parent, os.W_OK)
-    return "" if writable else f"{parent} is not a folder that can be written to"
+    problem = folder_problem(folder)
+    return problem and f"{problem}; name another folder"
+
+
+# ---- what is to be written ------------------------------------------------------------------------------------------
+
+
+OWN_FILES = "split.csv val_predictions.csv metrics.jsonl corpus.jsonl".split()  # of a run: an output must not be one
+
+
+def need_output(path: str, flag: str, *inputs: str | Path) -> None:
+    """Raise UserError, before hours are spent, for a file that cannot be written or would replace what is read.
+
+    inputs: the files and runs that are read; empty names are none.
+    """
+    read = [Path(other, name) for other in inputs if other for name in ("", *OWN_FILES)]
+    if os.path.isdir(path):
+        problem = "it is a folder"
+    elif os.path.lexists(path) and not os.path.isfile(path):
+        problem = "it is no regular file"
+    elif os.path.isfile(path) and any(os.path.samefile(path, other) for other in read if os.path.isfile(other)):
+        problem = "this file is read, and would be replaced"
+    else:
+        problem = folder_problem(Path(path).absolute().parent, Path(path).name)
+    refuse([f"{flag} {path}: {problem}; name another file".strip()] if problem else [])
+
+
+def folder_problem(folder: str | Path, name: str = "") -> str:
+    """Why a folder, or a file of this name in it, cannot be made, or an empty string: an empty file is tried."""
+    path = Path(folder).absolute()
+    parent = next(above for above in (path, *path.parents) if os.path.lexists(above))
+    if not os.path.isdir(parent):
+        return f"{parent} is not a folder"
+    longest = max((*path.relative_to(parent).parts, name), key=lambda part: len(os.fsencode(part)))
+    try:
+        with tempfile.NamedTemporaryFile(prefix=f".{longest}.", dir=parent):
+            return ""
+    except OSError as e:
+        return f"{parent} takes no new file ({e.strerror})"
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
@@ -268,6 +308,8 @@ def _field_problems(cfg):
         expected, in_range = RANGES.get(name, ("", bool))
         if isinstance(value, float) and not abs(value) < float("inf"):
             problems.append(f"--{name} {value}: expected a finite number")
+        elif isinstance(value, int) and abs(value) > MOST:
+            problems.append(f"--{name} {value}: expected at most {MOST}")
         elif expected and not in_range(value):
             problems.append(f"--{name} {value}: expected {expected}")
         elif name in CHOICES and value not in CHOICES[name]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import checks
 from configs import Several
-from errors import UserError, nearest, refuse
+from errors import UserError, nearest, print_anything, refuse
 
 # Flags that live in another command now: commands, flags, what to do instead.
 MOVED = checks.table("""
@@ -58,6 +58,7 @@ def early(cls, presets: dict, doc: str, argv: list[str] | None = None) -> None:
 
     Scripts call it before they import torch, which takes seconds. Under torchrun only rank 0 speaks.
     """
+    print_anything()
     if os.environ.get("RANK", "0") != "0":
         return
     try:

@@ -206,7 +206,9 @@ def dataset_name(cfg) -> str:
 
 if __name__ == "__main__":
     import cli
+    from errors import print_anything
     from presets import CPT_PRESETS, TRAIN_PRESETS
 
+    print_anything()
     for config, presets in ((TrainConfig, TRAIN_PRESETS), (InferConfig, {}), (CptConfig, CPT_PRESETS)):
         print(f"== {config.__name__[:-6].lower()}.py: {config.__doc__}\n{cli.describe(config, presets, ['all'])}\n")

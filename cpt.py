@@ -221,6 +221,10 @@ def load_texts(cfg: CptConfig, tokenizer, world: ddp.World) -> Texts:
     documents = corpus.load(cfg.train_data, "train_data", *place, template=cfg.text, **options)
     train_rows, val_rows = corpus.split(len(documents.sizes), cfg.val_size, cfg.seed)
     train, val = cut(documents, train_rows), cut(documents, val_rows)
+    if guard:
+        learned = np.isin(general.tokens.keys(), documents.tokens.take(train_rows).keys()).sum()
+        if learned:
+            say(f"warning: {learned:,} texts of --guard_data are trained on: their loss does not measure forgetting")
     periodic = val
     if 0 < cfg.eval_rows < len(val_rows):
         periodic = cut(documents, spread(val_rows, cfg.eval_rows))
@@ -285,9 +289,7 @@ def check_model(cfg: CptConfig, tokenizer) -> None:
     """Check base and adapter on a skeleton, before any weight is loaded. Raises UserError for what does not fit."""
     bases.need_vocabulary(cfg.base, len(tokenizer))
     bare = language.language_skeleton(cfg.base)
-    room = getattr(bare.config, "max_position_embeddings", None)
-    if room and cfg.max_length > room:
-        raise UserError(f"--max_length {cfg.max_length}: {cfg.base} was made for {room} positions; lower it")
+    bases.need_positions(cfg.base, cfg.max_length)
     try:
         if cfg.rank:
             lora.inject(bare, adapter_of(cfg))

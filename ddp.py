@@ -32,13 +32,30 @@ class World(NamedTuple):
     device: torch.device
 
 
+def ranks() -> tuple[int, int, int]:
+    """(rank, local rank, number of ranks) as torchrun sets them. Raises UserError for what another program left."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1", "MASTER_ADDR": ""}
+    given = {name: os.environ[name] for name in alone if name in os.environ}
+    rank, local, size, port, _ = (alone | given).values()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in given]
+    if not all(map(str.isdecimal, (rank, local, size, port))):
+        problem = "expected whole numbers"
+    elif max(int(rank), int(local)) >= int(size):
+        problem = "expected ranks below WORLD_SIZE"
+    elif int(size) > 1 and missing:
+        problem = f"without {', '.join(missing)}"
+    else:
+        return int(rank), int(local), int(size)
+    words = " ".join(f"{name}={value}" for name, value in given.items())
+    raise UserError(f"the environment has {words}, {problem}: unset them, or start with torchrun, which sets all")
+
+
 def setup() -> World:
     """Join torchrun's process group (nccl on GPUs, gloo on CPUs), or be a world of one.
 
     On GPUs, deterministic kernels are chosen where there is a choice. Raises UserError for more ranks than GPUs.
     """
-    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local, size = ranks()
     device, backend = torch.device("cpu"), {"backend": "gloo"}
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -71,8 +88,9 @@ def launch(main) -> None:
     0 done, 1 failure or stopped, 4 numbers not finite; otherwise an exception's own `exit_status` (2 the user's
     mistake, 3 untrusted checkpoint, 5 degenerate scores). Errors that are meant for the user are one line.
     """
-    rank = int(os.environ.get("RANK", 0))
+    rank = 0
     try:
+        rank, _, _ = ranks()
         result = main(sys.argv[1:])
         if rank == 0:
             print(json.dumps(result), flush=True)

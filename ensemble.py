@@ -74,13 +74,13 @@ import predictions
 import report_runs
 import trained
 from configs import TrainConfig
-from errors import Degenerate, UserError, few
+from errors import Degenerate, UserError, few, note
 
 CLASHES = (
     ("--runs {runs}: name two or more members (python infer.py --runs A predicts with one)", lambda c: len(c.runs) < 2),
     (
         "--runs {runs}: a member is duplicated; weigh members with --ensemble weighted",
-        lambda c: len(set(c.runs)) < len(c.runs),
+        lambda c: len({Path(run).resolve() for run in c.runs}) < len(c.runs),
     ),
     ("--output {output}: expected a name that ends in .csv or .jsonl", lambda c: not is_file(c.output)),
     ("--task regression: it is known by its one column, prediction; leave it out", lambda c: c.task == "regression"),
@@ -110,6 +110,7 @@ def main(argv: list[str]) -> dict:
     if not source:
         raise UserError(f"{runs[0]} names no test_data: give the rows to predict with --input FILE")
     rows, ids = predictions.read_input(cfg, train_cfg, source, columns_of(runs), say)
+    checks.need_output(cfg.output, "--output", source, *cfg.runs, train_cfg.train_data, train_cfg.val_data)
     known = predictions.known_labels(rows, train_cfg, labels, say)
     Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
 
@@ -208,6 +209,12 @@ def csv_member(path: str, cfg: TrainConfig, labels: labelling.Labels, ids: predi
     values = np.stack(values, axis=1)
     if prefix != "probability_":
         return values
+    wrong = values[(values < -1e-6) | (values > 1 + 1e-6)]
+    if len(wrong):
+        raise UserError(f"--runs {path}: {len(wrong)} probabilities are not from 0 to 1 ({wrong[0]:g}): percentages?")
+    off = int((abs(values.sum(axis=1) - 1) > 0.02).sum())
+    if off and cfg.task == "single_label":
+        note(f"note: --runs {path}: the probabilities of {off} rows do not sum to 1: they are scaled to it")
     p = np.clip(values.astype(np.float64), 1e-12, 1)
     logits = np.log(p)
     if cfg.task == "multi_label":

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import sys
 from collections import Counter
 from functools import cache
 
@@ -33,6 +34,12 @@ ELSEWHERE = dict(
         max_grad_norm=grad_clip lr_scheduler_type=schedule
     """.split()
 )
+
+
+def print_anything() -> None:
+    """Let stdout take every text: what its encoding lacks is printed as \\uXXXX, where it would end the program."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def refuse(problems: list[str], prefix: str = "") -> None:

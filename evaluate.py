@@ -109,6 +109,9 @@ def degenerate(logits: Array, inputs: Array | None = None, task: str = "single_l
     return f"{found}: the model ignores its input" if wrong else ""
 
 
+MOST_VALUES = 20  # that are printed
+
+
 def by_value(cfg: TrainConfig, column: str, rows: list, logits: Array, targets: Array, say) -> dict:
     """The metrics of the rows of each value of a column (such as AUC per rule), printed, and their mean over values."""
     if not column:
@@ -123,9 +126,14 @@ def by_value(cfg: TrainConfig, column: str, rows: list, logits: Array, targets: 
         if defined:
             mean[name] = float(np.mean(defined))
     width = min(60, max(map(len, scores)))
-    for value, own in scores.items():
+    for value, own in list(scores.items())[:MOST_VALUES]:
         words = ", ".join(f"{name} {own[name]:.4f}" for name in mean if name in own)
         say(f"{column} {value[:60]:<{width}} {own['rows']:>7,} rows: {words}")
+    more, rare = len(scores) - MOST_VALUES, sum(own["rows"] < 10 for own in scores.values())
+    if more > 0:
+        say(f"{column}: and {more:,} more values, in the result")
+    if 2 * rare > len(scores):
+        say(f"warning: {rare:,} of {len(scores):,} values of {column} have below 10 rows: their metrics say little")
     return {"by_column": scores, "mean_by_column": mean}
 
 

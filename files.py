@@ -253,8 +253,10 @@ def _hint(rows, row, missing):
         return "; rename a column with braces in its name"
     if any(name and name == cell for other in rows[:1000] for name, cell in other.items()):
         return "; the first line looks like a row: write one with the names of the columns before it"
-    if len(row) == 1:
-        return "; the header is a single column: is the file separated by commas?"
+    if len(row) == 1 and row is rows[0]:
+        name = next(iter(row))
+        kind = "JSON lines? Name it .jsonl" if name.startswith(("{", "[")) else "the file separated by commas?"
+        return f"; the header is a single column: is {kind}"
     return nearest(missing[0], list(row))
 
 

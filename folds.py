@@ -294,7 +294,11 @@ def plan_of(members: list[Member], processes: int) -> dict:
         path = Path(folder) / "config.json"
         path.write_text(cli.to_json(members[0].cfg))
         done = subprocess.run(
-            command(["--cfg", str(path), "--dry_run"], processes), stdout=subprocess.PIPE, text=True, check=False
+            command(["--cfg", str(path), "--dry_run"], processes),
+            stdout=subprocess.PIPE,
+            text=True,
+            errors="backslashreplace",
+            check=False,
         )
     *lines, last = done.stdout.splitlines() or [""]
     print("\n".join(lines), flush=True)

@@ -50,15 +50,25 @@ def given_model(cfg) -> Given:
     names = cfg.label_names or bases.stored_labels(base, sizes[0] if sizes else 0)
     if not names:
         raise UserError("the classes are not known: name them with --label_names (and --head label_words)")
-    labels, task = Labels(names, names), "single_label"
-    if len(names) == 1:
-        labels, task = Labels((), names), "regression"
+    labels, task = Labels(names, names), task_of(base, cfg.head, len(names))
+    if task == "regression":
+        labels = Labels((), names)
     same = {name: getattr(cfg, name) for name in SAME}
     known = TrainConfig(base=base, task=task, pooling=models.stored_pooling(base), rank=0, train_layers=0, **same)
     if cfg.prompt:
         known = trained.prompted(known, tokenizer)
     trained.check_model(known, labels, tokenizer, adapter, shapes)
     return Given(known, labels, tokenizer, adapter, folder)
+
+
+def task_of(base: str, head: str, outputs: int) -> str:
+    """What the outputs of a base's head mean. Raises UserError for a regression of several numbers."""
+    stored = getattr(bases.load_config(base), "problem_type", None) if head == "linear" else None
+    if outputs == 1:
+        return "regression"
+    if stored == "regression":
+        raise UserError(f"--base {base}: a regression with {outputs} outputs (problem_type), expected one")
+    return "multi_label" if stored == trained.PROBLEM_TYPES["multi_label"] else "single_label"
 
 
 def load_given(given: Given, world: ddp.World, precision: str = "auto", quant: str = "") -> trained.Run:

@@ -171,6 +171,8 @@ def complete(cfg: GenerateConfig, given: set[str]) -> dict:
     live = not cfg.input and sys.stdin.isatty()
     if live and (world.size > 1 or "output" in given):
         raise UserError("a terminal has one process and no --output: give prompts with --input FILE or through a pipe")
+    if not live:
+        checks.need_output(cfg.output, "--output", cfg.input, cfg.examples, name)
     rows = [] if live else read_prompts(cfg, world)
     maker = chats.prompter(cfg, given, source.tokenizer, rows)
     pieces = [maker.pieces(row, f"row {i + 1}") for i, row in enumerate(rows)]

@@ -72,6 +72,7 @@ def main(argv: list[str]) -> dict:
         raise UserError(f"{path} names no test_data: give the rows to predict with --input FILE")
     if cfg.export:
         return _export(cfg, path, load, world, rows[:16])
+    checks.need_output(cfg.output, "--output", source, path, train_cfg.train_data, train_cfg.val_data)
     known = predictions.known_labels(rows, train_cfg, labels, say)
     Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
 

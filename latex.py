@@ -13,7 +13,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from errors import UserError
+from checks import need_output
+from errors import UserError, print_anything
 from latex_clean import HEADINGS, WORD, clean, definitions, ends_of, lex, table
 
 ENCODINGS = table("""latin-1: latin1 iso8859-2: latin2 iso8859-9: latin5 iso8859-15: latin9 cp1252: ansinew cp1252
@@ -259,6 +260,9 @@ def main(argv: list[str]) -> dict:
     folder, output = map(Path, argv)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    if output.suffix != ".jsonl":
+        raise UserError(f"{output}: expected a file to write that ends in .jsonl, as cpt.py reads it")
+    need_output(argv[1], "")
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() == ".tex"]
     try:
         files = {name: (folder / name).read_bytes() for name in names if "/." not in f"/{name}"}  # no hidden ones
@@ -280,6 +284,7 @@ def main(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
+    print_anything()
     if {"-h", "--help"} & set(sys.argv):
         sys.exit(print(__doc__))
     try:

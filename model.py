@@ -329,6 +329,7 @@ def skeleton(base: str, head: Head, layers: int = 0, max_length: int = 0) -> Cla
             most = table.num_embeddings - first_position(model.backbone)
             if max_length > most:
                 raise UserError(f"--max_length {max_length}: this base has positions for {most} tokens; lower it")
+    bases.need_positions(base, max_length)
     return model
 
 
@@ -424,8 +425,6 @@ def classifier_config(model: Classifier, names, pad: int | None = None) -> dict:
         config["pad_token_id"] = pad  # transformers pools the last token that is not this one
     if len(model.family.poolings) > 1:
         config["classifier_pooling"] = model.pooling
-    if model.outputs == 1:
-        config["problem_type"] = "regression"
     config["id2label"] = dict(enumerate(names))
     config["label2id"] = {name: i for i, name in enumerate(names)}
     return config

@@ -267,6 +267,8 @@ def write_records(cfg, labels: Labels, ids: Ids, answers, shares, probability: b
     if header:
         values = [share[-1] for share in shares] if probability else answers
         table = list(zip(ids.values, values, strict=True))
+        if probability:
+            print(f"column {header[1]} holds the probability of {labels.names[-1]}")
     else:
         header = [ids.column, "prediction", *(f"{labelling.TEACHER}{value}" for value in labels.values)]
         table = [[id_, answer, *share] for id_, answer, share in zip(ids.values, answers, shares, strict=True)]

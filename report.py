@@ -31,15 +31,15 @@ class ReportConfig:
 CLASHES = (  # message, test of the config that holds where something is wrong
     (
         "--runs {runs}: expected one run, or two different ones",
-        lambda cfg: len(cfg.runs) > 2 or len(set(cfg.runs)) < len(cfg.runs),
+        lambda cfg: len(cfg.runs) > 2 or len({os.path.realpath(run) for run in cfg.runs}) < len(cfg.runs),
     ),
     (
         "--samples {samples}: expected 100 or more for 95% intervals, or 0 for none",
         lambda cfg: 0 < cfg.samples < 100,
     ),
     (
-        "--output {output} is a file: name a folder",
-        lambda cfg: os.path.isfile(cfg.output),
+        "--output {output}: {problem}; name another folder",
+        lambda cfg: cfg.output and checks.folder_problem(cfg.output),
     ),
 )
 

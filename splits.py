@@ -171,7 +171,7 @@ def _texts(cfg, flag, *others):
     path, columns = getattr(cfg, flag), files.template_columns(cfg.text)
     rows = files.read_rows(path, flag)
     needed = [*columns, *filter(None, others)]
-    if all(cfg.id_column in row for row in rows):
+    if any(cfg.id_column in row for row in rows):  # else the row index counts, which must not be the id of another row
         needed.append(cfg.id_column)
     files.need_columns(rows, needed, path, flag)
     decoded = files.decode_bytes_literals(rows, columns)

@@ -37,6 +37,13 @@ from labelling import Labels
 from metrics import Array
 from model import Classifier
 
+# transformers' names of tasks: by them its pipeline takes a softmax of the logits, a sigmoid, or neither.
+PROBLEM_TYPES = {
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
+
 # ---- what a config means for a model --------------------------------------------------------------------------------
 
 
@@ -103,6 +110,7 @@ def new_classifier(cfg: TrainConfig, labels: Labels, tokenizer, device, precisio
     """
     head, dtype = _head_of(cfg, labels, tokenizer), numerics.weight_dtype(device, precision)
     model = models.load_classifier(cfg.base, head, device, dtype, cfg.quant, numerics.DTYPES[precision], cfg.seed)
+    model.config.problem_type = PROBLEM_TYPES[cfg.task]
     _adapt(model, cfg, adapter)  # what the base lacks of a head is known now, and trained whole
     return model
 

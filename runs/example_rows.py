@@ -15,6 +15,7 @@ import argparse
 import training_file
 
 import audit
+import checks
 import files
 from errors import UserError
 
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> dict:
     for column, label in pairs:
         if not column or not label:
             raise UserError(f"--examples {column}={label}: expected column=label, such as positive_example_1=1")
+    checks.need_output(options.output, "output", options.train_data)
     rows = files.read_rows(options.train_data, "train_data")
     columns = [options.column, options.label_column, options.by_column, *(column for column, _ in pairs)]
     files.need_columns(rows, [name for name in columns if name], options.train_data, "train_data")

@@ -12,6 +12,7 @@ import argparse
 
 import training_file
 
+import checks
 import files
 from errors import UserError, few
 from labelling import TEACHER
@@ -21,6 +22,7 @@ def main(argv: list[str]) -> dict:
     options = read_options(argv)
     if not 0.5 <= options.min_confidence <= 1:
         raise UserError(f"--min_confidence {options.min_confidence:g}: expected a probability from 0.5 to 1")
+    checks.need_output(options.output, "output", options.train_data, options.predictions, options.test_data)
     rows = files.read_rows(options.train_data, "train_data")
     more = confident_rows(rows, options)
     summary = training_file.write(options.output, rows, more, options.overwrite)
@@ -35,6 +37,8 @@ def confident_rows(rows: list[dict[str, str]], options) -> list[dict[str, str]]:
     """
     where, key = f"predictions {options.predictions}", options.id_column
     unlabelled = files.read_rows(options.test_data, "test_data")
+    if any(key in row for row in unlabelled):  # else the row index counts
+        files.need_columns(unlabelled, [key], options.test_data, "test_data")
     by_id = {row.get(key, str(i)): row for i, row in enumerate(unlabelled)}
     predictions = files.read_rows(options.predictions, "predictions")
     files.need_columns(predictions, [key, "prediction"], options.predictions, "predictions")

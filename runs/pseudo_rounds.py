@@ -131,7 +131,8 @@ def step(options, script: str, flags: list[str]) -> dict:
     start = [sys.executable]
     if options.nproc > 1:
         start += ["-m", "torch.distributed.run", f"--nproc_per_node={options.nproc}"]
-    done = subprocess.run([*start, str(training_file.ROOT / script), *flags], stdout=subprocess.PIPE, text=True)
+    words = [*start, str(training_file.ROOT / script), *flags]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, errors="backslashreplace")
     if done.returncode:
         sys.exit(done.returncode)
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402
 import files  # noqa: E402
-from errors import UserError  # noqa: E402
+from errors import UserError, print_anything  # noqa: E402
 from labelling import TEACHER, TRAIN_ONLY  # noqa: E402
 
 
@@ -51,6 +51,7 @@ def write(path: str, own: list[dict[str, str]], more: list[dict[str, str]], over
 
 def launch(main) -> None:
     """Run a script's main(argv) -> dict: the dict is the last line of stdout, a user's mistake one line of stderr."""
+    print_anything()
     try:
         print(json.dumps(main(sys.argv[1:])))
     except UserError as e:

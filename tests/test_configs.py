@@ -440,6 +440,17 @@ def test_a_broken_config_json_names_file_and_field(tmp_path, content, words):
     assert str(path) in str(e.value) and words in str(e.value)
 
 
+@pytest.mark.parametrize("name", ["seed", "split_seed", "batch_size", "rank", "epochs", "max_length", "keep"])
+def test_whole_numbers_that_nothing_takes_are_refused(name):
+    """torch takes no seed of 2**63; such a number is a slip in every field."""
+    largest = 2**63 - 1
+    checks.check(TrainConfig(train_data="x.csv", seed=largest, split_seed=largest))
+    for value in (largest + 1, 10**30, -(10**30)):
+        cfg = dataclasses.replace(TrainConfig(train_data="x.csv"), **{name: value})
+        with pytest.raises(UserError, match=f"--{name} {value}: expected at most {largest}"):
+            checks.check(cfg)
+
+
 def test_a_missing_config_json_is_named(tmp_path):
     with pytest.raises(UserError, match="cannot be read as JSON: .*No such file"):
         cli.read_config(TrainConfig, tmp_path / "none.json")

@@ -129,6 +129,27 @@ def test_resumed_and_on_two_ranks_it_is_the_same_to_the_bit(done, source, tmp_pa
     assert cpt.main(cpt_flags(source, tmp_path, seed=1, max_steps=2))["metrics"] != result["metrics"]
 
 
+def test_guard_text_that_is_trained_on_is_reported(source, small_base, tmp_path, capsys):
+    """Of documents and of pairs, whatever the file; text that is not trained on is no clash, nor is held-out text."""
+    texts = [json.loads(line)["text"] for line in open(source / "papers.jsonl", encoding="utf-8")]
+    (tmp_path / "copy.jsonl").write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in texts[:20]))
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": text + "!"}) + "\n" for text in texts[:20]))
+    pairs = [json.dumps({"prompt": f"What is {i}?", "response": f"It is {i}."}) + "\n" for i in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(pairs))
+    cases = [
+        (source / "papers.jsonl", source / "papers.jsonl", True),
+        (source / "papers.jsonl", tmp_path / "copy.jsonl", True),
+        (tmp_path / "pairs.jsonl", tmp_path / "pairs.jsonl", True),
+        (source / "papers.jsonl", tmp_path / "other.jsonl", False),
+    ]
+    tokenizer = bases.load_tokenizer(small_base)
+    for train_data, guard_data, clash in cases:
+        flags = cpt_flags(source, tmp_path, train_data=train_data, guard_data=guard_data)
+        cfg, _ = cli.parse(configs.CptConfig, presets.CPT_PRESETS, flags)
+        cpt.load_texts(cfg, tokenizer, ALONE)
+        assert (" of --guard_data are trained on" in capsys.readouterr().out) == clash
+
+
 def test_sigterm_saves_and_names_the_way_on(done, source, tmp_path):
     (pid,) = pids = start(cpt.main, cpt_flags(source, tmp_path), tmp_path)
     assert wait_for(tmp_path, 5, pid)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ import evaluate
 import files
 import infer
 import loop
+import report
 import report_runs
 import train
 import trained
@@ -389,6 +391,45 @@ def test_files_alone_need_no_model(tmp_path, kind, how):
     np.testing.assert_allclose(shares_in(target, ("no", "yes")), softmax(ensemble.combine(z, how)), atol=1e-6)
     right = np.mean([row["prediction"] == known["label"] for row, known in zip(rows, first, strict=True)])
     assert result["metrics"]["accuracy"] == pytest.approx(right, abs=1e-6) and right > 0.7
+
+
+def test_what_are_no_probabilities_is_refused_or_reported(tmp_path, capsys):
+    """Percentages, negative ones and odds; what only does not sum to 1 is scaled, with a note; rounding is not."""
+    good, other = tables_of(tmp_path)
+    rows = files.read_rows(str(other), "x")
+
+    def with_values(change) -> list:
+        values = np.array([[float(row[f"probability_{name}"]) for name in ("no", "yes")] for row in rows])
+        header = ["id", "probability_no", "probability_yes"]
+        write_table(tmp_path / "changed.csv", header, [row["id"] for row in rows], *change(values).T.tolist())
+        return ["--runs", good, tmp_path / "changed.csv", "--submission", ""]
+
+    target = tmp_path / "o.csv"
+    for change in (lambda p: 100 * p, lambda p: p - 0.5, lambda p: p / (1 - p) + 1):
+        for more in ([], ["--task", "multi_label"]):
+            with pytest.raises(UserError, match="changed.csv: .* probabilities are not from 0 to 1 .*percentages"):
+                combined(*with_values(change), *more, "--output", target)
+    scores = {}
+    for change, noted in ((lambda p: p, False), (lambda p: p / 2, True), (lambda p: p.round(3) + 1e-7, False)):
+        combined(*with_values(change), "--output", target, "--overwrite")
+        scores[len(scores)] = shares_in(target, ("no", "yes"))
+        assert ("probabilities of 20 rows do not sum to 1" in capsys.readouterr().out) == noted
+    np.testing.assert_allclose(scores[1], scores[0], atol=1e-6)
+
+
+def test_a_member_by_another_spelling_counts_once(three, tmp_path, monkeypatch):
+    """A slash at the end, a relative path, a link, a detour; a file likewise."""
+    runs, path = three
+    os.symlink(runs[0], tmp_path / "link")
+    run = Path(runs[0])
+    for again in (f"{run}/", run.parent / "x/.." / run.name, os.path.relpath(run), tmp_path / "link"):
+        with pytest.raises(UserError, match="a member is duplicated"):
+            combined("--runs", run, again, "--input", path)
+        with pytest.raises(UserError, match="two different ones"):
+            report.main([str(run), str(again)])
+    table, _ = tables_of(tmp_path)
+    with pytest.raises(UserError, match="a member is duplicated"):
+        combined("--runs", table, os.path.relpath(table))
 
 
 def test_files_alone_of_several_labels_and_of_numbers(tmp_path):

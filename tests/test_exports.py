@@ -10,11 +10,15 @@ import torch
 from conftest import ROOT
 from test_ddp import forks, toy_flags
 from test_generate import adapter_on
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
+import cli
 import cpt
+import foreign
 import infer
 import train
+import trained
+from configs import InferConfig
 from errors import UserError
 
 pytestmark = forks
@@ -146,3 +150,50 @@ def test_an_adapter_of_a_language_model_merges_as_peft_merges_it(small_base, tmp
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == CHAT
     with pytest.raises(UserError, match="leave it out"):
         infer.main([*flags[:-4], "--export", str(tmp_path / "other"), "--input", "rows.csv"])
+
+
+TASKS = {
+    "multi_label": ("--task", "multi_label", "--label_columns", "x,y"),
+    "single_label": ("--label_column", "x"),
+    "regression": ("--task", "regression", "--label_column", "x"),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("rank", ["4", "0"], ids=["adapter", "whole base"])
+def test_transformers_pipeline_gives_the_probabilities_of_the_run(task, rank, small_base, tmp_path):
+    """A sigmoid of each label, a softmax over classes, a regression's number, whatever task the base was made for; and
+    with the export as its base infer.py scores as with the run. The save of a whole base is such a model too.
+    """
+    texts = [f"number {i} " * (1 + i % 3) for i in range(40)]
+    rows = [{"q": text, "x": str(i % 2), "y": str(int(i % 3 == 0))} for i, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = shutil.copytree(small_base, tmp_path / "base")
+    other = "single_label_classification" if task == "multi_label" else "multi_label_classification"
+    config = json.loads((base / "config.json").read_text()) | {"problem_type": other}
+    (base / "config.json").write_text(json.dumps(config))
+    flags = ["--base", base, "--train_data", tmp_path / "rows.jsonl", "--outputs", tmp_path, "--max_steps", 2]
+    flags += ["--text", "{q}", "--max_length", 32, "--rank", rank, "--lr", 0.01, *TASKS[task]]
+    run = trained.load_run(train.main([str(flag) for flag in flags])["run"])
+    infer.main(["--runs", str(run.path), "--export", str(tmp_path / "merged")])
+    ours = run.predict(texts[:6])
+    logits = torch.tensor([answer.get("logits", [answer.get("score")]) for answer in ours])
+    expected = {"multi_label": logits.sigmoid(), "single_label": logits.softmax(1), "regression": logits}[task]
+    for folder in [tmp_path / "merged"] + [run.path / "best"] * (rank == "0"):
+        for answers, values in zip(
+            pipeline("text-classification", model=str(folder), top_k=None)(texts[:6]), expected.tolist(), strict=True
+        ):
+            scores = {answer["label"]: answer["score"] for answer in answers}
+            assert [scores[name] for name in run.labels.names] == pytest.approx(values, abs=1e-5)
+    given = foreign.given_model(cli.parse(InferConfig, {}, ["--base", str(tmp_path / "merged"), "--text", "{q}"])[0])
+    assert given.config.task == task
+    assert foreign.load_given(given, run.world).predict(texts[:6])[0].keys() == ours[0].keys()
+
+
+def test_a_regression_of_several_numbers_is_refused(small_base, tmp_path):
+    shutil.copytree(small_base, tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    config |= {"architectures": ["Qwen2ForSequenceClassification"], "problem_type": "regression", "num_labels": 3}
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="a regression with 3 outputs"):
+        infer.main(["--base", str(tmp_path / "base"), "--text", "{q}", "--input", "absent.csv"])

@@ -174,6 +174,57 @@ def test_a_broken_best_falls_back_with_a_warning(fitted, rows, tmp_path, capsys)
     assert "falling back to the previous save" in capsys.readouterr().err
 
 
+def test_a_missing_id_never_becomes_that_of_another_row(fitted, tmp_path, capsys):
+    """JSON lines of which some have no id are refused, the first one too; empty ids are counted."""
+    flags = ["--runs", str(fitted), "--input", str(tmp_path / "new.jsonl"), "--output", str(tmp_path / "o.csv")]
+    for lacking in (0, 1):
+        rows = [{"id": i, "Question": f"text {i}"} for i in (1, 2, 0)]
+        del rows[lacking]["id"]
+        (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for more in ([], ["--id_column", "id"], ["--submission", ""]):
+            with pytest.raises(UserError, match="no column id"):
+                infer.main([*flags, *more])
+        with pytest.raises(UserError, match="no column id"):
+            train.main(["--train_data", str(tmp_path / "new.jsonl"), "--label_column", "Question"])
+    rows = [{"id": cell, "Question": f"text {cell!r}"} for cell in ("7", "", None, " ", "0", "7")]
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    infer.main(flags)
+    assert "warning: column id: 3 ids are empty, 2 are duplicated" in capsys.readouterr().out
+    assert [row["id"] for row in read(tmp_path / "o.csv")] == ["7", "", "", " ", "0", "7"]
+
+
+def test_many_values_of_a_column_are_not_a_wall_of_lines(fitted, rows, tmp_path, capsys):
+    """At most 20 lines, all in the result, and a warning that so few rows say little; a column of two is as ever."""
+    flags = ["--runs", str(fitted), "--output", str(tmp_path / "o.csv")]
+    result = infer.main([*flags, "--input", str(rows), "--by_column", "id"])
+    out = capsys.readouterr().out
+    assert sum(line.startswith("id ") for line in out.splitlines()) == 20 and len(result["by_column"]) == 31
+    assert "id: and 11 more values, in the result" in out
+    assert "warning: 31 of 31 values of id have below 10 rows" in out
+    with open(tmp_path / "two.csv", "w", newline="") as f:
+        table = csv.DictWriter(f, ["id", "Question", "label", "rule"])
+        table.writeheader()
+        table.writerows({**row, "rule": "ab"[i % 2]} for i, row in enumerate(read(rows)))
+    infer.main([*flags, "--input", str(tmp_path / "two.csv"), "--by_column", "rule"])
+    out = capsys.readouterr().out
+    assert "more values" not in out and "below 10" not in out
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_whose_probability_a_submission_holds_is_stated(suffix, small_base, tmp_path, capsys):
+    """The second class is not always the one that a competition means."""
+    text = "".join(f"{i},text {i},{'real fake'.split()[i % 2]}\n" for i in range(40))
+    (tmp_path / "rows.csv").write_text("id,q,label\n" + text)
+    flags = ["--train_data", tmp_path / "rows.csv", "--base", small_base, "--outputs", tmp_path, "--max_steps", "1"]
+    run = train.main([str(flag) for flag in (*flags, "--text", "{q}", "--metric", "roc_auc")])["run"]
+    flags = ["--runs", run, "--input", str(tmp_path / "rows.csv"), "--output", str(tmp_path / f"o.{suffix}")]
+    for header, answer in (("id,label", "auto"), ("id,target", "probability"), ("id,label", "label"), ("", "auto")):
+        infer.main([*flags, "--force", "--submission", header, *(["--answer", answer] if header else [])])
+        column = header.partition(",")[2]
+        stated = f"column {column} holds the probability of real" in capsys.readouterr().out
+        assert stated == (bool(header) and answer != "label")
+
+
 @pytest.mark.parametrize(
     "flags,words",
     [

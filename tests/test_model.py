@@ -529,6 +529,15 @@ def test_more_layers_than_there_are_is_the_users_mistake(base):
         models.skeleton(base("Qwen2"), models.Head(3), layers=3)
 
 
+def test_more_tokens_than_a_decoder_was_made_for_are_refused(base, tmp_path):
+    """Rotary positions compute any length, but beyond those trained on they mean nothing: as cpt.py and generate.py."""
+    folder = base("Qwen2")
+    most = bases.load_config(folder).max_position_embeddings
+    models.skeleton(folder, models.Head(3), max_length=most)
+    with pytest.raises(UserError, match=f"--max_length {most + 1}: .* was made for {most} positions; lower it"):
+        models.skeleton(folder, models.Head(3), max_length=most + 1)
+
+
 def test_unmatched_targets_are_the_users_mistake(base):
     cfg = configs.TrainConfig(base=base("Qwen2"), targets=("q_proj", "wte"))
     with pytest.raises(UserError, match="--targets q_proj,wte: target wte matches no module.*k_proj"):

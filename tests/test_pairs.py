@@ -254,6 +254,26 @@ def test_a_template_that_leaves_answers_out_is_refused():
         encoded(tokenizer, [{"prompt": "Hi", "response": "Hello"}])
 
 
+CHANGES = ["replace('  ', ' ')", "upper()", "replace('\\n\\n', '\\n')"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["pair", "messages"])
+def test_a_template_that_changes_an_answer_is_named_as_the_cause(change, kind):
+    """An answer is learned as it is in the file, or not at all; one that the template leaves alone is learned."""
+    tokenizer = chatty("{% for m in messages %}<|user|>{{ m['content']." + change + " }}<|end|>{% endfor %}")
+    for answer, fits in (("A  two\n\nlines", False), ("7 + 7", True)):
+        row = {"prompt": "Hi", "response": answer}
+        if kind == "messages":
+            said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+            row = {"messages": json.dumps(said)}
+        if fits:
+            assert "7 + 7" in tokenizer.decode(encoded(tokenizer, [row]).ids)
+            continue
+        with pytest.raises(UserError, match="the chat template changes the answer 'A  two.*its blanks"):
+            encoded(tokenizer, [row])
+
+
 def test_ids_and_answers_with_the_real_tokenizer(shared):
     """Qwen2.5's own, with its published template: ids are its own, answers end with <|im_end|>."""
     if not (shared / "tokenizers/qwen2.5").is_dir():
