@@ -306,7 +306,7 @@ def as_text(prompt: Prompt, tokenizer) -> str:
         raise ValueError(f"user's turn {prompt.user[:60]!r}: a field needs words before and after it")
     text = _filled(prompt, tokenizer, marks).replace("{", "{{").replace("}", "}}")
     if not all(mark in text for mark in marks.values()):
-        raise ValueError("the chat template leaves out a field of the user's turn")
+        raise ValueError("the chat template changes the fields of a user's turn: one is left out")
     text = MARK.sub(lambda mark: "{" + columns[int(mark[1])] + "}", text)
     probe = {column: PROBE.format(column) for column in columns}
     if plain(render(text, probe)) != _filled(prompt, tokenizer, probe):

@@ -351,7 +351,7 @@ def test_a_chat_template_that_leaves_out_what_a_user_wrote_is_refused(template):
         prompts.chat(
             tokenizer, [prompts.turn("user", "1 + 1?"), prompts.turn("assistant", "2"), prompts.turn("user", "3?")]
         )
-    with pytest.raises(ValueError, match="leaves out a field"):
+    with pytest.raises(ValueError, match="one is left out"):
         prompts.as_text(prompts.Prompt(user="Is {a} so?", shots=(("Is it?", "No"),)), tokenizer)
 
 
