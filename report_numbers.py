@@ -13,8 +13,10 @@ import bootstrap
 import checkpoint
 import configs
 import metrics
+import seals
 import trained
 from configs import TrainConfig
+from errors import Untrusted
 from report_runs import Run
 
 BINS = 15  # of the reliability diagram, as of the calibration error
@@ -78,7 +80,7 @@ def settings(cfg: TrainConfig) -> dict[str, dict]:
 def audit(run: Run) -> list[list] | None:
     """[finding, groups, rows] of the data audit."""
     path = run.path / "audit.json"
-    if not path.is_file():
+    if not seals.has(path):
         return None
     rows = []
     for name, findings in checkpoint.load_json(path).items():
@@ -96,9 +98,13 @@ def training(run: Run) -> dict[str, dict]:
     metric = run.cfg.metric
     for name, folder in trained.members(run.path).items():
         log, result = folder / "metrics.jsonl", folder / "result.json"
-        if not (log.is_file() and result.is_file()):
+        text = seals.read(log) if checkpoint.finished(folder) else None
+        if text is None:
             continue
-        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        try:
+            lines = [json.loads(line) for line in text.splitlines()]
+        except ValueError as e:
+            raise Untrusted(f"{log}: {e}") from None
         steps = [line for line in lines if line.get("loss") is not None]
         evals = [line for line in lines if metric in line.get("eval", {})]
         if steps:
