@@ -6,6 +6,7 @@ import audit
 import checkpoint
 import files
 import labelling
+import seals
 import splits
 import trained
 from configs import TrainConfig
@@ -66,6 +67,7 @@ def _texts_of(run, cfg):
     other, _ = trained.run_facts(run)
     rows, val, _ = splits.read(other, lambda *words: None)
     train, judges = splits.cut(other, rows, val, recorded=run)
+    seals.read(run / "split.csv")
     recorded = {row["id"] for row in files.read_rows(str(run / "split.csv"), "init_from") if row["part"] == "train"}
     if not recorded <= set(train.ids):
         raise UserError(f"{other.train_data} has changed since")

@@ -9,7 +9,6 @@ manifest and falls back with a warning; it never continues with files that do no
 """
 
 import glob
-import hashlib
 import itertools
 import json
 import os
@@ -27,51 +26,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import disk
+import locks
+import seals
+from disk import append_whole, fs_remove, fs_rename, fs_sync, fs_write, sha256, write_atomic  # noqa: F401 (for others)
 from errors import Untrusted, UserError, one_line
+from seals import seal_of
 
 MANIFEST = "manifest.json"
-
-
-# ---- every change to the disk goes through these functions, so that tests can interrupt each of them ----------------
-
-
-def fs_write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def fs_sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, durable."""
-    if path.is_dir() and os.name == "nt":
-        return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def fs_rename(old: Path, new: Path) -> None:
-    os.replace(old, new)
-
-
-def fs_remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file beside its place, fsync it, then rename: readers see the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        fs_write(temporary, data.encode() if isinstance(data, str) else data)
-        fs_rename(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    fs_sync(path.parent)
 
 
 # ---- run folders ----------------------------------------------------------------------------------------------------
@@ -96,7 +58,8 @@ def run_parent(outputs: str, base: str, dataset: str) -> Path:
 def new_run(outputs: str, base: str, dataset: str) -> Path:
     """Make the next run_<i>; two processes never get the same one."""
     parent = run_parent(outputs, base, dataset)
-    parent.mkdir(parents=True, exist_ok=True)
+    with disk.told(parent):
+        parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(max(map(_number_of, runs_of(outputs, base, dataset)), default=-1) + 1):
         run = parent / f"run_{number}"
         with suppress(FileExistsError):  # of another process
@@ -106,14 +69,15 @@ def new_run(outputs: str, base: str, dataset: str) -> Path:
 
 def finished(run: Path) -> bool:
     """Whether a run is complete: result.json is the last file it writes."""
-    return (run / "result.json").is_file()
+    return seals.has(run / seals.RESULT)
 
 
 def newest_finished(outputs: str, marker: str, without: str = "") -> Path | None:
     """The run under outputs that finished last and holds the file `marker` but not `without`, or None."""
     # glob, unlike Path.glob, tolerates folders that disappear meanwhile.
     runs = [Path(path).parent for path in glob.glob(f"{glob.escape(outputs)}/*/*/run_*/result.json")]
-    runs = [run for run in runs if (run / marker).is_file() and not (without and (run / without).exists())]
+    runs = [run for run in runs if finished(run) and seals.has(run / marker)]
+    runs = [run for run in runs if not (without and seals.has(run / without))]
     return max(runs, key=lambda run: ((run / "result.json").stat().st_mtime_ns, run), default=None)
 
 
@@ -122,46 +86,58 @@ def newest_finished(outputs: str, marker: str, without: str = "") -> Path | None
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file and make it durable."""
-    save_file(tensors, path, metadata={"format": "pt"})
-    os.chmod(path, 0o644)  # safetensors makes it private to the user
-    fs_sync(path)
+    with disk.told(path, sum(tensor.nbytes for tensor in tensors.values())):
+        save_file(tensors, path, metadata={"format": "pt"})
+        os.chmod(path, 0o644)  # safetensors makes it private to the user
+        fs_sync(path)
 
 
 def save_json(path: Path, value) -> None:
     """Write a JSON file and make it durable."""
-    fs_write(path, (json.dumps(value, indent=1) + "\n").encode())
+    data = (json.dumps(value, indent=1) + "\n").encode()
+    with disk.told(path, len(data)):
+        fs_write(path, data)
 
 
-def save(target: Path, write, about: dict, keep: int = 1) -> None:
+def save(target: Path, write, about: dict, keep: int = 1, needed: int = 0) -> None:
     """Put a new save at `target`: `write(folder)` fills a hidden sibling, a manifest seals it, a rename publishes it.
 
     about: entries of the manifest (step, base fingerprint, versions). keep: earlier saves that are kept as fallbacks.
-    If anything fails, `target` is as it was and the half-written sibling is removed.
+    needed: bytes that it is known to take, if there is no earlier one to tell. If anything fails, `target` is as it was
+    and the half-written sibling is removed. Raises DiskError where the disk has no room.
     """
-    hidden = target.with_name(f".{target.name}.new")
-    # Newest first: each save moves one place down, the last one is removed.
-    places = [target, *(target.with_name(f".{target.name}.{i}") for i in range(1, max(keep, 1) + 1))]
-    moved = []
-    try:
-        fs_remove(hidden)
-        hidden.mkdir()
-        write(hidden)
-        seal(hidden, about)
-        if target.exists():
-            for newer, older in reversed(list(itertools.pairwise(places))):
-                if newer.exists():
-                    fs_remove(older)
-                    fs_rename(newer, older)
-                    moved.append((newer, older))
-        fs_rename(hidden, target)
-    except BaseException:
-        for newer, older in reversed(moved):
-            os.replace(older, newer)
-        shutil.rmtree(hidden, ignore_errors=True)
-        raise
-    fs_sync(target.parent)
-    if keep == 0:
-        fs_remove(places[1])
+    needed = max(needed, size_of(target))
+    disk.need_room(target, needed)
+    with disk.told(target, needed):
+        hidden = disk.temporary_of(target)
+        # Newest first: each save moves one place down, the last one is removed.
+        places = [target, *(target.with_name(f".{target.name}.{i}") for i in range(1, max(keep, 1) + 1))]
+        moved = []
+        try:
+            hidden.mkdir()
+            write(hidden)
+            seal(hidden, about)
+            if target.exists():
+                for newer, older in reversed(list(itertools.pairwise(places))):
+                    if newer.exists():
+                        fs_remove(older)
+                        fs_rename(newer, older)
+                        moved.append((newer, older))
+            fs_rename(hidden, target)
+        except BaseException:
+            with suppress(OSError):  # a disk that fails here too leaves a fallback, which is found
+                for newer, older in reversed(moved):
+                    os.replace(older, newer)
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise
+        fs_sync(target.parent)
+        if keep == 0:
+            fs_remove(places[1])
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files of a save; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def seal(folder: Path, about: dict) -> None:
@@ -175,19 +151,9 @@ def seal(folder: Path, about: dict) -> None:
     fs_sync(folder)
 
 
-def seal_of(manifest: dict) -> str:
-    """sha256 of a manifest's own entries, so that a flipped bit in them is noticed too."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _size_and_hash(path):
     """What a manifest holds about a file."""
-    return {"size": path.stat().st_size, "sha256": sha256(path)}
+    return {"sha256": sha256(path), "size": path.stat().st_size}
 
 
 def verify(folder: Path) -> dict:
@@ -195,7 +161,7 @@ def verify(folder: Path) -> dict:
     if not folder.exists():
         raise Untrusted(f"{folder} is missing: its last save was interrupted")
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads(disk.read(folder / MANIFEST) or b"")
         if manifest.pop("seal") != seal_of(manifest):
             raise Untrusted(f"{folder}: {MANIFEST} does not have its own sha256")
         for name, expected in manifest["files"].items():
@@ -221,7 +187,8 @@ def trusted(target: Path) -> Save | None:
 
     Raises Untrusted when there are saves but none verifies.
     """
-    older = sorted(target.parent.glob(f".{target.name}.[0-9]*"), key=lambda path: int(path.suffix[1:]))
+    older = target.parent.glob(f".{glob.escape(target.name)}.*")
+    older = sorted((path for path in older if path.suffix[1:].isdecimal()), key=lambda path: int(path.suffix[1:]))
     if not (older or target.exists()):
         return None
     reasons = []
@@ -239,6 +206,7 @@ def trusted(target: Path) -> Save | None:
 def load_tensors(path: Path, read=safe_open.get_tensor) -> dict:
     """Tensors of a safetensors file on the CPU, by name. Raises Untrusted when the file is not one."""
     try:
+        disk.need_regular(path)
         with safe_open(path, framework="pt") as f:
             return {name: read(f, name) for name in f.keys()}  # noqa: SIM118 (safe_open is no dict)
     except (SafetensorError, OSError, ValueError) as e:
@@ -253,10 +221,13 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_json(path: Path) -> dict:
-    """A JSON object. Raises Untrusted when the file does not hold one."""
+    """A JSON object; one of a run's files must be as the run wrote it. Raises Untrusted when the file is not that."""
+    data = seals.read(Path(path))
+    if data is None:
+        raise Untrusted(f"{path}: no such file")
     try:
-        value = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as e:
         raise Untrusted(f"{path}: {e}") from None
     if not isinstance(value, dict):
         raise Untrusted(f"{path}: expected an object, got {type(value).__name__}")
@@ -329,32 +300,45 @@ def load_optimizer_tensors(optimizer, tensors: dict[str, torch.Tensor]) -> None:
 
 def is_family(run: Path) -> bool:
     """Whether a folder holds the runs of folds.py, also of the time before: one for each fold and seed."""
-    if (run / "family.json").exists():
+    if seals.has(run / "family.json"):
         return True
-    try:
-        config = load_json(run / "config.json")
-    except Untrusted:
-        return False
+    config = load_json(run / "config.json")
     return bool(config.get("seeds") or (config.get("folds") and config.get("fold") == "all"))
 
 
 def find_run(resume: str, outputs: str, base: str, dataset: str, family: bool = False) -> Path | None:
     """The run that `--resume auto|RUN` means, or None when auto finds no unfinished one.
 
-    family: of folds.py. Raises UserError when RUN is no such run, or already finished.
+    family: of folds.py. Raises UserError when RUN is no such run, already finished, or being trained by another
+    process; Untrusted when one of its files is not as the run wrote it.
     """
     if resume == "auto":
-        runs = [run for run in runs_of(outputs, base, dataset) if (run / "config.json").is_file() and not finished(run)]
-        return next((run for run in reversed(runs) if is_family(run) == family), None)
-    run = Path(resume)
-    if not (run / "config.json").is_file():
-        raise UserError(f"--resume {resume}: not a run folder (expected config.json in it)")
-    if is_family(run) != family:
-        script = "train.py" if family else "folds.py"
-        raise UserError(f"--resume {resume}: this run belongs to another command: python {script} --resume {resume}")
-    if finished(run):
-        raise UserError(f"--resume {resume}: this run is finished; start a new one, or predict with infer.py")
+        runs = [run for run in runs_of(outputs, base, dataset) if seals.has(run / "config.json") and not finished(run)]
+        run = next((run for run in reversed(runs) if is_family(run) == family), None)
+    else:
+        run = Path(resume)
+        if not seals.has(run / "config.json"):
+            raise UserError(f"--resume {resume}: not a run folder (expected config.json in it)")
+        if is_family(run) != family:
+            script = "train.py" if family else "folds.py"
+            raise UserError(
+                f"--resume {resume}: this run belongs to another command: python {script} --resume {resume}"
+            )
+        if finished(run):
+            raise UserError(f"--resume {resume}: this run is finished; start a new one, or predict with infer.py")
+    if run:
+        locks.refuse_if_held(run)
+        seals.verify(run)
     return run
+
+
+def trusted_of(run: Path, name: str) -> Save | None:
+    """The newest trusted save of a run: its last or its best. Raises Untrusted also for a save of another run."""
+    save = trusted(run / name)
+    owner, here = save and save.manifest.get("run"), seals.stored(run)["run"]
+    if owner and here and owner != here:
+        raise Untrusted(f"{save.folder} is a save of another run: put back that of this one")
+    return save
 
 
 def last_state(run: Path) -> tuple[Save, dict] | None:
@@ -362,22 +346,5 @@ def last_state(run: Path) -> tuple[Save, dict] | None:
 
     Raises Untrusted when there are saves but none can be trusted.
     """
-    save = trusted(run / "last")
+    save = trusted_of(run, "last")
     return (save, load_json(save.folder / "state.json")) if save else None
-
-
-def append_whole(path: Path, data: bytes | str) -> None:
-    """Append whole lines or records in one write; if the disk takes only a part of them, none of them."""
-    data = data.encode() if isinstance(data, str) else data
-    with open(path, "ab", buffering=0) as f:
-        before = f.seek(0, os.SEEK_END)
-        if f.write(data) != len(data):
-            f.truncate(before)
-            raise OSError(f"{path}: the disk took only a part of {len(data)} bytes (is it full?)")
-
-
-def cut_log(path: Path, size: int) -> None:
-    """Truncate a log to `size` bytes: lines after the save that a run resumes from will be written again."""
-    if path.exists() and path.stat().st_size > size:
-        os.truncate(path, size)
-        fs_sync(path)

@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import checks
+import seals
 from configs import Several
-from errors import UserError, nearest, print_anything, refuse
+from errors import Untrusted, UserError, nearest, print_anything, refuse
 
 # Flags that live in another command now: commands, flags, what to do instead.
 MOVED = checks.table("""
@@ -63,9 +64,9 @@ def early(cls, presets: dict, doc: str, argv: list[str] | None = None) -> None:
         return
     try:
         parse(cls, presets, sys.argv[1:] if argv is None else argv, doc)
-    except UserError as e:
+    except (UserError, Untrusted) as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(e.exit_status)
 
 
 def parse(cls, presets: dict, argv: list[str], doc: str = ""):
@@ -192,17 +193,22 @@ def _converted(raw, kinds, problems, dashes="", where=""):
 
 
 def raw_config(path: str | Path) -> dict:
-    """The fields of a config.json, or of the run folder that holds one, as they are stored."""
+    """The fields of a config.json, or of the run folder that holds one, as they are stored.
+
+    Raises Untrusted where it is not as its run wrote it.
+    """
     path = Path(path)
     if path.is_dir():
         path /= "config.json"
+    text = seals.read(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"config {path} cannot be read as JSON: {e}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"config {path}: expected an object of fields, got {type(values).__name__}")
-    return values
+        values = json.loads(text or "")
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object of fields, got {type(values).__name__}")
+        return values
+    except (ValueError, RecursionError) as e:
+        reason = "No such file" if text is None else e
+        raise UserError(f"config {path} cannot be read as JSON: {reason}") from None
 
 
 def read_config(cls, path: str | Path):

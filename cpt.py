@@ -32,16 +32,20 @@ import data
 import ddp
 import evaluate
 import language
+import locks
 import loop
 import lora
 import model as models
 import numerics
 import optim
+import run_folder
+import seals
 import trained
 from errors import UserError
 from packed import pack
 
 
+@locks.released()
 def main(argv: list[str]) -> dict:
     # ---- settings, ranks, the run to resume -------------------------------------------------------------------------
     cfg, given, world, run = loop.begin(CptConfig, CPT_PRESETS, argv, __doc__)
@@ -54,6 +58,7 @@ def main(argv: list[str]) -> dict:
     tokenizer = bases.load_tokenizer(find(cfg.base))
     check_model(cfg, tokenizer)
     texts = load_texts(cfg, tokenizer, world)
+    run_folder.same_rows(run, texts.digests())
     checks.check_texts(given, texts.pairs)
 
     # ---- model ------------------------------------------------------------------------------------------------------
@@ -74,7 +79,7 @@ def main(argv: list[str]) -> dict:
         say(f"{name}: {len(group['params'])} tensors, lr {group['lr']:g}, decay {group['weight_decay']:g}")
     optimizer = optim.adamw(groups, cfg.optimizer)
     facts = {"base": lm.base_fingerprint} if cfg.rank else {}
-    job = loop.Job(cfg, world, lm, optimizer, precision, texts.train.lengths, texts.train.digest(), facts)
+    job = loop.Job(cfg, world, lm, optimizer, precision, texts.train.lengths, texts.digests(), facts)
 
     # ---- resume, or a new run ---------------------------------------------------------------------------------------
     if run:
@@ -153,7 +158,9 @@ def finish(job: loop.Job, texts: "Texts") -> dict:
     ddp.barrier(world)  # rank 0 has written best/
     passed = state.best_step != state.step
     if passed:
-        read_save(checkpoint.trusted(run / "best"), job.model)
+        best = trained.best_save(run)
+        read_save(best, job.model)
+        state.best_step = best.manifest["step"]  # an earlier one, where the newest was damaged
         say(f"best held-out loss: step {state.best_step}; that save is kept and exported")
     if passed or texts.periodic is not texts.val:
         held_out(job, state.best_step, texts.val, texts)
@@ -177,7 +184,7 @@ def finish(job: loop.Job, texts: "Texts") -> dict:
     if world.rank == 0:
         if job.cfg.export:
             export(job.cfg, job.model, texts.tokenizer, run)
-        checkpoint.write_atomic(run / "result.json", json.dumps(result) + "\n")
+        seals.write(run / seals.RESULT, json.dumps(result) + "\n", also=(seals.LOG,))
     return result
 
 
@@ -206,6 +213,11 @@ class Texts:
     samples: list[list[int]]  # beginnings of held-out documents, or prompts of pairs, to complete
     files: list[dict]  # what became of each file
     tokenizer: object
+
+    def digests(self) -> dict[str, str]:
+        """What a resumed run must see again, by its name in words."""
+        parts = {"training": self.train, "held-out": self.val, "guard": self.guard}
+        return {f"the {name} texts or their tokens": part.digest() for name, part in parts.items() if part}
 
 
 def load_texts(cfg: CptConfig, tokenizer, world: ddp.World) -> Texts:
@@ -236,8 +248,8 @@ def load_texts(cfg: CptConfig, tokenizer, world: ddp.World) -> Texts:
 def write_record(folder: Path, texts: Texts) -> None:
     """What a run's folder says about its texts: what became of each file, and whether they are pairs."""
     report = "".join(json.dumps(record) + "\n" for record in texts.files)
-    checkpoint.write_atomic(folder / "corpus.jsonl", report)
-    checkpoint.write_atomic(folder / "texts.json", json.dumps({"pairs": texts.pairs}))
+    seals.write(folder / "corpus.jsonl", report)
+    seals.write(folder / "texts.json", json.dumps({"pairs": texts.pairs}))
 
 
 def spread(rows: np.ndarray, most: int) -> np.ndarray:
@@ -342,7 +354,7 @@ def export(cfg: CptConfig, lm, tokenizer, run: Path) -> None:
     if cfg.quant != "none":
         lm = language.load_language_model(cfg.base, torch.device("cpu"), dtype)
         lora.inject(lm, adapter_of(cfg))
-        trained.read_classifier(checkpoint.trusted(run / "best").folder, lm)
+        trained.read_classifier(trained.best_save(run).folder, lm)
     lora.merge(lm)
     config = language.whole_config(lm)
     facts = {"exported": str(run)}

@@ -19,6 +19,12 @@ class Untrusted(Exception):
     exit_status = 3
 
 
+class DiskError(OSError):
+    """A disk that takes no more: one line with the file, the bytes needed and the bytes free."""
+
+    exit_status = 1
+
+
 class Degenerate(RuntimeError):
     """Scores that cannot be right."""
 

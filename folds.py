@@ -43,6 +43,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +55,14 @@ import checks
 import ddp
 import evaluate
 import labelling
+import locks
 import loop
 import metrics
 import predictions
 import prepare
 import report_runs
+import run_folder
+import seals
 import splits
 import tables
 import trained
@@ -102,6 +106,7 @@ class Member:
     folder: Path | None
 
 
+@locks.released()
 def main(argv: list[str]) -> dict:
     # ---- settings ---------------------------------------------------------------------------------------------------
     cfg, given = cli.parse(FoldsConfig, TRAIN_PRESETS, argv, __doc__)
@@ -112,7 +117,7 @@ def main(argv: list[str]) -> dict:
         run = None
         cfg, folders = settings_of_pool(cfg)
     else:
-        cfg, run = loop.run_to_resume(cfg, given - {"nproc_per_node"}, WORLD, family=True)
+        cfg, run = run_folder.to_resume(cfg, given - {"nproc_per_node"}, WORLD, family=True)
         folders = trained.members(run) if run else {}
     if not (cfg.folds or cfg.seeds):
         raise UserError("nothing to train: give --folds 5, or --seeds 1,2,3, or finished runs to --pool")
@@ -120,6 +125,8 @@ def main(argv: list[str]) -> dict:
     # ---- data -------------------------------------------------------------------------------------------------------
     # What is wrong with any of the runs is found here, before the first one starts.
     cfg, material = prepare.read(cfg, print)
+    digests = splits.digests(material.rows, material.val, material.labels)
+    run_folder.same_rows(run, digests)
     members = []
     for name, one in settings_of_members(cfg).items():
         members.append(new_member(name, one, material, folders.get(name), run))
@@ -132,12 +139,13 @@ def main(argv: list[str]) -> dict:
         return plan_of(members, processes)
 
     # ---- the family's folder, a folder for each run -----------------------------------------------------------------
-    run = loop.run_folder(plain(cfg), WORLD, run, lambda folder: write_family(folder, cfg, material, problems, folders))
+    fill = partial(write_family, cfg=cfg, material=material, problems=problems, folders=folders)
+    run = run_folder.make(plain(cfg), WORLD, run, digests, fill)
     for member in members:
         member.folder = member.folder or run / member.name
         member.folder.mkdir(exist_ok=True)
-        if not (member.folder / "config.json").is_file():
-            checkpoint.write_atomic(member.folder / "config.json", cli.to_json(member.cfg))
+        if not seals.has(member.folder / "config.json"):
+            seals.write(member.folder / "config.json", cli.to_json(member.cfg))
 
     # ---- train, pool ------------------------------------------------------------------------------------------------
     weak = [train(run, members, i, processes, limit, cfg.keep) for i in range(len(members))]
@@ -201,10 +209,12 @@ def new_member(name: str, cfg: TrainConfig, material: Material, folder: Path | N
 
     folder: where it is already; family: the folder of all runs, if it is resumed.
     """
-    begun = folder and (folder / "config.json").is_file()
+    begun = folder and seals.has(folder / "config.json")
     if begun:
         cfg = cli.read_config(TrainConfig, folder)
     train, judges = splits.cut(cfg, material.rows, material.val, recorded=folder if begun else family)
+    if begun:
+        run_folder.same_rows(folder, splits.digests(train, judges, material.labels))
     note = prepare.check(cfg, train, judges, len(material.labels.names))
     if note:
         print(note, flush=True)
@@ -214,13 +224,13 @@ def new_member(name: str, cfg: TrainConfig, material: Material, folder: Path | N
 def write_family(folder: Path, cfg: FoldsConfig, material: Material, problems: dict, folders: dict) -> None:
     """The files of a family: what runs it has, their shared settings, labels and audit."""
     prepare.write(folder, cfg, material, problems)
-    if not (folder / "family.json").is_file():  # a family that was killed before its first run keeps its own
+    if not seals.has(folder / "family.json"):  # a family that was killed before its first run keeps its own
         elsewhere = {name: str(path) for name, path in folders.items() if path.parent != folder}
         members = {name: elsewhere.get(name, name) for name in settings_of_members(cfg)}
         family = {"members": members, "folds": cfg.folds, "seeds": list(cfg.seeds)}
-        checkpoint.write_atomic(folder / "family.json", json.dumps(family, indent=1) + "\n")
+        seals.write(folder / "family.json", json.dumps(family, indent=1) + "\n")
     settings = {**asdict(plain(cfg, resume="", dry_run=False)), "seeds": cfg.seeds}
-    checkpoint.write_atomic(folder / "config.json", json.dumps(settings, indent=1) + "\n")
+    seals.write(folder / "config.json", json.dumps(settings, indent=1) + "\n")
 
 
 # ---- train ----------------------------------------------------------------------------------------------------------
@@ -229,17 +239,15 @@ def write_family(folder: Path, cfg: FoldsConfig, material: Material, problems: d
 def train(run: Path, members: list[Member], index: int, processes: int, limit: float, keep: int) -> str:
     """Train or continue a run, unless it is finished; returns what is wrong with its scores, or an empty string.
 
-    A time limit is shared out: each run gets its part of what is left. Raises UserError when a finished run was trained
-    on other rows, Failed when it ends with an error, KeyboardInterrupt when it is stopped.
+    A time limit is shared out: each run gets its part of what is left. Raises Failed when it ends with an error,
+    KeyboardInterrupt when it is stopped.
     """
     member, folder = members[index], members[index].folder
     print(f"\n== {member.name}: {index + 1} of {len(members)}", flush=True)
     if checkpoint.finished(folder):
-        saved = checkpoint.last_state(folder)  # None where last/ was removed to save room
-        if saved and saved[1]["digest"] != member.train.digest():
-            raise UserError(f"--resume {run}: {folder} was trained on other rows or tokens; start a new family")
         print(f"{folder} is finished", flush=True)
         return ""
+    locks.wait_until_free(folder, 60)  # a family that was killed leaves a run that still saves
     flags = ["--resume", str(folder), "--keep", str(keep)]
     if limit:
         left = limit - loop.process_seconds()
@@ -361,7 +369,7 @@ def pool(cfg: FoldsConfig, run: Path, labels: labelling.Labels, judged: Split, m
         **{name: round(value, 2) for name, value in seconds.items()},
     }
     predictions.write_predictions(run / "val_predictions.csv", judged, cfg.task, logits, labels)
-    checkpoint.write_atomic(run / "result.json", json.dumps(result) + "\n")
+    seals.write(run / seals.RESULT, json.dumps(result) + "\n")
     return result
 
 

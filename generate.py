@@ -89,6 +89,7 @@ import numerics
 import parts
 import predictions
 import prompts
+import seals
 import trained
 import writer
 from errors import UserError
@@ -219,7 +220,7 @@ def as_trained(cfg: GenerateConfig, given: set[str], trained: configs.CptConfig,
     """
     own = {"chat": "no", "max_length": trained.max_length}
     texts = run / "texts.json"
-    if texts.is_file() and checkpoint.load_json(texts).get("pairs"):
+    if seals.has(texts) and checkpoint.load_json(texts).get("pairs"):
         own |= {"chat": trained.chat, "system": trained.system}
         if trained.text != "{text}":
             own["text"] = trained.text

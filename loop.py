@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +26,16 @@ from tqdm import tqdm
 import checkpoint
 import checks
 import cli
-import configs
 import data
 import ddp
+import disk
+import locks
 import lora
 import numerics
 import optim
+import run_folder
+import seals
 import tracking
-from errors import UserError
 
 LOADED = time.monotonic()
 
@@ -71,7 +73,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     precision: str  # of forward passes
     lengths: np.ndarray  # (N,) tokens of each training row
-    digest: str  # of the training rows: a resumed run must see the same
+    digests: dict[str, str]  # of what a resumed run must see again, by its name in words; first the training rows
     about: dict  # entries for the manifest of every save
     run: Path | None = None  # from here on set by open_run
     tracker: tracking.Tracker | None = None
@@ -322,54 +324,19 @@ def begin(cls, presets: dict, argv: list[str], doc: str, clashes=()):
     cfg = checks.own_data(cfg, given)
     checks.check(cfg, given, clashes=clashes)
     world = ddp.setup()
-    cfg, run = run_to_resume(cfg, given, world)
+    cfg, run = run_folder.to_resume(cfg, given, world)
     ddp.say(world, checks.preset_note(given, argv))
     return cfg, given, world, run
 
 
-def run_to_resume(cfg, given: set[str], world: ddp.World, family: bool = False):
-    """(config, run folder) of the run that cfg.resume means; (cfg, None) when a new run starts.
-
-    family: whether a family of runs over folds and seeds is meant, or one run. Rank 0 looks for it. Raises UserError
-    for flags given by hand that contradict the run.
-    """
-    if not cfg.resume:
-        return cfg, None
-    name = configs.dataset_name(cfg)
-    run = ddp.from_rank0(world, lambda: checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, name, family))
-    if not run:
-        ddp.say(world, "--resume auto: no unfinished run of this base and dataset; a new one starts")
-        return cfg, None
-    return cli.resumed(cfg, given, Path(run)), Path(run)
-
-
-def run_folder(cfg, world: ddp.World, run: Path | None, fill: Callable) -> Path:
-    """The next run_<i>, made by rank 0; or the run to resume, completed: folds.py starts runs with a config.json alone.
-
-    fill(folder) writes the files that a script knows before its first step.
-    """
-
-    def make() -> Path:
-        folder = run or checkpoint.new_run(cfg.outputs, cfg.base, configs.dataset_name(cfg))
-        if not (folder / "environment.json").is_file():
-            fill(folder)
-            device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-            environment = checkpoint.environment(torch.get_num_threads(), world.size, device)
-            checkpoint.write_atomic(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
-        if not (folder / "config.json").is_file():  # last: a folder without it is no run
-            checkpoint.write_atomic(folder / "config.json", cli.to_json(replace(cfg, resume="")))
-        return folder
-
-    return Path(ddp.from_rank0(world, make))
-
-
 def open_run(job: Job, run: Path | None, fill: Callable, val_tokens: float = 0.0) -> None:
-    """Make or complete the run's folder (see run_folder), and start its log, signals, time limit, bar and clock.
+    """Make or complete the run's folder (see run_folder.py), and start its log, signals, time limit, bar and clock.
 
     val_tokens: of an evaluation, for the time limit.
     """
     cfg, world, state = job.cfg, job.world, job.state
-    job.run = run_folder(cfg, world, run, fill)
+    disk.need_room(run or Path(cfg.outputs), save_bytes(job, resumable=False) + save_bytes(job, resumable=True))
+    job.run = run_folder.make(cfg, world, run, job.digests, fill)
     resumed = f", resumed at step {state.step} of {job.total}" if state.step else ""
     job.say(f"run {job.run}{resumed}")
     job.stop = ddp.StopRequest()
@@ -392,31 +359,45 @@ def save(folder: Path, job: Job, write: Callable, resumable: bool = False) -> No
             state = {
                 "at": vars(job.state),
                 "scaler": job.scaler.state_dict(),
-                "log_bytes": (job.run / "metrics.jsonl").stat().st_size,
-                "digest": job.digest,
+                **seals.log_facts(job.run),
+                "digest": next(iter(job.digests.values())),
                 "threads": torch.get_num_threads(),
             }
             checkpoint.save_json(hidden / "state.json", state)
 
-    versions = {"torch": torch.__version__, "lasttoken": 1}
-    checkpoint.save(folder, whole, {"step": job.state.step, **job.about, "versions": versions}, job.cfg.keep)
+    about = {
+        "step": job.state.step,
+        "best": job.state.best,
+        "run": seals.stored(job.run)["run"],
+        **job.about,
+        "versions": {"torch": torch.__version__, "lasttoken": 1},
+    }
+    checkpoint.save(folder, whole, about, job.cfg.keep, save_bytes(job, resumable))
+
+
+def save_bytes(job: Job, resumable: bool) -> int:
+    """About how many bytes a save takes: an adapter or the whole model, in fp32, and AdamW's two moments."""
+    trained = 4 * job.gradients.count
+    whole = sum(4 * p.numel() for p in job.model.parameters())
+    return (trained if lora.adapters(job.model) else whole) + (2 * trained if resumable else 0)
 
 
 def restore(job: Job, run: Path, read: Callable) -> None:
     """Take a job to the run's last save: the model by read(save), optimizer, scaler, state; cut the log back to it.
 
     Nothing else is stored: dropout and the order of rows follow from the seed and the step, the learning rate from the
-    updates. Without a save the run starts at step 0. Raises UserError when the training rows are not those it began
-    with.
+    updates. Without a save the run starts at step 0. Raises UserError when another process trains the run, Untrusted
+    for files that are not as it wrote them.
     """
+    ddp.from_rank0(job.world, lambda: locks.hold(run))
     save, saved = checkpoint.last_state(run) or (None, {"log_bytes": 0})
+    seals.check_log(run, saved)
+    ddp.barrier(job.world)  # before the log changes
     if job.world.rank == 0:
-        checkpoint.cut_log(run / "metrics.jsonl", saved["log_bytes"])
+        disk.cut_log(run / "metrics.jsonl", saved["log_bytes"])
     if not save:
         job.say(f"{run} has no save yet: it starts at step 0")
         return
-    if saved["digest"] != job.digest:
-        raise UserError(f"--resume {run}: the training rows or their tokens changed since this run began")
     threads = torch.get_num_threads()
     if saved["threads"] != threads:
         job.say(
@@ -431,3 +412,4 @@ def restore(job: Job, run: Path, read: Callable) -> None:
         job.say("warning: this run began in another precision: equal to rounding, not to the bit")
     saved["at"].pop("resumed", None)  # of runs before it was left out
     job.state = State(**saved["at"])
+    job.say(run_folder.restore_best(job.state, run))

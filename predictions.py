@@ -24,6 +24,7 @@ import labelling
 import loop
 import metrics
 import parts
+import seals
 import tables
 import trained
 from errors import Degenerate, UserError, few
@@ -155,7 +156,7 @@ def time_left(limit: float, members: int = 1) -> float:
 def class_shares(path: Path, labels: Labels) -> Array:
     """(C,) shares of the training rows of a run that have each label, or a regression's mean; equal ones without it."""
     file, classes = path / "labels.json", max(1, len(labels.values))
-    stored = checkpoint.load_json(file) if file.is_file() else {}
+    stored = checkpoint.load_json(file) if seals.has(file) else {}
     return np.array(stored.get("shares") or [1 / classes] * classes)
 
 
@@ -308,7 +309,7 @@ def write_predictions(path: Path, val: Split, task: str, logits: Array, labels: 
     scores = logits[:, : len(labels.values)].tolist()  # a regression's prediction is its output
     header = ["id", "label", "prediction", *(f"logit_{value}" for value in labels.values)]
     columns = zip(val.ids, cells(val.labels), cells(predicted), scores, strict=True)
-    checkpoint.write_atomic(path, csv_text([header, *([*row, *scores] for *row, scores in columns)]))
+    seals.write(path, csv_text([header, *([*row, *scores] for *row, scores in columns)]))
 
 
 def csv_text(lines) -> str:

@@ -9,10 +9,10 @@ import numpy as np
 
 import bases
 import chains
-import checkpoint
 import data
 import losses
 import prompts
+import seals
 import splits
 import trained
 from configs import TrainConfig
@@ -78,8 +78,8 @@ def write(folder: Path, cfg: TrainConfig, material: Material, problems: dict) ->
     """What a run's folder holds before its first step: its labels, its split, and what is wrong with its rows."""
     labels, rows = material.labels, material.rows
     known = {"values": labels.values, "names": labels.names, "shares": splits.class_shares(rows, labels).tolist()}
-    checkpoint.write_atomic(folder / "labels.json", json.dumps(known, indent=1))
+    seals.write(folder / "labels.json", json.dumps(known, indent=1))
     if not cfg.folds > 0 > cfg.fold:  # a family over all folds has one split in each of its runs
-        checkpoint.write_atomic(folder / "split.csv", splits.split_csv(cfg, rows, material.val))
+        seals.write(folder / "split.csv", splits.split_csv(cfg, rows, material.val))
     if problems:
-        checkpoint.write_atomic(folder / "audit.json", json.dumps(problems, ensure_ascii=False, indent=1) + "\n")
+        seals.write(folder / "audit.json", json.dumps(problems, ensure_ascii=False, indent=1) + "\n")

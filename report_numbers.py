@@ -6,7 +6,6 @@ Each function takes the run and returns its section's numbers, or None where the
 import dataclasses
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +13,7 @@ import bootstrap
 import checkpoint
 import configs
 import metrics
+import seals
 import trained
 from configs import TrainConfig
 from errors import Untrusted
@@ -80,7 +80,7 @@ def settings(cfg: TrainConfig) -> dict[str, dict]:
 def audit(run: Run) -> list[list] | None:
     """[finding, groups, rows] of the data audit."""
     path = run.path / "audit.json"
-    if not path.is_file():
+    if not seals.has(path):
         return None
     rows = []
     for name, findings in checkpoint.load_json(path).items():
@@ -98,9 +98,13 @@ def training(run: Run) -> dict[str, dict]:
     metric = run.cfg.metric
     for name, folder in trained.members(run.path).items():
         log, result = folder / "metrics.jsonl", folder / "result.json"
-        if not (log.is_file() and result.is_file()):
+        text = seals.read(log) if checkpoint.finished(folder) else None
+        if text is None:
             continue
-        lines = log_lines(log)
+        try:
+            lines = [dict(json.loads(line)) for line in text.splitlines()]
+        except (ValueError, TypeError) as e:
+            raise Untrusted(f"{log}: {e}") from None
         steps = [line for line in lines if line.get("loss") is not None]
         evals = [line for line in lines if metric in line.get("eval", {})]
         if steps:
@@ -113,14 +117,6 @@ def training(run: Run) -> dict[str, dict]:
                 "best_step": checkpoint.load_json(result).get("best_step"),
             }
     return curves
-
-
-def log_lines(log: Path) -> list[dict]:
-    """The lines of a finished run's metrics.jsonl. Raises Untrusted where one is no JSON object."""
-    try:
-        return [dict(json.loads(line)) for line in log.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, TypeError) as e:
-        raise Untrusted(f"{log}: {e}") from None
 
 
 # ---- classes --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import decide
 import files
 import labelling
 import metrics
+import seals
 import splits
 import trained
 from configs import TrainConfig
@@ -95,6 +96,7 @@ class Run:
 def validation_rows(path: Path, cfg: TrainConfig, labels: labelling.Labels) -> tuple[list[str], np.ndarray, np.ndarray]:
     """(ids, targets, logits (N, C)) of a run's val_predictions.csv. Raises UserError when it has none."""
     where = str(path / "val_predictions.csv")
+    seals.read(Path(where))
     rows = files.read_rows(where, "runs")
     columns = [f"logit_{value}" for value in labels.values] or ["prediction"]
     files.need_columns(rows, ["id", "label", *columns], where, "runs")
@@ -108,7 +110,7 @@ def validation_rows(path: Path, cfg: TrainConfig, labels: labelling.Labels) -> t
 
 def read_run(path: Path) -> Run:
     """All that a report needs of a run. Raises UserError for a run of cpt.py and for one that is not finished."""
-    if (path / "texts.json").is_file():
+    if seals.has(path / "texts.json"):
         raise UserError(f"run {path} was trained by cpt.py and has no labels: expected a run of train.py")
     cfg, labels = trained.run_facts(path)
     if not checkpoint.finished(path):

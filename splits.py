@@ -22,6 +22,7 @@ import files
 import labelling
 import metrics
 import prompts
+import seals
 import strata
 from configs import TrainConfig
 from errors import UserError, duplicates, few, refuse
@@ -199,9 +200,22 @@ def texts(cfg: TrainConfig, rows: Rows) -> list[str]:
     return [prompts.plain(prompts.render(cfg.text, row)) for row in rows]
 
 
-def digest_of(rows: Rows) -> str:
-    """sha256 of rows: whether two runs were judged on the same ones."""
+def digest_of(rows: Rows | list) -> str:
+    """sha256 of rows, or of other values: whether two runs were judged on the same ones."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def digests(train: Split, judges: Split | None, labels: Labels) -> dict[str, str]:
+    """What a resumed run must see again, by its name in words: sha256s of the rows of a run and their labels."""
+    sums = {
+        "the training rows or their tokens": train.digest(),
+        "the ids of the training rows": digest_of(train.ids),
+        "the label names": digest_of([labels.values, labels.names]),
+    }
+    if judges:
+        sums["the validation rows or their tokens"] = judges.digest()
+        sums["the ids, labels or other cells of the validation rows"] = digest_of([judges.ids, judges.rows])
+    return sums
 
 
 def class_shares(rows: Split, labels: Labels) -> np.ndarray:
@@ -296,6 +310,7 @@ def _recorded(rows, val, run, old):
     """(training rows, validation rows) as the split.csv of a run with the config `old` has them: a slice (train; later:
     what follows it), perhaps of a balanced pool. Raises UserError unless it names rows of the file, by unique ids.
     """
+    seals.read(run / "split.csv")
     recorded = files.read_rows(str(run / "split.csv"), "resume")
     place = {row["id"]: i for i, row in enumerate(recorded)}
     listed = [i for i, id in enumerate(rows.ids) if id in place]

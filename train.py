@@ -31,6 +31,7 @@ import checkpoint
 import ddp
 import estimates
 import evaluate
+import locks
 import loop
 import lora
 import losses
@@ -41,6 +42,8 @@ import optim
 import predictions
 import prepare
 import prompts
+import run_folder
+import seals
 import splits
 import tables
 import trained
@@ -58,6 +61,7 @@ CLASHES = [
 ]
 
 
+@locks.released()
 def main(argv: list[str]) -> dict:
     # ---- settings, ranks, the run to resume -------------------------------------------------------------------------
     cfg, _, world, run = loop.begin(TrainConfig, TRAIN_PRESETS, argv, __doc__, CLASHES)
@@ -68,6 +72,8 @@ def main(argv: list[str]) -> dict:
     cfg, material = prepare.read(cfg, say)
     labels, tokenizer = material.labels, material.tokenizer
     train, judges = splits.cut(cfg, material.rows, material.val, run, say)
+    digests = splits.digests(train, judges, labels)
+    run_folder.same_rows(run, digests)
     say(prepare.check(cfg, train, judges, len(labels.names)))
     problems = splits.audit_rows(cfg, labels, train, judges, print) if world.rank == 0 else {}
 
@@ -91,7 +97,7 @@ def main(argv: list[str]) -> dict:
         optimizer,
         precision,
         lengths=train.tokens.lengths,
-        digest=train.digest(),
+        digests=digests,
         about={"base": model.base_fingerprint},
     )
 
@@ -246,14 +252,18 @@ def finish(job: loop.Job, train: Split, judges: Split, labels: Labels) -> dict:
 
     # The best save is what users load: it is scored as it was read back from the disk.
     ddp.barrier(world)  # rank 0 has written best/
-    trained.read_classifier(trained.best_save(run).folder, job.model)
+    best = trained.best_save(run)
+    trained.read_classifier(best.folder, job.model)
     logits = evaluate.score(job.model, judges.tokens, world, job.precision, cfg.max_tokens)
     scores = metrics.of_task(cfg.task, logits, judges.labels)
     loop.lap(job, "eval_seconds")
     reached = scores.get(cfg.metric, -1.0)
     room = 0.02 * max(1.0, abs(state.best))  # other hardware may flip a few rows
     evaluated_all = not 0 < cfg.eval_rows < len(judges.labels)
-    if evaluated_all and abs(reached - state.best) > room:
+    if best.manifest["step"] != state.best_step:  # the newest one was damaged meanwhile
+        say(f"warning: best/ of step {state.best_step} cannot be trusted; the results are of another step")
+        state.best_step = best.manifest["step"]
+    elif evaluated_all and abs(reached - state.best) > room:
         raise AssertionError(f"best/ reloaded scores {cfg.metric} {reached}, saved with {state.best}")
     say(f"best checkpoint by {cfg.metric}: step {state.best_step}")
     say(tables.summary(cfg.task, logits, judges.labels, labels.names))
@@ -281,7 +291,7 @@ def finish(job: loop.Job, train: Split, judges: Split, labels: Labels) -> dict:
         result["chain"] = chains.chain_table(cfg, result, say)
     if world.rank == 0:  # result.json last: it marks the run as finished
         predictions.write_predictions(run / "val_predictions.csv", judges, cfg.task, logits, labels)
-        checkpoint.write_atomic(run / "result.json", json.dumps(result) + "\n")
+        seals.write(run / seals.RESULT, json.dumps(result) + "\n", also=(seals.LOG,))
     reason = evaluate.degenerate(logits, judges.tokens.keys(), cfg.task)
     if reason:
         raise Degenerate(f"{reason}; the run is in {run}")

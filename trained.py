@@ -20,6 +20,7 @@ import cli
 import data
 import ddp
 import decide
+import disk
 import evaluate
 import files
 import labelling
@@ -30,6 +31,7 @@ import numerics
 import parts
 import peft_format
 import prompts
+import seals
 from configs import TrainConfig
 from decide import Decision
 from errors import Untrusted, UserError, few
@@ -146,14 +148,20 @@ def write_whole(folder: Path, model, tokenizer, config: dict, dtype: torch.dtype
     checkpoint.save_json(folder / "config.json", config)
     if getattr(model, "generation_config", None):  # it writes text, and must know where to stop
         checkpoint.save_json(folder / "generation_config.json", language.generation_settings(model, tokenizer))
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(folder, tokenizer)
 
 
 def write_adapter(folder: Path, model, tokenizer) -> None:
     """An adapter in PEFT's format, and the tokenizer."""
     checkpoint.save_json(folder / "adapter_config.json", peft_format.adapter_config(model.adapter))
     checkpoint.save_tensors(folder / "adapter_model.safetensors", peft_format.adapter_state(model))
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(folder, tokenizer)
+
+
+def write_tokenizer(folder: Path, tokenizer) -> None:
+    """The tokenizer's files; when the disk is full, its own writers raise various errors."""
+    with disk.told(folder / "tokenizer.json", len(tokenizer.backend_tokenizer.to_str().encode())):
+        tokenizer.save_pretrained(folder)
 
 
 def write_classifier(folder: Path, model: Classifier, tokenizer, labels: Labels) -> None:
@@ -316,20 +324,20 @@ def rows_of(texts, columns: list[str]) -> files.Rows:
 
 def run_facts(path: Path) -> tuple[TrainConfig, Labels]:
     """The config and labels of a run, before any weight is loaded. Raises UserError when it is no classifier."""
-    if not (path / "labels.json").is_file():
+    if not seals.has(path / "labels.json"):
         cpt = f"a run of cpt.py writes text: python generate.py --runs {path}"
         raise UserError(f"run {path}: no classification run (expected config.json and labels.json in it); {cpt}")
     stored = checkpoint.load_json(path / "labels.json")
-    for name in ("values", "names"):
-        if not isinstance(stored.get(name), list):
-            raise Untrusted(f"{path / 'labels.json'}: no list of {name} in it: it is damaged")
-    return cli.read_config(TrainConfig, path), Labels(tuple(stored["values"]), tuple(stored["names"]))
+    lists = [stored.get(name) for name in ("values", "names")]
+    if not all(isinstance(part, list) and all(isinstance(label, str) for label in part) for part in lists):
+        raise Untrusted(f"{path / 'labels.json'}: expected lists of strings, values and names")
+    return cli.read_config(TrainConfig, path), Labels(*map(tuple, lists))
 
 
 def members(path: Path) -> dict[str, Path]:
     """Name -> folder of each run of a family over folds or seeds; {"": path} for a single run."""
     family = path / "family.json"
-    if family.is_file():
+    if seals.has(family):
         folders = checkpoint.load_json(family)["members"]
         return {name: path / folder for name, folder in folders.items()}
     # families made before there was a family.json are described by their config alone
@@ -342,7 +350,7 @@ def members(path: Path) -> dict[str, Path]:
 
 def best_save(run: Path) -> checkpoint.Save:
     """The best save of a single run. Raises UserError where it has none, Untrusted where none can be trusted."""
-    save = checkpoint.trusted(run / "best")
+    save = checkpoint.trusted_of(run, "best")
     if save is None:
         raise UserError(f"run {run}: no best/ save: finish it with train.py --resume {run}; of a family name a member")
     return save
@@ -358,6 +366,7 @@ def load_run(
     such run or base, Untrusted when nothing in it can be trusted or its base has changed.
     """
     path, world = Path(path), world or ddp.setup()
+    ddp.say(world, seals.note(path))
     cfg, labels = run_facts(path)
     saves = [best_save(run) for run in members(path).values()]
     first = saves[0].folder
@@ -410,13 +419,14 @@ def find_run(run: str, outputs: str, script: str = "train.py") -> Path:
 def read_decision(path: Path, task: str, classes: int) -> Decision | None:
     """The decision of a run, None where it has none. Raises Untrusted for a file that is not one of this run's."""
     try:
-        decision = Decision.from_json((path / "decision.json").read_text(encoding="utf-8"))
+        text = seals.read(path / "decision.json")
+        if text is None:
+            return None
+        decision = Decision.from_json(text.decode())
         if (decision.task, decision.classes) != (task, classes):
             raise ValueError(f"it is of {decision.classes} classes of {decision.task}, expected {classes} of {task}")
         return decision
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         raise Untrusted(f"{path / 'decision.json'}: {e}") from None
 
 
@@ -436,7 +446,7 @@ def fit_decision(cfg: TrainConfig, run: Path, logits: Array, labels: Array, worl
     decision = decide.fit_decision(cfg.task, logits, labels, kind, rows)
     scores, _, _ = decide.cross_fitted(cfg.task, logits, labels, cfg.seed, kind)
     if world.rank == 0:
-        checkpoint.write_atomic(run / "decision.json", decision.to_json())
+        seals.write(run / "decision.json", decision.to_json())
     titles = "plain argmax or probability 0.5", "thresholds and calibration, cross-fitted over 5 folds"
     for title, values in zip(titles, scores.values(), strict=True):
         ddp.say(world, f"{title}: " + ", ".join(f"{score} {value:.4f}" for score, value in values.items()))

@@ -11,6 +11,7 @@ import ddp
 import foreign
 import language
 import parts
+import seals
 import trained
 from configs import CptConfig
 from errors import UserError
@@ -23,10 +24,10 @@ def of_run(run: Path, base: str = "") -> foreign.Given:
 
     Raises UserError for any other folder, Untrusted where no save can be trusted.
     """
-    if (run / "labels.json").exists() or not (run / "config.json").is_file():
+    if seals.has(run / "labels.json") or not seals.has(run / "config.json"):
         raise UserError(f"run {run}: no run of cpt.py, whose models write text; name another")
     config = cli.read_config(CptConfig, run)
-    save = checkpoint.trusted(run / "best") or checkpoint.trusted(run / "last")
+    save = checkpoint.trusted_of(run, "best") or checkpoint.trusted_of(run, "last")
     if save is None:
         raise UserError(f"run {run}: it holds no save yet; continue it with python cpt.py --resume {run}")
     if (save.folder / "model.safetensors").exists():  # the whole base was trained: the save is a base itself

@@ -17,6 +17,7 @@ from pathlib import Path
 import pseudo_labels
 import training_file
 
+import checkpoint
 import checks
 import cli
 import configs
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> dict:
         common = ["--runs", str(run), "--submission", "", "--overwrite"]
         scores = step(options, "infer.py", [*common, "--input", options.clean, "--output", str(out / "clean.csv")])
         step(options, "infer.py", [*common, "--input", options.test, "--output", str(predictions)])
-        labels = json.loads((run / "labels.json").read_text(encoding="utf-8"))
+        labels = checkpoint.load_json(run / "labels.json")
         rows = files.read_rows(str(predictions), "test")
         drift = judge(rows, labels["values"], labels["shares"], options.confidence)
         rounds.append({"round": number, "run": str(run), metric: scores["metrics"][metric], **drift})

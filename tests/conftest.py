@@ -59,6 +59,12 @@ def load_rows(cfg, say):
     return *splits.cut(cfg, rows, val, say=say), labels
 
 
+def unsealed(run) -> Path:
+    """A run as it was left before runs were sealed: its files are read as they are, whoever changed them."""
+    (Path(run) / "seal.json").unlink(missing_ok=True)
+    return Path(run)
+
+
 def last_json(stdout: str) -> dict:
     """The JSON object that every entry point prints as its last line."""
     return json.loads(stdout.strip().splitlines()[-1])

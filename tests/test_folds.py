@@ -80,7 +80,7 @@ def test_files_of_a_family_and_of_its_members(family):
     members = {f"seed_{s}_fold_{f}" for s in (1, 2) for f in range(3)}
     assert names == members | {
         "config.json", "family.json", "labels.json", "environment.json", "val_predictions.csv", "decision.json",
-        "result.json",
+        "result.json", "rows.json", "seal.json",
     }  # fmt: skip
     stored = json.loads((family / "family.json").read_text())
     assert stored == {"members": {name: name for name in stored["members"]}, "folds": 3, "seeds": ["1", "2"]}
@@ -326,6 +326,8 @@ def test_an_old_family_is_continued_to_the_same_bytes(family, tmp_path, small_ba
         fold = str(config.pop("fold")) if folder != run else "all"
         seeds = ["1", "2"] if folder == run else []
         (folder / "config.json").write_text(json.dumps({**config, "fold": fold, "seeds": seeds, **old}))
+        for name in ("seal.json", "rows.json"):
+            (folder / name).unlink()
     (run / "family.json").unlink()
     for name in ("result.json", "seed_2_fold_2/result.json"):
         (run / name).unlink()
@@ -388,7 +390,7 @@ def test_a_finished_fold_of_other_texts_is_not_taken(small_base, tmp_path):
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows({**r, "Question": r["Question"][::-1]} for r in rows)
-    with pytest.raises(UserError, match="was trained on other rows or tokens"):
+    with pytest.raises(UserError, match="the training rows or their tokens changed"):
         folds.main(["--resume", str(run)])
 
 

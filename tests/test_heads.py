@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import load_rows
+from conftest import load_rows, unsealed
 from safetensors.torch import load_file
 from test_ddp import forked, forks, log_of, run_of, shas, toy_flags, write_rows
 
@@ -395,7 +395,7 @@ def test_an_adapter_of_words_is_read_without_its_run(base, tmp_path):
     """As a public one is: --base, --adapter, --head label_words give the run's probabilities."""
     folder, out = base("Qwen2", text=True), tmp_path / "out"
     run = train.main(word_flags(tmp_path, folder, targets="q_proj,lm_head"))["run"]
-    (Path(run) / "decision.json").unlink()  # an adapter alone has no calibration
+    (unsealed(run) / "decision.json").unlink()  # an adapter alone has no calibration
     words = ["--base", folder, "--adapter", f"{run}/best", "--head", "label_words", "--label_words", LETTERS]
     words += ["--label_names", ",".join(NAMES), "--text", ASK, "--max_length", "64"]
     tables = []
@@ -769,7 +769,7 @@ def test_an_export_is_the_run_in_transformers_own_class(fitted, tmp_path, capsys
 def test_an_export_is_a_base_with_a_head_for_this_project(fitted, tmp_path, name):
     """infer.py --base DIR gives the run's predictions, with no name of a class, pooling or task given."""
     run = fitted(name)
-    (run / "decision.json").unlink(missing_ok=True)  # a plain model has no calibration
+    (unsealed(run) / "decision.json").unlink(missing_ok=True)  # a plain model has no calibration
     rows, out = write_rows(tmp_path / "rows.csv", 20), tmp_path / "export"
     infer.main(["--runs", str(run), "--export", str(out)])
     tables = []

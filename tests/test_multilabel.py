@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, last_json
+from conftest import ROOT, last_json, unsealed
 from test_ddp import forked, forks, log_of, run_of, toy_flags
 
 import checkpoint
@@ -235,7 +235,7 @@ def test_a_threshold_given_by_hand_decides(done, tmp_path):
 def test_a_damaged_decision_is_not_trusted(done, tmp_path):
     import shutil
 
-    run = Path(shutil.copytree(done[0]["run"], tmp_path / "run"))
+    run = unsealed(shutil.copytree(done[0]["run"], tmp_path / "run"))
     for text in ('{"task": 1}', "", (run / "decision.json").read_text().replace('"classes": 3', '"classes": 2')):
         (run / "decision.json").write_text(text)
         with pytest.raises(Untrusted, match="decision.json"):

@@ -29,6 +29,8 @@ def aged(run: Path) -> None:
     for name in ("soft_share", "soft_temperature", "fold"):
         del config[name]
     (run / "config.json").write_text(json.dumps({**config, **MOVED}))
+    for name in ("seal.json", "rows.json"):
+        (run / name).unlink()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import last_json
+from conftest import last_json, unsealed
 from test_ddp import forks, toy_flags
 from test_folds import fork_of
 from test_multilabel import flags_of, write_rows
@@ -22,12 +22,12 @@ from test_multilabel import flags_of, write_rows
 pytest.importorskip("matplotlib", reason="reports are drawn with matplotlib: pip install matplotlib")
 
 import bootstrap  # noqa: E402
-import checkpoint  # noqa: E402
 import checks  # noqa: E402
 import cli  # noqa: E402
 import compare_runs  # noqa: E402
 import ddp  # noqa: E402
 import decide  # noqa: E402
+import disk  # noqa: E402
 import folds  # noqa: E402
 import labelling  # noqa: E402
 import metrics  # noqa: E402
@@ -286,7 +286,7 @@ def test_without_resamples_there_are_no_intervals(tmp_path):
 def test_runs_of_a_family_without_a_log_are_left_out_of_its_curves(runs, tmp_path):
     family = tmp_path / "family"
     shutil.copytree(runs["family"], family, ignore=shutil.ignore_patterns("best", "last", ".*", "report"))
-    first, second, third, fourth = trained.members(family).values()
+    first, second, third, fourth = map(unsealed, trained.members(family).values())
     (first / "metrics.jsonl").unlink()
     (second / "metrics.jsonl").write_text("")
     (third / "metrics.jsonl").write_text('{"step": 1, "loss": null, "lr": 0.1}\n')
@@ -452,8 +452,8 @@ def test_a_report_that_fails_leaves_the_one_before_it(tmp_path, monkeypatch):
     reported(run)
     before = (run / "report/index.html").read_bytes()
     finished_run(tmp_path / "other", "single_label", *simulated("single_label", 30, 3, 1), names(3))
-    shutil.copy(tmp_path / "other/val_predictions.csv", run)
-    plain, calls = checkpoint.fs_write, []
+    shutil.copy(tmp_path / "other/val_predictions.csv", unsealed(run))
+    plain, calls = disk.fs_write, []
 
     def full(path, content):
         calls.append(path)
@@ -462,7 +462,7 @@ def test_a_report_that_fails_leaves_the_one_before_it(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         plain(path, content)
 
-    monkeypatch.setattr(checkpoint, "fs_write", full)
+    monkeypatch.setattr(disk, "fs_write", full)
     for _ in range(2):
         with pytest.raises(OSError, match="No space"):
             reported(run)

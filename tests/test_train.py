@@ -33,6 +33,8 @@ RUN = {
     "val_predictions.csv",
     "result.json",
     "decision.json",
+    "rows.json",
+    "seal.json",
 }
 
 
@@ -69,7 +71,7 @@ def test_files_of_a_run_and_its_last_line(done):
     assert names(run) == RUN | {"best", "last", ".last.1", *(p.name for p in run.glob(".best.1"))}
     assert names(run / "best") == ADAPTER and names(run / "last") == ADAPTER | {"state.safetensors", "state.json"}
     for side in ("best", "last"):
-        assert set(checkpoint.verify(run / side)) == {"step", "base", "versions", "files"}
+        assert set(checkpoint.verify(run / side)) == {"step", "best", "run", "base", "versions", "files"}
     assert (
         checkpoint.verify(run / "last")["step"] == 18 and checkpoint.verify(run / "best")["step"] == result["best_step"]
     )

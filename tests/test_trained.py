@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import unsealed
 from test_ddp import forks, toy_flags, write_rows
 
 import chains
@@ -176,7 +177,7 @@ def test_a_chain_whose_files_are_gone_or_changed_is_warned_of(held_out_run, tmp_
     elif change == "other rows":
         write_rows(path, 40, skip=20)
     else:
-        (held_out_run / "split.csv").unlink()
+        (unsealed(held_out_run) / "split.csv").unlink()
     warning = chains.check_chain(cfg, train_rows, judges)
     assert warning.startswith(
         f"warning: cannot check whether {held_out_run} was trained on validation rows of this run"

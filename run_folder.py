@@ -1,0 +1,89 @@
+"""A run's folder: which one is resumed, what it holds at the start, and whether it is still the run that it was."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import cli
+import configs
+import ddp
+import locks
+import seals
+from errors import Untrusted, UserError
+
+
+def to_resume(cfg, given: set[str], world: ddp.World, family: bool = False):
+    """(config, run folder) of the run that cfg.resume means; (cfg, None) when a new run starts.
+
+    family: whether a family of runs over folds and seeds is meant, or one run. Rank 0 looks for it. Raises UserError
+    for flags given by hand that contradict the run.
+    """
+    if not cfg.resume:
+        return cfg, None
+    name = configs.dataset_name(cfg)
+    run = ddp.from_rank0(world, lambda: checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, name, family))
+    if not run:
+        ddp.say(world, "--resume auto: no unfinished run of this base and dataset; a new one starts")
+        return cfg, None
+    ddp.say(world, seals.note(Path(run)))
+    return cli.resumed(cfg, given, Path(run)), Path(run)
+
+
+def make(cfg, world: ddp.World, run: Path | None, digests: dict[str, str], fill: Callable) -> Path:
+    """The next run_<i>, made by rank 0; or the run to resume, completed: folds.py starts runs with a config.json alone.
+
+    fill(folder) writes the files that a script knows before its first step. digests: see Job.
+    """
+
+    def on_rank0() -> Path:
+        folder = run or checkpoint.new_run(cfg.outputs, cfg.base, configs.dataset_name(cfg))
+        locks.hold(folder)
+        if not seals.has(folder / "environment.json"):
+            fill(folder)
+            seals.write(folder / "rows.json", json.dumps(digests, indent=1) + "\n")
+            device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+            environment = checkpoint.environment(torch.get_num_threads(), world.size, device)
+            seals.write(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+        if not seals.has(folder / "config.json"):  # last: a folder without it is no run
+            seals.write(folder / "config.json", cli.to_json(replace(cfg, resume="")))
+        return folder
+
+    return Path(ddp.from_rank0(world, on_rank0))
+
+
+def same_rows(run: Path | None, digests: dict[str, str]) -> None:
+    """Raise UserError, naming them, where rows or labels are not those that a run began with.
+
+    A run from before there was a rows.json kept a digest of its training rows alone, in each save.
+    """
+    began = {}
+    if run and seals.has(run / "rows.json"):
+        began = checkpoint.load_json(run / "rows.json")
+    elif run and (last := checkpoint.last_state(run)):
+        began = {next(iter(digests)): last[1]["digest"]}
+    changed = [f"{name} changed" for name in digests if name in began and began[name] != digests[name]]
+    if changed:
+        raise UserError(f"run {run}: {', '.join(changed)} since it began: give it the files that it began with")
+
+
+def restore_best(state, run: Path) -> str:
+    """Take a training state back to the best save that can be trusted, where a newer one was damaged.
+
+    Returns a warning, or an empty string. A save that is newer than the state is no problem: its evaluation will be
+    repeated. Raises Untrusted where no save is left.
+    """
+    if state.best is None:
+        return ""
+    save = checkpoint.trusted_of(run, "best")
+    if save is None:
+        raise Untrusted(f"{run / 'best'} is missing, but step {state.best_step} was saved there: put it back")
+    step, score = save.manifest["step"], save.manifest.get("best")
+    if step >= state.best_step or score is None:
+        return ""
+    lost = f"warning: {run / 'best'} of step {state.best_step} (score {state.best:.4f}) cannot be trusted"
+    state.best, state.best_step = score, step
+    return f"{lost}; the best save is that of step {step} ({score:.4f})"
