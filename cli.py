@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import checks
+import signals
 from configs import Several
 from errors import UserError, nearest, refuse
 
@@ -58,6 +59,7 @@ def early(cls, presets: dict, doc: str, argv: list[str] | None = None) -> None:
 
     Scripts call it before they import torch, which takes seconds. Under torchrun only rank 0 speaks.
     """
+    signals.early()
     if os.environ.get("RANK", "0") != "0":
         return
     try:

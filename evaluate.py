@@ -12,6 +12,7 @@ import lora
 import metrics
 import numerics
 import prompts
+import signals
 from configs import TrainConfig
 from errors import Degenerate, UserError
 from metrics import Array
@@ -25,7 +26,8 @@ def score(model, tokens: data.Tokens, world: ddp.World, precision: str, max_toke
     """fp32 logits (N, C) of all rows in their order, on every rank, each row scored once.
 
     Micro-batches are cut by length, the same for any number of ranks, and dealt to the ranks in turn. seconds: a limit,
-    0 for none; short rows then come first, and those that were not reached in time are NaN.
+    0 for none; short rows then come first, and those that were not reached in time are NaN. Raises Stopped where a rank
+    was asked to stop in training.
     """
     was_training, started = model.training, time.perf_counter()
     model.eval()
@@ -35,12 +37,15 @@ def score(model, tokens: data.Tokens, world: ddp.World, precision: str, max_toke
     scored = [np.zeros(0, np.int64)]
     logits = [torch.zeros(0, model.outputs, device=device)]
     for rows in batches[world.rank :: world.size]:
-        if seconds and time.perf_counter() - started > seconds:
+        if signals.STOP.number or (seconds and time.perf_counter() - started > seconds):
             break
+        ddp.computes()
         with numerics.autocast(world.device, precision):
             logits.append(model(pack(tokens, rows, world.device)).to(device))
         scored.append(rows)
     model.train(was_training)
+    if ddp.stopping(world):
+        raise signals.Stopped
     values = torch.cat(logits).cpu().numpy()
     return ddp.gather_rows(world, np.concatenate(scored), values, len(tokens.lengths), partial=seconds > 0)
 

@@ -25,11 +25,11 @@ FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 
 # Where each file stands: it may import files of the lines above it, or to its left. Commands never import each other.
 HOUSE = """
-errors
+errors signals watch
 configs presets checks cli
-lora peft_format losses metrics tables bootstrap calibrate decide optim ddp checkpoint tracking
+lora peft_format losses metrics tables bootstrap calibrate decide optim ddp checkpoint tracking limits
 prompts answer_parser latex_clean latex audit
-files labelling strata packed bases numerics nf4 model estimates data splits loop
+files labelling strata packed bases numerics nf4 model estimates data splits faults loop
 evaluate language corpus trained chains prepare foreign predictions writer chats answers
 report_runs report_numbers pictures page report_sections compare_runs
 train infer cpt generate folds ensemble slices report
