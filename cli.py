@@ -16,6 +16,7 @@ from pathlib import Path
 
 import checks
 import seals
+import signals
 from configs import Several
 from errors import Untrusted, UserError, nearest, print_anything, refuse
 
@@ -59,6 +60,7 @@ def early(cls, presets: dict, doc: str, argv: list[str] | None = None) -> None:
 
     Scripts call it before they import torch, which takes seconds. Under torchrun only rank 0 speaks.
     """
+    signals.early()
     print_anything()
     if os.environ.get("RANK", "0") != "0":
         return

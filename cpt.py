@@ -17,6 +17,7 @@ if __name__ == "__main__":  # help and typos are answered before torch is loaded
     cli.early(CptConfig, CPT_PRESETS, __doc__)
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,9 @@ import checks
 import corpus
 import data
 import ddp
+import estimates
 import evaluate
+import faults
 import language
 import locks
 import loop
@@ -88,18 +91,19 @@ def main(argv: list[str]) -> dict:
     loop.open_run(job, run, partial(write_record, texts=texts))
 
     # ---- loop, end --------------------------------------------------------------------------------------------------
-    fit(job, texts)
+    write = partial(write_save, lm=lm, tokenizer=tokenizer)
+    with loop.stoppable(job, write):
+        fit(job, texts, write)
     return finish(job, texts)
 
 
 # ---- loop -----------------------------------------------------------------------------------------------------------
 
 
-def fit(job: loop.Job, texts: "Texts") -> None:
+def fit(job: loop.Job, texts: "Texts", write: Callable) -> None:
     """Step, log, evaluation, save, until the plan is done or a signal stops it."""
     state, device = job.state, job.world.device
     learned = texts.train.targets  # (N,) tokens to learn of each row
-    write = partial(write_save, lm=job.model, tokenizer=texts.tokenizer)
 
     def loss_of(rows: np.ndarray) -> torch.Tensor:
         """The next-token loss of a micro-batch, summed over its targets."""
@@ -122,8 +126,7 @@ def fit(job: loop.Job, texts: "Texts") -> None:
                 loop.save(job.run / "best", job, write)
 
         # save: last/ holds all that the next step depends on
-        if loop.due(job, job.save_every) or job.ending:
-            loop.save(job.run / "last", job, write, resumable=True)
+        loop.save_last(job, write)
 
 
 def held_out(job: loop.Job, step: int, val: data.Tokens, texts: "Texts") -> float:
@@ -135,7 +138,7 @@ def held_out(job: loop.Job, step: int, val: data.Tokens, texts: "Texts") -> floa
         general = language.language_scores(job.model, texts.guard, *options)
         scores |= {f"guard_{name}": value for name, value in general.items()}
     if not all(map(np.isfinite, scores.values())):
-        raise FloatingPointError(f"step {step}: the held-out loss is not finite; lower --lr")
+        raise faults.not_finite(job, [], f"step {step}: the held-out loss is not finite")
     job.state.evals.append({"step": step, "tokens": int(val.targets.sum()), "eval": scores})
     shown = [f"{name} {value:.4f}" for name, value in scores.items()]
     ddp.say(world, f"step {step}: {', '.join(shown)}")
@@ -177,7 +180,7 @@ def finish(job: loop.Job, texts: "Texts") -> dict:
         "best_step": state.best_step,
         "steps": job.total,
         "tokens_per_second": round(state.tokens / state.seconds, 1),
-        "peak_memory_gb": round(loop.peak_memory_gb(world), 3),
+        "peak_memory_gb": round(estimates.peak_memory_gb(world.device), 3),
         "train_seconds": round(state.seconds, 2),
         "eval_seconds": round(state.eval_seconds, 2),
     }

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -18,9 +19,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from errors import UserError
+import signals
+from errors import UserError, one_line
+from watch import Watch
 
-WAIT = timedelta(hours=12)  # the others wait while rank 0 encodes a corpus; torchrun ends them if it dies
+WAIT = timedelta(hours=12)  # the others wait while rank 0 encodes a corpus; see watch.py for a rank that never comes
 FP64_LIMIT = 200_000_000  # trained parameters up to which gradients are summed in fp64
 
 
@@ -30,6 +33,15 @@ class World(NamedTuple):
     rank: int
     size: int
     device: torch.device
+
+
+class RankLost(RuntimeError):
+    """What ranks do together failed, as a rule because one of them ended."""
+
+    exit_status = 1
+
+
+WATCHES: list[Watch] = []  # of this process: none, or one where there are other ranks
 
 
 def ranks() -> tuple[int, int, int]:
@@ -67,8 +79,40 @@ def setup() -> World:
         torch.cuda.set_device(device)
         backend = {"backend": "nccl", "device_id": device}
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group(**backend, timeout=WAIT)
+        watch = Watch(rank, size)
+        watch.start()
+        WATCHES.append(watch)
+        with together():
+            # torchrun keeps one store over its restarts: the addresses of killed ranks in it would be dialed again.
+            store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=WAIT))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+            dist.init_process_group(**backend, store=store, rank=rank, world_size=size, timeout=WAIT)
+        watch.meet(store.clone())
     return World(rank, size, device)
+
+
+@contextmanager
+def together():
+    """Around what all ranks do together. Raises RankLost where it fails, unless a GPU did."""
+    try:
+        with WATCHES[0].together():
+            yield
+    except getattr(torch, "AcceleratorError", ()):
+        raise
+    except RuntimeError as e:
+        raise RankLost(f"a rank ended, see its own message ({one_line(e)})") from None
+
+
+def computes() -> None:
+    """This rank begins a micro-batch: what it does from here on takes no more than minutes."""
+    for watch in WATCHES:
+        watch.computes()
+
+
+def stopping(world: World) -> bool:
+    """Whether any rank was asked to stop: the same answer on all of them."""
+    return sum_over_ranks(world, float(bool(signals.STOP.number))) > 0
 
 
 def micro_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -88,17 +132,20 @@ def launch(main) -> None:
     0 done, 1 failure or stopped, 4 numbers not finite; otherwise an exception's own `exit_status` (2 the user's
     mistake, 3 untrusted checkpoint, 5 degenerate scores). Errors that are meant for the user are one line.
     """
+    signals.early()
     rank = 0
     try:
         rank, _, _ = ranks()
         result = main(sys.argv[1:])
         if rank == 0:
             print(json.dumps(result), flush=True)
+        if dist.is_initialized():
+            barrier(World(rank, dist.get_world_size(), None))
         code = 0
     except (Exception, KeyboardInterrupt) as e:
         code = 4 if isinstance(e, FloatingPointError) else getattr(e, "exit_status", 1)
-        # Rank 0 reports an error that all ranks share; it ends the others meanwhile.
-        if rank > 0:
+        # Rank 0 reports an error that all ranks share, a rank that failed its own; torchrun ends the others meanwhile.
+        if rank > 0 or isinstance(e, RankLost):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         if isinstance(e, (KeyboardInterrupt, FloatingPointError, OSError)) or hasattr(e, "exit_status"):
@@ -108,32 +155,10 @@ def launch(main) -> None:
 
     # destroy_process_group hangs now and then (gloo, torch 2.13; pytorch#190489): leave without it.
     if dist.is_initialized():
-        if code == 0:
-            dist.barrier()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-class StopRequest:
-    """SIGTERM and SIGINT set a flag; training polls it, and all ranks stop together after the step.
-
-    A second signal acts as usual, and so does any signal after `close`.
-    """
-
-    def __init__(self):
-        self.signal = 0
-        self.before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def _note(self, number, frame):
-        self.signal = number
-        self.close()
-        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step, with a save\n".encode())
-
-    def close(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 class GradientSum:
@@ -141,8 +166,9 @@ class GradientSum:
 
     Every trained parameter's .grad is a view into one flat fp32 tensor, so a backward pass writes there directly.
     `add` adds that to an fp64 buffer: fp32 values are summed in fp64 almost without rounding, so the sum does not
-    depend on the order. `reduce` sums over ranks and writes the result back into the .grad views; the loss and the
-    stop requests are reduced with it. Above FP64_LIMIT parameters everything is fp32, equal to rounding only.
+    depend on the order. `reduce` sums over ranks and writes the result back into the .grad views; with it travel the
+    loss, the number of micro-batches, two reasons to stop, and whose gradients are not finite. Above FP64_LIMIT
+    parameters everything is fp32, equal to rounding only.
     """
 
     def __init__(self, params: list[torch.nn.Parameter], world: World):
@@ -153,26 +179,37 @@ class GradientSum:
         self.exact = self.count <= FP64_LIMIT
         self.flat = torch.zeros(self.count, device=params[0].device)
         dtype = torch.float64 if self.exact else torch.float32
-        self.total = torch.zeros(self.count + 3, dtype=dtype, device=self.flat.device)
-        self.sums, self.riders = self.total.split([self.count, 3])  # the loss and two reasons to stop ride along
+        riders = 4 + world.size
+        self.total = torch.zeros(self.count + riders, dtype=dtype, device=self.flat.device)
+        self.sums, self.riders = self.total.split([self.count, riders])
         for p, view in zip(params, self.flat.split(sizes), strict=True):
             p.grad = view.view_as(p)
 
-    def add(self, loss: torch.Tensor, *reasons: bool) -> None:
-        """Add the gradients of the micro-batch just run backward, its loss, and this rank's two reasons to stop."""
+    def add(self, loss: torch.Tensor) -> None:
+        """Add the gradients of the micro-batch just run backward, and its loss."""
         self.sums.add_(self.flat)
         self.flat.zero_()
-        for rider, value in zip(self.riders, (loss.detach(), *reasons), strict=True):
-            rider.add_(value)
+        self.riders[0] += loss.detach()
+        self.riders[1] += 1
 
-    def reduce(self) -> torch.Tensor:
-        """Sum over ranks into the .grad views and reset; returns (loss, number of ranks per reason) on the device."""
+    def reduce(self, *reasons: bool) -> torch.Tensor:
+        """Sum over ranks into the .grad views; reasons: this rank's two to stop. `clear` begins the next step.
+
+        Returns, on the device: the loss, the number of micro-batches, for each reason how many ranks have it, and for
+        each rank whether its own gradients are not finite.
+        """
+        self.riders[2], self.riders[3] = reasons
+        self.riders[4 + self.world.rank] = ~self.sums.sum().isfinite()
         if self.world.size > 1:
-            dist.all_reduce(self.total)
+            with together():
+                dist.all_reduce(self.total)
+                if self.total.is_cuda:
+                    torch.cuda.synchronize()  # a GPU is waited for here, where the wait is watched
         self.flat.copy_(self.sums)
-        riders = self.riders.clone()
+        return self.riders
+
+    def clear(self) -> None:
         self.total.zero_()
-        return riders
 
 
 def gather_rows(world: World, rows: np.ndarray, values: np.ndarray, count: int, partial: bool = False) -> np.ndarray:
@@ -203,7 +240,9 @@ def _all_reduce(world, tensor):
     """The sum over ranks of a tensor on the CPU, on the CPU."""
     if world.size > 1:
         tensor = tensor.to(world.device)
-        dist.all_reduce(tensor)
+        with together():
+            dist.all_reduce(tensor)
+            tensor = tensor.cpu()  # as above
     return tensor.cpu()
 
 
@@ -211,14 +250,16 @@ def gather_objects(world: World, value) -> list:
     """The value of each rank, in the order of ranks, on every rank."""
     values = [value] * world.size
     if world.size > 1:
-        dist.all_gather_object(values, value)
+        with together():
+            dist.all_gather_object(values, value)
     return values
 
 
 def barrier(world: World) -> None:
     """Wait for every rank."""
     if world.size > 1:
-        dist.barrier()
+        with together():
+            dist.barrier()
 
 
 def from_rank0(world: World, make) -> str:

@@ -1,5 +1,8 @@
-"""Estimates of what a run takes: FLOPs and memory."""
+"""Estimates of what a run takes: FLOPs and memory; and the memory that it took."""
 
+import sys
+
+import torch
 from torch import nn
 
 TRAINED_BYTES = 20  # of a trained weight: its gradient (4), the sum of gradients in fp64 (8), AdamW's two moments (8)
@@ -46,3 +49,15 @@ def memory_estimate(model, max_tokens: int, precision: str, checkpointing: bool)
     if checkpointing:
         activations = config.num_hidden_layers * stream + layer
     return {"weights": weights / 1e9, "trained state": trained * TRAINED_BYTES / 1e9, "activations": activations / 1e9}
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Of this process: memory allocated on its GPU, or resident on a CPU (0 if that is not known)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

@@ -12,6 +12,7 @@ import lora
 import metrics
 import numerics
 import prompts
+import signals
 from configs import TrainConfig
 from errors import Degenerate, UserError
 from metrics import Array
@@ -35,7 +36,8 @@ def score(
 
     Micro-batches are cut by length, the same for any number of ranks, and dealt to the ranks in turn. seconds: a limit,
     0 for none; short rows then come first, and those that were not reached in time are NaN. progress: where the scores
-    of each micro-batch are kept, and those of an earlier process that was killed are taken from.
+    of each micro-batch are kept, and those of an earlier process that was killed are taken from. Raises Stopped where a
+    rank was asked to stop in training.
     """
     was_training, started = model.training, time.perf_counter()
     model.eval()
@@ -64,6 +66,8 @@ def score(
             progress.append(number, values.numpy().tobytes())
 
     for number, rows in batches[world.rank :: world.size]:
+        if signals.STOP.number:
+            break
         if len(done.get(number, b"")) == 4 * len(rows) * model.outputs:
             scored.append(rows)
             logits.append(torch.frombuffer(bytearray(done[number]), dtype=torch.float32).view(len(rows), -1))
@@ -73,10 +77,13 @@ def score(
         running = None
         if seconds and time.perf_counter() - started > seconds:
             continue
+        ddp.computes()
         with numerics.autocast(world.device, precision):
             running = number, rows, model(batch)
     fetch()
     model.train(was_training)
+    if ddp.stopping(world):
+        raise signals.Stopped
     values = torch.cat(logits).cpu().numpy()
     return ddp.gather_rows(world, np.concatenate(scored), values, len(tokens.lengths), partial=seconds > 0)
 

@@ -36,7 +36,6 @@ class FoldsConfig(TrainConfig):
 if __name__ == "__main__":  # help and typos are answered before torch is loaded, which takes seconds
     cli.early(FoldsConfig, TRAIN_PRESETS, __doc__)
 
-import ctypes
 import json
 import os
 import signal
@@ -63,6 +62,7 @@ import prepare
 import report_runs
 import run_folder
 import seals
+import signals
 import splits
 import tables
 import trained
@@ -256,6 +256,7 @@ def train(run: Path, members: list[Member], index: int, processes: int, limit: f
         flags += ["--time_limit", f"{left / (len(members) - index):.1f}s"]
     status, stopped = started(command(flags, processes))
     if stopped:
+        signals.mark(run, signal.SIGTERM)
         raise KeyboardInterrupt(f"stopped in {member.name}; continue with python folds.py --resume {run}")
     if not status:
         return ""
@@ -273,27 +274,19 @@ def command(flags: list[str], processes: int) -> list[str]:
 
 
 def started(words: list[str]) -> tuple[int, bool]:
-    """(exit status, whether it was stopped) of a command. SIGTERM and SIGINT are passed on to it, so that it saves."""
-    signals = []
-    child = subprocess.Popen(words, start_new_session=True, preexec_fn=stop_with_parent)
+    """(exit status, whether it was stopped) of a command. Stop signals are passed on to it, so that it saves."""
+    asked = []
+    child = subprocess.Popen(words, start_new_session=True, preexec_fn=signals.end_with_parent)
 
     def pass_on(number, frame):
-        signals.append(number)
-        child.send_signal(number)
+        asked.append(number)
+        child.send_signal(number if number == signal.SIGINT else signal.SIGTERM)  # torchrun dies of others
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, pass_on) for number in signals.catchable()}
     try:
-        return child.wait(), bool(signals)
+        return child.wait(), bool(asked)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def stop_with_parent() -> None:
-    """Linux: let a child save and stop when this process is killed, for a resumed family would train beside it."""
-    if sys.platform == "linux":
-        set_death_signal = 1
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+        signals.restore(before)
 
 
 def plan_of(members: list[Member], processes: int) -> dict:

@@ -69,6 +69,7 @@ import functools
 import hashlib
 import itertools
 import json
+import signal
 import sys
 import time
 from collections import Counter
@@ -255,7 +256,8 @@ def line_as_row(cfg: GenerateConfig, line: str) -> dict[str, str]:
 
 
 def typed(cfg: GenerateConfig, source: foreign.Given, maker: chats.Prompter, model: writer.Writer):
-    """Print the completion of each line typed at the terminal and yield it, until Ctrl-D."""
+    """Print the completion of each line typed at the terminal and yield it, until Ctrl-D or Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in itertools.count():
         try:
             line = input("> ")

@@ -16,6 +16,7 @@ import model as models
 import nf4
 import numerics
 import prompts
+import signals
 from errors import UserError
 from packed import Batch, pack
 
@@ -92,14 +93,22 @@ def next_token_loss(lm, batch: Batch) -> torch.Tensor:
 
 @torch.no_grad()
 def language_scores(lm, tokens: data.Tokens, world: ddp.World, precision: str, max_tokens: int) -> dict[str, float]:
-    """loss (mean nats a token), perplexity and bits_per_byte over all segments, the same on every rank."""
+    """loss (mean nats a token), perplexity and bits_per_byte over all segments, the same on every rank.
+
+    Raises Stopped where a rank was asked to stop in training.
+    """
     was_training = lm.training
     lm.eval()
     total = torch.zeros((), dtype=torch.float64, device=world.device)  # read once, at the end
     for rows in data.pack_by_length(tokens.lengths, max_tokens)[world.rank :: world.size]:
+        if signals.STOP.number:
+            break
+        ddp.computes()
         with numerics.autocast(world.device, precision):
             total += next_token_loss(lm, pack(tokens, rows, world.device, predict=True)).double()
     lm.train(was_training)
+    if ddp.stopping(world):
+        raise signals.Stopped
     total = ddp.sum_over_ranks(world, float(total))
     loss = total / float(tokens.targets.sum())
     scores = {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}  # e^710 is more than a float holds

@@ -1,9 +1,10 @@
 """The training state and the step: what train.py and cpt.py share. Their loops read like this:
 
-    for micro_batches in loop.steps(job):
-        loop.step(job, micro_batches, loss_of, weight)   # backward, sum over ranks, clip, update, log
-        if loop.due(job, job.eval_every): ...
-        if loop.due(job, job.save_every) or job.ending: loop.save(job.run / "last", job, write, resumable=True)
+    with loop.stoppable(job, write):
+        for micro_batches in loop.steps(job):
+            loop.step(job, micro_batches, loss_of, weight)   # backward, sum over ranks, clip, update, log
+            if loop.due(job, job.eval_every): ...
+            loop.save_last(job, write)   # where it is due
 
 A Job holds what a step needs; these are functions over it, and nothing is overridden. A run that is killed anywhere
 and resumed repeats the same steps to the bit: they depend on State, the optimizer and the loss scale, nothing else.
@@ -12,9 +13,9 @@ and resumed repeats the same steps to the bit: they depend on State, the optimiz
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,13 +30,16 @@ import cli
 import data
 import ddp
 import disk
+import faults
 import locks
 import lora
 import numerics
 import optim
 import run_folder
 import seals
+import signals
 import tracking
+from limits import Limit
 
 LOADED = time.monotonic()
 
@@ -50,7 +54,9 @@ class State:
     micro_batches: int
     step: int = 0  # optimizer steps of the plan that are done
     updates: int = 0  # those that changed parameters: the schedule counts these
-    skipped: int = 0  # those whose fp16 gradients were not finite
+    skipped: int = 0  # those whose gradients were not finite
+    skipped_in_a_row: int = 0
+    stepped: bool = False  # the step was done, its evaluation was not
     rows: int = 0
     tokens: int = 0
     seconds: float = 0.0  # spent training, saves included, evaluations not
@@ -77,11 +83,10 @@ class Job:
     about: dict  # entries for the manifest of every save
     run: Path | None = None  # from here on set by open_run
     tracker: tracking.Tracker | None = None
-    stop: ddp.StopRequest | None = None
-    limit: "Limit | None" = None
+    limit: Limit | None = None
     bar: tqdm | None = None
     lapped: float = 0.0  # when the clock was last read
-    stopping: bool = False  # some rank was asked to stop
+    probed: bool = False  # whether the first micro-batch was looked at for overflow
     late: bool = False  # the time limit ends the run with this step
 
     def __post_init__(self):
@@ -97,11 +102,7 @@ class Job:
         self.warmup = optim.warmup_updates(self.total, cfg.warmup_steps, cfg.warmup_ratio)
         self.eval_every = cfg.eval_every or self.steps_per_epoch
         self.save_every = cfg.save_every or self.eval_every
-
-    @property
-    def ending(self) -> bool:
-        """Whether the run stops after this step, before its plan is done."""
-        return self.stopping or self.state.done
+        self.spikes = faults.Spikes()
 
 
 def say_ranks(world: ddp.World, wanted: str) -> str:
@@ -128,6 +129,11 @@ def say_plan(job: Job) -> None:
         f"{cfg.max_tokens:,} tokens, warm-up {job.warmup}, evaluation every {job.eval_every}, "
         f"save every {job.save_every}"
     )
+    if job.warmup >= job.total:
+        job.say(
+            f"warning: the warm-up of {job.warmup:,} updates is as long as the run, whose learning rate never reaches "
+            f"--lr {cfg.lr:g}: lower --warmup_steps or --warmup_ratio, or train longer"
+        )
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------
@@ -142,50 +148,79 @@ def epoch_of(job: Job, epoch: int) -> list[list[np.ndarray]]:
 def steps(job: Job) -> Iterator[list[np.ndarray]]:
     """The micro-batches of each step that is left: arrays of row indices.
 
-    Raises KeyboardInterrupt after a step, its evaluation and its save, when a rank was asked to stop.
+    A step that was done when its evaluation was interrupted comes first again; `step` knows it.
     """
     state, planned = job.state, None
-    while state.step < job.total and not state.done:
-        epoch, index = divmod(state.step, job.steps_per_epoch)
+    while state.stepped or (state.step < job.total and not state.done):
+        epoch, index = divmod(state.step - state.stepped, job.steps_per_epoch)
         if epoch != planned:
             planned, batches = epoch, epoch_of(job, epoch)
         yield batches[index]
-        if job.stopping and state.step < job.total:
-            raise KeyboardInterrupt(f"stopped after step {state.step}; continue with --resume {job.run}")
     job.bar.close()
-    job.stop.close()
+
+
+@contextmanager
+def stoppable(job: Job, write: Callable):
+    """Around training: when any rank is asked to stop, last/ is saved as of the last whole step.
+
+    Raises KeyboardInterrupt then, after a note in the run's folder.
+    """
+    run = None
+    try:
+        yield
+        if ddp.stopping(job.world):
+            raise signals.Stopped
+        run = job.run
+    except signals.Stopped:
+        save(job.run / "last", job, write, resumable=True)
+        if job.world.rank == 0:
+            signals.mark(job.run, signals.STOP.number or signals.NUMBERS[0])
+        raise KeyboardInterrupt(f"stopped after step {job.state.step}; continue with --resume {job.run}") from None
+    finally:
+        signals.STOP.end(run)
 
 
 def step(job: Job, micro_batches: list[np.ndarray], loss_of: Callable, weight: float) -> None:
     """One optimizer step, the same on any number of ranks; then its line of the log.
 
-    loss_of(rows) is the summed loss of a micro-batch, weight what the step's sum is divided by. Raises
-    FloatingPointError for gradients that are not finite, unless a lower fp16 loss scale can still help.
+    loss_of(rows) is the summed loss of a micro-batch, weight what the step's sum is divided by. Raises Stopped, with
+    nothing changed, where a rank was asked to stop; FloatingPointError for gradients that stay not finite.
     """
     world, state, cfg = job.world, job.state, job.cfg
+    if state.stepped:
+        return
     factor = optim.lr_factor(state.updates, job.total, job.warmup, cfg.schedule)
+    forwards = []  # of this rank, to be repeated where numbers go bad
 
     # Each rank takes its share of the micro-batches; a micro-batch's dropout depends on its number, not on the rank.
-    for j, rows in enumerate(micro_batches):
-        if j % world.size == world.rank:
-            torch.manual_seed(ddp.micro_seed(cfg.seed, state.step, j))
-            loss = loss_of(rows) / weight
-            job.scaler.scale(loss).backward()
-            job.gradients.add(loss, bool(job.stop.signal), job.limit.over(state))
+    for j, rows in list(enumerate(micro_batches))[world.rank :: world.size]:
+        if signals.STOP.number:
+            break
+        ddp.computes()
+        forwards.append(partial(seeded_loss, job, j, rows, loss_of, weight))
+        faults.probe(job, forwards)
+        loss = forwards[-1]()
+        job.scaler.scale(loss).backward()
+        job.gradients.add(loss)
 
     # The loss and the reasons to stop travel with the gradients, so that all ranks decide alike.
-    sums = job.gradients.reduce()
-    norm, taken, (loss, stopping, late) = optim.step(job.optimizer, job.scaler, factor, cfg.grad_clip, sums)
-    job.stopping, job.late = bool(stopping), bool(late)
+    sums = job.gradients.reduce(bool(signals.STOP.number), job.limit.over(state))
+    norm, taken, (loss, count, stopping, late, *bad) = optim.step(
+        job.optimizer, job.scaler, factor, cfg.grad_clip, sums, lambda riders: riders[1] == len(micro_batches)
+    )
+    if count < len(micro_batches):
+        raise signals.Stopped
+    job.late = bool(late)
+    state.skipped_in_a_row = 0 if taken else state.skipped_in_a_row + 1
     if not taken:
         state.skipped += 1
-        if not (job.scaler.is_enabled() and job.scaler.get_scale() >= 1.0):
-            problem = f"step {state.step + 1}: loss {loss:.4g}, gradients not finite"
-            raise not_finite(job, micro_batches[0], loss_of, problem)
+        faults.skip(job, forwards, loss, [rank for rank, is_bad in enumerate(bad) if is_bad])
+    job.gradients.clear()
 
     # Count what was done. An adapter that its first update does not move is a bug, not a slow start.
     rows = np.concatenate(micro_batches)
     state.step += 1
+    state.stepped = True
     state.updates += taken
     state.rows += len(rows)
     state.tokens += int(job.lengths[rows].sum())
@@ -208,14 +243,13 @@ def step(job: Job, micro_batches: list[np.ndarray], loss_of: Callable, weight: f
     job.bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{state.tokens / state.seconds:,.0f}", refresh=False)
     job.bar.update()
     job.say(job.limit.forecast(state, job.total))
+    job.say(job.spikes.note(state.step, loss) if taken else "")
 
 
-def not_finite(job: Job, rows: np.ndarray, loss_of: Callable, problem: str) -> FloatingPointError:
-    """The error that names the first layer whose output is not finite on these rows, or else the largest activation."""
-    with torch.no_grad(), numerics.activation_maxima(job.model) as maxima:
-        loss_of(rows)
-    layer = numerics.overflow_report(maxima)
-    return FloatingPointError(f"{problem}; {layer}; lower --lr, or try --precision bf16 or fp32")
+def seeded_loss(job: Job, number: int, rows: np.ndarray, loss_of: Callable, weight: float) -> torch.Tensor:
+    """A micro-batch's share of the step's loss, with the dropout of its number."""
+    torch.manual_seed(ddp.micro_seed(job.cfg.seed, job.state.step, number))
+    return loss_of(rows) / weight
 
 
 def due(job: Job, every: int) -> bool:
@@ -242,48 +276,6 @@ def lap(job: Job, counter: str) -> float:
     return seconds
 
 
-@dataclass
-class Limit:
-    """A time limit in seconds of this process (0 for none): whether a step must be the last one, so that the final
-    evaluation and the saves still fit.
-
-    val_tokens: of an evaluation, whose time is guessed from training until one was measured. Only rank 0 looks at the
-    clock: the others hear of it with the step's sums.
-    """
-
-    seconds: float
-    rank: int
-    val_tokens: float
-    evaluation: float = 0.0  # seconds of an evaluation of all validation rows, once measured
-    first: tuple | None = None  # (step, seconds) after this process's first step
-    announced: bool = False
-
-    def left(self, state: State) -> float:
-        """Seconds for training: what is left without two evaluations, of the last step and of best/, and the saves."""
-        guess = 0.5 * self.val_tokens * state.seconds / max(state.tokens, 1)
-        return self.seconds - process_seconds() - 2.2 * (self.evaluation or guess) - 4.0
-
-    def over(self, state: State) -> bool:
-        """Whether this step should be the last one."""
-        return bool(self.seconds) and self.rank == 0 and self.left(state) < 0
-
-    def forecast(self, state: State, total: int) -> str:
-        """Once, after ten steps: how long all of them take and how many fit; an empty string otherwise."""
-        self.first = self.first or (state.step, state.seconds)
-        steps = state.step - self.first[0]
-        if not self.seconds or self.announced or steps < 10:
-            return ""
-        self.announced = True
-        seconds_per_step = (state.seconds - self.first[1]) / steps
-        more = total - state.step
-        fit = min(more, int(max(0.0, self.left(state)) / seconds_per_step))
-        outcome = "all of them fit" if fit == more else f"it will end at about step {state.step + fit:,} of {total:,}"
-        return (
-            f"forecast: {more:,} more steps take about {more * seconds_per_step / 60:.1f} min; "
-            f"with the time limit of {self.seconds / 60:.1f} min {outcome}"
-        )
-
-
 def process_seconds() -> float:
     """Seconds since this process was started; since this file was loaded if the system does not say."""
     try:
@@ -298,18 +290,6 @@ def close_log(job: Job) -> None:
     """End the trackers' curves; metrics.jsonl needs no end."""
     if job.tracker:
         job.tracker.close()
-
-
-def peak_memory_gb(world: ddp.World) -> float:
-    """Of this process: memory allocated on its GPU, or resident on a CPU (0 if that is not known)."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(world.device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
 # ---- runs on disk ---------------------------------------------------------------------------------------------------
@@ -339,16 +319,23 @@ def open_run(job: Job, run: Path | None, fill: Callable, val_tokens: float = 0.0
     job.run = run_folder.make(cfg, world, run, job.digests, fill)
     resumed = f", resumed at step {state.step} of {job.total}" if state.step else ""
     job.say(f"run {job.run}{resumed}")
-    job.stop = ddp.StopRequest()
+    signals.STOP.begin()
     if world.rank == 0:
         job.tracker = tracking.Tracker(cfg.report, job.run, cli.to_json(cfg), state.step)
-    job.limit = Limit(checks.seconds(getattr(cfg, "time_limit", "")), world.rank, val_tokens)
+    job.limit = Limit(checks.seconds(getattr(cfg, "time_limit", "")), world.rank, val_tokens, process_seconds)
     job.bar = tqdm(total=job.total, initial=state.step, disable=world.rank != 0, unit="step", mininterval=1.0)
     job.lapped = time.perf_counter()
 
 
 def save(folder: Path, job: Job, write: Callable, resumable: bool = False) -> None:
-    """A save of the model by write(folder); resumable: with all that the next step depends on. Rank 0 alone writes."""
+    """A save of the model by write(folder); resumable: with all that the next step depends on. Rank 0 alone writes.
+
+    Raises FloatingPointError, on all ranks, for values that are not finite.
+    """
+    bad = numerics.not_finite(faults.trained_state(job.model, job.optimizer))
+    if bad:
+        raise FloatingPointError(f"step {job.state.step}: not finite: {faults.names(bad)}; not saved; {faults.REMEDY}")
+
     if job.world.rank != 0:
         return
 
@@ -380,6 +367,17 @@ def save_bytes(job: Job, resumable: bool) -> int:
     trained = 4 * job.gradients.count
     whole = sum(4 * p.numel() for p in job.model.parameters())
     return (trained if lora.adapters(job.model) else whole) + (2 * trained if resumable else 0)
+
+
+def save_last(job: Job, write: Callable) -> None:
+    """A step and its evaluation are done: save all that the next step depends on, where that is due.
+
+    While steps are skipped in a row the save stays as it was before: what made them bad may be gone after a restart.
+    """
+    job.state.stepped = False
+    good = not job.state.skipped_in_a_row or job.state.step == job.total
+    if job.state.done or (due(job, job.save_every) and good):
+        save(job.run / "last", job, write, resumable=True)
 
 
 def restore(job: Job, run: Path, read: Callable) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 import bases
 from errors import UserError
 
+FP16_MOST = torch.finfo(torch.float16).max
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -38,23 +39,69 @@ def weight_dtype(device: torch.device, precision: str) -> torch.dtype:
 
 @contextmanager
 def activation_maxima(model: nn.Module):
-    """Inside the block, note each layer's largest absolute output; the dict is filled by a forward pass."""
+    """Inside the block, note the largest absolute output of each layer and of every module that has no parts.
+
+    The dict is filled by a forward pass, in its order: {(place, module): maximum, in the output's dtype}. A place is
+    "layer 3", or the module's own name outside the layers (embedding, final norm, head).
+    """
     maxima = {}
 
-    def note(name, module, inputs, output):
+    def note(place, name, module, inputs, output):
         states = output[0] if isinstance(output, tuple) else output
-        maxima[name] = states.detach().abs().max().float()
+        if is_floating(states):
+            maxima[place, name] = states.detach().abs().max()
 
+    layers = list(bases.decoder_layers(model))
+    places = {}
+    for i, layer in enumerate(layers):
+        places |= dict.fromkeys(layer.modules(), f"layer {i}")
     with ExitStack() as hooks:
-        for i, layer in enumerate(bases.decoder_layers(model)):
-            hooks.enter_context(layer.register_forward_hook(partial(note, f"layer {i}")))
+        for name, module in model.named_modules():
+            if module in layers or not any(module.children()):
+                place = places.get(module, name)
+                hooks.enter_context(module.register_forward_hook(partial(note, place, name)))
         yield maxima
 
 
-def overflow_report(maxima: dict[str, torch.Tensor]) -> str:
-    """The layer with the largest activations, or the first one that is not finite."""
-    for name, value in maxima.items():
-        if not math.isfinite(value):
-            return f"{name} is the first whose output is not finite"
-    name = max(maxima, key=maxima.get)
-    return f"largest activation {float(maxima[name]):.3g} in {name}"
+def first_overflow(maxima: dict) -> tuple[str, str] | None:
+    """(place, module) of the first output that is not finite, or None."""
+    return next((where for where, value in maxima.items() if not math.isfinite(value)), None)
+
+
+def overflow_report(maxima: dict) -> str:
+    """The first place whose output is not finite, or the one with the largest activations."""
+    first = first_overflow(maxima)
+    if first:
+        return f"{first[0]} is the first whose output is not finite"
+    (place, _), value = max(maxima.items(), key=lambda entry: float(entry[1]))
+    return f"largest activation {float(value):.3g} in {place}"
+
+
+def overflow_forecast(maxima: dict) -> str:
+    """A note when activations use more than an eighth of what fp16 holds, or an empty string."""
+    largest, where = 0.0, ""
+    for (place, module), value in maxima.items():
+        if value.dtype == torch.float16 and float(value) > largest:
+            largest = float(value)
+            where = f"{module} ({place})"
+    if largest <= FP16_MOST / 8:
+        return ""
+    return (
+        f"note: {where} reaches {largest:.3g} in the first micro-batch, fp16 holds {FP16_MOST:.0f}: "
+        "where steps are skipped, use --precision bf16 or fp32"
+    )
+
+
+def is_floating(value) -> bool:
+    """Whether a value is a tensor of floating-point numbers."""
+    return torch.is_tensor(value) and value.is_floating_point() and value.numel() > 0
+
+
+def not_finite(tensors) -> list[str]:
+    """The names among (name, tensor) pairs whose values are not all finite."""
+    bad = []
+    for name, tensor in tensors:
+        # The sum tells at once, unless it overflows itself.
+        if is_floating(tensor) and not tensor.sum().isfinite() and not tensor.isfinite().all():
+            bad.append(name)
+    return bad

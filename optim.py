@@ -3,6 +3,7 @@
 import logging
 import math
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -82,18 +83,23 @@ def warmup_updates(total: int, warmup_steps: int, warmup_ratio: float) -> int:
     return warmup_steps or math.ceil(total * warmup_ratio)
 
 
-def step(optimizer, scaler, factor: float, grad_clip: float, riders: torch.Tensor) -> tuple[float, bool, list[float]]:
+def step(
+    optimizer, scaler, factor: float, grad_clip: float, riders: torch.Tensor, whole: Callable = lambda riders: True
+) -> tuple[float, bool, list[float]]:
     """One optimizer step from gradients already summed over micro-batches and ranks.
 
     factor: of the schedule; riders: numbers on the device that are read together with the norm, in the step's only
     host read. Returns the gradient norm before clipping, whether the step was taken, and the riders. A step whose
-    gradients are not finite changes no parameter; with fp16 the scaler then lowers its scale.
+    gradients are not finite changes no parameter; with fp16 the scaler then lowers its scale. Where whole(riders) is
+    false, micro-batches are missing, and nothing changes at all.
     """
     # The gradients are still scaled (fp16): their true norm decides whether the step is taken, and is clipped.
     params = [p for group in optimizer.param_groups for p in group["params"]]
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     *read, host_norm = torch.cat([riders, norm.to(riders.dtype)[None]]).tolist()
+    if not whole(read):
+        return host_norm, False, read
     taken = math.isfinite(host_norm)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor

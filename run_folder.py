@@ -42,6 +42,7 @@ def make(cfg, world: ddp.World, run: Path | None, digests: dict[str, str], fill:
     def on_rank0() -> Path:
         folder = run or checkpoint.new_run(cfg.outputs, cfg.base, configs.dataset_name(cfg))
         locks.hold(folder)
+        (folder / "PREEMPTED").unlink(missing_ok=True)
         if not seals.has(folder / "environment.json"):
             fill(folder)
             seals.write(folder / "rows.json", json.dumps(digests, indent=1) + "\n")
@@ -52,6 +53,7 @@ def make(cfg, world: ddp.World, run: Path | None, digests: dict[str, str], fill:
             seals.write(folder / "config.json", cli.to_json(replace(cfg, resume="")))
         return folder
 
+    ddp.barrier(world)  # a run whose ranks do not all come this far leaves no folder
     return Path(ddp.from_rank0(world, on_rank0))
 
 

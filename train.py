@@ -31,6 +31,7 @@ import checkpoint
 import ddp
 import estimates
 import evaluate
+import faults
 import locks
 import loop
 import lora
@@ -114,7 +115,8 @@ def main(argv: list[str]) -> dict:
 
     # ---- loop, end --------------------------------------------------------------------------------------------------
     write = partial(trained.write_classifier, model=model, tokenizer=tokenizer, labels=labels)
-    fit(job, train, judges, len(labels.names), write)
+    with loop.stoppable(job, write):
+        fit(job, train, judges, len(labels.names), write)
     return finish(job, train, judges, labels)
 
 
@@ -213,7 +215,8 @@ def fit(job: loop.Job, train: Split, judges: Split, classes: int, write: Callabl
             tokens = judges.tokens.take(some)
             logits = evaluate.score(job.model, tokens, world, job.precision, cfg.max_tokens)
             if not np.isfinite(logits).all():
-                raise loop.not_finite(job, micro_batches[0], loss_of, f"step {state.step}: scores not finite")
+                forward = partial(loss_of, micro_batches[0])
+                raise faults.not_finite(job, [forward], f"step {state.step}: scores not finite")
             scores = metrics.of_task(cfg.task, logits, judges.labels[some])
             job.limit.evaluation = loop.lap(job, "eval_seconds") * len(judges.labels) / len(some)
             loop.log(job, {"step": state.step, "eval": scores})
@@ -233,8 +236,7 @@ def fit(job: loop.Job, train: Split, judges: Split, classes: int, write: Callabl
             state.done = bool(state.ended_by)
 
         # save: last/ holds all that the next step depends on
-        if loop.due(job, job.save_every) or job.ending:
-            loop.save(job.run / "last", job, write, resumable=True)
+        loop.save_last(job, write)
     loop.close_log(job)
 
 
@@ -282,7 +284,7 @@ def finish(job: loop.Job, train: Split, judges: Split, labels: Labels) -> dict:
         "steps": state.step,
         "examples_per_second": round(state.rows / state.seconds, 2),
         "tokens_per_second": round(state.tokens / state.seconds, 1),
-        "peak_memory_gb": round(loop.peak_memory_gb(world), 3),
+        "peak_memory_gb": round(estimates.peak_memory_gb(world.device), 3),
         "flops": estimates.training_flops(job.model, job.lengths) * state.rows / len(job.lengths),
         "train_seconds": round(state.seconds, 2),
         "eval_seconds": round(state.eval_seconds, 2),

@@ -161,6 +161,38 @@ def test_sigterm_saves_and_names_the_way_on(done, source, tmp_path):
     assert weights(Path(resumed["run"])) == weights(Path(done[0]["run"]))
 
 
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_stopped_inside_an_evaluation_it_is_the_same_to_the_bit(source, tmp_path, evaluation):
+    """The one before the first step, and the one of the tenth: each is repeated whole."""
+
+    def ask():
+        score, pack, calls = language.language_scores, language.pack, {"evaluations": 0, "batches": 0}
+
+        def scored(*args):
+            calls.update(evaluations=calls["evaluations"] + 1, batches=0)
+            return score(*args)
+
+        def packed(*args, **kwargs):
+            calls["batches"] += 1
+            if calls == {"evaluations": evaluation, "batches": 2}:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return pack(*args, **kwargs)
+
+        language.language_scores, language.pack = scored, packed
+
+    flags = cpt_flags(source, tmp_path, max_tokens=40, max_steps=12)  # an evaluation has several micro-batches
+    (tmp_path / "whole").mkdir()
+    whole = run_of(
+        forked(cpt.main, cpt_flags(source, tmp_path / "whole", max_tokens=40, max_steps=12), tmp_path / "whole")[1]
+    )
+    status, out, err = finish(start(cpt.main, flags, tmp_path, 1, ask), tmp_path)
+    run = next((tmp_path / "outputs").glob("*/*/run_0"))
+    assert status == 1 and (run / "PREEMPTED").exists() and "Traceback" not in err, err
+    status, out, err = forked(cpt.main, ["--resume", str(run)], tmp_path)
+    assert status == 0 and not (run / "PREEMPTED").exists(), err
+    assert log_of(run) == log_of(whole) and weights(run) == weights(whole)
+
+
 # ---- an adapter on the base, its embedding and LM head included -----------------------------------------------------
 
 

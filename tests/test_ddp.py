@@ -268,13 +268,14 @@ def test_gradient_sum_is_the_plain_sum_and_keeps_its_views():
             loss = layers(x).square().sum()
             losses.append(loss.item())
             loss.backward()
-            gradients.add(loss, x is not batches[0], False)
-        riders = gradients.reduce()
+            gradients.add(loss)
+        riders = gradients.reduce(True, False)
         for p, total in zip(params, plain, strict=True):
             assert torch.equal(p.grad, total.float())
-        assert riders.tolist() == [sum(losses), 2, 0]
+        assert riders.tolist() == [sum(losses), 3, 1, 0, 0]  # loss, micro-batches, two reasons, is rank 0's bad?
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
+        gradients.clear()
         assert [p.grad.data_ptr() for p in params] == where
         assert not gradients.total.any() and not any(p.grad.any() for p in params)
 
@@ -287,9 +288,13 @@ def test_gradient_sum_wants_fp32_masters_and_knows_its_limit(monkeypatch):
     monkeypatch.setattr(ddp, "FP64_LIMIT", 8)
     large = ddp.GradientSum([weight], alone())
     weight.sum().backward()
-    large.add(torch.tensor(2.0), False, True)
+    large.add(torch.tensor(2.0))
     assert not large.exact and large.total.dtype == torch.float32
-    assert large.reduce().tolist() == [2.0, 0.0, 1.0] and torch.equal(weight.grad, torch.ones(3, 3))
+    assert large.reduce(False, True).tolist() == [2.0, 1, 0, 1, 0] and torch.equal(weight.grad, torch.ones(3, 3))
+    large.clear()
+    (weight.sum() * float("nan")).backward()
+    large.add(torch.tensor(2.0))
+    assert large.reduce(False, False).tolist() == [2.0, 1, 0, 0, 1]
 
 
 def test_gather_rows_wants_every_row_once():

@@ -216,7 +216,7 @@ import signal, sys, time
 def note(number, frame):
     open(sys.argv[1], "a").write(f"{number} ")
     sys.exit(1)
-signal.signal(signal.SIGTERM, note), signal.signal(signal.SIGINT, note)
+signal.signal(signal.SIGTERM, note), signal.signal(signal.SIGINT, note)  # torchrun dies of SIGUSR1
 open(sys.argv[1], "w").write("ready ")
 time.sleep(60)
 """
@@ -229,7 +229,7 @@ def wait_for_text(path: Path, text: str) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGKILL])
 def test_signals_reach_the_run_in_training_once(tmp_path, number):
     """Passed on by folds.py; where it is killed itself, Linux tells the run, so that no two write one folder."""
     if number == signal.SIGKILL and sys.platform != "linux":
@@ -248,13 +248,15 @@ def test_signals_reach_the_run_in_training_once(tmp_path, number):
         wait_for_text(path, f"ready {int(signal.SIGTERM)} ")
         return
     assert status == 0 and json.loads(out) == {"status": 1, "stopped": True}, err
-    assert path.read_text() == f"ready {int(number)} "
+    passed_on = number if number == signal.SIGINT else signal.SIGTERM
+    assert path.read_text() == f"ready {int(passed_on)} "
 
 
 def test_a_stopped_run_names_the_way_on(tmp_path, small_base, monkeypatch):
     monkeypatch.setattr(folds, "started", lambda words: (1, True))
     with pytest.raises(KeyboardInterrupt, match="stopped in fold_0; continue with python folds.py --resume"):
         folds.main(toy_flags(tmp_path, small_base, folds=2, **QUICK))
+    assert len(list(tmp_path.glob("outputs/*/*/run_0/PREEMPTED"))) == 1
 
 
 def test_a_family_killed_while_its_folder_was_made_goes_on(tmp_path, small_base, monkeypatch):

@@ -475,10 +475,10 @@ def test_one_step_of_any_cut_has_the_gradients_of_mseloss(small_base, tmp_path, 
     """The gradients that the optimizer is given are those of torch's MSELoss over the step's rows at once."""
     taken, step = [], optim.step
 
-    def look(optimizer, scaler, factor, clip, riders):
+    def look(optimizer, scaler, factor, clip, riders, whole):
         named = [p for group in optimizer.param_groups for p in group["params"]]
         taken.append([p.grad.clone() for p in named])
-        return step(optimizer, scaler, factor, clip, riders)
+        return step(optimizer, scaler, factor, clip, riders, whole)
 
     monkeypatch.setattr(optim, "step", look)
     plain = {"lora_dropout": 0, "head_dropout": 0, "max_steps": 1, "batch_size": 24, "targets": "all-linear"}

@@ -25,11 +25,11 @@ FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 
 # Where each file stands: it may import files of the lines above it, or to its left. Commands never import each other.
 HOUSE = """
-errors disk seals locks
+errors signals watch disk seals locks
 configs presets checks cli formats spelling delimited
-lora peft_format losses metrics tables bootstrap calibrate decide optim ddp checkpoint run_folder parts tracking
+lora peft_format losses metrics tables bootstrap calibrate decide optim ddp checkpoint run_folder parts tracking limits
 template_trial prompts answer_numbers answer_parser latex_clean latex audit
-files cutting labelling strata packed bases numerics nf4 model estimates data splits loop
+files cutting labelling strata packed bases numerics nf4 model estimates data splits faults loop
 evaluate language corpus trained lasttoken chains prepare foreign predictions writer chats answers
 report_runs report_numbers pictures page report_sections compare_runs
 train infer cpt generate folds ensemble slices report

@@ -222,6 +222,18 @@ def test_riders_come_back_in_order_whatever_the_gradients_are(dtype):
         assert read[:2] == [2.5, -1.0] and math.isnan(read[2])
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_whose_micro_batches_are_not_all_there_changes_nothing(scaled):
+    """Neither parameters nor the loss scale: the step will be repeated whole."""
+    model, optimizer = toy_optimizer()
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    scaler.scale(torch.ones(()))
+    before, scale = snapshot(model, optimizer), scaler.state_dict()
+    fill_gradients(model, scaler.get_scale())
+    _, taken, _ = optim.step(optimizer, scaler, 1.0, 1.0, torch.tensor([1.0, 2.0]), lambda riders: riders[1] == 3)
+    assert not taken and same(before, snapshot(model, optimizer)) and scaler.state_dict() == scale
+
+
 def test_fp16_step_of_a_rank_without_micro_batches():
     """A rank that has scaled no loss yet still unscales: its gradients come from the others."""
     p = torch.nn.Parameter(torch.ones(3))

@@ -222,6 +222,15 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, small_base, capsys
     assert result["run"] is None and result["steps"] == 18 and result["memory_gb"] > 0 and result["train_seconds"] > 0
 
 
+@pytest.mark.parametrize("changes", [{"warmup_steps": 18}, {"warmup_steps": 500}, {"warmup_ratio": 0.999}])
+def test_a_warmup_as_long_as_the_run_is_reported_before_it(tmp_path, small_base, capsys, changes):
+    train.main(toy_flags(tmp_path, small_base, dry_run="true", **changes))
+    out = capsys.readouterr().out
+    assert "warning: the warm-up of" in out and "--lr 0.003" in out
+    train.main(toy_flags(tmp_path, small_base, dry_run="true", warmup_steps=17))
+    assert "warning: the warm-up of" not in capsys.readouterr().out
+
+
 def scale_from(monkeypatch, start: float) -> None:
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda d, enabled: scaler(d, enabled=enabled, init_scale=start))
