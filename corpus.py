@@ -24,7 +24,8 @@ from errors import Untrusted, UserError, few
 ENDS = tuple(".tex .txt .md .jsonl .jsonl.gz".split())
 ROLES = "system user assistant tool".split()
 KINDS = {"ids": np.int32, "starts": np.int64, "stops": np.int64, "sizes": np.int64, "learned": bool}  # files of a cache
-CODE = "corpus data files latex latex_clean prompts".split()  # what tokens follow from besides texts
+# What tokens follow from besides texts.
+CODE = "corpus data files formats latex latex_clean latex_hidden latex_syntax prompts text_bytes".split()
 Sources = list[tuple[Path, list[Path]]]  # (folder, its files)
 
 
@@ -92,7 +93,7 @@ def read_documents(sources: Sources, flag: str, columns: tuple[str, ...] = ("tex
         for file in paths:
             name = file.relative_to(root).as_posix()
             try:
-                if file.suffix.lower() == ".tex":
+                if file.suffix.lower() in (".tex", *latex.STYLES):
                     tex[name] = _bytes(file, flag)
                     continue
                 found, fate = _rows_of(file, flag)
@@ -180,7 +181,8 @@ def _cache_name(sources, tokenizer, options):
         parts.append("a folder")
         for file in paths:
             try:
-                content = checkpoint.sha256(file) if _readable(file) and file.is_file() else "not read"
+                counts = file.name.lower().endswith(ENDS + latex.STYLES) and file.is_file()
+                content = checkpoint.sha256(file) if counts else "not read"
             except OSError:
                 content = "cannot be read"
             parts.append([file.relative_to(root).as_posix(), content])
