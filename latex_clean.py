@@ -292,6 +292,14 @@ def _tidy(text):
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
+def _composed(text):
+    """The text in NFC; as it is where so many marks stand on one letter that sorting them would take hours."""
+    marks = "".join(letter for letter in set(text) if unicodedata.combining(letter))
+    if marks and re.search(f"[{re.escape(marks)}]{{100}}", text):
+        return text
+    return unicodedata.normalize("NFC", text)
+
+
 def clean(source: str, dropped: Counter, styles: str = "") -> str:
     """The text of one source (inline it before): definitions of its preamble, then its body, stripped. Never longer.
 
@@ -300,7 +308,7 @@ def clean(source: str, dropped: Counter, styles: str = "") -> str:
     # Odd spaces, control and zero-width characters go; characters are composed (NFC) where that is no longer.
     text = re.sub(SPACES, " ", re.sub("[\f\v\x85\u2028\u2029]", "\n", source))
     text = re.sub(NO_TEXT, "", text)
-    text = min(unicodedata.normalize("NFC", text), text, key=len)
+    text = min(_composed(text), text, key=len)
 
     text, verbatim = _hide(text, dropped, styles)
     abbreviations = _abbreviations(text + "\n" + styles)
