@@ -47,6 +47,7 @@ COMMON = {
     "iso8859-2": "ąćęłńóśźżáčďéěíňřšťúůýžőűöüäß",
 }
 USUAL = ("cp1252", "cp1251")  # where two fit equally, this one
+EASTERN = ("gb18030", "big5hkscs", "euc_jp", "cp932", "cp949")
 # Their letters stand between ASCII ones, those of others in rows.
 WESTERN = ("cp1252", "mac_roman", "cp850", "cp1250", "iso8859-2")
 
@@ -147,7 +148,8 @@ def _by_letters(raw):
     ranked = sorted(scores, key=lambda codec: (scores[codec], codec in USUAL), reverse=True)
     best, second = (scores.get(codec, 0) for codec in [*ranked, "", ""][:2])
     margin = 0.3 * second if in_rows else 0.05
-    if best >= 0.15 and (ranked[0] in USUAL or best > second + margin):
+    least = 0.2 if ranked and ranked[0] in EASTERN else 0.72  # thousands of letters, or few
+    if best >= least and (ranked[0] in USUAL or best > second + margin):
         return ranked[0]
     controls = len(re.findall(rb"[\x80-\x9f]", raw))
     if in_rows or 2 * controls > sum(map(len, runs)):

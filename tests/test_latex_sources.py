@@ -62,7 +62,7 @@ SOURCES = {  # name: the files, of which main.tex is the root; or main.tex alone
         "part.tex": "PRINTED2",
     },
     "a flag of a style file": {
-        "main.tex": paper("\\ifa PRINTED1\\else UNPRINTED\\fi \\hide{UNPRINTED}\\ifb UNPRINTED\\fi", "\\usepackage{own}"),
+        "main.tex": paper("\\ifa PRINTED1\\fi \\hide{UNPRINTED}\\ifb UNPRINTED\\fi", "\\usepackage{own}"),
         "own.sty": "\\RequirePackage{deeper}\\newif\\ifa \\atrue\n\\newcommand{\\hide}[1]{}",
         "deeper.sty": "\\newif\\ifb",
     },
