@@ -80,9 +80,9 @@ def _raw(text, own_comment):
         kind, start, end = m.lastgroup, m.start(), m.end()
         if kind == "verbatim":
             kind = "hidden" if m["verbatim"] == "comment" else "verb"
-            tag = f"\\end{{{m['verbatim']}}}"
-            close = -1 if tag in unclosed else text.find(tag, end)
-            end = close + len(tag) if close >= 0 else None
+            tag = rf"\\end[ \t]*\{{{re.escape(m['verbatim'])}\}}"
+            close = tag not in unclosed and re.compile(tag).search(text, end)
+            end = close.end() if close else None
             if not end:
                 unclosed.add(tag)  # no later one need look for it again: that would take quadratic time
             elif kind == "hidden":

@@ -53,10 +53,13 @@ WORDS = "if[a-zA-Z@]*|else|or|fi|unless|global|begingroup|bgroup|endgroup|egroup
     [*DEFINING, *SETTERS, *PROVIDERS, *NAMED_FLAGS, "NewEnviron", "RenewEnviron"]
 )
 WORTH = re.compile(  # a source without these hides nothing
-    r"\\(?:if(?!f\b)[a-z]*|(?:ex|in)clude(?:comment|version)|let\s*\\\w+\s*=?\s*\\comment|comment\b|(?:re)?newenviron\b"
-    r"|(?:not|new)(?:bool|toggle)|def[^{}\n]*\{\s*\})|[\]#}\d]\s*\{\s*(?:\\(?:relax|ignorespaces)\s*)?\}",
+    r"\\(?:if(?!f\b)[a-z]*|(?:ex|in)clude(?:comment|version)|let\s*\\\w+\s*=?\s*\\(?:comment|@gobble)|comment\b"
+    r"|(?:re)?newenviron\b|(?:not|new)(?:bool|toggle)|def[^{}\n]{0,60}\{\s*\})|\bdisable\b"
+    r"|[\]#}\d]\s*\{(?:\s|%[^\n]*\n|\\(?:relax|ignorespaces)\b)*\}",
     re.IGNORECASE,
 )
+DEEP = 50  # groups within groups: more are no text of a person
+DISABLED = r"\\usepackage\s*\[[^]]{0,200}\bdisable\b[^]]{0,200}\]\s*\{todonotes\}"
 EMPTY = re.compile(rf"[\]#}}\d\w]\s*\{{(?:{SILENT})*\}}$")
 NUMBER = rf"(?:(-?\d+)|\\([a-zA-Z@]+){END})"
 COMPARED = re.compile(rf"\s*{NUMBER}\s*([<=>])\s*{NUMBER}\s?")
@@ -90,7 +93,7 @@ class Meanings:
     """
 
     def __init__(self, known=(), frozen=False):
-        self.known = dict(known)
+        self.known = {"@gobble": Macro("1", "", True), "@gobbletwo": Macro("2", "", True)} | dict(known)
         self.frozen = frozen  # nothing is learned: another file may say otherwise
         self.groups = []  # of each open one: where its brace is (-1: an environment), and what names meant before it
         self.doubtful = set()  # names that may change at any time: a macro sets them
@@ -120,6 +123,8 @@ class Meanings:
 
 def hidden_parts(text: str, meanings: Meanings) -> dict[int, int]:
     """{start: end} of the parts of a text that are not printed, in order. meanings: before the text, then after it."""
+    if re.search(DISABLED, text):
+        meanings.learn("todo", Macro("1", "", True))
     ends = ends_of(text)
     bodies = list(definitions(text, ends))
     branches = _branches(text, bodies)
@@ -347,8 +352,8 @@ def _truth(test, meanings):
 
 def _learn(text, meanings, key, meaning, undecided, everywhere):
     """Give a name its meaning, or none where this is not surely executed here and now."""
-    braces = [brace for brace, _ in meanings.groups if brace >= 0]
-    if any(ARGUMENT_BEFORE.search(text, max(0, brace - 60), brace) for brace in braces):
+    braces = [brace for brace, _ in meanings.groups[:DEEP] if brace >= 0]
+    if len(meanings.groups) > DEEP or any(ARGUMENT_BEFORE.search(text, max(0, brace - 60), brace) for brace in braces):
         meanings.doubt(key)
     elif undecided:
         meanings.learn(key, None, everywhere=True)
