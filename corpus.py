@@ -17,21 +17,18 @@ import checkpoint
 import data
 import ddp
 import files
-import formats
 import latex
 import pair_formats
 import prompts
-import text_bytes
-from errors import Untrusted, UserError, few, one_line
+from document_files import ENDS, NAMED, as_pairs, read_bytes, rows_of
+from errors import Untrusted, UserError, few
 
-ENDS = tuple(".tex .txt .md .jsonl .jsonl.gz".split())
-NAMED = (*ENDS, ".json", ".json.gz", ".csv", ".tsv", ".parquet")  # only where such a file is named: a folder has many
 NO_CHAT = " need a chat template, and this tokenizer has none or --chat no was given"
 FEW = 10  # documents: of fewer than these the ends are held out
 KINDS = {"ids": np.int32, "starts": np.int64, "stops": np.int64, "sizes": np.int64, "learned": bool}  # files of a cache
 # What tokens follow from besides texts.
-CODE = """corpus data files formats latex latex_clean latex_hidden latex_syntax pair_formats prompts
-    text_bytes""".split()
+CODE = """corpus data document_files files formats latex latex_clean latex_hidden latex_syntax latex_values
+    pair_formats prompts text_bytes""".split()
 Sources = list[tuple[Path, list[Path]]]  # (folder, its files)
 
 
@@ -79,18 +76,6 @@ def _readable(file):
     return file.name.lower().endswith(ENDS)
 
 
-def _bytes(file, flag):
-    """The bytes of a file (Path). Raises UserError for what cannot be read; what is no file (a pipe, a link to nothing)
-    would be waited for.
-    """
-    try:
-        if not file.is_file():
-            raise UserError(f"--{flag} {file}: no regular file")
-        return file.read_bytes()
-    except OSError as e:
-        raise UserError(f"--{flag} {file}: cannot be read ({e.strerror})") from None
-
-
 def read_documents(sources: Sources, flag: str, columns: tuple[str, ...] = ("text",)) -> tuple[list, list, list]:
     """The documents of files as rows of columns, the name of each, and for each file a record of what became of it.
 
@@ -106,14 +91,14 @@ def read_documents(sources: Sources, flag: str, columns: tuple[str, ...] = ("tex
             name = file.relative_to(root).as_posix()
             try:
                 if file.suffix.lower() in (".tex", *latex.STYLES):
-                    tex[name] = _bytes(file, flag)
+                    tex[name] = read_bytes(file, flag)
                     continue
-                found, fate, *notes = _rows_of(file, flag, named=len(paths) == 1)
+                found, fate, *notes = rows_of(file, flag, named=len(paths) == 1)
             except UserError as e:
                 if len(paths) == 1 or ".jsonl" in file.name.lower():
                     raise
                 found, fate, notes = [], f"dropped: {str(e).split(': ', 1)[-1]}", []
-            found, layouts = _as_pairs(found, list(columns))
+            found, layouts = as_pairs(found, list(columns))
             documents += [(name, row) for row in found]
             record = {"file": name, "fate": fate, "documents": len(found)}
             records.append(record | ({"notes": notes} if notes else {}) | ({"columns": layouts} if layouts else {}))
@@ -127,58 +112,6 @@ def read_documents(sources: Sources, flag: str, columns: tuple[str, ...] = ("tex
         found = f"no documents in {len(records)} files ({', '.join(ENDS)} are read)"
         raise UserError(f"--{flag} {_named(sources)}: {found}: {_fates(records + repeated)}")
     return rows, names, records + repeated
-
-
-def _rows_of(file, flag, named):
-    """(rows, fate, and perhaps a note) of a file (Path) that is no LaTeX. named: by the user, not found in a folder."""
-    if not file.name.lower().endswith(NAMED if named else ENDS):
-        return [], f"dropped: {file.suffix or 'no suffix'} is not read"
-    if file.suffix.lower() in (".txt", ".md"):
-        return _plain_document(file, flag)
-    if file.is_file() and not file.stat().st_size:
-        return [], "dropped: empty"
-    if file.is_file() and formats.lfs_pointer(file):
-        raise UserError(f"--{flag} {file}: this is {formats.POINTER}")
-    if files.format_of(str(file)) == ".json":
-        return _json_rows(file, flag), "read"
-    return files.read_rows(str(file), flag), "read"
-
-
-def _plain_document(file, flag):
-    """(rows, fate, and perhaps a note) of a .txt or .md file."""
-    raw = _bytes(file, flag)
-    decoded = text_bytes.decode(raw, guess=False)
-    if decoded is None or formats.lfs_pointer(raw):
-        files.decode_text(raw, f"--{flag} {file}")  # says what is wrong
-        raise UserError(f"--{flag} {file}: {text_bytes.refusal(raw)}")
-    text, encoding = decoded
-    return [{"text": text}], "read", *filter(None, [text_bytes.note(raw, encoding)])
-
-
-def _json_rows(file, flag):
-    """The rows of a file that holds a JSON list of objects."""
-    where = f"--{flag} {file}"
-    try:
-        values = json.loads(files.read_text(str(file), where))
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: cannot be read as JSON ({one_line(e)}); JSON lines end in .jsonl") from None
-    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise UserError(f"{where}: expected a list of objects, each a document or a pair")
-    return [{key: _cell(value) for key, value in row.items()} for row in values]
-
-
-def _cell(value):
-    """A value of JSON as a str, as files.py reads JSON lines."""
-    if isinstance(value, list | dict):
-        return json.dumps(value)
-    return "" if value is None else str(value)
-
-
-def _as_pairs(rows, columns):
-    """The rows with the names of pairs where they are some, and how many have which columns: {columns: count}."""
-    renamed = [pair_formats.renamed(row, columns) for row in rows]
-    layouts = Counter(layout for _, layout in renamed if layout)
-    return [row for row, _ in renamed], dict(layouts)
 
 
 def _distinct(documents, columns):

@@ -7,7 +7,6 @@ TeX's order. The texts here have blanks for comments and verbatim parts, so that
 
 import re
 from collections import Counter
-from dataclasses import dataclass
 from functools import lru_cache
 
 from latex_syntax import (
@@ -23,6 +22,7 @@ from latex_syntax import (
     ends_of,
     table,
 )
+from latex_values import Macro, Meanings, outcome, truth
 
 # ---- names ----------------------------------------------------------------------------------------------------------
 
@@ -39,7 +39,7 @@ BRACED = set("""ifthenelse iff ifdef ifcsdef ifundef ifcsundef ifdefmacro ifdefe
     ifinlist iflanguage ifstar ifnextchar ifpackageloaded ifclassloaded ifundefined""".split())  # fmt: skip
 NAMED_FLAGS = {"iftoggle": ("toggle", 0), "nottoggle": ("toggle", 1), "ifbool": ("if", 0), "notbool": ("if", 1)}
 SILENT = r"\\(?:relax|ignorespaces|unskip|@empty|empty|@bsphack|@esphack|leavevmode|null)(?![a-zA-Z@])|[\s{}]|%\n"
-OPERATORS = {"<": int.__lt__, "=": int.__eq__, ">": int.__gt__}
+
 
 # ---- patterns -------------------------------------------------------------------------------------------------------
 
@@ -61,62 +61,11 @@ WORTH = re.compile(  # a source without these hides nothing
 DEEP = 50  # groups within groups: more are no text of a person
 DISABLED = r"\\usepackage\s*\[[^]]{0,200}\bdisable\b[^]]{0,200}\]\s*\{todonotes\}"
 EMPTY = re.compile(rf"[\]#}}\d\w]\s*\{{(?:{SILENT})*\}}$")
-NUMBER = rf"(?:(-?\d+)|\\([a-zA-Z@]+){END})"
-COMPARED = re.compile(rf"\s*{NUMBER}\s*([<=>])\s*{NUMBER}\s?")
-COUNTED = re.compile(rf"\s*{NUMBER}\s?")
-CHARACTERS = re.compile(r"\s*(?:([^\\{}#$&~^_%\s])|\\([a-zA-Z@]+)\s*)(?:([^\\{}#$&~^_%])|\\([a-zA-Z@]+)\s*)?")
-BOOLEAN = re.compile(r"\s*(\\(?:NOT|not))?\s*\\boolean\s*\{\s*([\w@]+)\s*\}\s*")
-EQUAL = re.compile(r"\s*(\\(?:NOT|not))?\s*\\equal\s*\{([^{}]*)\}\s*\{([^{}]*)\}\s*")
 NAME = re.compile(r"\s*\{\s*([\w@*, \-]+?)\s*\}")
 BODY = re.compile(r"(?s)\s*(?:\[(\d)\])?\s*(\[[^]]*\])?\s*\{(.*)\}")
 ARGUMENT_BEFORE = re.compile(
     r"(?:[}\]*]|\\(?!(?:if[a-zA-Z@]*|else|or|fi)\b)[a-zA-Z@]+)\s*$"
 )  # of a group: it may be the argument of a command
-
-# ---- meanings -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Macro:
-    """A macro of the source: how many arguments it takes, or by which word they end, and its body."""
-
-    arguments: str
-    body: str
-    silent: bool | None = False  # whether it prints nothing; None: that depends on flags
-
-
-class Meanings:
-    """What names mean at one place of a source. Changes within a group end with it, unless they are global.
-
-    Keys: "ifdraft" and "hide" for commands, "toggle x", "{x" for environments. Flags are True or False, environments
-    True where they are hidden, macros a Macro; None is what cannot be known.
-    """
-
-    def __init__(self, known=(), frozen=False):
-        self.known = {"@gobble": Macro("1", "", True), "@gobbletwo": Macro("2", "", True)} | dict(known)
-        self.frozen = frozen  # nothing is learned: another file may say otherwise
-        self.groups = []  # of each open one: where its brace is (-1: an environment), and what names meant before it
-        self.doubtful = set()  # names that may change at any time: a macro sets them
-
-    def learn(self, key, meaning, everywhere=False):
-        """Give a name its meaning from here on."""
-        if self.frozen:
-            return
-        if self.groups and not everywhere:
-            self.groups[-1][1].setdefault(key, self.known.get(key))
-        self.known[key] = None if key in self.doubtful else meaning
-
-    def doubt(self, key):
-        """Whatever it meant or will mean: it cannot be known."""
-        self.doubtful.add(key)
-        self.known[key] = None
-
-    def leave(self):
-        """End the innermost group."""
-        if self.groups:
-            for key, meaning in self.groups.pop()[1].items():
-                self.known[key] = None if key in self.doubtful else meaning
-
 
 # ---- reading in TeX's order -----------------------------------------------------------------------------------------
 
@@ -149,7 +98,7 @@ def hidden_parts(text: str, meanings: Meanings) -> dict[int, int]:
             position = _definition(text, step, ends, meanings, start < undecided, before) or position
         elif step["quoted"] or word:
             word = word or re.match("[a-z]+", step["quoted"])[0]
-            branch, test_end = _test(text, word, position, meanings)
+            branch, test_end = outcome(text, word, position, meanings)
             spans = _chosen(text, start, branch, test_end, branches.get(start), before)
             if not spans and start in branches:
                 undecided = max(undecided, branches[start][-1][2])
@@ -248,52 +197,6 @@ def _opens(text, name, position):
     return name not in BRACED and not re.compile(r"\s*\{[^{}]*\}\s*\{").match(text, position)
 
 
-def _test(text, word, position, meanings):
-    """(the branch that a test takes: 0, 1 ..., -1 for \\else, None where unknown; where the test ends)."""
-    known = meanings.known.get(word)
-    if word in ("iftrue", "iffalse") or isinstance(known, bool):
-        return (0 if word == "iftrue" or known else -1), position
-    if word == "ifnum":
-        m = COMPARED.match(text, position)
-        left, right = m and (_number(m[1], m[2], meanings), _number(m[4], m[5], meanings)) or (None, None)
-        if None not in (left, right):
-            return (0 if OPERATORS[m[3]](left, right) else -1), m.end()
-    if word in ("ifodd", "ifcase"):
-        m = COUNTED.match(text, position)
-        number = m and _number(m[1], m[2], meanings)
-        if number is not None:
-            return (number if word == "ifcase" else number % 2 - 1), m.end()
-    if word == "if":
-        return _compare(text, position, meanings)
-    return None, position
-
-
-def _number(digits, name, meanings):
-    """The number that digits or a macro stand for, or None."""
-    digits = digits or _word(name, meanings)
-    return int(digits) if digits and re.fullmatch(r"-?\d{1,9}", digits) else None
-
-
-def _word(name, meanings):
-    """The plain text that a macro without arguments stands for, or None."""
-    macro = meanings.known.get(name)
-    plain = isinstance(macro, Macro) and not macro.arguments and not re.search(r"[\\{}#$&~^_%]", macro.body)
-    return macro.body.strip() if plain else None
-
-
-def _compare(text, position, meanings):
-    """The branch of \\if, which compares two characters, as `_test` gives it."""
-    m = CHARACTERS.match(text, position)
-    if not m:
-        return None, position
-    first, second = m[1] or _word(m[2], meanings), m[3] or (_word(m[4], meanings) if m[4] else None)
-    if first and len(first) == 1 and second and len(second) == 1:
-        return (0 if first == second else -1), m.end()
-    if m[1] and not m[3] and m[4] not in meanings.known:  # a character is no command
-        return -1, m.end()
-    return None, position
-
-
 def _chosen(text, start, branch, test_end, marks, before):
     """The spans that a decided conditional hides: all but the branch that is taken."""
     if branch is None or not marks:
@@ -323,7 +226,7 @@ def _braced(text, step, ends, meanings):
     elif word == "ifthenelse":
         test = GAP.match(text, position).end()
         m = re.compile(r"(?s)\{(.*)\}").fullmatch(text, test, ends.get(test, test))
-        negated, value = _truth(m[1], meanings) if m else (0, None)
+        negated, value = truth(m[1], meanings) if m else (0, None)
     if not isinstance(value, bool):
         return []
     first = GAP.match(text, m.end()).end()
@@ -333,18 +236,6 @@ def _braced(text, step, ends, meanings):
     if value != bool(negated):
         return [(step.start(), first + 1), (ends[first] - 1, ends[second])]
     return [(step.start(), second + 1), (ends[second] - 1, ends[second])]
-
-
-def _truth(test, meanings):
-    """(is it negated?, the value of a test of \\ifthenelse or None)."""
-    boolean, equal, compared = (pattern.fullmatch(test) for pattern in (BOOLEAN, EQUAL, COMPARED))
-    if boolean:
-        return bool(boolean[1]), meanings.known.get("if" + boolean[2])
-    if equal:
-        sides = [_word(side.strip()[1:], meanings) if "\\" in side else side.strip() for side in equal.groups()[1:]]
-        return bool(equal[1]), None if None in sides else sides[0] == sides[1]
-    branch, _ = _test(test, "ifnum", 0, meanings) if compared else (None, 0)
-    return False, None if branch is None else branch == 0
 
 
 # ---- flags, macros, environments ------------------------------------------------------------------------------------

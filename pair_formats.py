@@ -10,10 +10,21 @@ BESIDE = "input context".split()  # a second part of the prompt, after a blank l
 RESPONSES = "response completion output answer solution".split()
 CHATS = "messages conversations conversation dialogue dialog".split()
 ROLES = {  # what roles are called: our name
-    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
-    "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant", "tool": "tool",
-    "function": "tool", "observation": "tool", "function_response": "tool", "ipython": "tool",
-}  # fmt: skip
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "ipython": "tool",
+}
 TEXT_PARTS = ("text", "input_text", "output_text")
 NO_CELLS = ("", "null", "[]", "{}")
 

@@ -28,9 +28,9 @@ HOUSE = """
 errors
 configs presets checks cli
 formats lora peft_format losses metrics tables bootstrap calibrate decide optim ddp checkpoint tracking
-prompts answer_parser latex_syntax text_bytes pair_formats latex_hidden latex_clean latex audit
+prompts answer_parser latex_syntax latex_values text_bytes pair_formats latex_hidden latex_clean latex audit
 files labelling strata packed bases numerics nf4 model estimates data splits loop
-evaluate language corpus trained chains prepare foreign predictions writer chats answers
+evaluate language document_files corpus trained chains prepare foreign predictions writer chats answers
 report_runs report_numbers pictures page report_sections compare_runs
 train infer cpt generate folds ensemble slices report
 """
