@@ -25,7 +25,13 @@ from errors import Untrusted, UserError, few
 
 NO_CHAT = " need a chat template, and this tokenizer has none or --chat no was given"
 FEW = 10  # documents: of fewer than these the ends are held out
-KINDS = {"ids": np.int32, "starts": np.int64, "stops": np.int64, "sizes": np.int64, "learned": bool}  # files of a cache
+KINDS = {
+    "ids": np.int32,
+    "starts": np.int64,
+    "stops": np.int64,
+    "sizes": np.int64,
+    "learned": bool,
+}  # files of a cache
 # What tokens follow from besides texts.
 CODE = """corpus data document_files files formats latex latex_clean latex_hidden latex_syntax latex_values
     pair_formats prompts text_bytes""".split()
@@ -270,7 +276,15 @@ def end_documents(tokens: data.Tokens, end: int) -> data.Tokens:
     return data.Tokens(ids, tokens.starts + before, tokens.stops + before + 1)
 
 
-def pair_pieces(rows: list[dict], names: list[str], where: str, tokenizer, template: str, chat: bool, system: str):
+def pair_pieces(
+    rows: list[dict],
+    names: list[str],
+    where: str,
+    tokenizer,
+    template: str,
+    chat: bool,
+    system: str,
+):
     """Pieces, and the spans to learn, of rows that hold a response, or messages as JSON. names: for errors.
 
     Raises UserError that names the rows that are no pairs.

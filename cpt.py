@@ -239,7 +239,11 @@ def load_texts(cfg: CptConfig, tokenizer, world: ddp.World) -> Texts:
     return Texts(train, val, periodic, documents.pairs, guard, samples, documents.files, tokenizer)
 
 
-def clash_of(cfg: CptConfig, train: corpus.Corpus, val: corpus.Corpus) -> str:
+def clash_of(
+    cfg: CptConfig,
+    train: corpus.Corpus,
+    val: corpus.Corpus,
+) -> str:
     """A warning of texts that are trained on and held out too, or nothing. UserError for pairs beside documents."""
     if train.pairs != val.pairs:
         kinds = ["pairs" if texts.pairs else "documents" for texts in (train, val)]

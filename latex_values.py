@@ -5,7 +5,11 @@ from dataclasses import dataclass
 
 from latex_syntax import END
 
-OPERATORS = {"<": int.__lt__, "=": int.__eq__, ">": int.__gt__}
+OPERATORS = {
+    "<": int.__lt__,
+    "=": int.__eq__,
+    ">": int.__gt__,
+}
 NUMBER = rf"(?:(-?\d+)|\\([a-zA-Z@]+){END})"
 COMPARED = re.compile(rf"\s*{NUMBER}\s*([<=>])\s*{NUMBER}\s?")
 COUNTED = re.compile(rf"\s*{NUMBER}\s?")
@@ -61,7 +65,12 @@ class Meanings:
 # ---- tests ----------------------------------------------------------------------------------------------------------
 
 
-def outcome(text: str, word: str, position: int, meanings: Meanings) -> tuple[int | None, int]:
+def outcome(
+    text: str,
+    word: str,
+    position: int,
+    meanings: Meanings,
+) -> tuple[int | None, int]:
     """(the branch that a test takes: 0, 1 ..., -1 for \\else, None where unknown; where the test ends)."""
     known = meanings.known.get(word)
     if word in ("iftrue", "iffalse") or isinstance(known, bool):
