@@ -120,7 +120,7 @@ class CptConfig(Shared):
     """Next-token training of a base on plain text or on answers: the whole base, or an adapter on it."""
 
     FIRST = """base train_data val_data guard_data text chat max_length rank targets quant lr embed_lr epochs batch_size
-        max_tokens val_size samples seed export export_dtype resume"""
+        max_tokens val_size samples seed export resume"""
 
     # data
     train_data: str = ""  # folders of .tex .txt .md .jsonl (.gz too), or such files, comma separated
