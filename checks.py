@@ -96,6 +96,7 @@ NEEDS = table("""
     TrainConfig :: head_lr head_dropout :: !head=label_words
     TrainConfig :: label_delimiter :: !label_columns
     CptConfig :: export_dtype :: export
+    CptConfig :: val_size :: !val_data
     CptConfig :: system :: !chat=no
     InferConfig :: prompt label_column label_names head quant max_length :: base|adapter !runs
     InferConfig :: text :: base|adapter !runs !prompt

@@ -119,18 +119,19 @@ class TrainConfig(Shared):
 class CptConfig(Shared):
     """Next-token training of a base on plain text or on answers: the whole base, or an adapter on it."""
 
-    FIRST = """base train_data guard_data text chat max_length rank targets quant lr embed_lr epochs batch_size
-        max_tokens val_size samples seed export export_dtype resume"""
+    FIRST = """base train_data val_data guard_data text chat max_length rank targets quant lr embed_lr epochs batch_size
+        max_tokens val_size samples seed export resume"""
 
     # data
     train_data: str = ""  # folders of .tex .txt .md .jsonl (.gz too), or such files, comma separated
     text: str = "{text}"  # format template of a document, or of a pair's prompt ({text} means {prompt} there)
+    val_data: str = ""  # held-out text, as train_data; default: val_size of the training text
     guard_data: str = ""  # general text on which forgetting is measured, as train_data; never trained on
     chat: str = "auto"  # for pairs: yes, no, or auto (use the tokenizer's chat template if it has one)
     system: str = "You are a helpful assistant."  # for pairs in a chat: system turn of pairs without one
     max_length: int = 512  # tokens of a segment: longer documents are split into several, longer pairs are truncated
     cross_document: bool = False  # cut segments from the stream of all documents: a token then sees the previous one
-    val_size: float = 0.02  # held-out documents: a fraction below 1, or a count
+    val_size: float = 0.02  # held out: a fraction below 1 of the tokens (of pairs, for pairs), or a count of documents
     eval_rows: int = 0  # held-out documents or pairs of a periodic evaluation, 0 for all; first and last use all
     samples: int = 2  # held-out texts, or prompts, that are completed at each evaluation, 0 for none
 

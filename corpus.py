@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,23 @@ import data
 import ddp
 import files
 import latex
+import pair_formats
 import prompts
+from document_files import ENDS, NAMED, as_pairs, read_bytes, rows_of
 from errors import Untrusted, UserError, few
 
-ENDS = tuple(".tex .txt .md .jsonl .jsonl.gz".split())
-ROLES = "system user assistant tool".split()
-KINDS = {"ids": np.int32, "starts": np.int64, "stops": np.int64, "sizes": np.int64, "learned": bool}  # files of a cache
+NO_CHAT = " need a chat template, and this tokenizer has none or --chat no was given"
+FEW = 10  # documents: of fewer than these the ends are held out
+KINDS = {
+    "ids": np.int32,
+    "starts": np.int64,
+    "stops": np.int64,
+    "sizes": np.int64,
+    "learned": bool,
+}  # files of a cache
 # What tokens follow from besides texts.
-CODE = "corpus cutting data delimited files formats latex latex_clean prompts spelling".split()
+CODE = """corpus cutting data delimited document_files files formats latex latex_clean latex_hidden latex_syntax
+    latex_values pair_formats prompts spelling text_bytes""".split()
 Sources = list[tuple[Path, list[Path]]]  # (folder, its files)
 
 
@@ -38,6 +47,12 @@ class Corpus:
     pairs: bool
     files: list[dict]  # what became of each file
     summary: str = ""  # what was found, in a line
+    names: list[str] = field(default_factory=list)  # of the documents or pairs
+
+    def take(self, rows: np.ndarray) -> "Corpus":
+        """Some documents or pairs, in the given order."""
+        names = [self.names[i] for i in rows] if self.names else []
+        return Corpus(self.tokens.take(rows), self.sizes[rows], self.pairs, self.files, names=names)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -50,7 +65,7 @@ def find_files(paths: str, flag: str) -> Sources:
         if path.is_dir():
             found = [file for file in path.rglob("*") if not file.is_dir()]
             sources.append((path, sorted(f for f in found if "/." not in f"/{f.relative_to(path).as_posix()}")))
-        elif path.is_file() and _readable(path):
+        elif path.is_file() and path.name.lower().endswith(NAMED):
             sources.append((path.parent, [path]))
         else:
             raise UserError(f"--{flag} {path}: no folder, and no file that ends in {', '.join(ENDS)}")
@@ -67,18 +82,6 @@ def _readable(file):
     return file.name.lower().endswith(ENDS)
 
 
-def _bytes(file, flag):
-    """The bytes of a file (Path). Raises UserError for what cannot be read; what is no file (a pipe, a link to nothing)
-    would be waited for.
-    """
-    try:
-        if not file.is_file():
-            raise UserError(f"--{flag} {file}: no regular file")
-        return file.read_bytes()
-    except OSError as e:
-        raise UserError(f"--{flag} {file}: cannot be read ({e.strerror})") from None
-
-
 def read_documents(sources: Sources, flag: str, columns: tuple[str, ...] = ("text",)) -> tuple[list, list, list]:
     """The documents of files as rows of columns, the name of each, and for each file a record of what became of it.
 
@@ -93,37 +96,28 @@ def read_documents(sources: Sources, flag: str, columns: tuple[str, ...] = ("tex
         for file in paths:
             name = file.relative_to(root).as_posix()
             try:
-                if file.suffix.lower() == ".tex":
-                    tex[name] = _bytes(file, flag)
+                if file.suffix.lower() in (".tex", *latex.STYLES):
+                    tex[name] = read_bytes(file, flag)
                     continue
-                found, fate = _rows_of(file, flag)
+                found, fate, *notes = rows_of(file, flag, named=len(paths) == 1)
             except UserError as e:
                 if len(paths) == 1 or ".jsonl" in file.name.lower():
                     raise
-                found, fate = [], f"dropped: {str(e).split(': ', 1)[-1]}"
+                found, fate, notes = [], f"dropped: {str(e).split(': ', 1)[-1]}", []
+            found, layouts = as_pairs(found, list(columns))
             documents += [(name, row) for row in found]
-            records.append({"file": name, "fate": fate, "documents": len(found)})
+            record = {"file": name, "fate": fate, "documents": len(found)}
+            records.append(record | ({"notes": notes} if notes else {}) | ({"columns": layouts} if layouts else {}))
         papers, reports = latex.corpus(tex, most=10**9)
         if len(papers) + len(documents) == 1 and len(sources) == 1:
             papers, reports = latex.corpus(tex)
         documents += [(name, {"text": text}) for name, text in papers]
         records += [vars(report) for report in reports]
-    rows, names, repeated = _distinct(documents, {*columns, "prompt", "response", "messages", "tools"})
+    rows, names, repeated = _distinct(documents, {*columns, "prompt", "response", "messages", "tools", "system"})
     if not rows:
         found = f"no documents in {len(records)} files ({', '.join(ENDS)} are read)"
         raise UserError(f"--{flag} {_named(sources)}: {found}: {_fates(records + repeated)}")
     return rows, names, records + repeated
-
-
-def _rows_of(file, flag):
-    """(rows, fate) of a file (Path) that is no LaTeX."""
-    if not _readable(file):
-        return [], f"dropped: {file.suffix or 'no suffix'} is not read"
-    if file.suffix.lower() in (".txt", ".md"):
-        return [{"text": files.decode_text(_bytes(file, flag), f"--{flag} {file}")}], "read"
-    if file.is_file() and not file.stat().st_size:
-        return [], "dropped: empty"
-    return files.read_rows(str(file), flag), "read"
 
 
 def _distinct(documents, columns):
@@ -181,7 +175,8 @@ def _cache_name(sources, tokenizer, options):
         parts.append("a folder")
         for file in paths:
             try:
-                content = checkpoint.sha256(file) if _readable(file) and file.is_file() else "not read"
+                counts = file.name.lower().endswith(ENDS + latex.STYLES) and file.is_file()
+                content = checkpoint.sha256(file) if counts else "not read"
             except OSError:
                 content = "cannot be read"
             parts.append([file.relative_to(root).as_posix(), content])
@@ -196,7 +191,7 @@ def _store(corpus, target):
         for name, kind in KINDS.items():
             if arrays[name] is not None:
                 checkpoint.fs_write(folder / name, arrays[name].astype(kind).tobytes())
-        about = {"pairs": corpus.pairs, "files": corpus.files, "summary": corpus.summary}
+        about = {name: vars(corpus)[name] for name in ("pairs", "files", "summary", "names")}
         checkpoint.save_json(folder / "corpus.json", about)
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -227,16 +222,20 @@ def encode_files(
     default = template == "{text}"
     marks = {"response", "messages", "prompt" if default else "response"}
     documents = default and all("text" in row for row in rows)
-    pairs = not documents and any(marks & row.keys() for row in rows)
+    pairs = not documents and any(marks & row.keys() or (default and pair_formats.problem(row)) for row in rows)
     if pairs:
         uses_chat = chat == "yes" or (chat == "auto" and tokenizer.chat_template)
         template = "{prompt}" if default else template
+        layouts = Counter()
+        for record in records:
+            layouts.update(record.get("columns", {}))
         pieces, spans = pair_pieces(rows, names, f"--{flag} {_named(sources)}", tokenizer, template, uses_chat, system)
         tokens, report = data.encode(tokenizer, pieces, max_length, spans, names)
         places = [slice(*place) for place in zip(tokens.starts, tokens.stops, strict=True)]
         sizes = [_text_bytes(tokenizer, tokens.ids[place][tokens.learned[place]]) for place in places]
         rendering = "the chat template" if uses_chat else f"{template!r}, the response and {tokenizer.eos_token}"
-        found = f"{len(rows):,} pairs, rendered by {rendering}, responses learned"
+        read = "; ".join(f"{count:,} of {columns}" for columns, count in layouts.most_common(5))
+        found = f"{len(rows):,} pairs ({read}), rendered by {rendering}, responses learned"
     else:
         files.need_columns(rows, columns, _named(sources), flag)
         pieces = [prompts.render(template, row) for row in rows]
@@ -244,7 +243,10 @@ def encode_files(
         sizes = [len(prompts.plain(row).encode()) for row in pieces]
         tokens = end_documents(tokens, data.end_of_text(tokenizer))
         found = f"{len(rows):,} documents"
-    return Corpus(tokens, np.array(sizes), pairs, records, f"{found}; {_fates(records)}; {report}")
+        _, others = pair_formats.renamed({k: v for k, v in rows[0].items() if k != "text"}, columns)
+        if default and others:
+            found += f" (their column text; {others} are not read)"
+    return Corpus(tokens, np.array(sizes), pairs, records, f"{found}; {_fates(records)}; {report}", names)
 
 
 def _fates(records):
@@ -252,9 +254,13 @@ def _fates(records):
     fates = [record["fate"] for record in records]
     counts = Counter(fate.removeprefix("dropped: ").split(" of ")[0] for fate in fates if "dropped: " in fate)
     words = [f"{count:,} {fate}" for fate, count in counts.most_common(5)]
-    noted = sum(bool(record.get("notes")) for record in records)
+    hidden = sum(record.get("dropped", {}).get("hidden", 0) for record in records)
+    if hidden:
+        words.append(f"{hidden:,} characters that TeX does not print left out")
+    noted = [record for record in records if record.get("notes")]
     if noted:
-        words.append(f"{noted} files have notes, see corpus.jsonl")
+        first = noted[0]["notes"][0]
+        words.append(f"{len(noted)} files have notes, see corpus.jsonl ({first})")
     return "; ".join(words or ["nothing dropped"])
 
 
@@ -270,7 +276,15 @@ def end_documents(tokens: data.Tokens, end: int) -> data.Tokens:
     return data.Tokens(ids, tokens.starts + before, tokens.stops + before + 1)
 
 
-def pair_pieces(rows: list[dict], names: list[str], where: str, tokenizer, template: str, chat: bool, system: str):
+def pair_pieces(
+    rows: list[dict],
+    names: list[str],
+    where: str,
+    tokenizer,
+    template: str,
+    chat: bool,
+    system: str,
+):
     """Pieces, and the spans to learn, of rows that hold a response, or messages as JSON. names: for errors.
 
     Raises UserError that names the rows that are no pairs.
@@ -284,11 +298,13 @@ def pair_pieces(rows: list[dict], names: list[str], where: str, tokenizer, templ
         try:
             turns = _turns(row, template)
             if chat:
-                opening = [] if turns[0]["role"] == "system" else system_turn
+                opening = [] if turns and turns[0]["role"] == "system" else system_turn
                 tools = json.loads(row.get("tools") or "null")
                 rendered, learned = prompts.conversation(tokenizer, opening + turns, tools)
+            elif row.get("system", "").strip():
+                raise ValueError("system texts" + NO_CHAT)
             elif "messages" in row:
-                raise ValueError("messages need a chat template, and this tokenizer has none or --chat no was given")
+                raise ValueError("messages" + NO_CHAT)
             else:
                 prompt = prompts.render(template, row)
                 rendered = [*prompt, (True, row["response"]), (False, end)]
@@ -306,17 +322,20 @@ def pair_pieces(rows: list[dict], names: list[str], where: str, tokenizer, templ
 
 def _turns(row, template):
     """A row's turns, as a list of dicts. Raises ValueError or KeyError for what is neither messages nor a pair."""
+    wrong = pair_formats.problem(row)
+    if wrong:
+        raise ValueError(wrong)
     if "messages" in row:
-        turns = json.loads(row["messages"])
+        turns = pair_formats.read_turns(row["messages"])
     else:
         prompt = prompts.plain(prompts.render(template, row))
         turns = [prompts.turn("user", prompt), prompts.turn("assistant", row.get("response", ""))]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("messages is no list of objects with role and content")
+        if row.get("system", "").strip():
+            turns.insert(0, prompts.turn("system", row["system"]))
     answered = False
     for turn in turns:
         role, content, calls = map(turn.get, ("role", "content", "tool_calls"))
-        if role not in ROLES or not (isinstance(content, str) or (content is None and calls)):
+        if not (isinstance(content, str) or (content is None and calls)):
             raise ValueError(f"a turn has the role {role!r} and {type(content).__name__} as content")
         answered |= role == "assistant" and bool(calls or content.strip())
     if not answered:
@@ -327,13 +346,70 @@ def _turns(row, template):
 # ---- segments -------------------------------------------------------------------------------------------------------
 
 
-def split(count: int, val_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of documents to train on and of those held out. Raises UserError where one side would be empty."""
-    held_out = int(val_size) if val_size >= 1 else max(1, round(count * val_size))
-    if not 0 < held_out < count:
-        raise UserError(f"--val_size {val_size:g} of {count} documents leaves none to train on or to hold out")
+def hold_out(corpus: Corpus, val_size: float, seed: int, tokenizer) -> tuple[Corpus, Corpus, str]:
+    """What to train on, what is held out, and how in words. A share of documents is one of their tokens.
+
+    Of few documents the ends are held out, since one of them may be most of the text.
+    """
+    count, lengths = len(corpus.sizes), None
+    if val_size < 1 and not corpus.pairs:
+        if count < FEW:
+            return *_hold_out_ends(corpus, val_size, tokenizer), f"the ends of {count} documents, which are few"
+        lengths = corpus.tokens.lengths
+    rest, held_out = split(count, val_size, seed, lengths)
+    kind = "pairs" if corpus.pairs else "documents"
+    return corpus.take(rest), corpus.take(held_out), f"{len(held_out):,} of {count:,} {kind}"
+
+
+def split(count: int, val_size: float, seed: int, lengths: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of documents to train on and of those held out. Raises UserError where one side would be empty.
+
+    lengths: of the documents in tokens. Then val_size is a share of those, and no document that has a tenth of them or
+    more is held out.
+    """
     order = np.random.default_rng([seed, 0x5B11]).permutation(count)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    if lengths is None:
+        size = int(val_size) if val_size >= 1 else max(1, round(count * val_size))
+        held_out = order[:size]
+    else:
+        small = order[lengths[order] * 10 <= lengths.sum()]
+        size = np.searchsorted(np.cumsum(lengths[small]), round(val_size * lengths.sum())) + 1
+        held_out = small[:size]
+    if not 0 < size < count or not len(held_out):
+        raise UserError(f"--val_size {val_size:g} of {count} documents leaves none to train on or to hold out")
+    return np.setdiff1d(order, held_out), np.sort(held_out)
+
+
+def _hold_out_ends(corpus, share, tokenizer):
+    """Two corpora: the documents without their ends, and the ends."""
+    tokens = corpus.tokens
+    sizes = (tokens.lengths * share).astype(int)
+    cuts = np.maximum(tokens.stops - sizes, tokens.starts + 2)  # a segment needs two tokens
+    for i, cut in enumerate(cuts):
+        while cut > tokens.starts[i] + 2 and "\ufffd" in tokenizer.decode(tokens.ids[cut : cut + 1]):
+            cut -= 1  # not within a letter
+        cuts[i] = cut
+    long = np.flatnonzero(tokens.stops - cuts >= 2)
+    if not len(long):
+        raise UserError(f"--val_size {share:g}: the documents have {tokens.lengths.sum():,} tokens, too few for that")
+    kept = tokens.stops.copy()
+    kept[long] = cuts[long]
+    ends = data.Tokens(tokens.ids, cuts[long], tokens.stops[long])
+    end_sizes = np.array([_text_bytes(tokenizer, ends.row(i)) for i in range(len(long))])
+    rest_sizes = corpus.sizes.copy()
+    rest_sizes[long] -= end_sizes
+    rest = Corpus(data.Tokens(tokens.ids, tokens.starts, kept), rest_sizes, False, corpus.files)
+    return rest, Corpus(ends, end_sizes, False, corpus.files)
+
+
+def repeated(train: Corpus, val: Corpus) -> list[str]:
+    """The names of the held-out documents or pairs that are trained on too, token by token."""
+
+    def keys(tokens):
+        return [hashlib.sha256(np.ascontiguousarray(tokens.row(i))).digest() for i in range(len(tokens.starts))]
+
+    trained = set(keys(train.tokens))
+    return [name for name, key in zip(val.names, keys(val.tokens), strict=True) if key in trained]
 
 
 def segments(corpus: Corpus, rows: np.ndarray, tokenizer, max_length: int, cross_document: bool = False) -> data.Tokens:

@@ -44,7 +44,7 @@ import optim
 import run_folder
 import seals
 import trained
-from errors import UserError
+from errors import UserError, few
 from packed import pack
 
 
@@ -234,18 +234,42 @@ def load_texts(cfg: CptConfig, tokenizer, world: ddp.World) -> Texts:
         general = corpus.load(cfg.guard_data, "guard_data", *place, template="{text}", **options)
         guard = cut(general, np.arange(len(general.sizes)))
     documents = corpus.load(cfg.train_data, "train_data", *place, template=cfg.text, **options)
-    train_rows, val_rows = corpus.split(len(documents.sizes), cfg.val_size, cfg.seed)
-    train, val = cut(documents, train_rows), cut(documents, val_rows)
+    if cfg.val_data:
+        rest, held_out = documents, corpus.load(cfg.val_data, "val_data", *place, template=cfg.text, **options)
+        how = f"all of {cfg.val_data}"
+        say(clash_of(cfg, rest, held_out))
+    else:
+        rest, held_out, how = corpus.hold_out(documents, cfg.val_size, cfg.seed, tokenizer)
+    val_rows = np.arange(len(held_out.sizes))
+    train, val = cut(rest, np.arange(len(rest.sizes))), cut(held_out, val_rows)
     if guard:
-        learned = np.isin(general.tokens.keys(), documents.tokens.take(train_rows).keys()).sum()
-        if learned:
-            say(f"warning: {learned:,} texts of --guard_data are trained on: their loss does not measure forgetting")
+        shared = np.isin(general.tokens.keys(), rest.tokens.keys()).sum()
+        if shared:
+            say(f"warning: {shared:,} texts of --guard_data are trained on: their loss does not measure forgetting")
     periodic = val
     if 0 < cfg.eval_rows < len(val_rows):
-        periodic = cut(documents, spread(val_rows, cfg.eval_rows))
-    samples = beginnings(documents, spread(val_rows, cfg.samples))
-    say(f"train {len(train.lengths):,} rows, {train.targets.sum():,} tokens to learn; held out {val.targets.sum():,}")
+        periodic = cut(held_out, spread(val_rows, cfg.eval_rows))
+    samples = beginnings(held_out, spread(val_rows, cfg.samples))
+    learned, judged = int(train.targets.sum()), int(val.targets.sum())
+    say(f"train {len(train.lengths):,} rows, {learned:,} tokens to learn; held out {judged:,}: {how}")
+    if judged > learned and not cfg.val_data:
+        say("warning: most of the text is held out, not trained on: lower --val_size")
     return Texts(train, val, periodic, documents.pairs, guard, samples, documents.files, tokenizer)
+
+
+def clash_of(
+    cfg: CptConfig,
+    train: corpus.Corpus,
+    val: corpus.Corpus,
+) -> str:
+    """A warning of texts that are trained on and held out too, or nothing. UserError for pairs beside documents."""
+    if train.pairs != val.pairs:
+        kinds = ["pairs" if texts.pairs else "documents" for texts in (train, val)]
+        raise UserError(f"--val_data {cfg.val_data} has {kinds[1]}, --train_data {kinds[0]}: give one kind")
+    names = corpus.repeated(train, val)
+    if not names:
+        return ""
+    return f"warning: {len(names)} of --val_data are in --train_data too ({few(names)}): their loss flatters"
 
 
 def write_record(folder: Path, texts: Texts) -> None:

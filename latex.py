@@ -13,17 +13,18 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+import formats
 from checks import need_output
 from errors import UserError, print_anything
-from latex_clean import HEADINGS, WORD, clean, definitions, ends_of, lex, table
+from latex_clean import HEADINGS, clean, lex
+from latex_syntax import WORD, definitions, ends_of
+from text_bytes import declared, decode, note, refusal
 
-ENCODINGS = table("""latin-1: latin1 iso8859-2: latin2 iso8859-9: latin5 iso8859-15: latin9 cp1252: ansinew cp1252
-    mac_roman: applemac mac_cyrillic: maccyr cp1250: cp1250 cp1251: cp1251 cp866: cp866 cp437: cp437 cp850: cp850
-    koi8-r: koi8-r koi8-u: koi8-u koi8-ru""")  # Python's names, and inputenc's
-DECLARED = rb"\\usepackage[ \t]*\[([\w, \-]{1,80})\][ \t]*\{inputenc\}"
 ARG = r"[ \t]*\n?[ \t]*\{([^{}\n#]*)\}"  # a macro's \input{#1} names no path
 BARE = r"[ \t]*\n?[ \t]*([^\s{}\\%#\[]+)"
 INPUT = rf"\\(?:input(?:{ARG}|{BARE})|(?:include|subfile(?:include)?){ARG}|(?:sub)?import{ARG}{ARG})([ \t]*\n)?"
+STYLES = (".sty", ".cls")  # files whose flags, macros and environments count; they are no documents
+STYLE = r"(?m)^[^%\n]*?\\(?:usepackage|RequirePackage|documentclass|LoadClass)\s*(?:\[[^]]{0,500}\])?\s*\{([^{}]*)\}"
 SUBFILE = r"(?m)^[^%\n]*\\documentclass[ \t]*(?:\[[^\]]*\])?[ \t]*\{subfiles\}"
 OPTIONS = r"\\(?!item|begin)[a-zA-Z@]+\*?(?:\[[^\]\n]{0,200}\])*"  # a command and its own
 PROSE = (
@@ -42,31 +43,6 @@ class FileReport:
     kept: int = 0  # characters of text of the document it is the root of
     dropped: Counter = field(default_factory=Counter)  # characters dropped of that document, by kind
     notes: list[str] = field(default_factory=list)  # missing files, cycles, paths outside the folder, unbalanced braces
-
-
-# ---- bytes ----------------------------------------------------------------------------------------------------------
-
-
-def _declared(raw):
-    """Python's name of the encoding that a source (bytes) declares, if it does and is known, or None."""
-    m = re.search(DECLARED, raw)
-    return m and ENCODINGS.get(m[1].decode().split(",")[-1].strip())
-
-
-def decode(raw: bytes, otherwise: str | None = None) -> tuple[str, str] | None:
-    """Text with \\n line ends and its encoding; None for binary. otherwise: what the rest of the project declares."""
-    codecs = ["utf-8-sig", _declared(raw) or otherwise or "cp1252", "cp1252", "latin-1"]
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        codecs = ["utf-16"]
-    elif b"\0" in raw or len(re.findall(rb"[\x01-\x08\x0e-\x1f\x7f]", raw)) > 2 + len(raw) // 50:
-        return None
-    for codec in codecs:
-        try:
-            text = re.sub("\r\n?", "\n", raw.decode(codec))
-            return None if "\0" in text else (text, codec.removesuffix("-sig"))
-        except UnicodeDecodeError:
-            pass
-    return None
 
 
 # ---- projects -------------------------------------------------------------------------------------------------------
@@ -91,13 +67,13 @@ def _parts(text):
     """A source cut at its document tags and \\input commands: (kind, text, line end).
 
     The kinds are text, begin and end (of the document), and input, with the path as its text, and the line end after
-    it if there is one. What follows an \\endinput is left out.
+    it if there is one. What follows the line of an \\endinput is left out.
     """
     position = 0
-    for kind, start, _, m in lex(text):
+    for kind, start, end, m in lex(text, alone=True):
         m = re.compile(INPUT).match(text, start) if kind == "input" else m
-        if kind == "endinput" and not text[text.rfind("\n", 0, start) + 1 : start].strip():
-            text = text[:start]
+        if kind == "endinput":
+            text = text[:start] + text[end:].partition("\n")[0]  # TeX reads the line to its end
             break
         if start < position or not m or kind not in ("document", "input"):
             continue
@@ -195,18 +171,34 @@ def _has_text(text, main):
 
 def _read_texts(files, reports):
     """The sources that are text, decoded, by name; encodings and sizes go into the reports."""
-    encodings = {PurePosixPath(name): _declared(files[name]) for name in reports}
-    declared = {path.parent: encoding for path, encoding in encodings.items() if encoding}  # by folder: its last
+    encodings = {PurePosixPath(name): declared(files[name]) for name in reports}
+    by_folder = {path.parent: encoding for path, encoding in encodings.items() if encoding}  # by folder: its last
     texts = {}
     for name, report in reports.items():
-        nearest = [declared[folder] for folder in PurePosixPath(name).parents if folder in declared]
+        nearest = [by_folder[folder] for folder in PurePosixPath(name).parents if folder in by_folder]
         decoded = decode(files[name], *nearest[:1])
-        if decoded is None:
-            report.fate = "dropped: binary"
-        else:
-            texts[name], report.encoding = decoded
-            report.characters = len(texts[name])
+        if decoded is None or formats.lfs_pointer(files[name]):
+            report.fate = f"dropped: {refusal(files[name])}"
+            continue
+        texts[name], report.encoding = decoded
+        report.characters = len(texts[name])
+        odd = note(files[name], report.encoding, *nearest[:1])
+        report.notes += [f"{name}: {odd}"] if odd else []
     return texts
+
+
+def _styles_of(source, root, texts):
+    """The names of the style files of a project that a source asks for, and those that these ask for, in order."""
+    names, todo = [], [source]
+    for text in todo:
+        for name in re.findall(STYLE, text):
+            folders = posixpath.dirname(root), ""
+            stems = [posixpath.join(folder, part.strip()) for part in name.split(",") for folder in folders]
+            for path in [stem + suffix for stem in stems for suffix in STYLES]:
+                if path in texts and path not in names:
+                    names.append(path)
+                    todo.append(texts[path])
+    return names
 
 
 def _in_order(texts):
@@ -223,18 +215,26 @@ def _in_order(texts):
 def corpus(files: dict[str, bytes], most: int = 50_000) -> tuple[list[tuple[str, str]], list[FileReport]]:
     """Documents, (name, text) in pieces of at most that many characters, and a report on each file, by name.
 
-    files: .tex files, by relative posix path. One that no other includes is a document; so is what its root leaves out.
+    files: .tex files and style files, by relative posix path. A .tex file that no other includes is a document; so is
+    what its root leaves out.
     """
     reports = {name: FileReport(name) for name in sorted(files)}
     texts = _read_texts(files, reports)
+    styles = {name: texts.pop(name) for name in list(texts) if name.lower().endswith(STYLES)}
+    for name in styles:
+        reports[name].fate = "dropped: a style file"
     order, mains = _in_order(texts)
     documents = []
     for name in order:
         report = reports[name]
         if report.fate:  # an earlier one has inlined it
             continue
-        source, report.notes, reached = inline(texts, name)
-        text = clean(source, report.dropped)
+        source, notes, reached = inline(texts, name)
+        report.notes += notes
+        asked = _styles_of(source, name, styles)
+        for style in asked:
+            reports[style].fate = f"style of {name}"
+        text = clean(source, report.dropped, "\n".join(styles[style] for style in reversed(asked)))
         braces = Counter(re.findall(r"\\?[{}]", text))
         if braces["{"] != braces["}"]:
             report.notes.append(f"{name}: unbalanced braces")
@@ -263,7 +263,8 @@ def main(argv: list[str]) -> dict:
     if output.suffix != ".jsonl":
         raise UserError(f"{output}: expected a file to write that ends in .jsonl, as cpt.py reads it")
     need_output(argv[1], "")
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() == ".tex"]
+    suffixes = (".tex", *STYLES)
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in suffixes]
     try:
         files = {name: (folder / name).read_bytes() for name in names if "/." not in f"/{name}"}  # no hidden ones
         documents, reports = corpus(files, most=10**9)

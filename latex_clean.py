@@ -6,79 +6,51 @@ nesting: where an argument or an environment ends is read off a table of pairs, 
 
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 
-# ---- names ----------------------------------------------------------------------------------------------------------
+from latex_hidden import WORTH, Meanings, hidden_parts, within_conditional
+from latex_syntax import (
+    COMMANDS,
+    END,
+    ENVIRONMENTS,
+    GAP,
+    TAGS,
+    WORD,
+    arguments_end,
+    definition_end,
+    definitions,
+    ends_of,
+)
 
-
-def table(words: str) -> dict[str, str]:
-    """{name: label} of words "label: name name label: name"."""
-    parts = re.split(r"(\S+):\s", words)[1:]
-    return {name: label for label, names in zip(parts[::2], parts[1::2], strict=True) for name in names.split()}
-
-
-def kinds(words: str) -> dict[str, tuple[str, str]]:
-    """{name: (kind, signature)} of words with labels "kind:" or "kind/signature:"."""
-    return {name: tuple(label.partition("/")[::2]) for name, label in table(words).items()}
-
-
-# Commands by kind and signature: the number of arguments, then o for an optional one after them; or g: a dimension,
-# f: a font, =: the parameters and body of a definition, l: what a \let copies. Of the kind "unwrapped" the text stays,
-# definitions stay untouched, all others go.
-COMMANDS = kinds("""
-    layout: noindent indent centering center raggedright raggedleft maketitle titlepage listoffigures listoftables
-    parttoc minitoc hfill hfil phantomsection frontmatter mainmatter backmatter tiny scriptsize footnotesize small
-    normalsize large Large LARGE huge Huge selectfont sloppy fussy onecolumn makeatletter makeatother normalcolor
-    allowbreak strut samepage pause hrule
-    layout/1: vspace hspace enlargethispage pagestyle thispagestyle pagenumbering stepcounter refstepcounter newlength
-    newcounter linespread markright captionsetup hypersetup usepackage RequirePackage color tikzset usetikzlibrary
-    tikzcdset lstset theoremstyle graphicspath externaldocument fancyhead fancyfoot lhead chead rhead lfoot cfoot rfoot
-    showthe layout/3: addcontentsline definecolor layout/f: font
-    layout/2: setlength addtolength setcounter addtocounter settowidth addtocontents fontsize markboth rule numberwithin
-    layout/o: pagebreak nopagebreak linebreak tableofcontents twocolumn allowdisplaybreaks
-    layout/g: hskip kern baselineskip parskip parindent hsize vsize textwidth textheight topmargin oddsidemargin
-    evensidemargin leftskip rightskip tabcolsep fboxrule fboxsep itemsep hoffset voffset unitlength topskip parsep
-    paragraph: par bigskip medskip smallskip newpage clearpage cleardoublepage vfill vfil eject paragraph/g: vskip
-    graphics/1: includegraphics includesvg includepdf epsfig epsfbox psfig special tikz
-    bibliography/1: bibliography bibliographystyle nocite addbibresource bibliography/o: printbibliography
-    index: printglossaries makeglossaries index/1: index glossary index/o: printindex makeindex printglossary
-    unwrapped: centerline leftline rightline unwrapped/1: scalebox rotatebox textcolor unwrapped/2: resizebox
-    definition: declaretheorem definition/=: def gdef edef xdef definition/l: let definition/1o: newtheorem
-    definition/1: newcommand renewcommand providecommand DeclareRobustCommand DeclareMathOperator
-    definition/2: DeclarePairedDelimiter NewDocumentCommand RenewDocumentCommand ProvideDocumentCommand
-    DeclareDocumentCommand newenvironment renewenvironment definition/3: NewDocumentEnvironment""")
-DEFINING = [name for name, (kind, _) in COMMANDS.items() if kind == "definition"]
-ENVIRONMENTS = table("""
-    graphics: tikzpicture pgfpicture asy asydef picture pspicture xy chart axis circuitikz overpic mpost feynmandiagram
-    bibliography: thebibliography index: theindex file: filecontents""")  # these go with everything in them
-TAGS = kinds("""
-    float/o: figure table sidewaysfigure sidewaystable threeparttable float/1: subfigure subtable
-    float/2: wrapfigure wraptable block/1: minipage spacing multicols adjustbox block/2: adjustwidth block/o: center
-    block: document flushleft flushright titlepage titlingpage landscape raggedleft raggedright""")  # only the tags go
 BETWEEN = {"layout": " ", "paragraph": "\n\n", "float": "\n\n", "block": "\n"}  # what takes the place of a kind
 COUNTED = ("graphics", "bibliography", "index")  # by their own names, all others as layout
 HEADINGS = "part chapter section subsection subsubsection paragraph".split()  # the coarsest first
-CONDITIONALS = set("""if ifcat ifnum ifdim ifodd ifvmode ifhmode ifmmode ifinner ifvoid ifhbox ifvbox ifx ifeof iftrue
-    iffalse ifcase ifdefined ifcsname iffontchar ifpdf ifxetex ifluatex""".split())  # fmt: skip
 
 # ---- patterns -------------------------------------------------------------------------------------------------------
 
 VERBATIM = r"verbatim\*?|Verbatim\*?|BVerbatim|alltt|lstlisting|minted|spverbatim|comment"
 MATH = "equation|align|gather|multline|eqnarray|displaymath|math|alignat|flalign|IEEEeqnarray|tikzcd|CD"
+# Macros that begin or end a formula: how a source defines them, and what authors call them, by those that end them.
+ABBREVIATION = (
+    r"\\(?:(?:re)?newcommand\*?|providecommand\*?|[gex]?def|DeclareRobustCommand)\s*\{?\s*\\(?P<name>[a-zA-Z@]+)"
+    rf"[^{{\n]{{0,40}}(?:\{{[^{{}}]{{0,80}}?\\(?P<tag>begin|end)[ \t]*\{{(?P<math>{MATH})\*?\}}"
+    r"(?!(?:[^{}]|\{[^{}]*\}){0,300}\\end[ \t]*\{(?P=math)))?"
+)
+USUAL_ABBREVIATIONS = "be:ee bea:eea beq:eeq ba:ea beqn:eeqn beqa:eeqa beqna:eeqna bal:eal bequ:eequ".split()
 SIZES = "tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|centering|raggedright"
-END = "(?![a-zA-Z@])"  # of a command's name
 LEX = re.compile(
     rf"\\(?:begin[ \t]*\{{(?P<verbatim>{VERBATIM})\}}|(?P<document>begin|end)[ \t]*\{{document\}}"
     rf"|(?P<verb>(?:verb|lstinline|mintinline\{{\w{{1,40}}\}}){END}\*?(?:\[[^][\n]{{0,200}}\])?"
     r"(?:(?P<bar>[^\sa-zA-Z*{\\])[^\n]{0,200}?(?P=bar)|\{[^{}\n]{0,2000}\})"
     r"|(?:url|path|nolinkurl|href)[ \t]*\{[^{}\n]{0,2000}\})"
-    rf"|(?P<hidden>iffalse|fi){END}|(?P<endinput>endinput){END}"
-    rf"|(?P<input>input|include|subfile|subfileinclude|import|subimport){END}|[\\%])|(?P<comment>%[^\n]*)"
+    rf"|(?P<endinput>endinput){END}|(?P<input>input|include|subfile|subfileinclude|import|subimport){END}|[\\%])|(?P<comment>%[^\n]*)"
 )
-NEW_CONDITIONAL = r"\\newif\s*\\(if[a-zA-Z@]+)"
-BRANCH = rf"(?s){NEW_CONDITIONAL}|\\(?:(?P<name>if[a-zA-Z@]*|else|fi){END}|.)|%[^\n]*|[{{}}]"
-PAIR = rf"\\(?:(?P<tag>begin|end)[ \t]*\{{(?P<name>{'|'.join(ENVIRONMENTS)})\*?\}}|[\\{{}}])|[{{}}]"
-DEFINITION = rf"(?s)\\(?:({'|'.join(DEFINING)}){END}|.)"
+OWN_COMMENT = (  # an environment comment that is text
+    r"(?m)^[^%\n]*\\(?:(?:newtheorem|(?:re)?newenvironment)\*?|\w*DocumentEnvironment|include(?:comment|version)"
+    r"|specialcomment|declaretheorem[ \t]*(?:\[[^]]*\])?)[ \t]*\{comment\}"
+    r"|^[^%\n]*\\(?:def|newcommand\*?\{?)\\endcomment\b"
+)
+CONSTANT = rf"\\if(?:false|true|num|odd|case|thenelse)?{END}"  # conditionals that may be decided by themselves
 TOKEN = (
     rf"(?s)\\(?:(?P<formula>[\[(]|begin[ \t]*\{{(?P<math>{MATH})\*?\}})"
     rf"|(?P<formula_end>[])]|end[ \t]*\{{(?P<math_end>{MATH})\*?\}})"
@@ -87,70 +59,80 @@ TOKEN = (
     rf"|(?P<sized_group>\{{\s*\\(?:{SIZES}){END}\s*)|(?P<group>\{{)|(?P<group_end>\}})"
 )
 DEEPER = {"group": 1, "sized_group": 1, "group_end": -1}  # how tokens change the depth of groups
-WORD = r"\\[a-zA-Z@]+"
+LINE_END = re.compile(r"[ \t]*\n(?![ \t]*\n)")
 WORD_AT_END = re.compile(WORD + "$")
-GAP = re.compile(r"[ \t]*\n?[ \t]*")
-ARGUMENT_START = re.compile(rf"{GAP.pattern}(?P<word>{WORD})?")
 BLOCK = re.compile(r"[ \t]*\\(?:begin|end|item|[][])")  # where TeX ignores a line end
 AFTER_COMMENT = re.compile(rf"{GAP.pattern}(?P<apart>\Z|[\n%]|{BLOCK.pattern})?")
-OPTIONAL = r"(?:[ \t]*\n?[ \t]*\[[^]]{0,498}\])"
-OPTIONAL_ARGUMENT, OPTIONAL_ARGUMENTS = re.compile(OPTIONAL + "?"), re.compile(OPTIONAL + "*")
 ARGUMENT_BEFORE = r"(?:[}\]*]|\\[a-zA-Z@]+)$"  # of a group: it may be the argument of a command
-DEFINEE = re.compile(r"\*?[ \t]*(?:\{\s*\\?[^{}\n]*\}|\\(?:[a-zA-Z@]+|.))")
 INTERNAL = re.compile(r"\\[a-zA-Z]+\*?[ \t]*(?:\{\s*\\?[^{}\n]*@|\\[a-zA-Z]*@)")  # a definition of a name with @
-SIZE = r"[ \t]*-?[ \t]*(?:[\d.,]*\\[a-zA-Z@]+|[\d.,]+[ \t]*(?:true[ \t]*)?(?:p[tc]|[cm]m|in|ex|em|bp|dd|cc|sp|mu|fil+))"
-PLAIN_ARGUMENT = {  # by signature: what is not in braces
-    "g": rf"[ \t]*=?{SIZE}(?:[ \t]*(?:plus|minus){SIZE}){{0,2}}",
-    "f": r"[ \t]*\\[a-zA-Z]+[ \t]*=?[ \t]*[\w\-]+(?:[ \t]+(?:scaled|at)[ \t]*[\w.\\]+)?",
-    "l": r"[ \t]*=?[ \t]?(?:\\(?:[a-zA-Z@]+|.)|\S)",
-}
-PARAMETERS = re.compile(r"[^{]{0,199}")
 SPACES = "[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]"
 CONTROLS = r"\x00-\x08\r-\x1f\x7f-\x84\x86-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"
 NO_TEXT = rf"[{CONTROLS}\ud800-\udfff\ufdd0-\ufdef\ufeff\ufff9-\uffff]"  # those, zero-width ones, and no characters
 
-# ---- lexing ------------------------------------------------------------------------------------------------------
+# ---- lexing ---------------------------------------------------------------------------------------------------------
 
 
-def _hidden(text):
-    """What \\iffalse hides, {start: end}: only where it holds whole groups, so that no brace loses its partner."""
-    hidden, conditionals, depth = {}, [], 0
-    if "\\iffalse" not in text:
-        return hidden
-    names = CONDITIONALS | set(re.findall(NEW_CONDITIONAL, text))
-    for m in re.finditer(BRANCH, text):
-        depth += (m[0] == "{") - (m[0] == "}")
-        if m["name"] in names:
-            conditionals.append([m, depth, None])
-        elif m["name"] == "else" and conditionals:
-            conditionals[-1][2] = conditionals[-1][2] or m
-        elif m["name"] == "fi" and conditionals:
-            begin, outside, other = conditionals.pop()
-            if begin["name"] == "iffalse" and outside == depth:
-                hidden[begin.start()] = (other or m).end()
-                if other:  # what is between \else and \fi stays
-                    hidden[m.start()] = m.end()
-    return hidden
-
-
-def lex(text: str):
-    """(kind, start, end, match) of comments, verbatim and hidden parts, \\input commands and document tags in order."""
-    hidden, unclosed = _hidden(text), set()
+def _raw(text, own_comment):
+    """(kind, start, end, match) of comments, verbatim parts, \\input commands and document tags, in order."""
+    unclosed = set()
     m = LEX.search(text)
     while m:
         kind, start, end = m.lastgroup, m.start(), m.end()
-        if kind == "hidden":
-            end = hidden.get(start)
-        elif kind == "verbatim":
+        if kind == "verbatim":
             kind = "hidden" if m["verbatim"] == "comment" else "verb"
-            tag = f"\\end{{{m['verbatim']}}}"
-            close = -1 if tag in unclosed else text.find(tag, end)
-            end = close + len(tag) if close >= 0 else None
+            tag = rf"\\end[ \t]*\{{{re.escape(m['verbatim'])}\}}"
+            close = tag not in unclosed and re.compile(tag).search(text, end)
+            end = close.end() if close else None
             if not end:
                 unclosed.add(tag)  # no later one need look for it again: that would take quadratic time
-        if kind and end:
+            elif kind == "hidden":
+                end = re.compile("[^\n]*").match(text, end).end()  # TeX drops the rest of the line
+        if kind and end and not (kind == "hidden" and own_comment):
             yield kind, start, end, m
-        m = LEX.search(text, end or m.end())
+        m = LEX.search(text, m.end() if end is None or (kind == "hidden" and own_comment) else end)
+
+
+def lex(text: str, styles: str = "", alone: bool = False):
+    """(kind, start, end, match) of comments, verbatim and hidden parts, \\input commands and document tags in order.
+
+    styles: the source's style files, whose flags, macros and environments count. alone: it is one file of several, and
+    only what is decided whatever the others say is hidden.
+    """
+    own_comment = bool(re.search(OWN_COMMENT, text + "\n" + styles))
+    raw = list(_raw(text, own_comment))
+    hidden, masked = {}, None
+    if own_comment or re.search(CONSTANT if alone else WORTH, text + styles):
+        meanings = Meanings({"{comment": True} if own_comment else {}, frozen=alone)
+        hidden_parts(_mask(styles, _raw(styles, own_comment)), meanings)
+        meanings.groups.clear()
+        masked = _mask(text, raw)
+        hidden = hidden_parts(masked, meanings)
+    spans = iter([*hidden.items(), (len(text) + 1, 0)])
+    start, end = next(spans)
+    position = 0
+    for part in raw:
+        while start <= part[1]:
+            yield "hidden", start, end, None
+            position = end
+            start, end = next(spans)
+        inside = part[0] == "endinput" and within_conditional(masked or _mask(text, raw), part[1], hidden)
+        if part[1] >= position and not inside:
+            yield part
+    while start <= len(text):
+        yield "hidden", start, end, None
+        start, end = next(spans)
+
+
+def _mask(text, parts):
+    """The text with blanks for comments, verbatim and hidden parts; a line of comment is no line."""
+    masked, position = [], 0
+    for kind, start, end, _ in parts:
+        if kind in ("comment", "verb", "hidden"):
+            whole = not text[text.rfind("\n", 0, start) + 1 : start].strip()
+            end += kind == "comment" and whole and text.startswith("\n", end)
+            masked += [text[position:start], " " * (end - start)]
+            position = end
+    return "".join(masked) + text[position:]
 
 
 def _uncomment(text, start, end):
@@ -167,83 +149,58 @@ def _uncomment(text, start, end):
     return left, " " if glued else "", end
 
 
-def _hide(text, dropped):
+def _hide(text, dropped, styles):
     """The text without comments and hidden parts and with numbered marks for verbatim ones, and the verbatim ones."""
     out, verbatim, position = [], [], 0
-    for kind, start, end, _ in lex(text):
+    for kind, start, end, m in lex(text, styles):
         left = ""
         if kind == "verb":
             left = f"\ufdd0{len(verbatim)}\ufdd1"
             verbatim.append(text[start:end])
         elif kind == "comment":
             start, left, end = _uncomment(text, start, end)
-        elif kind != "hidden":
+        elif kind == "hidden":
+            start, left, end = _unhide(text, start, end, m)
+        else:
             continue
         start = max(start, position)
-        dropped["comments"] += 0 if kind == "verb" else end - start
+        if kind != "verb":
+            dropped["comments" if kind == "comment" else "hidden"] += end - start
         out += [text[position:start], left]
         position = end
     return "".join(out) + text[position:], verbatim
 
 
-# ---- arguments and definitions --------------------------------------------------------------------------------------
-
-
-def ends_of(text: str) -> dict[int, int]:
-    """Where each closed group, and each closed environment that is to go, ends: by where it starts."""
-    ends, opened = {}, defaultdict(list)
-    for m in re.finditer(PAIR, text):
-        starts = opened[m["name"]]  # None: of braces
-        if m[0] == "{" or m["tag"] == "begin":
-            starts.append(m.start())
-        elif starts and (m[0] == "}" or m["tag"]):
-            ends[starts.pop()] = m.end()
-    return ends
-
-
-def _arguments_end(text, position, signature, ends):
-    """Where the arguments that start at a position end; None when they are not all there. ends: those of `ends_of`."""
-    if signature in PLAIN_ARGUMENT:
-        m = re.compile(PLAIN_ARGUMENT[signature]).match(text, position)
-        return m and m.end()
-    if signature == "=":  # \def\name#1#2{...}
-        return ends.get(PARAMETERS.match(text, position).end())
-    position += text.startswith("*", position)
-    if signature[:1].isdigit():
-        position = OPTIONAL_ARGUMENTS.match(text, position).end()
-        for _ in range(int(signature[0])):
-            m = ARGUMENT_START.match(text, position)
-            position = m.end() if m["word"] else ends.get(m.end())
-            if position is None:
-                return None
-    return OPTIONAL_ARGUMENT.match(text, position).end() if signature.endswith("o") else position
-
-
-def _definition_end(text, name, position, ends):
-    """Where the definition whose arguments start at a position ends; None when it is cut short."""
-    definee = DEFINEE.match(text, position)
-    return definee and _arguments_end(text, definee.end(), COMMANDS[name][1], ends)
-
-
-def definitions(text: str):
-    """(start, end) of all definitions, in order."""
-    ends, position = ends_of(text), 0
-    for m in re.finditer(DEFINITION, text):
-        end = m[1] and m.start() >= position and _definition_end(text, m[1], m.end(), ends)
-        if end:
-            position = end
-            yield m.start(), end
+def _unhide(text, start, end, environment):
+    """Where a hidden part starts, what is left of it, and where it ends: a line end after \\fi is none to TeX."""
+    if not environment and LINE_END.match(text, end):
+        end = LINE_END.match(text, end).end()
+    glued = text[end : end + 1].isalpha() and WORD_AT_END.search(text, max(0, start - 40), start)
+    return start, " " if glued else "", end
 
 
 # ---- cleaning -------------------------------------------------------------------------------------------------------
 
 
-def _follow(m, formulas, depth):
+def _abbreviations(text):
+    """{command: (begin or end, of which formula)} of the macros that stand for the tags of formulas."""
+    defined = {m["name"]: (m["tag"], m["math"]) for m in re.finditer(ABBREVIATION, text)}
+    for pair in USUAL_ABBREVIATIONS:
+        first, last = pair.split(":")
+        if not {first, last} & defined.keys() and re.search(rf"\\{last}{END}", text):
+            defined |= {first: ("begin", last), last: ("end", last)}
+    return {name: tag for name, tag in defined.items() if tag[0]}
+
+
+def _follow(m, formulas, depth, tag, math):
     """Read one TOKEN: the depth of groups after it. A formula without end harms no more than its paragraph or section.
 
-    formulas: the list of those that are open, each as (what closes it, the depth of groups it is in).
+    formulas: the list of those that are open, each as (what closes it, the depth of groups it is in). tag, math: begin
+    or end, and which formula, where the token is a macro for that.
     """
-    kind = m.lastgroup
+    kind = {"begin": "formula", "end": "formula_end"}.get(tag, m.lastgroup)
+    if tag == "begin" and formulas:
+        return depth  # it has another meaning in mathematics
     depth += DEEPER.get(kind, 0)
     while formulas:
         close, outside = formulas[-1]
@@ -252,9 +209,9 @@ def _follow(m, formulas, depth):
             break
         formulas.pop()
     if kind == "formula":
-        formulas.append((m["math"] or {"[": "]", "(": ")"}[m[0][1]], depth))
+        formulas.append((m["math"] or math or {"[": "]", "(": ")"}[m[0][1]], depth))
     elif kind == "formula_end":
-        close = m["math_end"] or m[0][1]
+        close = m["math_end"] or math or m[0][1]
         if close in [recent for recent, _ in formulas[-8:]]:
             while formulas.pop()[0] != close:
                 pass
@@ -266,16 +223,17 @@ def _follow(m, formulas, depth):
     return depth
 
 
-def _cuts(text):
+def _cuts(text, abbreviations):
     """(kind, start, end) of all that only lays out, draws or indexes, in order; of formulas and definitions nothing."""
     ends, formulas, depth, position = ends_of(text), [], 0, 0
     wrapped = set()  # closing braces that go because their opening ones went
     for m in re.finditer(TOKEN, text):
         token, command, start, end = m.lastgroup, m["command"], m.start(), m.end()
-        if token is None or start < position or (command and command not in COMMANDS):
+        tag = abbreviations.get(command, (None, None))
+        if token is None or start < position or (command and command not in COMMANDS and not tag[0]):
             continue
-        depth = _follow(m, formulas, depth)
-        if formulas and start not in wrapped:
+        depth = _follow(m, formulas, depth, *tag)
+        if tag[0] or (formulas and start not in wrapped):
             continue
         begin, cut_end = m["begin"], None
         kind, signature = COMMANDS.get(command) or TAGS.get(begin or m["end"]) or ("brace", "")
@@ -288,9 +246,9 @@ def _cuts(text):
             else:
                 start += 1
         elif kind == "definition":
-            position = _definition_end(text, command, end, ends) or position
+            position = definition_end(text, command, end, ends) or position
         elif kind == "unwrapped":
-            brace = _arguments_end(text, end, signature, ends)
+            brace = arguments_end(text, end, signature, ends)
             brace = brace and GAP.match(text, brace).end()
             if brace in ends and text[brace] == "{":
                 wrapped.add(ends[brace] - 1)
@@ -299,16 +257,16 @@ def _cuts(text):
         elif begin in ENVIRONMENTS:
             kind, cut_end = ENVIRONMENTS[begin], ends.get(start)
         elif command or begin in TAGS:
-            cut_end = _arguments_end(text, end, signature, ends)
+            cut_end = arguments_end(text, end, signature, ends)
         if cut_end:
             position = cut_end
             yield kind, start, position
 
 
-def _strip(text, dropped):
+def _strip(text, dropped, abbreviations):
     """The body without its cuts. The white space around a cut is joined, and no letter becomes part of a command."""
     out, copied, written = [], 0, "\n"  # written: the end of what is in out
-    for kind, start, end in _cuts(text):
+    for kind, start, end in _cuts(text, abbreviations):
         piece, between = text[copied:start], BETWEEN.get(kind, "")
         written = (written + piece[-40:])[-40:]
         before, after = written[-1], text[end : end + 1]
@@ -334,17 +292,26 @@ def _tidy(text):
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
-def clean(source: str, dropped: Counter) -> str:
+def _composed(text):
+    """The text in NFC; as it is where so many marks stand on one letter that sorting them would take hours."""
+    marks = "".join(letter for letter in set(text) if unicodedata.combining(letter))
+    if marks and re.search(f"[{re.escape(marks)}]{{100}}", text):
+        return text
+    return unicodedata.normalize("NFC", text)
+
+
+def clean(source: str, dropped: Counter, styles: str = "") -> str:
     """The text of one source (inline it before): definitions of its preamble, then its body, stripped. Never longer.
 
-    dropped: counts the characters dropped, by kind.
+    dropped: counts the characters dropped, by kind. styles: the text of the source's own style files.
     """
     # Odd spaces, control and zero-width characters go; characters are composed (NFC) where that is no longer.
     text = re.sub(SPACES, " ", re.sub("[\f\v\x85\u2028\u2029]", "\n", source))
     text = re.sub(NO_TEXT, "", text)
-    text = min(unicodedata.normalize("NFC", text), text, key=len)
+    text = min(_composed(text), text, key=len)
 
-    text, verbatim = _hide(text, dropped)
+    text, verbatim = _hide(text, dropped, styles)
+    abbreviations = _abbreviations(text + "\n" + styles)
     *preamble, body = re.split(r"\\begin *\{document\}", _tidy(text), maxsplit=1)
     macros = ""
     for part in preamble:
@@ -354,7 +321,7 @@ def clean(source: str, dropped: Counter) -> str:
     body, *after = re.split(r"\\end *\{document\}", body, maxsplit=1)
     for part in after:
         dropped["after the end"] += len(part)
-    text = _tidy(macros + _strip(body, dropped))
+    text = _tidy(macros + _strip(body, dropped, abbreviations))
     text = re.sub("\ufdd0(\\d+)\ufdd1", lambda mark: verbatim[int(mark[1])], text).strip()
     plain = re.sub("[\ufb00-\ufb06]", lambda ligature: unicodedata.normalize("NFKC", ligature[0]), text)
     return plain if len(plain) <= len(source) else text

@@ -102,7 +102,7 @@ posix = pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Li
 def test_every_file_of_a_folder_has_its_fate_on_record(folder):
     rows, names, records = corpus.read_documents(corpus.find_files(str(folder), "train_data"), "train_data")
     found = [" ".join(row["text"].split()) for row in rows]
-    want = ["In.", "Plain notes.", "Other notes.", "Row one.", "Row two.", "Row three."]
+    want = ["In.", "Plain notes.", "Other notes.", "Row one.", "Row two.", "Row three.", "wide"]
     assert sorted(t for t in found if "group" not in t) == sorted(want)
     papers = [t for t in found if "group" in t]
     assert len(papers) == 2 and sum("In section one" in t for t in papers) == 2  # \input files are no documents
@@ -116,7 +116,7 @@ def test_every_file_of_a_folder_has_its_fate_on_record(folder):
         "notes.txt": "read", "NOTES2.TXT": "read", "same.md": "read", "x.txt/in.md": "read", "rows.jsonl": "read",
         "more.jsonl.gz": "read", "empty.jsonl": "dropped: empty", "paper.pdf": "dropped: .pdf is not read",
         "figure.png": "dropped: .png is not read", "binary.txt": "dropped: line 1 holds a NUL",
-        "wide.txt": "dropped: this is UTF-16", "latin.txt": "dropped: not UTF-8", "gone.md": "dropped: no regular file",
+        "wide.txt": "read", "latin.txt": "dropped: not UTF-8", "gone.md": "dropped: no regular file",
         "mem.md": "dropped: cannot be read", "pipe.txt": "dropped: no regular file", "empty.txt": "read",
         "blank.md": "read",
     }  # fmt: skip
@@ -504,3 +504,112 @@ def test_modules_trained_whole_move_at_embed_lr(small_base, papers, tmp_path):
     assert float(moved.max()) == pytest.approx(1e-4, rel=2e-2) and (moved > 0).any(dim=1).sum() > 50
     adapter = [t for n, t in tensors.items() if "lora_B" in n]
     assert max(float(t.abs().max()) for t in adapter) == pytest.approx(1e-2, rel=2e-2)
+
+
+# ---- what is held out -----------------------------------------------------------------------------------------------
+
+
+def sides(cfg_flags: list[str], base: str) -> cpt.Texts:
+    cfg, _ = cli.parse(configs.CptConfig, presets.CPT_PRESETS, cfg_flags)
+    return cpt.load_texts(cfg, bases.load_tokenizer(base), ALONE)
+
+
+def test_a_share_is_one_of_tokens_and_no_book_is_held_out_whole():
+    """A document that holds a tenth of all tokens or more is trained on, whatever the seed draws."""
+    lengths = np.array([100_000, *[50] * 10, *[400] * 200])
+    for seed in range(20):
+        train, val = corpus.split(len(lengths), 0.02, seed, lengths)
+        held_out = lengths[val].sum()
+        assert sorted([*train, *val]) == list(range(len(lengths))) and 0 in train
+        assert 0.02 * lengths.sum() <= held_out < 0.02 * lengths.sum() + 400
+    same = np.full(1000, 7)
+    assert [rows.tolist() for rows in corpus.split(1000, 0.02, 3, same)] == [
+        rows.tolist() for rows in corpus.split(1000, 0.02, 3)
+    ], "documents of one length: as a share of documents"
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_of_few_documents_the_ends_are_held_out(small_base, tmp_path, texts, capsys, count):
+    """One book among fragments: all of it but its end is trained on; together both sides are the documents."""
+    documents = [" ".join(texts), *(f"A short piece {i}." for i in range(1, count))]
+    path = write_jsonl(tmp_path / "few.jsonl", documents)
+    found = sides(cpt_flags(small_base, path, tmp_path, val_size=0.1), small_base)
+    assert f"the ends of {count} documents" in capsys.readouterr().out
+    tokenizer = bases.load_tokenizer(small_base)
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in documents]
+    total = sum(map(len, ids))
+    assert 0.08 * total < found.val.targets.sum() <= 0.1 * total < found.train.targets.sum()
+
+    def learned(tokens):  # the predicted tokens in order
+        return [t for i in range(len(tokens.lengths)) for t in tokens.row(i)[1:].tolist()]
+
+    book = ids[0]
+    first = len(learned(found.val)) if count == 1 else None
+    assert learned(found.train)[:50] == book[1:51]
+    if count == 1:
+        assert learned(found.train) + [book[-first - 1]] + learned(found.val) == book[1:]
+        text = tokenizer.decode(book[-first:-1])
+        assert found.val.bytes == len(text.encode())
+
+
+def test_one_book_is_trained_on(small_base, tmp_path, texts):
+    book = tmp_path / "book"
+    book.mkdir()
+    (book / "book.txt").write_text("\n\n".join(texts))
+    result = cpt.main(cpt_flags(small_base, book, tmp_path, val_size=0.05, max_steps=4, save_every=2, epochs=1))
+    assert result["steps"] == 4 and np.isfinite(result["metrics"]["loss"])
+
+
+def test_most_of_the_text_held_out_is_a_warning(small_base, papers, tmp_path, capsys):
+    sides(cpt_flags(small_base, papers, tmp_path, val_size=20), small_base)
+    assert "warning: most of the text is held out" in capsys.readouterr().out
+
+
+@pytest.fixture
+def own(tmp_path, texts) -> Path:
+    return write_jsonl(tmp_path / "own.jsonl", texts[40:45])
+
+
+def test_val_data_is_what_is_held_out(small_base, papers, own, tmp_path, capsys):
+    """Nothing of the training text is held out; documents in both are named."""
+    found = sides(cpt_flags(small_base, papers, tmp_path, val_size=None, val_data=own), small_base)
+    alone = sides(cpt_flags(small_base, own, tmp_path, val_size=1), small_base)
+    whole = sides(cpt_flags(small_base, papers, tmp_path, val_size=1), small_base)
+    assert found.val.targets.sum() == alone.train.targets.sum() + alone.val.targets.sum()
+    assert found.train.targets.sum() == whole.train.targets.sum() + whole.val.targets.sum()
+    assert "are in --train_data too" not in capsys.readouterr().out
+    both = write_jsonl(tmp_path / "both.jsonl", [json.loads(line)["text"] for line in open(papers)][:2] + ["New."])
+    sides(cpt_flags(small_base, papers, tmp_path, val_size=None, val_data=both), small_base)
+    assert (
+        "warning: 2 of --val_data are in --train_data too (both.jsonl row 1, both.jsonl row 2)"
+        in capsys.readouterr().out
+    )
+
+
+def test_val_data_of_another_kind_or_with_val_size_is_refused(small_base, papers, own, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(UserError, match="--val_data .* has pairs, --train_data documents: give one kind"):
+        cpt.main(cpt_flags(small_base, papers, tmp_path, val_size=None, val_data=pairs))
+    with pytest.raises(UserError, match="--val_size has no effect: it is used without --val_data"):
+        cpt.main(cpt_flags(small_base, papers, tmp_path, val_data=own))
+    with pytest.raises(UserError, match="--val_data .*: no folder, and no file"):
+        cpt.main(cpt_flags(small_base, papers, tmp_path, val_size=None, val_data=tmp_path / "gone"))
+
+
+@forks
+def test_val_data_on_two_ranks_and_resumed_is_the_same_and_another_is_refused(small_base, papers, own, tmp_path):
+    flags = dict(val_size=None, val_data=own, max_steps=4, save_every=2, epochs=2)
+    result = cpt.main(cpt_flags(small_base, papers, tmp_path / "one", **flags))
+    (tmp_path / "two").mkdir()
+    status, out, err = forked(cpt.main, cpt_flags(small_base, papers, tmp_path / "two", **flags), tmp_path / "two", 2)
+    assert status == 0, err
+    run = next((tmp_path / "two/outputs").glob("*/*/run_0"))
+    assert log_of(run) == log_of(Path(result["run"]))
+    again = cpt_flags(small_base, papers, tmp_path / "one", **flags | {"resume": result["run"]})
+    (Path(result["run"]) / "result.json").unlink()  # as if it had been killed before its end
+    assert cpt.main(again)["metrics"] == result["metrics"]
+    (Path(result["run"]) / "result.json").unlink()
+    own.write_text(own.read_text() + '{"text": "One more."}\n')
+    with pytest.raises(UserError, match="changed since this run began"):
+        cpt.main(again)

@@ -354,9 +354,10 @@ def cleaned(real):
     return [(name, whole, clean(whole)) for name, whole in zip(names, wholes, strict=True)]
 
 
+HIDDEN = "slogan|reference|history|"  # the stacks project makes comments of these
 DRAWINGS = "tikzpicture|pgfpicture|asy|picture|pspicture|xy|chart"
 NOT_READ = re.compile(
-    r"\\begin\{(?P<v>verbatim\*?|lstlisting|comment|" + DRAWINGS + r")\}.*?\\end\{(?P=v)\}"
+    r"\\begin\{(?P<v>verbatim\*?|lstlisting|comment|" + HIDDEN + DRAWINGS + r")\}.*?\\end\{(?P=v)\}"
     r"|\\verb(?P<d>[^\sa-z]).*?(?P=d)|\\\\|\\%|%[^\n]*",
     re.DOTALL,
 )
@@ -495,6 +496,17 @@ PATHOLOGICAL = {
     "blanks and line ends": " \n\t" * N,
     "nested iffalse": "\\iffalse" * N + "\\fi" * N,
     "open iffalse": "\\iffalse" * N,
+    "nested iftrue": "\\iftrue" * (N // 2) + "\\fi" * (N // 2),
+    "open iftrue": "\\iftrue a" * (N // 2),
+    "unknown tests": "\\ifa" * (N // 2) + "\\iffalse" + "\\fi" * (N // 2),
+    "flags in groups": "\\newif\\ifa{\\atrue " * (N // 2) + "}" * (N // 2),
+    "branches": "\\ifnum0=1 " * (N // 2) + "\\else" * (N // 2) + "\\fi" * (N // 2),
+    "toggles": "\\newtoggle{a}" + "\\iftoggle{a}{" * (N // 2) + "}{}" * (N // 2),
+    "excluded without end": "\\excludecomment{a}" + "\\begin{a}" * (N // 2),
+    "macros that print nothing": "\\newcommand{\\x}[1]{}" + "\\x{" * (N // 2),
+    "macros of macros": "".join(f"\\newcommand{{\\x{c}}}[1]{{\\if0#1\\fi\\x{d}{{}}}}" for c, d in ("ab", "ba")) * 1000
+    + "\\xa{}" * 10_000,
+    "marks on a letter": "a" + "\u0301\u0316" * (N // 2),
     "iffalse and half groups": "\\iffalse{" * N + "\\fi" * N,
     "deep groups": "{" * N + "}" * N,
     "deep sizes": "{\\small " * N + "}" * N,

@@ -540,3 +540,109 @@ def test_presets_are_the_published_recipes():
         assert {k: v for k, v in found.items() if v != plain[k]} == values
         assert (found["alpha"], found["schedule"]) == (16.0, "cosine")
         assert (found["lora_dropout"] == 0.05) == (name == "qwen_math15b")
+
+
+# ---- pairs as people keep them --------------------------------------------------------------------------------------
+
+SHARED = turns("What is 1+1?", "2")
+LAYOUTS = {  # the row, its columns as they are printed
+    "prompt, completion": {"prompt": "What is 1+1?", "completion": "2"},
+    "Prompt, Response": {"Prompt": "What is 1+1?", "Response": "2"},
+    "instruction, input, output": {"instruction": "What is", "input": "1+1?", "output": "2"},
+    "instruction, context, response": {"instruction": "What is", "context": "1+1?", "response": "2", "category": "qa"},
+    "instruction, output": {"instruction": "What is 1+1?", "output": "2", "history": []},
+    "question, answer": {"question": "What is 1+1?", "answer": "2", "id": 7},
+    "problem, solution": {"problem": "What is 1+1?", "solution": "2"},
+    "query, response": {"query": "What is 1+1?", "response": "2"},
+    "input, output": {"input": "What is 1+1?", "output": "2"},
+    "conversations": {"conversations": [{"from": "human", "value": "What is 1+1?"}, {"from": "gpt", "value": "2"}]},
+    "conversation": {"conversation": SHARED},
+    "messages": {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is 1+1?"}]}, SHARED[1]]},
+}
+
+
+def read_pairs(tokenizer, path: Path, rows: list[dict], text: str = "{text}", chat: str = "yes") -> corpus.Corpus:
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        write_jsonl(path, rows)
+    sources = corpus.find_files(str(path), "train_data")
+    return corpus.encode_files(sources, "train_data", tokenizer, text, 10**6, chat, "")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_the_usual_layouts_are_the_same_pair(tmp_path, name, suffix):
+    """The answer alone is learned, and what was recognised is said."""
+    tokenizer = chatty(template("qwen2_5"))
+    found = read_pairs(tokenizer, tmp_path / f"a.{suffix}", [LAYOUTS[name]])
+    text = tokenizer.decode(found.tokens.ids)
+    assert found.pairs and learned(tokenizer, found.tokens) == "2<|im_end|>\n"
+    question = "What is\n\n1+1?" if name.count(",") == 2 else "What is 1+1?"
+    assert f"user\n{question}<|im_end|>" in text and f"1 pairs (1 of {name})" in found.summary
+
+
+def test_rows_of_several_layouts_and_several_turns(tmp_path):
+    tokenizer = chatty(template("qwen2_5"))
+    said = [
+        {"from": "system", "value": "Count."}, {"from": "human", "value": "One?"}, {"from": "gpt", "value": "1"},
+        {"from": "human", "value": "Two?"}, {"from": "gpt", "value": "2"},
+    ]  # fmt: skip
+    same = [{"instruction": "Say", "input": "", "output": word, "system": "Brief."} for word in ("a", "b", "b")]
+    found = read_pairs(tokenizer, tmp_path / "a.jsonl", [{"conversations": said}, *same, {"messages": SHARED}])
+    assert [learned(tokenizer, found.tokens, i).split("<|im_end|>\n")[:-1] for i in range(4)] == [
+        ["1", "2"], ["a"], ["b"], ["2"],
+    ]  # fmt: skip
+    texts = [tokenizer.decode(found.tokens.row(i)) for i in range(4)]
+    assert "system\nCount.<" in texts[0] and "system\nBrief.<" in texts[1] and "user\nSay<" in texts[1]
+
+
+def test_prompts_and_completions_of_turns(tmp_path):
+    tokenizer = chatty(template("qwen2_5"))
+    found = read_pairs(tokenizer, tmp_path / "a.jsonl", [{"prompt": SHARED[:1], "completion": SHARED[1:]}])
+    assert learned(tokenizer, found.tokens) == "2<|im_end|>\n"
+    with pytest.raises(UserError, match="row 1: an assistant's turn is not to be learned"):
+        row = {"prompt": [*SHARED, SHARED[0]], "completion": SHARED[1:]}
+        read_pairs(tokenizer, tmp_path / "a.jsonl", [row])
+
+
+def test_a_template_names_the_prompt_and_documents_stay_documents(tmp_path):
+    tokenizer = chatty(template("qwen2_5"))
+    row = {"question": "What is 1+1?", "answer": "2"}
+    found = read_pairs(tokenizer, tmp_path / "a.jsonl", [row], text="Q: {question}")
+    assert "user\nQ: What is 1+1?<" in tokenizer.decode(found.tokens.ids)
+    assert learned(tokenizer, found.tokens) == "2<|im_end|>\n"
+    assert not read_pairs(tokenizer, tmp_path / "a.jsonl", [row], text="{question} {answer}").pairs
+    found = read_pairs(tokenizer, tmp_path / "a.jsonl", [row | {"text": "A document."}])
+    assert not found.pairs and "question, answer are not read" in found.summary
+
+
+NOT_KNOWN = {
+    "role": (
+        {"conversations": [{"from": "martian", "value": "a"}, *SHARED]},
+        "'martian' .keys from, value.; known are",
+    ),
+    "picture": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, SHARED[1]]},
+        "a part of type 'image_url': only text",
+    ),
+    "weight": ({"messages": [*SHARED[:1], {**SHARED[1], "weight": 0}, *SHARED]}, "not to be learned"),
+    "preferences": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen and rejected are preferences"),
+    "two answers": ({"question": "a", "solution": "b", "answer": "c"}, "columns solution and answer: name the one"),
+    "history": ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "column history is not read"),
+    "no answer": ({"instruction": "a", "output": " "}, "row 1: no response"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_KNOWN)
+def test_what_is_no_known_pair_is_named_with_its_row(tmp_path, name):
+    row, words = NOT_KNOWN[name]
+    with pytest.raises(UserError, match=f"a.jsonl row 1: .*{words}" if "row 1" not in words else words) as error:
+        read_pairs(chatty(template("qwen2_5")), tmp_path / "a.jsonl", [row])
+    assert "\n" not in str(error.value)
+
+
+def test_system_texts_need_a_chat(tmp_path):
+    with pytest.raises(UserError, match="row 1: system texts need a chat template"):
+        row = {"instruction": "a", "output": "b", "system": "c"}
+        read_pairs(chatty(template("qwen2_5")), tmp_path / "a.jsonl", [row], chat="no")

@@ -1,0 +1,122 @@
+"""Pairs as people keep them, under one set of names: prompt and response, or messages of role and content.
+
+Nothing is guessed: a row is a pair where it has one column for the prompt and one for the response.
+"""
+
+import json
+
+PROMPTS = "prompt instruction question query problem input".split()  # columns of the prompt, the first one counts
+BESIDE = "input context".split()  # a second part of the prompt, after a blank line
+RESPONSES = "response completion output answer solution".split()
+CHATS = "messages conversations conversation dialogue dialog".split()
+ROLES = {  # what roles are called: our name
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "ipython": "tool",
+}
+TEXT_PARTS = ("text", "input_text", "output_text")
+NO_CELLS = ("", "null", "[]", "{}")
+
+
+def renamed(row: dict[str, str], template_columns: list[str]) -> tuple[dict[str, str], str]:
+    """A row with the names prompt, response, system and messages where it is a pair, and the columns that these were.
+
+    template_columns: those of --text, which are no responses. With the default, a row that has a text is a document.
+    """
+    lower = {name.lower(): name for name in row}
+    columns = {name: lower[name] for name in [*PROMPTS, *BESIDE, *RESPONSES, *CHATS, "system"] if name in lower}
+    default = template_columns == ["text"]
+    if default and "text" in row:
+        return row, ""
+    chats = [name for name in CHATS if name in columns and columns[name] not in template_columns]
+    if chats:
+        return {**row, "messages": row[columns[chats[0]]]}, columns[chats[0]]
+    asked = [name for name in PROMPTS if name in columns and (default or columns[name] in template_columns)]
+    answers = [name for name in RESPONSES if name in columns and columns[name] not in template_columns]
+    if "response" in answers:
+        answers = ["response"]
+    if len(answers) != 1 or (default and not asked):
+        return row, ""
+
+    response, used = row[columns[answers[0]]], [columns[name] for name in asked[:1]]
+    pair = {**row, "response": response}
+    if default:
+        beside = [columns[name] for name in BESIDE if name in columns and name != asked[0] != "prompt"]
+        used += beside
+        pair["prompt"] = "\n\n".join([row[used[0]], *(row[name] for name in beside if row[name].strip())])
+    if "system" in columns:
+        pair["system"] = row[columns["system"]]
+    used = used or template_columns
+    if default and _turns(response):  # TRL's prompts and completions may be turns
+        asked_turns = _turns(row[used[0]]) or [{"role": "user", "content": row[used[0]]}]
+        earlier = [{**turn, "weight": 0} if turn.get("role") == "assistant" else turn for turn in asked_turns]
+        pair = {**row, "messages": json.dumps(earlier + _turns(response))}
+    return pair, ", ".join([*used, columns[answers[0]]])
+
+
+def _turns(cell):
+    """The turns that a cell holds as JSON, or an empty list."""
+    if not cell.startswith("["):
+        return []
+    try:
+        turns = json.loads(cell)
+    except (ValueError, RecursionError):
+        return []
+    return turns if all(isinstance(turn, dict) and "role" in turn for turn in turns) else []
+
+
+def problem(row: dict[str, str]) -> str:
+    """Why a row is no pair although it seems to be one, or an empty text."""
+    answers = [name for name in row if name.lower() in RESPONSES]
+    if "response" not in row and len(answers) > 1:
+        return f"columns {' and '.join(answers)}: name the one to learn response"
+    if {"chosen", "rejected"} <= row.keys():
+        return "chosen and rejected are preferences: name the one to learn response"
+    for name in ("history", "images", "image"):
+        if row.get(name, "") not in NO_CELLS:
+            return f"column {name} is not read: only text in prompt and response, or in messages, can be learned"
+    return ""
+
+
+def read_turns(cell: str) -> list[dict]:
+    """The turns of a chat, with role and content. Raises ValueError that says what is not known."""
+    turns = json.loads(cell)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("messages is no list of objects with role and content")
+    return [_turn(turn) for turn in turns]
+
+
+def _turn(turn):
+    """One turn with our names of its keys and its role."""
+    rest = dict(turn)
+    role = rest.pop("from", None) if "role" not in rest else rest.pop("role")
+    content = rest.pop("value", None) if "content" not in rest else rest.pop("content")
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        known = ", ".join(ROLES)
+        raise ValueError(f"a turn has the role {role!r} (keys {', '.join(turn)}); known are {known}")
+    if rest.get("weight", 1) == 0 and ROLES[role.lower()] == "assistant":
+        raise ValueError("an assistant's turn is not to be learned (weight 0, or in the prompt); only all can be")
+    if isinstance(content, list):
+        content = "".join(_part(part) for part in content)
+    return {"role": ROLES[role.lower()], "content": content, **rest}
+
+
+def _part(part):
+    """The text of one part of a content."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+        raise ValueError(f"a content has a part of type {kind!r}: only text can be learned")
+    return part["text"]
