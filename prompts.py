@@ -204,10 +204,10 @@ def conversation(tokenizer, messages: list[dict], tools: list | None = None):
                 if token.start() < end < token.end():
                     end = token.start()
         spans.append((len(opened), end))
-    answer = (messages[-1].get("content") or "").strip()
-    if messages[-1]["role"] == "assistant" and answer not in text:
-        raise ValueError(f"the chat template changes the answer {answer[:60]!r} (its blanks?), so it cannot be learned")
     if messages[-1]["role"] != "assistant" or not spans or spans[-1][1] != len(text):
+        answer = (messages[-1].get("content") or "").rpartition("</think>")[2].strip()
+        if answer not in text:
+            raise ValueError(f"the chat template changes (its blanks?) or leaves out the answer {answer[:60]!r}")
         raise ValueError("expected an assistant's turn at the end, which the chat template renders after its prompt")
     return pieces, spans
 

@@ -77,7 +77,10 @@ CLASHES = (
         "--output {output}: it already exists and is not empty; name a new folder",
         lambda cfg: Path(cfg.output).is_file() or (Path(cfg.output).is_dir() and any(Path(cfg.output).iterdir())),
     ),
-    ("--output {output}: {problem}; name another folder", lambda cfg: checks.folder_problem(cfg.output)),
+    (
+        "--output {output}: {problem}; name another folder",
+        lambda cfg: checks.folder_problem(cfg.output),
+    ),
 )
 
 

@@ -250,7 +250,7 @@ def test_a_template_that_leaves_answers_out_is_refused():
     """Some take lists of parts alone: a text vanishes, and nothing but the end of the turn would be learned."""
     parts = "{% for p in m.content if p.text %}{{ p.text }}{% endfor %}"
     tokenizer = chatty("{% for m in messages %}<|user|>" + parts + "<|end|>{% endfor %}")
-    with pytest.raises(UserError, match="expected an assistant's turn at the end, which the chat template renders"):
+    with pytest.raises(UserError, match="the chat template changes .* or leaves out the answer 'Hello'"):
         encoded(tokenizer, [{"prompt": "Hi", "response": "Hello"}])
 
 
@@ -270,7 +270,7 @@ def test_a_template_that_changes_an_answer_is_named_as_the_cause(change, kind):
         if fits:
             assert "7 + 7" in tokenizer.decode(encoded(tokenizer, [row]).ids)
             continue
-        with pytest.raises(UserError, match="the chat template changes the answer 'A  two.*its blanks"):
+        with pytest.raises(UserError, match="chat template changes .its blanks.. or leaves out the answer 'A  two"):
             encoded(tokenizer, [row])
 
 

@@ -424,7 +424,7 @@ def test_what_cannot_be_reported_is_refused(tmp_path, monkeypatch):
     assert "expected one run, or two" in refused(run, tmp_path, tmp_path / "cpt")
     assert "name the runs once" in refused(run, "--runs", run)
     assert "--samples 50: expected 100 or more" in refused(run, "--samples", 50)
-    assert "is a file: name a folder" in refused(run, "--output", run / "rows.csv")
+    assert "rows.csv is not a folder; name another folder" in refused(run, "--output", run / "rows.csv")
     assert "unknown flag --sample (did you mean --samples?)" in refused(run, "--sample", 100)
     assert not (run / "report").exists()
     for name in ("matplotlib", "matplotlib.figure"):
