@@ -46,6 +46,7 @@ from functools import partial
 from pathlib import Path
 
 import template_trial
+from answer_parser import parse_answer  # noqa: F401 (importable from here too)
 from errors import nearest
 
 FOLDER = Path(__file__).with_suffix("")  # of the named prompts
