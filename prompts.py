@@ -154,9 +154,10 @@ def chat(tokenizer, messages: list[dict], tools: list | None = None, answer: boo
             return [(i % 2 == 1, part) for i, part in enumerate(parts) if part]
 
     # Contents that cannot be told from the template's own text must not spell its special tokens.
-    token = spelled(special_tokens(tokenizer)).search("\ue000".join(own))
-    if token:
-        raise ValueError(f"a message spells the special token {token[0]}, and the chat template rewrites it")
+    words = set(map(str.strip, tokenizer.tokenize("\ue000".join(own))))
+    tokens = words & special_tokens(tokenizer) - {tokenizer.unk_token}
+    if tokens:
+        raise ValueError(f"a message spells the special token {min(tokens)}, and the chat template rewrites it")
     return [(False, text)]
 
 
