@@ -223,8 +223,10 @@ def encode_files(
     marks = {"response", "messages", "prompt" if default else "response"}
     documents = default and all("text" in row for row in rows)
     pairs = not documents and any(marks & row.keys() or (default and pair_formats.problem(row)) for row in rows)
+    uses_chat = pairs and (chat == "yes" or (chat == "auto" and tokenizer.chat_template))
+    if not uses_chat:  # a chat template has its own end of a turn
+        data.need_end(tokenizer)
     if pairs:
-        uses_chat = chat == "yes" or (chat == "auto" and tokenizer.chat_template)
         template = "{prompt}" if default else template
         layouts = Counter()
         for record in records:
@@ -237,7 +239,7 @@ def encode_files(
         read = "; ".join(f"{count:,} of {columns}" for columns, count in layouts.most_common(5))
         found = f"{len(rows):,} pairs ({read}), rendered by {rendering}, responses learned"
     else:
-        files.need_columns(rows, columns, _named(sources), flag)
+        files.need_texts(rows, columns, _named(sources), flag)
         pieces = [prompts.render(template, row) for row in rows]
         tokens, report = data.encode(tokenizer, pieces, 10**9)
         sizes = [len(prompts.plain(row).encode()) for row in pieces]
@@ -325,6 +327,9 @@ def _turns(row, template):
     wrong = pair_formats.problem(row)
     if wrong:
         raise ValueError(wrong)
+    nested = [name for name in ("prompt", "response") if isinstance(row.get(name), files.Nested)]
+    if nested and "messages" not in row:
+        raise ValueError(f"its {' and '.join(nested)} is a list or object, no text")
     if "messages" in row:
         turns = pair_formats.read_turns(row["messages"])
     else:

@@ -22,6 +22,7 @@ import prompts
 from cutting import bounds, cutting_rules, ends_of_kept, moved, pieces_of, shortened, truncate
 from errors import UserError, few
 
+UNKNOWN = 0.2  # a larger share of tokens that are unknown is a warning
 NOWHERE = (-1, 0)  # the place in the text of a token that the tokenizer itself adds
 BULK, BULK_TEXT = 1000, 2**22  # rows, and characters, that are encoded at once: many, for speed; not all, for memory
 LONG = 2**17  # characters of a row that may be encoded in part: shorter ones never are
@@ -92,6 +93,7 @@ class TokenReport:
     cut_tokens: int = 0
     guarded: int = 0  # rows whose fields hold the string of an added token
     empty: int = 0
+    unknown: int = 0  # tokens that stand for what the tokenizer does not know
     partly: int = 0  # rows so long that the middle of their fields was not encoded: their lengths are at least these
     unsure: int = 0  # those of them without white space where it would prove that the tokens are the same
     lengths: list[int] = field(default_factory=list)  # tokens of each row before it was cut
@@ -109,6 +111,10 @@ class TokenReport:
             text += f" ({self.unsure} have long stretches without white space: encoded whole, their tokens may differ)"
         if self.guarded:
             text += f"; {self.guarded} rows name special tokens in their text: encoded as plain text"
+        if self.unknown:
+            text += f"; {self.unknown:,} tokens ({self.unknown / self.tokens:.0%}) are unknown to the tokenizer"
+        if self.unknown > UNKNOWN * self.tokens:
+            text += " (warning: that much of the text is not read; choose a base that knows its letters)"
         if self.empty:
             text += f"; {self.empty} rows are empty"
         return text
@@ -188,6 +194,8 @@ def encode(
     if answers:
         tokens.learned = np.concatenate(learned)
     report.tokens, report.longest = len(tokens.ids), int(tokens.lengths.max())
+    if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        report.unknown = np.count_nonzero(tokens.ids == tokenizer.unk_token_id)
     return tokens, report
 
 
@@ -270,6 +278,13 @@ def end_of_text(tokenizer, padding: bool = False) -> int:
     if padding:
         ids.reverse()
     return next((t for t in ids if t is not None), 0)
+
+
+def need_end(tokenizer) -> None:
+    """Raise UserError where no token can end or pad a text: id 0 is a letter of many vocabularies."""
+    if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
+        advice = "name its eos_token in tokenizer_config.json"
+        raise UserError(f"the base's tokenizer has no EOS and no padding token: {advice}")
 
 
 def _has_users_tokens(added, pieces, encoding):

@@ -67,13 +67,13 @@ PROBE = " \n{0} 'a' \"b\" \\frac{{1}}{{2}} {{{{c}}}} <d> & é\t"  # what a field
 
 def fields(template: str) -> list[str]:
     """The column names of a template, in order. Raises ValueError for a malformed or positional one."""
+    rename = "rename a column that is called by a number, or with one of { } : !"
     try:
         slots = [slot[1:] for slot in string.Formatter().parse(template) if slot[1] is not None]
     except ValueError as e:
-        raise ValueError(f"template {template!r}: {e}") from None
+        raise ValueError(f"template {template!r}: {e}; {rename}") from None
     if not slots or any(spec or conversion or not name or name.isdigit() for name, spec, conversion in slots):
         example = "expected named columns such as {Question}, without a format (:) or conversion (!)"
-        rename = "rename a column that is called by a number, or with one of { } : !"
         raise ValueError(f"template {template!r}: {example}; {rename}")
     return list(dict.fromkeys(name for name, _, _ in slots))
 

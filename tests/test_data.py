@@ -315,6 +315,19 @@ def test_a_template_that_rewrites_refuses_every_spelling():
             prompts.chat(tokenizer, [prompts.turn("user", f"a  {token}")])
 
 
+def test_unknown_tokens_are_counted_and_many_are_a_warning(small):
+    """Of a vocabulary of words; a model of bytes knows everything, also where its unknown token is its end."""
+    words = special_tokenizer("first")
+    _, report = ids_of(words, "{a}", [{"a": "hello \u6570 there"}])
+    assert report.unknown == 1 and "1 tokens (7%) are unknown to the tokenizer" in str(report)
+    assert "warning" not in str(report)
+    _, report = ids_of(words, "{a}", [{"a": "\u6570 \u5b66 a"}])
+    assert report.unknown == 2 and "warning: that much of the text is not read" in str(report)
+    for tokenizer in (words, small):
+        _, report = ids_of(tokenizer, "{a}", [{"a": "hello"}, {"a": ""}])
+        assert not report.unknown and "unknown" not in str(report)
+
+
 def test_an_empty_row_becomes_the_end_of_text_alone(small):
     got, report = ids_of(small, "{a}", [{"a": ""}, {"a": "x"}, {"a": ""}])
     assert got[0] == got[2] == [small.eos_token_id] and report.empty == 2

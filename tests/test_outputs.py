@@ -202,14 +202,16 @@ def test_rows_with_labels_are_measured_and_the_others_named(fitted, several, tmp
     for i, row in enumerate(rows):
         row["label"] = ("?" if i % 4 == 1 else "") if i % 2 else row["label"]
     assert predict(fitted, write(tmp_path / "a.csv", rows), tmp_path / "p.csv")["metrics"] == labelled
-    words = "metrics are over 12 of 24 rows: column label holds no label of this run in the others (there is: '?', '')"
+    words = (
+        "metrics are over 12 of 24 rows: column label: 12 rows have unknown labels ('?' in row 2, 6, 10 and 3 more, "
+    )
     assert words in capsys.readouterr().out
 
     # Of several labels a row without one counts as such, as soon as another has one.
     rows = [{"Question": f"What is {i}?", "tags": ["a", "", "a|new", "[1"][i % 4]} for i in range(12)]
     result = predict(several, write(tmp_path / "b.csv", rows), tmp_path / "q.csv")
     out = capsys.readouterr().out
-    assert result["metrics"]["rows"] == 9 and "metrics are over 9 of 12 rows" in out and "the labels new" in out
+    assert result["metrics"]["rows"] == 9 and "metrics are over 9 of 12 rows" in out and "the labels 'new'" in out
 
 
 @pytest.mark.parametrize("rows", [["", ""], ["nan", "?"], ["1", ""], ["1", "inf"]])
