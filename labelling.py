@@ -105,11 +105,14 @@ def _known(labels, given):
     """The labels there are, and which of those given look like one of them."""
     known = few(spelling.quoted(labels.values), 20)
     pairs = []
-    for group in spelling.alike({*labels.values, *given}):
+    given = set(given)
+    for group in spelling.alike(given.union(labels.values)):
         if not set(group) <= set(labels.values):
             pairs.append(" and ".join(spelling.quoted(group)))
     if pairs:
         known += f" ({few(pairs)} look alike, but differ)"
+    if any("," in label for label in given.difference(labels.values)):
+        known += """; a name with a comma stands in quotation marks: --label_names 'a,"b, c"'"""
     return known
 
 

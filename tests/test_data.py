@@ -579,3 +579,17 @@ def test_bulks_are_bounded_by_their_text(small, monkeypatch):
     tokens, _ = data.tokenize(small, "{a}", rows, 100)
     monkeypatch.setattr(data, "BULK_TEXT", 10**6)
     assert data.tokenize(small, "{a}", rows, 100)[0].digest() == tokens.digest()
+
+
+def test_a_tokenizer_that_drops_letters_says_so(tmp_path, capsys):
+    """Neither bytes nor an unknown token: such letters are in no token at all."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate("ab1 \u0436")}, []))
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    bases.load_tokenizer(str(tmp_path))
+    out = capsys.readouterr().out
+    assert "leaves out letters that it does not know, such as \u03b1, \u6570, \ud55c," in out and out.count("\n") == 1
+    bases.load_tokenizer(str(ROOT / "tiny/base"))
+    assert not capsys.readouterr().out

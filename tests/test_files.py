@@ -343,6 +343,13 @@ def test_encode_labels_inverts_and_names_unknown_labels_with_rows():
         assert words in str(e.value)
 
 
+def test_a_name_with_a_comma_has_a_way_out():
+    labels = labelling.Labels(("a", "Yes", "sure"), ("a", "Yes", "sure"))
+    expected = """expected one of 'a', 'Yes', 'sure'; a name with a comma stands in quotation marks"""
+    with pytest.raises(UserError, match=expected):
+        labelling.encode_labels(["a", "Yes, sure"], labels, "x")
+
+
 def test_names_that_do_not_cover_the_column_are_refused():
     labels = labelling.find_labels(["a", "q"], ("a", "b"))
     with pytest.raises(UserError, match=r"unknown labels \('q' in row 2\)"):
