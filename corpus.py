@@ -223,10 +223,8 @@ def encode_files(
     marks = {"response", "messages", "prompt" if default else "response"}
     documents = default and all("text" in row for row in rows)
     pairs = not documents and any(marks & row.keys() or (default and pair_formats.problem(row)) for row in rows)
-    uses_chat = pairs and (chat == "yes" or (chat == "auto" and tokenizer.chat_template))
-    if not uses_chat:  # a chat template has its own end of a turn
-        data.need_end(tokenizer)
     if pairs:
+        uses_chat = chat == "yes" or (chat == "auto" and tokenizer.chat_template)
         template = "{prompt}" if default else template
         layouts = Counter()
         for record in records:
@@ -240,10 +238,11 @@ def encode_files(
         found = f"{len(rows):,} pairs ({read}), rendered by {rendering}, responses learned"
     else:
         files.need_texts(rows, columns, _named(sources), flag)
+        end = data.end_of_text(tokenizer, need=True)
         pieces = [prompts.render(template, row) for row in rows]
         tokens, report = data.encode(tokenizer, pieces, 10**9)
         sizes = [len(prompts.plain(row).encode()) for row in pieces]
-        tokens = end_documents(tokens, data.end_of_text(tokenizer))
+        tokens = end_documents(tokens, end)
         found = f"{len(rows):,} documents"
         _, others = pair_formats.renamed({k: v for k, v in rows[0].items() if k != "text"}, columns)
         if default and others:
@@ -293,7 +292,7 @@ def pair_pieces(
     """
     # Added tokens that are not special (<think>, <tool_call>): a model learns to write them.
     words = prompts.spelled(set(tokenizer.get_added_vocab()) - prompts.special_tokens(tokenizer))
-    end = tokenizer.convert_ids_to_tokens(data.end_of_text(tokenizer))
+    end = tokenizer.convert_ids_to_tokens(data.end_of_text(tokenizer, need=not chat))  # a chat has its own
     system_turn = [prompts.turn("system", system)] if system and chat and prompts.takes_system(tokenizer) else []
     pieces, spans, problems = [], [], []
     for row, name in zip(rows, names, strict=True):

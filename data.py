@@ -272,19 +272,18 @@ def _learned(spans, kept, answers):
 # ---- special tokens -------------------------------------------------------------------------------------------------
 
 
-def end_of_text(tokenizer, padding: bool = False) -> int:
-    """The id that ends a document: EOS, or else pad, or else id 0; padding: the id that pads one, pad before EOS."""
+def end_of_text(tokenizer, padding: bool = False, need: bool = False) -> int:
+    """The id that ends a document: EOS, or else pad, or else id 0; padding: the id that pads one, pad before EOS.
+
+    need: raise UserError rather than take id 0, which is a letter of many vocabularies.
+    """
     ids = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     if padding:
         ids.reverse()
-    return next((t for t in ids if t is not None), 0)
-
-
-def need_end(tokenizer) -> None:
-    """Raise UserError where no token can end or pad a text: id 0 is a letter of many vocabularies."""
-    if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
+    if need and ids == [None, None]:
         advice = "name its eos_token in tokenizer_config.json"
         raise UserError(f"the base's tokenizer has no EOS and no padding token: {advice}")
+    return next((t for t in ids if t is not None), 0)
 
 
 def _has_users_tokens(added, pieces, encoding):

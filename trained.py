@@ -218,11 +218,10 @@ def export_run(folder: Path, run: "Run") -> str:
     poolings = model.family.poolings
     if model.pooling not in poolings:
         raise UserError(f"--export: {model.architecture} pools {' or '.join(poolings)}, this run {model.pooling}")
-    if not model.family.encoder:
-        data.need_end(tokenizer)  # transformers finds the last token by the padding
     lora.merge(model)
     tokenizer.model_max_length = run.config.max_length
-    config = models.classifier_config(model, run.labels.names, pad=data.end_of_text(tokenizer, padding=True))
+    pad = data.end_of_text(tokenizer, padding=True, need=not model.family.encoder)  # before it is the last token
+    config = models.classifier_config(model, run.labels.names, pad=pad)
     dtype = model.backbone.get_input_embeddings().weight.dtype
     export(folder, model, tokenizer, config, dtype, {"exported": str(run.path)})
     return model.architecture

@@ -83,7 +83,7 @@ def test_malformed_labels_are_named(row, columns, words):
     with pytest.raises(UserError, match=words):
         labelling.label_sets(configs.TrainConfig(label_column="tags", label_columns=columns), [row], "--train_data x")
     known = labelling.Labels(("a", "b"), ("a", "b"))
-    with pytest.raises(UserError, match=r"unknown labels \(\['c'\] in row 2\): expected some of a, b"):
+    with pytest.raises(UserError, match=r"unknown labels \(\['c'\] in row 2\): expected some of 'a', 'b'"):
         labelling.encode_label_sets([["a"], ["c"]], known, "--val_data x")
 
 
