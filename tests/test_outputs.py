@@ -188,6 +188,26 @@ def test_without_a_label_that_the_run_knows_there_are_no_metrics(settings, cell)
     assert predictions.known_labels([{"x": "y"}], cfg, labels, lines.append) is None and len(lines) == 1
 
 
+def test_what_is_wrong_with_labels_is_said_in_the_readers_words():
+    """Which rows, what they hold, what was expected and what looks like it, as training says it; of lists too."""
+    lines, labels = [], Labels(("a", "b"), ("a", "b"))
+    assert predictions.known_labels([{"label": "b "}] * 2, TrainConfig(), labels, lines.append) is None
+    assert "('b ' in row 1, 2): expected one of 'a', 'b' ('b' and 'b ' look alike, but differ)" in lines[0]
+    rows = [{"label": flags} for flags in ("[1, 0]", "[0, 1]")]
+    assert predictions.known_labels(rows, TrainConfig(task="multi_label"), labels, lines.append) is None
+    assert "column label holds lists of 0 and 1, one for each of 2 labels: name these" in lines[1]
+    rows = [{"label": "a"}, {"label": "b\u200b"}]
+    known = predictions.known_labels(rows, TrainConfig(task="multi_label"), labels, lines.append)
+    assert known.targets.tolist() == [[1, 0], [0, 0]] and "does not know the labels 'b\\u200b'" in lines[2]
+
+
+def test_all_columns_that_an_input_lacks_are_named_at_once(tmp_path):
+    path = write(tmp_path / "a.csv", [{"q": "a"}])
+    cfg = InferConfig(input=str(path), id_column="key", by_column="kind", submission="")
+    with pytest.raises(UserError, match="no column text, kind, key"):
+        predictions.read_input(cfg, TrainConfig(), str(path), ["text"], print)
+
+
 @pytest.mark.parametrize("cell", ["", "?"])
 def test_unlabelled_rows_are_predicted_without_metrics(several, tmp_path, capsys, cell):
     rows = [{"id": str(i), "Question": f"What is {i}?", "tags": cell} for i in range(9)]
