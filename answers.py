@@ -149,7 +149,7 @@ def encode_rows(cfg, asked: Subject, rows: list[dict[str, str]], source: str):
     config = asked.config
     columns = files.template_columns(config.text)
     by_column = [cfg.by_column] if cfg.by_column else []
-    files.need_columns(rows, columns + by_column, source, "input")
+    files.need_texts(rows, columns, source, "input", by_column)
     files.decode_bytes_literals(rows, columns)
     pieces = [prompts.render(config.text, row) for row in rows]
     rules = data.cutting_rules(config.text, config.kept, config.budgets)

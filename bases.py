@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
 import formats
-from errors import UserError, few, one_line
+from errors import UserError, few, note, one_line
 
 HUB_NAME = r"\w[\w.-]*(/[\w.-]+)?"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -268,6 +268,10 @@ def load_tokenizer(base: str):
     # Without tokenizer files transformers makes up one that knows nothing.
     if set(tokenizer("a b 1", add_special_tokens=False)["input_ids"]) <= {tokenizer.unk_token_id}:
         raise UserError(f"--base {base}: no tokenizer files there (transformers made an empty one up)")
+    lost = [c for c in "\u0436\u03b1\u6570\ud55c" if not tokenizer(c, add_special_tokens=False)["input_ids"]]
+    if lost:
+        what = f"leaves out letters that it does not know, such as {', '.join(lost)}, and has no token for them"
+        note(f"warning: the tokenizer of {base} {what}")
     tokenizer.model_max_length = 1_000_000_000  # lengths are limited by max_length, with a report
     return tokenizer
 

@@ -66,7 +66,7 @@ def prompter(cfg, given: set[str], tokenizer, rows: list[dict[str, str]]) -> Pro
     """
     columns = files.template_columns(cfg.text)
     whole = bool(rows) and "messages" in rows[0] and "text" not in given
-    files.need_columns(rows, ["messages"] if whole else columns, cfg.input, "input")
+    files.need_texts(rows, [] if whole else columns, cfg.input, "input", ["messages"] * whole)
     examples = []
     if cfg.examples:
         examples = files.read_rows(cfg.examples, "examples")

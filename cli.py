@@ -3,6 +3,7 @@
 Nothing here imports torch, so that help and typos are answered at once: see `early`.
 """
 
+import csv
 import dataclasses
 import inspect
 import json
@@ -157,13 +158,22 @@ def whole_number(text: str) -> int:
     return int(number)
 
 
+def several(text: str) -> tuple[str, ...]:
+    """The values of a list separated by commas, as in CSV: one that holds a comma stands in quotation marks."""
+    try:
+        values = next(csv.reader([text], skipinitialspace=True, strict=True), [])
+    except csv.Error as e:
+        raise ValueError(text) from e
+    return tuple(value.strip() for value in values if value.strip())
+
+
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 READERS = {  # type of a field: how a text is read as its value, what is expected
     bool: (lambda text: TRUTH[text.lower()], "true or false"),
     int: (whole_number, "a whole number"),
     float: (float, "a number"),
     str: (str, "a string"),
-    Several: (lambda text: tuple(part.strip() for part in text.split(",") if part.strip()), "a string"),
+    Several: (several, "values separated by commas; one that holds a comma in quotation marks: 'a,\"b, c\"'"),
 }
 
 

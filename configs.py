@@ -78,7 +78,7 @@ class TrainConfig(Shared):
     label_column: str = "label"  # column of the label; multi_label: a JSON list, or labels separated by label_delimiter
     label_columns: Several = ()  # multi_label: one column of 0 and 1 for each label, instead of label_column
     label_delimiter: str = "|"  # multi_label: separator of the labels in label_column
-    label_names: Several = ()  # class names in order, comma separated; default: the labels of the training rows
+    label_names: Several = ()  # class names in order, as a,"b, c"; default: the labels of the training rows
     label_words: Several = ()  # verbalizer for each class (aliases separated by |); default: the class names
     id_column: str = "id"  # id column; default: the row index
     group_column: str = ""  # rows with the same value here always stay together in the hold-out and the folds

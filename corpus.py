@@ -237,11 +237,12 @@ def encode_files(
         read = "; ".join(f"{count:,} of {columns}" for columns, count in layouts.most_common(5))
         found = f"{len(rows):,} pairs ({read}), rendered by {rendering}, responses learned"
     else:
-        files.need_columns(rows, columns, _named(sources), flag)
+        files.need_texts(rows, columns, _named(sources), flag)
+        end = data.end_of_text(tokenizer, need=True)
         pieces = [prompts.render(template, row) for row in rows]
         tokens, report = data.encode(tokenizer, pieces, 10**9)
         sizes = [len(prompts.plain(row).encode()) for row in pieces]
-        tokens = end_documents(tokens, data.end_of_text(tokenizer))
+        tokens = end_documents(tokens, end)
         found = f"{len(rows):,} documents"
         _, others = pair_formats.renamed({k: v for k, v in rows[0].items() if k != "text"}, columns)
         if default and others:
@@ -291,7 +292,7 @@ def pair_pieces(
     """
     # Added tokens that are not special (<think>, <tool_call>): a model learns to write them.
     words = prompts.spelled(set(tokenizer.get_added_vocab()) - prompts.special_tokens(tokenizer))
-    end = tokenizer.convert_ids_to_tokens(data.end_of_text(tokenizer))
+    end = tokenizer.convert_ids_to_tokens(data.end_of_text(tokenizer, need=not chat))  # a chat has its own
     system_turn = [prompts.turn("system", system)] if system and chat and prompts.takes_system(tokenizer) else []
     pieces, spans, problems = [], [], []
     for row, name in zip(rows, names, strict=True):
@@ -325,6 +326,9 @@ def _turns(row, template):
     wrong = pair_formats.problem(row)
     if wrong:
         raise ValueError(wrong)
+    nested = [name for name in ("prompt", "response") if isinstance(row.get(name), files.Nested)]
+    if nested and "messages" not in row:
+        raise ValueError(f"its {' and '.join(nested)} is a list or object, no text")
     if "messages" in row:
         turns = pair_formats.read_turns(row["messages"])
     else:

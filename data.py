@@ -10,6 +10,7 @@ row of concatenated sequences.
 import hashlib
 import json
 import re
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -21,6 +22,7 @@ import prompts
 from cutting import bounds, cutting_rules, ends_of_kept, moved, pieces_of, shortened, truncate
 from errors import UserError, few
 
+UNKNOWN = 0.2  # a larger share of tokens that are unknown is a warning
 NOWHERE = (-1, 0)  # the place in the text of a token that the tokenizer itself adds
 BULK, BULK_TEXT = 1000, 2**22  # rows, and characters, that are encoded at once: many, for speed; not all, for memory
 LONG = 2**17  # characters of a row that may be encoded in part: shorter ones never are
@@ -91,6 +93,7 @@ class TokenReport:
     cut_tokens: int = 0
     guarded: int = 0  # rows whose fields hold the string of an added token
     empty: int = 0
+    unknown: int = 0  # tokens that stand for what the tokenizer does not know
     partly: int = 0  # rows so long that the middle of their fields was not encoded: their lengths are at least these
     unsure: int = 0  # those of them without white space where it would prove that the tokens are the same
     lengths: list[int] = field(default_factory=list)  # tokens of each row before it was cut
@@ -108,6 +111,10 @@ class TokenReport:
             text += f" ({self.unsure} have long stretches without white space: encoded whole, their tokens may differ)"
         if self.guarded:
             text += f"; {self.guarded} rows name special tokens in their text: encoded as plain text"
+        if self.unknown:
+            text += f"; {self.unknown:,} tokens ({self.unknown / self.tokens:.0%}) are unknown to the tokenizer"
+        if self.unknown > UNKNOWN * self.tokens:
+            text += " (warning: that much of the text is not read; choose a base that knows its letters)"
         if self.empty:
             text += f"; {self.empty} rows are empty"
         return text
@@ -148,7 +155,10 @@ def encode(
     if broken:
         raise UserError(f"{len(broken)} rows hold a lone surrogate, which is no text (rows {few(broken)})")
     report = TokenReport()
-    added = prompts.spelled(token for token in tokenizer.get_added_vocab() if token.strip())
+    # White space is never special: models have tokens of their own for runs of it.
+    vocabulary = tokenizer.get_added_vocab()
+    added = {id for token, id in vocabulary.items() if token.replace("\u2581", " ").strip()}
+    added.discard(tokenizer.unk_token_id)
     encode_row = partial(_encode_row, tokenizer, added, max_length, rules, bool(answers))
     size = PER_TOKEN * max_length + LEAST
     is_long = [len(text) > max(LONG, 4 * size) for text in texts]
@@ -184,6 +194,8 @@ def encode(
     if answers:
         tokens.learned = np.concatenate(learned)
     report.tokens, report.longest = len(tokens.ids), int(tokens.lengths.max())
+    if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        report.unknown = np.count_nonzero(tokens.ids == tokenizer.unk_token_id)
     return tokens, report
 
 
@@ -201,19 +213,19 @@ def _encodings(tokenizer, texts) -> Iterator:
 
 
 def _encode_row(tokenizer, added, max_length, rules, need_spans, row, encoding):
-    """(ids of a row, their places in its text or None, the tokens that are kept, does the user's text spell an added
-    token?). added: a pattern of these; encoding: the tokenizer's, of the row's text.
+    """(ids of a row, their places in its text or None, the tokens that are kept, did the user's text become an added
+    token?). added: the ids of these; encoding: the tokenizer's, of the row's text.
     """
-    text = prompts.plain(row)
-    places = [match.span() for match in added.finditer(text)]
-    guarded = places and _guarded(tokenizer, text, row, places)
-    ids, spans = guarded or (encoding.ids, None)
+    ids, spans = encoding.ids, None
+    guarded = not added.isdisjoint(ids) and _has_users_tokens(added, row, encoding)
+    if guarded:
+        ids, spans = _guarded(tokenizer, added, row)
     too_long = len(ids) > max_length or any(most for most, _ in rules)
     if spans is None and (need_spans or too_long):  # places in the text take time: only where they are needed
         marks = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
         spans = [NOWHERE if is_special else span for span, is_special in marks]
     kept = truncate(spans, row, max_length, rules) if too_long else list(range(len(ids)))
-    return ids, spans, kept, bool(guarded)
+    return ids, spans, kept, guarded
 
 
 # ---- very long rows -------------------------------------------------------------------------------------------------
@@ -260,53 +272,80 @@ def _learned(spans, kept, answers):
 # ---- special tokens -------------------------------------------------------------------------------------------------
 
 
-def end_of_text(tokenizer, padding: bool = False) -> int:
-    """The id that ends a document: EOS, or else pad, or else id 0; padding: the id that pads one, pad before EOS."""
+def end_of_text(tokenizer, padding: bool = False, need: bool = False) -> int:
+    """The id that ends a document: EOS, or else pad, or else id 0; padding: the id that pads one, pad before EOS.
+
+    need: raise UserError rather than take id 0, which is a letter of many vocabularies.
+    """
     ids = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     if padding:
         ids.reverse()
+    if need and ids == [None, None]:
+        advice = "name its eos_token in tokenizer_config.json"
+        raise UserError(f"the base's tokenizer has no EOS and no padding token: {advice}")
     return next((t for t in ids if t is not None), 0)
 
 
-def _guarded(tokenizer, text, pieces, places):
-    """(ids of a text, characters (first, end) of each token), where of the places that spell an added token only those
-    within the template's own words become one; None where all of them are.
+def _has_users_tokens(added, pieces, encoding):
+    """Whether a special token of a row does not lie in the template's own words. The tokenizer's encoding tells, not
+    the text: some tokenizers look for their tokens in the text in lower case, or with wide letters made narrow.
+    """
+    text = prompts.plain(pieces)
+    places = [encoding.token_to_chars(t) for t, id in enumerate(encoding.ids) if id in added]
+    words = []
+    for first, end in filter(None, places):  # without those that the tokenizer puts around any text
+        word = text[first:end]  # perhaps with the blanks beside it
+        words.append((end - len(word.lstrip()), first + len(word.rstrip())))
+    return any(i < 0 or pieces[i][0] for i in pieces_of(words, pieces))
+
+
+def _guarded(tokenizer, added, pieces):
+    """(ids of a row, characters (first, end) of each token), where only the template's own words become special tokens.
 
     A tokenizer turns the string <|im_end|> into the special token wherever it finds it. In a user's text that would
-    end the user's turn, and let a post open a system turn of its own that says how it is to be judged.
+    end the user's turn, and let a post open a system turn of its own that says how it is to be judged. So the row is
+    encoded by a tokenizer without these strings; in the template's words stand-ins, which no text can spell, take their
+    place.
     """
-    inside = pieces_of(places, pieces)
-    special = [place for place, i in zip(places, inside, strict=True) if i >= 0 and not pieces[i][0]]
-    if special == places:
-        return None
-    vocabulary = tokenizer.get_added_vocab()
-    added = set(vocabulary.values()) - {tokenizer.unk_token_id}
-    bare = _bare_backend(tokenizer)
-    ids, spans, position = [], [], 0
-    for start, end in [*special, (len(text), len(text))]:
-        chunk = bare.encode(text[position:start], add_special_tokens=False)
-        leaked = added & set(chunk.ids)
-        if leaked:
-            raise UserError(f"text {text[position:start][:60]!r} cannot be told from the special tokens {leaked}")
-        ids += chunk.ids
-        spans += [(position + first, position + last) for first, last in chunk.offsets]
-        if end > start:
-            ids.append(vocabulary[text[start:end]])
-            spans.append((start, end))
-        position = end
-    around = tokenizer("a").encodings[0]  # what the tokenizer itself puts before and after any text
-    mask = around.special_tokens_mask
-    before, after = mask.index(0), mask[::-1].index(0)
-    ids = around.ids[:before] + ids + around.ids[len(mask) - after :]
-    return ids, [NOWHERE] * before + spans + [NOWHERE] * after
+    bare, stand_ins = _bare_backend(tokenizer)
+    parts, origins, start = [], [], 0  # origins: the place in the row of each character of the parts
+    for is_field, text in pieces:
+        own = tokenizer.backend_tokenizer.encode("" if is_field else text, add_special_tokens=False)
+        position = 0
+        for id, (first, end) in zip(own.ids, own.offsets, strict=True):
+            if id in added:
+                parts += [text[position:first], stand_ins[id]]
+                origins += [np.arange(position, first) + start, np.full(len(stand_ins[id]), first + start)]
+                position = end
+        parts.append(text[position:])
+        origins.append(np.arange(position, len(text)) + start)
+        start += len(text)
+    origin = np.concatenate([*origins, [start]])
+
+    encoding = bare.encode("".join(parts))
+    real = {stand_in: id for id, stand_in in stand_ins.items()}
+    ids, spans = [], []
+    marks = zip(encoding.ids, encoding.tokens, encoding.offsets, encoding.special_tokens_mask, strict=True)
+    for id, token, (first, end), is_around in marks:
+        spans.append(NOWHERE if is_around else (int(origin[first]), int(origin[end])))
+        ids.append(real.get(token.strip(), id))
+        if ids[-1] in added and not is_around and token.strip() not in real:
+            raise UserError(f"text {token!r} cannot be told from the special token {tokenizer.decode([id])!r}")
+    return ids, spans
 
 
 @cache
 def _bare_backend(tokenizer):
-    """The tokenizer's backend with no added tokens at all; it takes a second to make."""
+    """(the tokenizer's backend, which knows added tokens by stand-ins alone, {id: its stand-in}); it takes a second."""
+    vocabulary, secret = tokenizer.get_added_vocab(), secrets.token_hex(8)
+    names = {token: f"\ue000{secret} {id}\ue001" for token, id in vocabulary.items() if id != tokenizer.unk_token_id}
     backend = tokenizer.backend_tokenizer
-    spec = json.loads(backend.to_str()) | {"added_tokens": []}
-    return type(backend).from_str(json.dumps(spec))
+    spec = json.loads(backend.to_str())
+    known = [token for token in spec["added_tokens"] if token["content"] in names]
+    spec["added_tokens"] = [{**token, "content": names[token["content"]], "normalized": False} for token in known]
+    if isinstance(spec["model"].get("vocab"), list):  # a unigram model would find the strings itself
+        spec["model"]["vocab"] = [[names.get(token, token), score] for token, score in spec["model"]["vocab"]]
+    return type(backend).from_str(json.dumps(spec)), {vocabulary[token]: name for token, name in names.items()}
 
 
 def label_word_ids(tokenizer, template: str, words: tuple[str, ...]) -> tuple[tuple, ...]:

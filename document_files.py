@@ -1,6 +1,5 @@
 """Files of documents or pairs that are no LaTeX, as rows: plain text, JSON lines and lists, tables."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -56,19 +55,12 @@ def _json_rows(file, flag):
     """The rows of a file that holds a JSON list of objects."""
     where = f"--{flag} {file}"
     try:
-        values = json.loads(files.read_text(str(file), where))
+        values = files.from_json(files.read_text(str(file), where))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: cannot be read as JSON ({one_line(e)}); JSON lines end in .jsonl") from None
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise UserError(f"{where}: expected a list of objects, each a document or a pair")
-    return [{key: _cell(value) for key, value in row.items()} for row in values]
-
-
-def _cell(value):
-    """A value of JSON as a str, as files.py reads JSON lines."""
-    if isinstance(value, list | dict):
-        return json.dumps(value)
-    return "" if value is None else str(value)
+    return [{key: files.cell(value) for key, value in row.items()} for row in values]
 
 
 def as_pairs(rows: list[dict], columns: list[str]) -> tuple[list[dict], dict[str, int]]:

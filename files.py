@@ -4,9 +4,10 @@ import ast
 import gzip
 import io
 import json
+import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,26 @@ BYTES = re.compile(r"b(['\"]).*\1", re.DOTALL)  # b'Solve ...'
 Rows = list[dict[str, str]]  # of a file: column -> cell
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+AS_LINES = "write one object a line, in .jsonl (pandas: to_json(orient='records', lines=True))"
 UNPACKED, RATIO = 2**26, 200  # a gzip file that unpacks to more bytes than this, and than its own times this, is a bomb
+
+
+class Nested(str):
+    """The cell of a column that holds a list or an object: that as JSON."""
+
+
+class Number(float):
+    """A number of JSON, which keeps its spelling: an id 1.10 is not 1.1."""
+
+    def __new__(cls, text: str):
+        number = super().__new__(cls, text)
+        if not math.isfinite(number):
+            raise ValueError(f"{text} is too large a number; write it as a string")
+        number.text = text
+        return number
+
+    def __str__(self):
+        return self.text
 
 
 class Unreadable(str):
@@ -40,7 +60,10 @@ def read_rows(path: str, flag: str) -> Rows:
     where = f"--{flag} {path}"
     suffix = format_of(path)
     if not Path(path).is_file():
-        raise UserError(f"{where}: no such file; give the path of a CSV, TSV or JSONL file with --{flag} PATH")
+        reason = " (it is a folder; one file is read)" if Path(path).is_dir() else ""
+        if re.search(r"[*?,\[]", path):
+            reason = " (one file is read, no list and no pattern)"
+        raise UserError(f"{where}: no such file{reason}; give the path of a CSV, TSV or JSONL file with --{flag} PATH")
     if suffix == ".parquet":
         rows = _parquet(path, where)
     elif suffix == ".jsonl":
@@ -48,7 +71,9 @@ def read_rows(path: str, flag: str) -> Rows:
     elif suffix in DELIMITERS:
         rows = delimited.read(read_lines(path, where), where, DELIMITERS[suffix])
     else:
-        raise UserError(f"{where}: expected a name ending in .csv, .tsv, .jsonl (.gz too) or .parquet, got '{suffix}'")
+        advice = f"; {AS_LINES}" if suffix == ".json" else ""
+        expected = f"expected a name ending in .csv, .tsv, .jsonl (.gz too) or .parquet, got '{suffix}'"
+        raise UserError(f"{where}: {expected}{advice}")
     if not rows:
         raise UserError(f"{where}: no rows")
     for names in spelling.alike(set().union(*rows)):
@@ -84,7 +109,10 @@ def read_lines(path: str, where: str, newline: str = "") -> Iterator[str]:
     except UnicodeDecodeError:
         raise UserError(f"{where}: {_undecodable(path, where)}") from None
     except (OSError, EOFError, zlib.error) as e:
-        raise UserError(f"{where}: cannot be read ({one_line(e)})") from None
+        reason = one_line(e)
+        if reason.startswith("Not a gzipped file"):  # its start is, see _opened
+            reason = "other bytes follow the end of the gzip archive: damaged, or joined with something else"
+        raise UserError(f"{where}: cannot be read ({reason})") from None
 
 
 def _opened(path, where):
@@ -137,7 +165,9 @@ def decode_text(raw: bytes, where: str) -> str:
     return text
 
 
-def _jsonl(lines, where):
+def from_json(text: str):
+    """A JSON value. Raises ValueError for what is none, for duplicated keys and for numbers that are too large."""
+
     def unique_keys(pairs):
         for key in duplicates(key for key, _ in pairs):
             raise ValueError(f"key {key!r} is duplicated")
@@ -146,23 +176,31 @@ def _jsonl(lines, where):
     def refuse(word):
         raise ValueError(f"{word} is no JSON value; write null or leave the key out")
 
+    def whole_number(text):
+        return Number(text) if text == "-0" else int(text)
+
+    numbers = {"parse_float": Number, "parse_int": whole_number, "parse_constant": refuse}
+    return json.loads(text, object_pairs_hook=unique_keys, **numbers)
+
+
+def _jsonl(lines, where):
     rows, problems = [], []
     for number, line in enumerate(lines, 1):
         line = line.lstrip("\ufeff")
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=unique_keys, parse_constant=refuse)
+            row = from_json(line)
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, got {type(row).__name__}")
-            row = {key: _text(value) for key, value in row.items()}
+            row = {key: cell(value) for key, value in row.items()}
             if "\\u" in line and LONE.search("".join([*row, *row.values()])):
                 raise ValueError("it holds a lone surrogate, which is no text")
             rows.append(row)
         except (ValueError, RecursionError) as e:
             problems.append(f"line {number}: {e}")
     if problems:
-        raise UserError(f"{where}: {len(problems)} lines are not JSON objects ({few(problems)})")
+        raise UserError(f"{where}: {len(problems)} lines are not JSON objects ({few(problems)}); {AS_LINES}")
     return rows
 
 
@@ -185,15 +223,16 @@ def _parquet(path, where):
 def _cells(column):
     """The cells of a Parquet column as strings."""
     try:
-        return list(map(_text, column.to_pylist()))
+        return list(map(cell, column.to_pylist()))
     except (ValueError, OverflowError) as e:  # nanoseconds, years over 9999
         return [Unreadable(f"{column.type} ({one_line(e)})")] * len(column)
 
 
-def _text(value):
+def cell(value) -> str:
+    """A value of JSON or Parquet as the cell of a row."""
     if isinstance(value, list | dict):
         try:
-            return json.dumps(value, default=_plain)
+            return Nested(json.dumps(value, default=_plain))
         except TypeError:
             return Unreadable("bytes in a list or struct")
     if isinstance(value, bytes):
@@ -229,7 +268,7 @@ def need_columns(rows: Rows, columns: list[str], path: str, flag: str) -> None:
             place = f" in row {number}" if number > 1 else ""
             there = f"there is: {', '.join(row)}"
             raise UserError(f"{where}: no column {', '.join(missing)}{place} ({there}){_hint(rows, row, missing)}")
-        odd = [c for c in columns if type(row[c]) is not str]
+        odd = [c for c in columns if type(row[c]) not in (str, Nested)]
         if odd:
             holds = row[odd[0]] if isinstance(row[odd[0]], Unreadable) else type(row[odd[0]]).__name__
             raise UserError(
@@ -240,6 +279,21 @@ def need_columns(rows: Rows, columns: list[str], path: str, flag: str) -> None:
     if headers:
         advice = "does the file repeat its header, or lack one?"
         note(f"warning: {where}: a column holds its own name in {len(headers)} rows ({few(headers)}): {advice}")
+
+
+def need_texts(rows: Rows, texts: list[str], path: str, flag: str, others: Iterable[str] = ()) -> None:
+    """As need_columns, of the columns of a text and others; lists and objects in a text are reported, and in a file of
+    a single row refused: that is a table stored by columns.
+    """
+    where = f"--{flag} {path}"
+    need_columns(rows, [*texts, *others], path, flag)
+    for name in texts:
+        nested = [str(i) for i, row in enumerate(rows, 1) if isinstance(row[name], Nested)]
+        if nested and len(rows) == 1:
+            raise UserError(f"{where}: column {name} of its only row holds a list or object: {AS_LINES}")
+        if nested:
+            what = f"column {name} holds lists or objects in {len(nested):,} rows ({few(nested)})"
+            note(f"warning: {where}: {what}: their JSON is the text; store text where that is not meant")
 
 
 def _hint(rows, row, missing):
@@ -255,6 +309,8 @@ def _hint(rows, row, missing):
         return "; the first line looks like a row: write one with the names of the columns before it"
     if len(row) == 1 and row is rows[0]:
         name = next(iter(row))
+        if isinstance(row[name], Nested):
+            return f"; {name} holds a list or object: {AS_LINES}"
         kind = "JSON lines? Name it .jsonl" if name.startswith(("{", "[")) else "the file separated by commas?"
         return f"; the header is a single column: is {kind}"
     return nearest(missing[0], list(row))

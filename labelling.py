@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import chain, compress
 
@@ -13,6 +14,7 @@ import spelling
 from errors import UserError, few
 from files import Rows
 
+MANY = 1000  # labels: more are classes only where most are in several rows
 TEACHER = "probability_"  # columns probability_<label> hold soft targets
 TRAIN_ONLY = "train_only"  # this column marks rows that are trained on and never judge
 INDICATORS = {"0": 0, "0.": 0, "0.0": 0, "false": 0, "1": 1, "1.": 1, "1.0": 1, "true": 1}
@@ -47,9 +49,11 @@ def find_labels(column: list[str], label_names: tuple[str, ...] = (), where: str
         return Labels(label_names, label_names)
     whole = all(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", value) for value in distinct)
     values = tuple(sorted(distinct, key=int if whole else None))
-    if not 2 <= len(values) <= 1000:
+    alone = len(values) > MANY and len(column) < 2 * len(values)  # ids or texts, each in a row of its own
+    if len(values) < 2 or alone:
         got = f"{len(values)} different labels ({few(values)})"
-        raise UserError(f"{where} holds {got}: expected at least 2 classes, at most 1000; is this the label column?")
+        expected = "at least 2 classes" + ", most of them of several rows" * alone
+        raise UserError(f"{where} holds {got}: expected {expected}; is this the label column?")
     return Labels(values, values)
 
 
@@ -99,13 +103,16 @@ def encode_label_sets(sets: list[list[str]], labels: Labels, where: str) -> np.n
 
 def _known(labels, given):
     """The labels there are, and which of those given look like one of them."""
-    known = few(labels.values, 20)
+    known = few(spelling.quoted(labels.values), 20)
     pairs = []
-    for group in spelling.alike({*labels.values, *given}):
+    given = set(given)
+    for group in spelling.alike(given.union(labels.values)):
         if not set(group) <= set(labels.values):
             pairs.append(" and ".join(spelling.quoted(group)))
     if pairs:
         known += f" ({few(pairs)} look alike, but differ)"
+    if any("," in label for label in given.difference(labels.values)):
+        known += """; a name with a comma stands in quotation marks: --label_names 'a,"b, c"'"""
     return known
 
 
@@ -191,6 +198,10 @@ def doubts(sets: list[list[str]], where: str) -> list[str]:
     alike = list(map(shown, spelling.alike(rows_of)))
     missing = [label for label in MISSING if label in rows_of]
     lines = []
+    separator = "" if any(len(labels) > 1 for labels in sets) else separator_of(rows_of)
+    if separator:
+        advice = f"where they are lists, --task multi_label --label_delimiter {separator!r} splits them"
+        lines.append(f"warning: {where}: labels hold {separator!r} between other labels: {advice}")
     if alike:
         advice = "each is a label of its own; where that is not meant, write them alike in the file"
         lines.append(
@@ -203,11 +214,30 @@ def doubts(sets: list[list[str]], where: str) -> list[str]:
     return lines
 
 
+def separator_of(labels: Collection[str]) -> str:
+    """What separates the labels of lists that were taken as one label each: they are made of fewer parts; or nothing.
+
+    Of blanks only numbers are lists: words have them too.
+    """
+    for separator in ",;|\t ":
+        parts = {part.strip() for label in labels for part in label.split(separator)}
+        if len(parts) < len(labels) and (separator != " " or all(map(str.isdecimal, parts))):
+            return separator
+    return ""
+
+
+def number_of(text: str) -> float:
+    """A number as files hold it. Raises ValueError for anything else, also for Python's 1_000."""
+    if "_" in text:
+        raise ValueError
+    return float(text)
+
+
 def encode_numbers(column: list[str], where: str) -> np.ndarray:
     """The numbers (N,) float32 of a regression's label column. Raises UserError naming rows that hold none."""
 
     def number(text):
-        value = float(text)
+        value = number_of(text)
         if not abs(value) <= 3.4028234663852886e38:  # the largest float32
             raise ValueError
         return value
@@ -237,12 +267,15 @@ def soft_targets(cfg, rows: Rows, labels: Labels, where: str) -> np.ndarray | No
         return None
     wrong = sorted(columns ^ set(names))
     if wrong:
-        raise UserError(f"{where}: expected a probability column for each label; missing or unknown: {few(wrong)}")
+        advice = f"columns {TEACHER}... are soft targets: rename one that is none"
+        raise UserError(
+            f"{where}: expected a probability column for each label; missing or unknown: {few(wrong)}; {advice}"
+        )
 
     def probabilities(cells):
         if not any(cells):
             return [np.nan] * len(cells)
-        shares = [float(cell) for cell in cells]
+        shares = list(map(number_of, cells))
         total = sum(shares) if classes else 1.0
         if not all(0 <= share <= 1 for share in shares) or abs(total - 1) > 1e-3:
             raise ValueError

@@ -54,7 +54,8 @@ def renamed(row: dict[str, str], template_columns: list[str]) -> tuple[dict[str,
     if default:
         beside = [columns[name] for name in BESIDE if name in columns and name != asked[0] != "prompt"]
         used += beside
-        pair["prompt"] = "\n\n".join([row[used[0]], *(row[name] for name in beside if row[name].strip())])
+        parts = [row[used[0]], *(row[name] for name in beside if row[name].strip())]
+        pair["prompt"] = "\n\n".join(parts) if len(parts) > 1 else parts[0]
     if "system" in columns:
         pair["system"] = row[columns["system"]]
     used = used or template_columns

@@ -25,6 +25,7 @@ import loop
 import metrics
 import parts
 import seals
+import spelling
 import tables
 import trained
 from errors import Degenerate, UserError, few
@@ -45,7 +46,7 @@ class Ids(NamedTuple):
 def read_input(cfg, train_cfg, source: str, columns: list[str], say) -> tuple[files.Rows, Ids]:
     """(rows, ids) of the file to predict, up to --limit. Raises UserError unless every row has all columns."""
     rows = files.read_rows(source, "input")[: cfg.limit or None]
-    files.need_columns(rows, [name for name in (*columns, cfg.by_column) if name], source, "input")
+    files.need_texts(rows, columns, source, "input", filter(None, (cfg.by_column, cfg.id_column)))
     say(f"{len(rows):,} rows of {source}")
     labelled = train_cfg.label_columns or (train_cfg.label_column,)
     if set(_header(cfg)[:1]) & set(labelled):
@@ -102,45 +103,46 @@ def known_labels(rows: files.Rows, train_cfg, labels: Labels, say) -> Known | No
     columns = train_cfg.label_columns or (train_cfg.label_column,)
     if not any(name in row for row in rows for name in columns):
         return None
-    read = partial(labelling.encode_targets, train_cfg, labels=labels, where="input")
+    name = f"column {', '.join(columns)}"
+    read = partial(labelling.encode_targets, train_cfg, labels=labels, where=name)
     if train_cfg.task == "multi_label":
-        read = partial(labelling.label_sets, train_cfg, where="input")
-    good, targets = _readable(read, rows)
+        read = partial(labelling.label_sets, train_cfg, where=name)
+    good, targets, problem = _readable(read, rows)
     unknown = []
     if train_cfg.task == "multi_label":
         unknown = sorted(set().union(*targets).difference(labels.values))
         sets = [[label for label in own if label not in unknown] for own in targets]
         good = good if any(sets) else good[:0]
-        targets = labelling.encode_label_sets(sets, labels, "input") if any(sets) else None
+        targets = labelling.encode_label_sets(sets, labels, name) if any(sets) else None
 
-    # Rows that cannot be judged, by what they hold instead.
-    name = f"column {', '.join(columns)}"
-    left_out = sorted(set(range(len(rows))).difference(good))
-    cells = dict.fromkeys("|".join(row.get(name, "") for name in columns) for row in map(rows.__getitem__, left_out))
-    cells = few([f"{cell!r:.60}" for cell in cells], 3)
+    # Rows that cannot be judged, and why.
+    unknown = few(spelling.quoted(unknown), 10)
     if not len(good):
-        say(f"no metrics: no row of {name} holds a label of this run (there is: {cells})")
+        say(f"no metrics: no row of {name} holds a label of this run ({problem or unknown or 'they have none'})")
         return None
-    if left_out:
-        rest = f"{name} holds no label of this run in the others (there is: {cells})"
-        say(f"warning: metrics are over {len(good):,} of {len(rows):,} rows: {rest}")
+    if problem:
+        say(f"warning: metrics are over {len(good):,} of {len(rows):,} rows: {problem}")
     if unknown:
-        say(f"warning: this run does not know the labels {few(unknown, 10)}: metrics are over those it knows")
+        say(f"warning: this run does not know the labels {unknown}: metrics are over those it knows")
     return Known(good, targets)
 
 
 def _readable(read, rows):
-    """(indices of the rows that `read` takes, what it makes of them)."""
+    """(indices of the rows that `read` takes, what it makes of them, why not of the others)."""
 
     def takes(row):
         with suppress(UserError, KeyError):
             read(rows=[row])
             return True
 
-    with suppress(UserError, KeyError):
-        return np.arange(len(rows)), read(rows=rows)
+    try:
+        return np.arange(len(rows)), read(rows=rows), ""
+    except UserError as e:
+        problem = str(e)
+    except KeyError as e:
+        problem = f"rows without a column {e}"
     good = [i for i, row in enumerate(rows) if takes(row)]
-    return np.array(good, int), read(rows=[rows[i] for i in good]) if good else []
+    return np.array(good, int), read(rows=[rows[i] for i in good]) if good else [], problem
 
 
 # ---- rows that a time limit leaves out ------------------------------------------------------------------------------

@@ -68,13 +68,13 @@ PROBE = " \n{0} 'a' \"b\" \\frac{{1}}{{2}} {{{{c}}}} <d> & é\t"  # what a field
 
 def fields(template: str) -> list[str]:
     """The column names of a template, in order. Raises ValueError for a malformed or positional one."""
+    rename = "rename a column that is called by a number, or with one of { } : !"
     try:
         slots = [slot[1:] for slot in string.Formatter().parse(template) if slot[1] is not None]
     except ValueError as e:
-        raise ValueError(f"template {template!r}: {e}") from None
+        raise ValueError(f"template {template!r}: {e}; {rename}") from None
     if not slots or any(spec or conversion or not name or name.isdigit() for name, spec, conversion in slots):
         example = "expected named columns such as {Question}, without a format (:) or conversion (!)"
-        rename = "rename a column that is called by a number, or with one of { } : !"
         raise ValueError(f"template {template!r}: {example}; {rename}")
     return list(dict.fromkeys(name for name, _, _ in slots))
 
@@ -155,9 +155,10 @@ def chat(tokenizer, messages: list[dict], tools: list | None = None, answer: boo
             return [(i % 2 == 1, part) for i, part in enumerate(parts) if part]
 
     # Contents that cannot be told from the template's own text must not spell its special tokens.
-    token = spelled(special_tokens(tokenizer)).search("\ue000".join(own))
-    if token:
-        raise ValueError(f"a message spells the special token {token[0]}, and the chat template rewrites it")
+    words = set(map(str.strip, tokenizer.tokenize("\ue000".join(own))))
+    tokens = words & special_tokens(tokenizer) - {tokenizer.unk_token}
+    if tokens:
+        raise ValueError(f"a message spells the special token {min(tokens)}, and the chat template rewrites it")
     return [(False, text)]
 
 

@@ -76,6 +76,10 @@ def read(cfg: TrainConfig, say: Callable) -> tuple[Split, Split | None, Labels]:
     Raises UserError for everything that is wrong with the files, before the base is touched.
     """
     data.cutting_rules(cfg.text, cfg.kept, cfg.budgets)  # raises for unknown fields
+    targets = {cfg.label_column, *cfg.label_columns}
+    told = [c for c in files.template_columns(cfg.text) if c in targets or c.startswith(labelling.TEACHER)]
+    if told:
+        raise UserError(f"--text names {', '.join(told)}, which is to be predicted: leave it out of the text")
     train, labels = _labelled(cfg, "train_data", None, say)
     train.soft = labelling.soft_targets(cfg, train.rows, labels, f"--train_data {cfg.train_data}")
     if train.soft is not None:
@@ -171,10 +175,10 @@ def _texts(cfg, flag, *others):
     """
     path, columns = getattr(cfg, flag), files.template_columns(cfg.text)
     rows = files.read_rows(path, flag)
-    needed = [*columns, *filter(None, others)]
+    needed = list(filter(None, others))
     if any(cfg.id_column in row for row in rows):  # else the row index counts, which must not be the id of another row
         needed.append(cfg.id_column)
-    files.need_columns(rows, needed, path, flag)
+    files.need_texts(rows, columns, path, flag, needed)
     decoded = files.decode_bytes_literals(rows, columns)
     return rows, decoded, [str(i + 1) for i in files.empty_rows(rows, columns)]
 

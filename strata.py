@@ -85,7 +85,7 @@ def stratified(labels: np.ndarray, val_size: float, seed: int) -> np.ndarray:
     if not least <= total <= rows - least:
         raise UserError(
             f"--val_size {val_size:g} asks for {total} of {rows} rows, expected {least} to {rows - least}: one row a "
-            "class on each side"
+            "class on each side; give such a number with --val_size, or --val_data"
         )
 
     # each class's share, rounded down; what is missing goes to the largest remainders, what is too much comes from

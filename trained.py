@@ -220,7 +220,7 @@ def export_run(folder: Path, run: "Run") -> str:
         raise UserError(f"--export: {model.architecture} pools {' or '.join(poolings)}, this run {model.pooling}")
     lora.merge(model)
     tokenizer.model_max_length = run.config.max_length
-    config = models.classifier_config(model, run.labels.names, pad=data.end_of_text(tokenizer, padding=True))
+    config = models.classifier_config(model, run.labels.names, pad=data.end_of_text(tokenizer, padding=True, need=True))
     dtype = model.backbone.get_input_embeddings().weight.dtype
     export(folder, model, tokenizer, config, dtype, {"exported": str(run.path)})
     return model.architecture

@@ -115,7 +115,7 @@ def test_a_missing_column_lists_those_that_exist(tmp_path, unloadable):
 def test_unknown_labels_of_the_validation_file_are_named_with_rows(tmp_path, unloadable):
     val = write_csv(tmp_path / "val.csv", [*QUESTIONS, ("Really?", "c"), ("Truly?", "c")])
     message = data_refused(tmp_path, unloadable, val_data=val)
-    assert f"--val_data {val}: 2 rows have unknown labels ('c' in row 5, 6): expected one of a, b" in message
+    assert f"--val_data {val}: 2 rows have unknown labels ('c' in row 5, 6): expected one of 'a', 'b'" in message
 
 
 def test_empty_texts_are_named_by_row(tmp_path, unloadable):
@@ -143,7 +143,7 @@ def test_one_class_alone(tmp_path, unloadable):
 
 def test_label_names_that_do_not_fit(tmp_path, unloadable):
     message = data_refused(tmp_path, unloadable, label_names="a,c")
-    assert "unknown labels ('b' in row 2, 4, 6 and 7 more): expected one of a, c" in message
+    assert "unknown labels ('b' in row 2, 4, 6 and 7 more): expected one of 'a', 'c'" in message
 
 
 def test_class_weights_of_another_number(tmp_path, unloadable):

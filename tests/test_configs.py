@@ -522,3 +522,23 @@ def test_every_preset_function_is_listed():
     made = {name for name, f in vars(presets).items() if getattr(f, "__module__", "") == "presets"}
     listed = {make.__name__ for make in [*presets.TRAIN_PRESETS.values(), *presets.CPT_PRESETS.values()]}
     assert made <= listed, f"presets.py: list {made - listed} in TRAIN_MAKERS or CPT_PRESETS, or --cfg does not know it"
+
+
+@pytest.mark.parametrize("name", ["label_names", "label_columns", "kept", "label_words"])
+@pytest.mark.parametrize(
+    "text, values",
+    [
+        ('a,"b, c",d', ("a", "b, c", "d")),
+        ('"Yes, certainly", No', ("Yes, certainly", "No")),
+        ("a, b ,,c", ("a", "b", "c")),
+        ('"a ""b"", c"', ('a "b", c',)),
+        ("it's|so,b", ("it's|so", "b")),
+        ('5" disk,b', ('5" disk', "b")),
+        ("", ()),
+    ],
+)
+def test_values_with_commas_stand_in_quotation_marks(name, text, values):
+    assert getattr(parse(f"--{name}", text)[0], name) == values
+    assert getattr(parse(f"--{name}={text}")[0], name) == values
+    with pytest.raises(UserError, match="one that holds a comma in quotation marks"):
+        parse(f"--{name}", 'a,"b')

@@ -1,5 +1,6 @@
 """Tokens as the tokenizer makes them, and the batch plan."""
 
+import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -253,6 +254,80 @@ def test_unknown_words_in_a_guarded_row_are_no_leak():
     assert ids == [5, 2, 3, 4, 0, 1] and report.guarded == 1
 
 
+def special_tokenizer(kind: str):
+    """A tokenizer of letters whose special tokens are found after normalizing, or by a unigram model too, or whose
+    words begin with a mark that only the text's first word, every stretch or no word gets.
+    """
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = "\u2581abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ<>|_-:/"
+    tokens = ["<s>", "</s>", "<|im_end|>", "<tool_call>"]
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), *((c, -1.0) for c in letters)], 0))
+    if kind == "in the model":
+        backend = Tokenizer(models.Unigram([("<unk>", 0.0), *((c, -1.0) for c in [*tokens, *letters])], 0))
+    if kind == "normalized":
+        backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    if kind == "llama":
+        parts = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        backend.normalizer = normalizers.Sequence(parts)
+    else:
+        scheme = kind if kind in ("always", "never") else "first"
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    is_normalized = kind == "normalized"
+    strips = kind == "strips"
+    added = [AddedToken(t, normalized=is_normalized, special=t[1] != "t", lstrip=strips, rstrip=strips) for t in tokens]
+    backend.add_tokens([*added, AddedToken("\u2581\u2581", normalized=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+KINDS = ["normalized", "in the model", "first", "always", "never", "llama", "strips"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", ["{a}", "<s>user: {a} </s>answer:", "<s> {a}<tool_call>{a}"])
+def test_no_spelling_makes_a_special_token_of_users_text(kind, template):
+    """Special tokens are the template's, and around the field all is as it is around another word of as many letters,
+    whatever the tokenizer normalizes, where it puts its marks, and what its model knows.
+    """
+    tokenizer = special_tokenizer(kind)
+    added = {t for token, t in tokenizer.get_added_vocab().items() if "<" in token} - {tokenizer.unk_token_id}
+    own = [tokenizer.get_added_vocab()[token] for token in re.findall("</?[a-z_]+>", template)]
+    for token in ("<s>", "</s>", "<|im_end|>", "<tool_call>", "<S>", "\uff1c|im_end|\uff1e", "<TOOL_CALL>", "\uff1cs>"):
+        row, plain = f"hello {token}  there", f"hello {'x' * len(token)}  there"
+        (ids, other), report = ids_of(tokenizer, template, [{"a": row}, {"a": plain}])
+        assert [t for t in ids if t in added] == own, token
+        assert report.guarded == (kind == "normalized" or token in tokenizer.get_added_vocab())
+        assert len(ids) == len(other)
+        x = tokenizer.get_vocab()["x"]
+        assert all(a == b for a, b in zip(ids, other, strict=True) if b != x)
+        (cut,), _ = ids_of(tokenizer, template, [{"a": row}], len(ids) - 1)
+        assert [t for t in cut if t in added] == own and len(cut) == len(ids) - 1
+
+
+def test_a_template_that_rewrites_refuses_every_spelling():
+    """A content that cannot be told from the template's words must spell none of its tokens, in no spelling."""
+    tokenizer = special_tokenizer("normalized")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'].replace('  ', ' ') }}{% endfor %}"
+    assert prompts.chat(tokenizer, [prompts.turn("user", "a  b")]) == [(False, "a b")]
+    for token in ("<|im_end|>", "<|IM_END|>", "\uff1c|im_end|\uff1e"):
+        with pytest.raises(ValueError, match="spells the special token"):
+            prompts.chat(tokenizer, [prompts.turn("user", f"a  {token}")])
+
+
+def test_unknown_tokens_are_counted_and_many_are_a_warning(small):
+    """Of a vocabulary of words; a model of bytes knows everything, also where its unknown token is its end."""
+    words = special_tokenizer("first")
+    _, report = ids_of(words, "{a}", [{"a": "hello \u6570 there"}])
+    assert report.unknown == 1 and "1 tokens (7%) are unknown to the tokenizer" in str(report)
+    assert "warning" not in str(report)
+    _, report = ids_of(words, "{a}", [{"a": "\u6570 \u5b66 a"}])
+    assert report.unknown == 2 and "warning: that much of the text is not read" in str(report)
+    for tokenizer in (words, small):
+        _, report = ids_of(tokenizer, "{a}", [{"a": "hello"}, {"a": ""}])
+        assert not report.unknown and "unknown" not in str(report)
+
+
 def test_an_empty_row_becomes_the_end_of_text_alone(small):
     got, report = ids_of(small, "{a}", [{"a": ""}, {"a": "x"}, {"a": ""}])
     assert got[0] == got[2] == [small.eos_token_id] and report.empty == 2
@@ -504,3 +579,17 @@ def test_bulks_are_bounded_by_their_text(small, monkeypatch):
     tokens, _ = data.tokenize(small, "{a}", rows, 100)
     monkeypatch.setattr(data, "BULK_TEXT", 10**6)
     assert data.tokenize(small, "{a}", rows, 100)[0].digest() == tokens.digest()
+
+
+def test_a_tokenizer_that_drops_letters_says_so(tmp_path, capsys):
+    """Neither bytes nor an unknown token: such letters are in no token at all."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate("ab1 \u0436")}, []))
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    bases.load_tokenizer(str(tmp_path))
+    out = capsys.readouterr().out
+    assert "leaves out letters that it does not know, such as \u03b1, \u6570, \ud55c," in out and out.count("\n") == 1
+    bases.load_tokenizer(str(ROOT / "tiny/base"))
+    assert not capsys.readouterr().out

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import delimited
+import document_files
 import errors
 import files
 import formats
@@ -197,6 +198,124 @@ def test_label_columns_with_other_cells_are_refused(tmp_path, cell):
 def test_single_labels_that_are_lists_are_named(tmp_path):
     _, _, said = read(tmp_path / "a.csv", table(["[1, 0]", "[0, 1]"] * 3))
     assert len(said) == 1 and "every label is a list: --task multi_label" in said[0]
+
+
+# ---- lists that are taken as one label, columns that tell the label, numbers -----------------------------------------
+
+
+@pytest.mark.parametrize("separator", [",", ", ", ";", " ", "\t"])
+@pytest.mark.parametrize("task", ["single_label", "multi_label"])
+def test_lists_with_another_delimiter_are_said(tmp_path, separator, task):
+    """The labels stay what they are, and one line gives the delimiter that makes lists of them."""
+    column = [separator.join(sorted({str(i % 4), str(i // 4 % 4)})) for i in range(32)]
+    _, labels, said = read(tmp_path / "a.csv", table(column), task=task)
+    assert set(labels.values) == set(column) and len(said) == 1
+    assert f"--task multi_label --label_delimiter {(separator.strip(' ') or ' ')!r} splits them" in said[0]
+    _, labels, said = read(tmp_path / "a.csv", table(column), task="multi_label", label_delimiter=separator)
+    assert labels.values == ("0", "1", "2", "3") and not said
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [["Yes, certainly", "No, never"], ["New York", "New Jersey", "Jersey City"], ["a, b", "c"], ["x;y", "z"],
+     ["Albany, NY", "Buffalo, NY", "Paris, TX"], ["0", "1", "10"]],
+)  # fmt: skip
+def test_names_with_commas_or_blanks_are_no_lists(tmp_path, labels):
+    for task in ("single_label", "multi_label"):
+        assert not read(tmp_path / "a.csv", table(labels * 3), task=task)[2]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+@pytest.mark.parametrize(
+    "text, settings",
+    [
+        ("{text} {label}", {}),
+        ("{label}", {}),
+        ("{text}{label}", {"task": "multi_label"}),
+        ("{text} {a}", {"task": "multi_label", "label_columns": ("a", "b")}),
+        ("{text} {label}", {"task": "regression", "metric": "mae"}),
+        ("{text} {probability_x}", {}),
+    ],
+)
+def test_a_text_that_names_the_label_is_refused(tmp_path, form, text, settings):
+    rows = [{"text": f"t{i}", "label": "1", "a": "0", "b": "1", "probability_x": "1"} for i in range(4)]
+    lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+    content = "\n".join(lines if form == "csv" else map(json.dumps, rows))
+    with pytest.raises(UserError, match="--text names .*which is to be predicted"):
+        read(tmp_path / f"a.{form}", content, text=text, **settings)
+
+
+def test_columns_that_are_called_probability_have_a_way_out(tmp_path):
+    content = "text,label,probability_of_rain\n" + "a,x,0.3\nb,y,0.4\n" * 2
+    assert "probability_... are soft targets: rename one that is none" in refusal(tmp_path / "a.csv", content)
+    content = "text,label,probability_x,probability_y\n" + "a,x,0_1,0\nb,y,0,1\n" * 2
+    assert "malformed probabilities (['0_1', '0'] in row 1, 3)" in refusal(tmp_path / "a.csv", content)
+
+
+NUMBERS = ["1.10", "1E5", "0.1e1", "-0", "-0.0", "12345678901234567890", "1e-7", "1.0"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_numbers_of_json_keep_their_spelling(tmp_path, name):
+    """An id or label is what stands in the file, whatever number it is; what no number can hold is refused."""
+    objects = [f'{{"id": {number}, "text": "t", "list": [{number}]}}' for number in NUMBERS]
+    path = tmp_path / name
+    path.write_text("\n".join(objects) if name == "a.jsonl" else f"[{','.join(objects)}]")
+    rows, _ = document_files.rows_of(path, "train_data", named=True)
+    assert [row["id"] for row in rows] == NUMBERS
+    assert [json.loads(row["list"])[0] for row in rows] == list(map(json.loads, NUMBERS))
+    path.write_text('{"id": 1e400}' if name == "a.jsonl" else '[{"id": [-1e999]}]')
+    with pytest.raises(UserError, match="1e400 is too large|-1e999 is too large"):
+        document_files.rows_of(path, "train_data", named=True)
+
+
+# ---- JSON of other shapes, folders and damaged archives -------------------------------------------------------------
+
+RECORDS = [{"text": f"t{i}", "label": "xy"[i % 2]} for i in range(4)]
+SHAPES = {
+    "columns": json.dumps({name: [row[name] for row in RECORDS] for name in ("text", "label")}),
+    "pandas": json.dumps({name: {str(i): row[name] for i, row in enumerate(RECORDS)} for name in ("text", "label")}),
+    "array": json.dumps(RECORDS),
+    "within": json.dumps({"data": RECORDS}),
+    "pretty": json.dumps(RECORDS[0], indent=2),
+    "joined": "".join(map(json.dumps, RECORDS)),
+    "commas": ",\n".join(map(json.dumps, RECORDS)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+def test_json_of_another_shape_is_refused_with_the_way_out(tmp_path, shape, name):
+    content = SHAPES[shape].encode()
+    assert files.AS_LINES in refusal(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content)
+
+
+@pytest.mark.parametrize("cell", [["a", "b"], {"en": "a"}, []])
+def test_lists_in_a_text_are_said_once(tmp_path, cell, capsys):
+    path = tmp_path / "a.jsonl"
+    content = "".join(json.dumps({**row, "more": cell}) + "\n" for row in RECORDS)
+    read(path, content)
+    assert not capsys.readouterr().out
+    rows, _, _ = read(path, content, text="{text} {more}")
+    assert rows.rows[0]["more"] == json.dumps(cell)
+    assert "column more holds lists or objects in 4 rows (1, 2, 3, 4)" in capsys.readouterr().out
+
+
+def test_folders_lists_and_patterns_are_named(tmp_path):
+    for path, words in ((tmp_path, "it is a folder"), (tmp_path / "*.csv", "no pattern"), ("a.csv,b.csv", "no list")):
+        with pytest.raises(UserError, match=words):
+            files.read_rows(str(path), "input")
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.jsonl.gz"])
+def test_bytes_after_an_archive_are_named_and_members_joined(tmp_path, name):
+    """Archives may have several members, and zeros at their end; anything else is damage."""
+    lines = table(["x", "y"] * 4, name.split(".")[1]).encode().splitlines(keepends=True)
+    packed = gzip.compress(b"".join(lines[:4])) + gzip.compress(b"".join(lines[4:]))
+    for end in (b"", b"\0" * 600):
+        assert len(read(tmp_path / name, packed + end)[0].ids) == 8
+    assert "other bytes follow the end of the gzip archive" in refusal(tmp_path / name, packed + b"more")
+    assert "cannot be read" in refusal(tmp_path / name, packed[:-9])
 
 
 # ---- Parquet --------------------------------------------------------------------------------------------------------
@@ -387,9 +506,9 @@ def test_headers_that_lack_a_column_say_why(tmp_path, header, words):
     assert words in message
 
 
-@pytest.mark.parametrize("name", ["0", "a:b", "a!r", "{text}", "}"])
+@pytest.mark.parametrize("name", ["0", "a:b", "a!r", "{text}", "}", "Wow! Tell us", "Q1: What?", "{"])
 def test_names_that_no_template_can_hold_are_to_be_changed(tmp_path, name):
-    with pytest.raises(UserError, match="rename a column|template"):
+    with pytest.raises(UserError, match="rename a column"):
         read(tmp_path / "a.csv", f"id,{name},label\n" + BODY, text="{" + name + "}")
 
 

@@ -310,6 +310,7 @@ def test_real_jsonl_is_read_whole(shared):
         (["1", "1"], ("x", "y", "z"), ("0", "1", "2"), ("x", "y", "z")),
         (["1", "2"], ("2", "1"), ("2", "1"), None),  # numbers as given names
         (["9" * 5000, "1"], (), ("1", "9" * 5000), None),
+        (list(map(str, range(1001))) * 2, (), tuple(map(str, range(1001))), None),
     ],
 )
 def test_find_labels(column, names, values, shown):
@@ -322,6 +323,7 @@ def test_find_labels(column, names, values, shown):
         (["a", "", "b", " "], "2 rows have an empty label (rows 2, 4)"),
         (["a", "a"], "holds 1 different labels (a): expected at least 2 classes"),
         ([str(i) for i in range(1001)], "1001 different labels"),
+        ([str(i % 1001) for i in range(2001)], "most of them of several rows"),
     ],
 )
 def test_find_labels_refuses(column, words):
@@ -337,8 +339,15 @@ def test_encode_labels_inverts_and_names_unknown_labels_with_rows():
     assert encoded.dtype == np.int64 and [labels.values[i] for i in encoded] == column
     with pytest.raises(UserError) as e:
         labelling.encode_labels(["x", "Y", "y", "w", "Y", "Y", "Y"], labels, "--val_data v.csv")
-    for words in ("--val_data v.csv: 5 rows", "'Y' in row 2, 5, 6 and 1 more", "'w' in row 4", "one of x, y, z"):
+    for words in ("--val_data v.csv: 5 rows", "'Y' in row 2, 5, 6 and 1 more", "'w' in row 4", "one of 'x', 'y', 'z'"):
         assert words in str(e.value)
+
+
+def test_a_name_with_a_comma_has_a_way_out():
+    labels = labelling.Labels(("a", "Yes", "sure"), ("a", "Yes", "sure"))
+    expected = """expected one of 'a', 'Yes', 'sure'; a name with a comma stands in quotation marks"""
+    with pytest.raises(UserError, match=expected):
+        labelling.encode_labels(["a", "Yes, sure"], labels, "x")
 
 
 def test_names_that_do_not_cover_the_column_are_refused():
@@ -347,7 +356,7 @@ def test_names_that_do_not_cover_the_column_are_refused():
         labelling.encode_labels(["a", "q"], labels, "--train_data t.csv")
 
 
-@pytest.mark.parametrize("text", ["much", "", "nan", "inf", "1,5", "1e60"])
+@pytest.mark.parametrize("text", ["much", "", "nan", "inf", "1,5", "1e60", "1_000"])
 def test_numbers_that_are_none_are_named(text):
     assert labelling.encode_numbers(["1", "-2.5e-3", " 7 "], "x").tolist() == [1, np.float32(-2.5e-3), 7]
     with pytest.raises(UserError, match=rf"x: 2 rows have no number \('{text}' in row 2, 4\): expected finite ones"):

@@ -178,14 +178,14 @@ def test_a_missing_id_never_becomes_that_of_another_row(fitted, tmp_path, capsys
     """JSON lines of which some have no id are refused, the first one too; empty ids are counted."""
     flags = ["--runs", str(fitted), "--input", str(tmp_path / "new.jsonl"), "--output", str(tmp_path / "o.csv")]
     for lacking in (0, 1):
-        rows = [{"id": i, "Question": f"text {i}"} for i in (1, 2, 0)]
+        rows = [{"id": i, "Question": f"text {i}", "label": "x"} for i in (1, 2, 0)]
         del rows[lacking]["id"]
         (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for more in ([], ["--id_column", "id"], ["--submission", ""]):
             with pytest.raises(UserError, match="no column id"):
                 infer.main([*flags, *more])
         with pytest.raises(UserError, match="no column id"):
-            train.main(["--train_data", str(tmp_path / "new.jsonl"), "--label_column", "Question"])
+            train.main(["--train_data", str(tmp_path / "new.jsonl")])
     rows = [{"id": cell, "Question": f"text {cell!r}"} for cell in ("7", "", None, " ", "0", "7")]
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     infer.main(flags)

@@ -83,7 +83,7 @@ def test_malformed_labels_are_named(row, columns, words):
     with pytest.raises(UserError, match=words):
         labelling.label_sets(configs.TrainConfig(label_column="tags", label_columns=columns), [row], "--train_data x")
     known = labelling.Labels(("a", "b"), ("a", "b"))
-    with pytest.raises(UserError, match=r"unknown labels \(\['c'\] in row 2\): expected some of a, b"):
+    with pytest.raises(UserError, match=r"unknown labels \(\['c'\] in row 2\): expected some of 'a', 'b'"):
         labelling.encode_label_sets([["a"], ["c"]], known, "--val_data x")
 
 
@@ -218,7 +218,7 @@ def test_labels_that_the_run_does_not_know_are_named_and_left_out(done, tmp_path
         infer.main(["--runs", result["run"], "--input", str(p), "--output", str(tmp_path / f"{i}.jsonl")])["metrics"]
         for i, p in enumerate((path, tmp_path / "more.jsonl"))
     ]
-    assert told[0] == told[1] and "does not know the labels novel" in capsys.readouterr().out
+    assert told[0] == told[1] and "does not know the labels 'novel'" in capsys.readouterr().out
 
 
 def test_a_threshold_given_by_hand_decides(done, tmp_path):

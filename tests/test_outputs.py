@@ -188,6 +188,26 @@ def test_without_a_label_that_the_run_knows_there_are_no_metrics(settings, cell)
     assert predictions.known_labels([{"x": "y"}], cfg, labels, lines.append) is None and len(lines) == 1
 
 
+def test_what_is_wrong_with_labels_is_said_in_the_readers_words():
+    """Which rows, what they hold, what was expected and what looks like it, as training says it; of lists too."""
+    lines, labels = [], Labels(("a", "b"), ("a", "b"))
+    assert predictions.known_labels([{"label": "b "}] * 2, TrainConfig(), labels, lines.append) is None
+    assert "('b ' in row 1, 2): expected one of 'a', 'b' ('b' and 'b ' look alike, but differ)" in lines[0]
+    rows = [{"label": flags} for flags in ("[1, 0]", "[0, 1]")]
+    assert predictions.known_labels(rows, TrainConfig(task="multi_label"), labels, lines.append) is None
+    assert "column label holds lists of 0 and 1, one for each of 2 labels: name these" in lines[1]
+    rows = [{"label": "a"}, {"label": "b\u200b"}]
+    known = predictions.known_labels(rows, TrainConfig(task="multi_label"), labels, lines.append)
+    assert known.targets.tolist() == [[1, 0], [0, 0]] and "does not know the labels 'b\\u200b'" in lines[2]
+
+
+def test_all_columns_that_an_input_lacks_are_named_at_once(tmp_path):
+    path = write(tmp_path / "a.csv", [{"q": "a"}])
+    cfg = InferConfig(input=str(path), id_column="key", by_column="kind", submission="")
+    with pytest.raises(UserError, match="no column text, kind, key"):
+        predictions.read_input(cfg, TrainConfig(), str(path), ["text"], print)
+
+
 @pytest.mark.parametrize("cell", ["", "?"])
 def test_unlabelled_rows_are_predicted_without_metrics(several, tmp_path, capsys, cell):
     rows = [{"id": str(i), "Question": f"What is {i}?", "tags": cell} for i in range(9)]
@@ -202,14 +222,16 @@ def test_rows_with_labels_are_measured_and_the_others_named(fitted, several, tmp
     for i, row in enumerate(rows):
         row["label"] = ("?" if i % 4 == 1 else "") if i % 2 else row["label"]
     assert predict(fitted, write(tmp_path / "a.csv", rows), tmp_path / "p.csv")["metrics"] == labelled
-    words = "metrics are over 12 of 24 rows: column label holds no label of this run in the others (there is: '?', '')"
+    words = (
+        "metrics are over 12 of 24 rows: column label: 12 rows have unknown labels ('?' in row 2, 6, 10 and 3 more, "
+    )
     assert words in capsys.readouterr().out
 
     # Of several labels a row without one counts as such, as soon as another has one.
     rows = [{"Question": f"What is {i}?", "tags": ["a", "", "a|new", "[1"][i % 4]} for i in range(12)]
     result = predict(several, write(tmp_path / "b.csv", rows), tmp_path / "q.csv")
     out = capsys.readouterr().out
-    assert result["metrics"]["rows"] == 9 and "metrics are over 9 of 12 rows" in out and "the labels new" in out
+    assert result["metrics"]["rows"] == 9 and "metrics are over 9 of 12 rows" in out and "the labels 'new'" in out
 
 
 @pytest.mark.parametrize("rows", [["", ""], ["nan", "?"], ["1", ""], ["1", "inf"]])

@@ -66,7 +66,7 @@ def prefixed(tokenizer):
 
 
 def encoded(tokenizer, rows: list[dict], chat: bool = True, system: str = "", max_length: int = 10**6) -> data.Tokens:
-    rows = [{k: files._text(v) for k, v in row.items()} for row in rows]
+    rows = [{k: files.cell(v) for k, v in row.items()} for row in rows]
     names = [f"row {i + 1}" for i in range(len(rows))]
     pieces, spans = corpus.pair_pieces(rows, names, "--train_data", tokenizer, "{prompt}", chat, system)
     return data.encode(tokenizer, pieces, max_length, spans, names)[0]
@@ -646,3 +646,47 @@ def test_system_texts_need_a_chat(tmp_path):
     with pytest.raises(UserError, match="row 1: system texts need a chat template"):
         row = {"instruction": "a", "output": "b", "system": "c"}
         read_pairs(chatty(template("qwen2_5")), tmp_path / "a.jsonl", [row], chat="no")
+
+
+# ---- what is no text, and tokenizers that cannot end one ------------------------------------------------------------
+
+
+def encode_file(path: Path, rows: list[dict], tokenizer, **options) -> corpus.Corpus:
+    """The corpus of a JSONL file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"template": "{text}", "max_length": 99, "chat": "auto", "system": "", **options}
+    return corpus.encode_files([(path.parent, [path])], "train_data", tokenizer, **settings)
+
+
+@pytest.mark.parametrize("cell", [["a", "b"], {"en": "a"}])
+def test_lists_and_objects_are_no_text_to_learn(tmp_path, cell, capsys):
+    """Of documents a line says so; pairs are refused by name; the only row of a file is a table by columns."""
+    tokenizer = bases.load_tokenizer(str(ROOT / "tiny/base"))
+    path = tmp_path / "a.jsonl"
+    encode_file(path, [{"text": cell}, {"text": "b"}], tokenizer)
+    assert "column text holds lists or objects in 1 rows (1)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="of its only row holds a list or object: write one object a line"):
+        encode_file(path, [{"text": cell}], tokenizer)
+    for row in (
+        {"prompt": "a", "response": cell},
+        {"instruction": cell, "output": "b"},
+        {"question": "a", "answer": cell},
+    ):
+        with pytest.raises(UserError, match="a.jsonl row 1: its (prompt|response) is a list or object, no text"):
+            encode_file(path, [row, {**row, "more": "c"}], tokenizer)
+
+
+@pytest.mark.parametrize("row", [{"text": "a b"}, {"prompt": "a", "response": "b"}])
+def test_a_tokenizer_without_an_end_is_refused_before_anything_ends_in_a_letter(tmp_path, row):
+    """Where a chat template ends the turns nothing is missing, and a padding token will do."""
+    tokenizer = bases.load_tokenizer(str(ROOT / "tiny/base"))
+    pad = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.eos_token = tokenizer.pad_token = None
+    with pytest.raises(UserError, match="has no EOS and no padding token: name its eos_token"):
+        encode_file(tmp_path / "a.jsonl", [row], tokenizer, chat="no")
+    if "prompt" in row:
+        tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
+        assert encode_file(tmp_path / "a.jsonl", [row], tokenizer).pairs
+    tokenizer.pad_token = pad
+    assert encode_file(tmp_path / "a.jsonl", [row], tokenizer, chat="no").tokens.ids[-1] == tokenizer.pad_token_id
