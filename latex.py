@@ -23,6 +23,7 @@ from text_bytes import declared, decode, note, refusal
 ARG = r"[ \t]*\n?[ \t]*\{([^{}\n#]*)\}"  # a macro's \input{#1} names no path
 BARE = r"[ \t]*\n?[ \t]*([^\s{}\\%#\[]+)"
 INPUT = rf"\\(?:input(?:{ARG}|{BARE})|(?:include|subfile(?:include)?){ARG}|(?:sub)?import{ARG}{ARG})([ \t]*\n)?"
+PARTED = r"\\(?:(?:end)?input|include|subfile|(?:sub)?import|(?:begin|end)[ \t]*\{document\})"  # where a source is cut
 STYLES = (".sty", ".cls")  # files whose flags, macros and environments count; they are no documents
 STYLE = r"(?m)^[^%\n]*?\\(?:usepackage|RequirePackage|documentclass|LoadClass)\s*(?:\[[^]]{0,500}\])?\s*\{([^{}]*)\}"
 SUBFILE = r"(?m)^[^%\n]*\\documentclass[ \t]*(?:\[[^\]]*\])?[ \t]*\{subfiles\}"
@@ -69,6 +70,9 @@ def _parts(text):
     The kinds are text, begin and end (of the document), and input, with the path as its text, and the line end after
     it if there is one. What follows the line of an \\endinput is left out.
     """
+    if not re.search(PARTED, text):  # which saves most files of a large project from being read twice more
+        yield "text", text, ""
+        return
     position = 0
     for kind, start, end, m in lex(text, alone=True):
         m = re.compile(INPUT).match(text, start) if kind == "input" else m
@@ -162,10 +166,11 @@ def _without(text, spans):
 
 def _has_text(text, main):
     """Whether there is text beside the definitions: any in a document, sentences, formulas or lists in a fragment."""
-    text = _without(text, definitions(text))
+    ends = ends_of(text)
+    spans = list(definitions(text, ends))
     if main:
-        return bool(re.search(r"[^\W_]", re.sub(WORD, "", text)))
-    sentences = _without(text, sorted(ends_of(text).items()))  # the arguments of commands are none
+        return bool(re.search(r"[^\W_]", re.sub(WORD, "", _without(text, spans))))
+    sentences = _without(text, sorted([*spans, *ends.items()]))  # the arguments of commands are none
     return bool(re.search(PROSE, re.sub(OPTIONS, "|", sentences)))
 
 
@@ -189,7 +194,7 @@ def _read_texts(files, reports):
 
 def _styles_of(source, root, texts):
     """The names of the style files of a project that a source asks for, and those that these ask for, in order."""
-    names, todo = [], [source]
+    names, todo = [], [source] if texts else []
     for text in todo:
         for name in re.findall(STYLE, text):
             folders = posixpath.dirname(root), ""

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 
-from latex_hidden import WORTH, Meanings, hidden_parts, within_conditional
+from latex_hidden import Meanings, hidden_parts, may_hide, within_conditional
 from latex_syntax import (
     COMMANDS,
     END,
@@ -98,13 +98,15 @@ def lex(text: str, styles: str = "", alone: bool = False):
     styles: the source's style files, whose flags, macros and environments count. alone: it is one file of several, and
     only what is decided whatever the others say is hidden.
     """
-    own_comment = bool(re.search(OWN_COMMENT, text + "\n" + styles))
+    whole = text + "\n" + styles
+    own_comment = "comment" in whole and bool(re.search(OWN_COMMENT, whole))
     raw = list(_raw(text, own_comment))
     hidden, masked = {}, None
-    if own_comment or re.search(CONSTANT if alone else WORTH, text + styles):
+    if own_comment or (re.search(CONSTANT, text) if alone else may_hide(whole)):
         meanings = Meanings({"{comment": True} if own_comment else {}, frozen=alone)
-        hidden_parts(_mask(styles, _raw(styles, own_comment)), meanings)
-        meanings.groups.clear()
+        if styles:
+            hidden_parts(_mask(styles, _raw(styles, own_comment)), meanings)
+            meanings.groups.clear()
         masked = _mask(text, raw)
         hidden = hidden_parts(masked, meanings)
     spans = iter([*hidden.items(), (len(text) + 1, 0)])
@@ -226,12 +228,18 @@ def _follow(m, formulas, depth, tag, math):
 def _cuts(text, abbreviations):
     """(kind, start, end) of all that only lays out, draws or indexes, in order; of formulas and definitions nothing."""
     ends, formulas, depth, position = ends_of(text), [], 0, 0
+    known = COMMANDS.keys() | abbreviations.keys()
     wrapped = set()  # closing braces that go because their opening ones went
     for m in re.finditer(TOKEN, text):
-        token, command, start, end = m.lastgroup, m["command"], m.start(), m.end()
-        tag = abbreviations.get(command, (None, None))
-        if token is None or start < position or (command and command not in COMMANDS and not tag[0]):
+        token = m.lastgroup
+        command = m["command"] if token == "command" else None
+        if not token or (command and command not in known) or m.start() < position:
             continue
+        start, end = m.span()
+        if token in ("group", "group_end") and not formulas and start not in wrapped:  # most tokens
+            depth += DEEPER[token]
+            continue
+        tag = abbreviations.get(command, (None, None))
         depth = _follow(m, formulas, depth, *tag)
         if tag[0] or (formulas and start not in wrapped):
             continue

@@ -19,14 +19,26 @@ NAMES = table("""latin-1: latin1 isolatin il1 il1t1 iso8859-2: latin2 isolatin2 
     utf-8: utf8 utf8x utf8unicode unicode utf-16: standardunicode utf16""")
 # Where a source declares its encoding: a line of its own, none that is a comment for the packages.
 LINE = rb"(?m)^[^%\n]*?"
-DECLARED = [
-    LINE + rb"\\usepackage[ \t]*\[([\w, \-]{1,80})\][ \t]*\{inputenc[x]?\}",
-    LINE + rb"\\inputencoding[ \t]*\{([\w\-]{1,20})\}",
-    LINE + rb"\\begin[ \t]*\{CJK\*?\}[ \t]*(?:\[[^]\n]*\])?[ \t]*\{([\w+\-]{1,20})\}",
-    LINE + rb"\\(?:usepackage|documentclass)[ \t]*\[([\w, \-=]{1,80})\][ \t]*\{(?:ctex\w*|CJK\w*)\}",
-    rb"(?im)^[ \t]*%[ \t]*!TEX[ \t]+encoding[ \t]*=[ \t]*([\w \-]+)",
-    rb"(?im)^%&.*?(?:translate-file[ \t]*=?|encoding[ \t]*=|-tcx=)[ \t]*([\w\-]+)",
-    rb"(?im)^.*?(?:coding|fileencoding|fenc)[ \t]*[:=][ \t]*([\w\-]+)",
+DECLARED = [  # (words of which it holds one, in small letters: they are found faster; the pattern)
+    ((b"inputenc",), LINE + rb"\\usepackage[ \t]*\[([\w, \-]{1,80})\][ \t]*\{inputenc[x]?\}"),
+    ((b"inputencoding",), LINE + rb"\\inputencoding[ \t]*\{([\w\-]{1,20})\}"),
+    ((b"cjk",), LINE + rb"\\begin[ \t]*\{CJK\*?\}[ \t]*(?:\[[^]\n]*\])?[ \t]*\{([\w+\-]{1,20})\}"),
+    (
+        (
+            b"cjk",
+            b"ctex",
+        ),
+        LINE + rb"\\(?:usepackage|documentclass)[ \t]*\[([\w, \-=]{1,80})\][ \t]*\{(?:ctex\w*|CJK\w*)\}",
+    ),
+    ((b"!tex",), rb"(?im)^[ \t]*%[ \t]*!TEX[ \t]+encoding[ \t]*=[ \t]*([\w \-]+)"),
+    ((b"%&",), rb"(?im)^%&.*?(?:translate-file[ \t]*=?|encoding[ \t]*=|-tcx=)[ \t]*([\w\-]+)"),
+    (
+        (
+            b"coding",
+            b"fenc",
+        ),
+        rb"(?im)^.*?(?:coding|fileencoding|fenc)[ \t]*[:=][ \t]*([\w\-]+)",
+    ),
 ]
 CODING = rb"-\*-|vim?:|ex:|Local Variables|coding[:=]"  # a line of an editor
 # The commonest letters of encodings that may be told from each other by them; of Western ones all that text has.
@@ -64,9 +76,12 @@ def known(name: str) -> str | None:
 
 def declared(raw: bytes) -> str | None:
     """Python's name of the encoding that a source declares, if it does and is known."""
-    for pattern in DECLARED:
+    small_letters = raw.lower()
+    for words, pattern in DECLARED:
+        if not any(word in small_letters for word in words):
+            continue
         for m in re.finditer(pattern, raw):
-            if pattern is DECLARED[-1] and not _editor_line(raw, m):
+            if b"coding" in words and not _editor_line(raw, m):
                 continue
             names = [known(name) for name in re.split("[,=]", m[1].decode("ascii", "ignore"))]
             names = [name for name in names if name]
