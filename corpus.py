@@ -270,10 +270,11 @@ def _text_bytes(tokenizer, ids):
 
 
 def end_documents(tokens: data.Tokens, end: int) -> data.Tokens:
-    """The same rows, each with one more token."""
-    ids = np.insert(tokens.ids, tokens.stops, end)
-    before = np.arange(len(tokens.starts))  # (N,) tokens added before each row
-    return data.Tokens(ids, tokens.starts + before, tokens.stops + before + 1)
+    """The same rows, each with one more token where it does not end in it: some tokenizers add it themselves."""
+    added = (tokens.ids[tokens.stops - 1] != end).astype(np.int64)  # (N,)
+    ids = np.insert(tokens.ids, tokens.stops[added == 1], end)
+    after = np.cumsum(added)  # (N,) tokens added up to the end of each row
+    return data.Tokens(ids, tokens.starts + after - added, tokens.stops + after)
 
 
 def pair_pieces(
@@ -322,7 +323,7 @@ def pair_pieces(
 
 def _turns(row, template):
     """A row's turns, as a list of dicts. Raises ValueError or KeyError for what is neither messages nor a pair."""
-    wrong = pair_formats.problem(row)
+    wrong = pair_formats.problem(row, files.template_columns(template))
     if wrong:
         raise ValueError(wrong)
     if "messages" in row:

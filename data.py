@@ -171,6 +171,8 @@ def encode(
         report.cut_tokens += len(ids) - len(kept)
         if len(kept) > 1 and ids[kept[0]] == ids[kept[1]] == tokenizer.bos_token_id:  # the template's own and another
             kept = kept[1:]
+        if answers and len(kept) > 1 and ids[kept[-1]] == ids[kept[-2]] == tokenizer.eos_token_id:  # likewise
+            kept = kept[:-1]
         report.empty += not kept
         encoded.append([ids[t] for t in kept] or [end_of_text(tokenizer)])
         if answers:
