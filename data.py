@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import islice
 
 import numpy as np
 
@@ -25,6 +26,8 @@ NOWHERE = (-1, 0)  # the place in the text of a token that the tokenizer itself 
 BULK, BULK_TEXT = 1000, 2**22  # rows, and characters, that are encoded at once: many, for speed; not all, for memory
 LONG = 2**17  # characters of a row that may be encoded in part: shorter ones never are
 PER_TOKEN, LEAST, MOST = 16, 2**12, 2**20  # characters of its fields that are tried: at first so many, at most so many
+PIECE, WINDOW, TRIES = 2**16, 64, 32  # characters of a long document's pieces, and around a cut; places to try
+CUT = re.compile(r"[^\W\d_](?=[ -&(-/:-@\[-^`{-~\n\t])")  # words end between a letter and ASCII that is none
 BREAK = re.compile(r"[^\W_]\s")  # between these two every tokenizer's words end, whatever follows
 
 
@@ -152,10 +155,19 @@ def encode(
     encode_row = partial(_encode_row, tokenizer, added, max_length, rules, bool(answers))
     size = PER_TOKEN * max_length + LEAST
     is_long = [len(text) > max(LONG, 4 * size) for text in texts]
-    encodings = _encodings(tokenizer, ["" if long else text for long, text in zip(is_long, texts, strict=True)])
+    is_document = [not answers and LONG < len(text) < max_length // 8 for text in texts]  # which is never truncated
+    encodings = _encodings(
+        tokenizer, ["" if any(long) else text for *long, text in zip(is_long, is_document, texts, strict=True)]
+    )
     encoded, learned, lost = [], [], []
     for i, encoding in enumerate(encodings):
         row, places = rows[i], answers[i] if answers else []
+        if is_document[i]:
+            ids, guarded = _encode_document(tokenizer, encode_row, row)
+            report.guarded += guarded
+            report.lengths.append(len(ids))
+            encoded.append(ids)
+            continue
         if is_long[i]:
             whole = row
             row, result, is_sure = _encode_long(tokenizer, encode_row, whole, size)
@@ -245,6 +257,44 @@ def _encode_long(tokenizer, encode_row, row, size):
         before, size = tokens, 2 * size
 
 
+def _encode_document(tokenizer, encode_row, row):
+    """(ids of a row that is never truncated, does its text spell an added token?), encoded in pieces."""
+    before, after = _around(tokenizer)
+    ids, is_guarded = [], False
+    for part in _document_parts(tokenizer, row):
+        part_ids, _, _, guarded = encode_row(part, tokenizer(prompts.plain(part)).encodings[0])
+        ids.append(np.array(part_ids[len(before) : len(part_ids) - len(after)], np.int32))
+        is_guarded |= guarded
+    ids = np.concatenate([before, *ids, after]).astype(np.int32)
+    is_doubled = ids[0] == ids[1] == tokenizer.bos_token_id
+    return ids[int(is_doubled) :], is_guarded
+
+
+def _document_parts(tokenizer, row):
+    """A row cut in its fields, at places where the tokenizer splits the text anyway."""
+    part = []
+    for is_field, text in row:
+        start = 0
+        while is_field and len(text) - start > PIECE:
+            places = (m.end() for m in islice(CUT.finditer(text, start + PIECE), TRIES))
+            end = next((place for place in places if _splits(tokenizer, text, place)), None)
+            if not end:  # encoded whole, which takes more time and memory
+                break
+            yield [*part, (True, text[start:end])]
+            part, start = [], end
+        part.append((is_field, text[start:]))
+    yield part
+
+
+def _splits(tokenizer, text, place):
+    """Whether the tokens around a place are those of the text before it and those of the text after it."""
+    left, right = text[max(0, place - WINDOW) : place], text[place : place + WINDOW]
+    whole, first, second = (
+        _bare_backend(tokenizer).encode(part, add_special_tokens=False).ids for part in (left + right, left, right)
+    )
+    return whole == first + second
+
+
 def _learned(spans, kept, answers):
     """(T,) bool: which tokens hold something of an answer (first, end), up to where anything of it is dropped.
 
@@ -296,11 +346,15 @@ def _guarded(tokenizer, text, pieces, places):
             ids.append(vocabulary[text[start:end]])
             spans.append((start, end))
         position = end
-    around = tokenizer("a").encodings[0]  # what the tokenizer itself puts before and after any text
-    mask = around.special_tokens_mask
-    before, after = mask.index(0), mask[::-1].index(0)
-    ids = around.ids[:before] + ids + around.ids[len(mask) - after :]
-    return ids, [NOWHERE] * before + spans + [NOWHERE] * after
+    before, after = _around(tokenizer)
+    return before + ids + after, [NOWHERE] * len(before) + spans + [NOWHERE] * len(after)
+
+
+def _around(tokenizer):
+    """The ids that the tokenizer itself puts before and after any text."""
+    encoding = tokenizer("a").encodings[0]
+    mask = encoding.special_tokens_mask
+    return encoding.ids[: mask.index(0)], encoding.ids[len(mask) - mask[::-1].index(0) :]
 
 
 @cache

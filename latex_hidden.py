@@ -127,7 +127,7 @@ def hidden_parts(text: str, meanings: Meanings) -> dict[int, int]:
 
 
 def _names(text, bodies, meanings):
-    """The commands of a text that may hide something: those that set flags, macros that may print nothing, and WORDS."""
+    """The commands of a text that may hide something: those that set flags, macros that may be silent, and WORDS."""
     names = {key for key, meaning in meanings.known.items() if getattr(meaning, "silent", False) is not False}
     names |= set(re.findall(FLAG, text))
     for start, end in bodies:
