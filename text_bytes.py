@@ -52,11 +52,11 @@ COMMON = {
     "koi8-r": "оеаинтсрвлкмдпуя",
     "cp866": "оеаинтсрвлкмдпуя",
     "mac_cyrillic": "оеаинтсрвлкмдпуя",
-    "cp1252": "éèàçùâêîôûëïüöäßñóáíúãõøåæœÉÈÀÇÖÄÜÓÁÍÚÑØÅ“”‘’–—…«»§°",
-    "mac_roman": "éèàçùâêîôûëïüöäßñóáíúãõøåæœÉÈÀÇÖÄÜÓÁÍÚÑØÅ“”‘’–—…«»§°",
-    "cp850": "éèàçùâêîôûëïüöäßñóáíúãõøåæÉÈÀÇÖÄÜÓÁÍÚÑØÅ«»§°",
-    "cp1250": "ąćęłńóśźżáčďéěíňřšťúůýžőűöüäß“”‘’–—…",
-    "iso8859-2": "ąćęłńóśźżáčďéěíňřšťúůýžőűöüäß",
+    "cp1252": "éèàçùâêîôûëïüöäßñóáíúãõøåæœÉÈÀÇÖÄÜÓÁÍÚÑØÅ¿¡“”‘’–—…«»§°",
+    "mac_roman": "éèàçùâêîôûëïüöäßñóáíúãõøåæœÉÈÀÇÖÄÜÓÁÍÚÑØÅ¿¡“”‘’–—…«»§°",
+    "cp850": "éèàçùâêîôûëïüöäßñóáíúãõøåæÉÈÀÇÖÄÜÓÁÍÚÑØÅ¿¡«»§°",
+    "cp1250": "ąćęłńóśźżáčďéěíňřšťúůýžőűöüäßĄĆĘŁŃÓŚŹŻÁČĎÉĚÍŇŘŠŤÚŮÝŽÖÜ“”‘’–—…",
+    "iso8859-2": "ąćęłńóśźżáčďéěíňřšťúůýžőűöüäßĄĆĘŁŃÓŚŹŻÁČĎÉĚÍŇŘŠŤÚŮÝŽÖÜ",
 }
 USUAL = ("cp1252", "cp1251")  # where two fit equally, this one
 EASTERN = ("gb18030", "big5hkscs", "euc_jp", "cp932", "cp949")
@@ -158,14 +158,20 @@ def _by_letters(raw):
         if in_rows == (codec in WESTERN) or not _decodes(raw, codec):
             continue
         letters = re.sub(r"[\x00-\x7f]", "", raw.decode(codec))
+        if re.search(r"[\x80-\x9f]", letters):  # controls: no text of that encoding has them
+            continue
         fitting = re.sub(r"(?<=[a-zA-Z])[“”‘–—…«»§°](?=[a-zA-Z])", "", raw.decode(codec))
         scores[codec] = sum(letter in common for letter in re.sub(r"[\x00-\x7f]", "", fitting)) / len(letters)
     ranked = sorted(scores, key=lambda codec: (scores[codec], codec in USUAL), reverse=True)
-    best, second = (scores.get(codec, 0) for codec in [*ranked, "", ""][:2])
+    best = max(scores.values(), default=0)
+    rivals = [codec for codec in ranked if raw.decode(codec) != raw.decode(ranked[0])]
+    second = scores[rivals[0]] if rivals else 0
     margin = 0.3 * second if in_rows else 0.05
     least = 0.2 if ranked and ranked[0] in EASTERN else 0.72  # thousands of letters, or few
     if best >= least and (ranked[0] in USUAL or best > second + margin):
         return ranked[0]
+    if best >= least and not in_rows and scores.get("cp1252", 0) < best - margin:
+        return None
     controls = len(re.findall(rb"[\x80-\x9f]", raw))
     if in_rows or 2 * controls > sum(map(len, runs)):
         return None
