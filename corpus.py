@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+import audit
 import checkpoint
 import data
 import ddp
@@ -24,6 +25,7 @@ from document_files import ENDS, NAMED, as_pairs, read_bytes, rows_of
 from errors import Untrusted, UserError, few
 
 NO_CHAT = " need a chat template, and this tokenizer has none or --chat no was given"
+COMPARED, BEGINNING = 20_000, 20_000  # documents at most, and characters of each, that are compared with others
 FEW = 10  # documents: of fewer than these the ends are held out
 KINDS = {
     "ids": np.int32,
@@ -33,7 +35,7 @@ KINDS = {
     "learned": bool,
 }  # files of a cache
 # What tokens follow from besides texts.
-CODE = """corpus cutting data delimited document_files files formats latex latex_clean latex_hidden latex_syntax
+CODE = """audit corpus cutting data delimited document_files files formats latex latex_clean latex_hidden latex_syntax
     latex_values pair_formats prompts spelling text_bytes""".split()
 Sources = list[tuple[Path, list[Path]]]  # (folder, its files)
 
@@ -48,6 +50,7 @@ class Corpus:
     files: list[dict]  # what became of each file
     summary: str = ""  # what was found, in a line
     names: list[str] = field(default_factory=list)  # of the documents or pairs
+    near: list[list[int]] = field(default_factory=list)  # groups of documents that are nearly equal
 
     def take(self, rows: np.ndarray) -> "Corpus":
         """Some documents or pairs, in the given order."""
@@ -191,7 +194,7 @@ def _store(corpus, target):
         for name, kind in KINDS.items():
             if arrays[name] is not None:
                 checkpoint.fs_write(folder / name, arrays[name].astype(kind).tobytes())
-        about = {name: vars(corpus)[name] for name in ("pairs", "files", "summary", "names")}
+        about = {name: vars(corpus)[name] for name in ("pairs", "files", "summary", "names", "near")}
         checkpoint.save_json(folder / "corpus.json", about)
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +222,7 @@ def encode_files(
     rows, names, records = read_documents(sources, flag, columns)
 
     # Rows with a response or a chat are pairs; with the default template so are prompts, unless all rows have a text.
-    default = template == "{text}"
+    default, near = template == "{text}", []
     marks = {"response", "messages", "prompt" if default else "response"}
     documents = default and all("text" in row for row in rows)
     pairs = not documents and any(marks & row.keys() or (default and pair_formats.problem(row)) for row in rows)
@@ -243,11 +246,28 @@ def encode_files(
         tokens, report = data.encode(tokenizer, pieces, 10**9)
         sizes = [len(prompts.plain(row).encode()) for row in pieces]
         tokens = end_documents(tokens, end)
+        near = _near_copies(pieces)
         found = f"{len(rows):,} documents"
         _, others = pair_formats.renamed({k: v for k, v in rows[0].items() if k != "text"}, columns)
         if default and others:
             found += f" (their column text; {others} are not read)"
-    return Corpus(tokens, np.array(sizes), pairs, records, f"{found}; {_fates(records)}; {report}", names)
+    if near:
+        groups = "group" if len(near) == 1 else "groups"
+        copies = few([names[i] for group in near for i in group])
+        found += (
+            f"; {sum(map(len, near)):,} documents in {len(near):,} {groups} are nearly equal ({copies}): not held out"
+        )
+    return Corpus(tokens, np.array(sizes), pairs, records, f"{found}; {_fates(records)}; {report}", names, near)
+
+
+def _near_copies(pieces):
+    """Groups of documents whose beginnings are nearly equal, such as versions of a paper."""
+    texts = [prompts.plain(row)[:BEGINNING] for row in pieces]
+    if len(texts) > COMPARED:
+        return []
+    findings = audit.audit(texts, [None] * len(texts), ["train"] * len(texts))
+    near = {i for group in findings.near for i in group}
+    return findings.near + [group for group in findings.duplicates if not near & set(group)]
 
 
 def _fates(records):
@@ -271,10 +291,11 @@ def _text_bytes(tokenizer, ids):
 
 
 def end_documents(tokens: data.Tokens, end: int) -> data.Tokens:
-    """The same rows, each with one more token."""
-    ids = np.insert(tokens.ids, tokens.stops, end)
-    before = np.arange(len(tokens.starts))  # (N,) tokens added before each row
-    return data.Tokens(ids, tokens.starts + before, tokens.stops + before + 1)
+    """The same rows, each with one more token where it does not end in it: some tokenizers add it themselves."""
+    added = (tokens.ids[tokens.stops - 1] != end).astype(np.int64)  # (N,)
+    ids = np.insert(tokens.ids, tokens.stops[added == 1], end)
+    after = np.cumsum(added)  # (N,) tokens added up to the end of each row
+    return data.Tokens(ids, tokens.starts + after - added, tokens.stops + after)
 
 
 def pair_pieces(
@@ -323,7 +344,7 @@ def pair_pieces(
 
 def _turns(row, template):
     """A row's turns, as a list of dicts. Raises ValueError or KeyError for what is neither messages nor a pair."""
-    wrong = pair_formats.problem(row)
+    wrong = pair_formats.problem(row, files.template_columns(template))
     if wrong:
         raise ValueError(wrong)
     nested = [name for name in ("prompt", "response") if isinstance(row.get(name), files.Nested)]
@@ -356,22 +377,32 @@ def hold_out(corpus: Corpus, val_size: float, seed: int, tokenizer) -> tuple[Cor
     Of few documents the ends are held out, since one of them may be most of the text.
     """
     count, lengths = len(corpus.sizes), None
+    copies = [i for group in corpus.near for i in group]
+    if len(copies) == count:
+        raise UserError(f"all {count} documents are nearly equal to others: leave versions out, or give --val_data")
     if val_size < 1 and not corpus.pairs:
         if count < FEW:
-            return *_hold_out_ends(corpus, val_size, tokenizer), f"the ends of {count} documents, which are few"
+            return *_hold_out_ends(corpus, val_size, tokenizer, copies), f"the ends of {count} documents, which are few"
         lengths = corpus.tokens.lengths
-    rest, held_out = split(count, val_size, seed, lengths)
+    rest, held_out = split(count, val_size, seed, lengths, copies)
     kind = "pairs" if corpus.pairs else "documents"
     return corpus.take(rest), corpus.take(held_out), f"{len(held_out):,} of {count:,} {kind}"
 
 
-def split(count: int, val_size: float, seed: int, lengths: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def split(
+    count: int,
+    val_size: float,
+    seed: int,
+    lengths: np.ndarray | None = None,
+    copies: list = (),
+) -> tuple[np.ndarray, np.ndarray]:
     """Indices of documents to train on and of those held out. Raises UserError where one side would be empty.
 
     lengths: of the documents in tokens. Then val_size is a share of those, and no document that has a tenth of them or
-    more is held out.
+    more is held out. copies: documents that are nearly equal to others, of which none is held out.
     """
     order = np.random.default_rng([seed, 0x5B11]).permutation(count)
+    order = order[~np.isin(order, copies)]
     if lengths is None:
         size = int(val_size) if val_size >= 1 else max(1, round(count * val_size))
         held_out = order[:size]
@@ -379,12 +410,12 @@ def split(count: int, val_size: float, seed: int, lengths: np.ndarray | None = N
         small = order[lengths[order] * 10 <= lengths.sum()]
         size = np.searchsorted(np.cumsum(lengths[small]), round(val_size * lengths.sum())) + 1
         held_out = small[:size]
-    if not 0 < size < count or not len(held_out):
+    if not 0 < size < count or not len(held_out) or size > len(order):
         raise UserError(f"--val_size {val_size:g} of {count} documents leaves none to train on or to hold out")
     return np.setdiff1d(order, held_out), np.sort(held_out)
 
 
-def _hold_out_ends(corpus, share, tokenizer):
+def _hold_out_ends(corpus, share, tokenizer, copies):
     """Two corpora: the documents without their ends, and the ends."""
     tokens = corpus.tokens
     sizes = (tokens.lengths * share).astype(int)
@@ -393,6 +424,7 @@ def _hold_out_ends(corpus, share, tokenizer):
         while cut > tokens.starts[i] + 2 and "\ufffd" in tokenizer.decode(tokens.ids[cut : cut + 1]):
             cut -= 1  # not within a letter
         cuts[i] = cut
+    cuts[copies] = tokens.stops[copies]
     long = np.flatnonzero(tokens.stops - cuts >= 2)
     if not len(long):
         raise UserError(f"--val_size {share:g}: the documents have {tokens.lengths.sum():,} tokens, too few for that")

@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import islice
 
 import numpy as np
 
@@ -27,6 +28,8 @@ NOWHERE = (-1, 0)  # the place in the text of a token that the tokenizer itself 
 BULK, BULK_TEXT = 1000, 2**22  # rows, and characters, that are encoded at once: many, for speed; not all, for memory
 LONG = 2**17  # characters of a row that may be encoded in part: shorter ones never are
 PER_TOKEN, LEAST, MOST = 16, 2**12, 2**20  # characters of its fields that are tried: at first so many, at most so many
+PIECE, WINDOW, TRIES = 2**16, 64, 32  # characters of a long document's pieces, and around a cut; places to try
+CUT = re.compile(r"[^\W\d_](?=[ -&(-/:-@\[-^`{-~\n\t])")  # words end between a letter and ASCII that is none
 BREAK = re.compile(r"[^\W_]\s")  # between these two every tokenizer's words end, whatever follows
 
 
@@ -162,10 +165,19 @@ def encode(
     encode_row = partial(_encode_row, tokenizer, added, max_length, rules, bool(answers))
     size = PER_TOKEN * max_length + LEAST
     is_long = [len(text) > max(LONG, 4 * size) for text in texts]
-    encodings = _encodings(tokenizer, ["" if long else text for long, text in zip(is_long, texts, strict=True)])
+    is_document = [not answers and LONG < len(text) < max_length // 8 for text in texts]  # which is never truncated
+    encodings = _encodings(
+        tokenizer, ["" if any(long) else text for *long, text in zip(is_long, is_document, texts, strict=True)]
+    )
     encoded, learned, lost = [], [], []
     for i, encoding in enumerate(encodings):
         row, places = rows[i], answers[i] if answers else []
+        if is_document[i]:
+            ids, guarded = _encode_document(tokenizer, encode_row, row)
+            report.guarded += guarded
+            report.lengths.append(len(ids))
+            encoded.append(ids)
+            continue
         if is_long[i]:
             whole = row
             row, result, is_sure = _encode_long(tokenizer, encode_row, whole, size)
@@ -181,6 +193,8 @@ def encode(
         report.cut_tokens += len(ids) - len(kept)
         if len(kept) > 1 and ids[kept[0]] == ids[kept[1]] == tokenizer.bos_token_id:  # the template's own and another
             kept = kept[1:]
+        if answers and len(kept) > 1 and ids[kept[-1]] == ids[kept[-2]] == tokenizer.eos_token_id:  # likewise
+            kept = kept[:-1]
         report.empty += not kept
         encoded.append([ids[t] for t in kept] or [end_of_text(tokenizer)])
         if answers:
@@ -253,6 +267,43 @@ def _encode_long(tokenizer, encode_row, row, size):
             tails = all(BREAK.search(text, size) for i, text in parts if i < len(row) - 1)
             return short, result, same and begins and tails
         before, size = tokens, 2 * size
+
+
+def _encode_document(tokenizer, encode_row, row):
+    """(ids of a row that is never truncated, does its text spell an added token?), encoded in pieces."""
+    before, after = _around(tokenizer)
+    ids, is_guarded = [], False
+    for part in _document_parts(tokenizer, row):
+        part_ids, _, _, guarded = encode_row(part, tokenizer(prompts.plain(part)).encodings[0])
+        ids.append(np.array(part_ids[len(before) : len(part_ids) - len(after)], np.int32))
+        is_guarded |= guarded
+    ids = np.concatenate([before, *ids, after]).astype(np.int32)
+    is_doubled = ids[0] == ids[1] == tokenizer.bos_token_id
+    return ids[int(is_doubled) :], is_guarded
+
+
+def _document_parts(tokenizer, row):
+    """A row cut in its fields, at places where the tokenizer splits the text anyway."""
+    part = []
+    for is_field, text in row:
+        start = 0
+        while is_field and len(text) - start > PIECE:
+            places = (m.end() for m in islice(CUT.finditer(text, start + PIECE), TRIES))
+            end = next((place for place in places if _splits(tokenizer, text, place)), None)
+            if not end:  # encoded whole, which takes more time and memory
+                break
+            yield [*part, (True, text[start:end])]
+            part, start = [], end
+        part.append((is_field, text[start:]))
+    yield part
+
+
+def _splits(tokenizer, text, place):
+    """Whether the tokens around a place are those of the text before it and those of the text after it."""
+    left, right = text[max(0, place - WINDOW) : place], text[place : place + WINDOW]
+    bare, _ = _bare_backend(tokenizer)
+    whole, first, second = (bare.encode(part, add_special_tokens=False).ids for part in (left + right, left, right))
+    return whole == first + second
 
 
 def _learned(spans, kept, answers):
@@ -332,6 +383,13 @@ def _guarded(tokenizer, added, pieces):
         if ids[-1] in added and not is_around and token.strip() not in real:
             raise UserError(f"text {token!r} cannot be told from the special token {tokenizer.decode([id])!r}")
     return ids, spans
+
+
+def _around(tokenizer):
+    """The ids that the tokenizer itself puts before and after any text."""
+    encoding = tokenizer("a").encodings[0]
+    mask = encoding.special_tokens_mask
+    return encoding.ids[: mask.index(0)], encoding.ids[len(mask) - mask[::-1].index(0) :]
 
 
 @cache

@@ -9,8 +9,9 @@ import json
 import posixpath
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import formats
@@ -23,6 +24,13 @@ from text_bytes import declared, decode, note, refusal
 ARG = r"[ \t]*\n?[ \t]*\{([^{}\n#]*)\}"  # a macro's \input{#1} names no path
 BARE = r"[ \t]*\n?[ \t]*([^\s{}\\%#\[]+)"
 INPUT = rf"\\(?:input(?:{ARG}|{BARE})|(?:include|subfile(?:include)?){ARG}|(?:sub)?import{ARG}{ARG})([ \t]*\n)?"
+ONLY = r"\\includeonly[ \t]*\n?[ \t]*\{([^{}\\#]*)\}"
+PARTED = re.compile(  # where a source is cut
+    r"\\(?:(?:end)?input|include|subfile|(?:sub)?import|(?:begin|end)[ \t]*\{document\}"
+    r"|bye|enddocument|@@end|end(?![ \t\n]*\{))"
+)
+DEFINED = r"\\(?:let|[gex]?def|(?:re)?newcommand\*?)\s*\{?\s*"
+QUOTED = rf"(?:{DEFINED}|\\(?:string|noexpand|expandafter|ifx|show|meaning)\s*)(?:\\[a-zA-Z@]+\s*=?\s*)?$"
 STYLES = (".sty", ".cls")  # files whose flags, macros and environments count; they are no documents
 STYLE = r"(?m)^[^%\n]*?\\(?:usepackage|RequirePackage|documentclass|LoadClass)\s*(?:\[[^]]{0,500}\])?\s*\{([^{}]*)\}"
 SUBFILE = r"(?m)^[^%\n]*\\documentclass[ \t]*(?:\[[^\]]*\])?[ \t]*\{subfiles\}"
@@ -60,55 +68,111 @@ def _resolve(target, folders, files):
                 return name, ""
         if path.startswith("../"):
             problem = "outside the folder"
-    return None, problem
+    alike = {posixpath.normpath(posixpath.join(folder, target)).casefold() for folder in folders}
+    names = {name for path in alike for name in _by_small_letters(tuple(files)).get(path.removesuffix(".tex"), ())}
+    return (names.pop(), "") if len(names) == 1 else (None, problem)  # as TeX finds Intro.tex where there is intro.tex
+
+
+@lru_cache(2)
+def _by_small_letters(names):
+    """{name in small letters, without .tex: the names that are it}."""
+    alike = defaultdict(list)
+    for name in names:
+        alike[name.casefold().removesuffix(".tex")].append(name)
+    return alike
+
+
+def _stops(text, start, end):
+    """Whether a \\bye or \\end is plain TeX's, which ends the text: no operand, and no name that the text defines."""
+    name = re.escape(text[start:end])
+    return not (
+        re.search(r"\\(?:documentclass|begin[ \t]*\{document\})", text)
+        or re.search(QUOTED, text[max(0, start - 80) : start])
+        or re.search(rf"{DEFINED}{name}(?![a-zA-Z@])", text)
+    )
 
 
 def _parts(text):
     """A source cut at its document tags and \\input commands: (kind, text, line end).
 
-    The kinds are text, begin and end (of the document), and input, with the path as its text, and the line end after
-    it if there is one. What follows the line of an \\endinput is left out.
+    The kinds are text, begin and end (of the document), input and include, with the path as its text, and the line end
+    after it if there is one, and only, with what is not left out of the includes. What follows the line of an
+    \\endinput is left out, and what follows the \\bye of plain TeX.
     """
+    if not PARTED.search(text):  # which saves most files of a large project from being read twice more
+        yield "text", text, ""
+        return
     position = 0
     for kind, start, end, m in lex(text, alone=True):
         m = re.compile(INPUT).match(text, start) if kind == "input" else m
         if kind == "endinput":
             text = text[:start] + text[end:].partition("\n")[0]  # TeX reads the line to its end
             break
-        if start < position or not m or kind not in ("document", "input"):
+        if kind == "stop" and _stops(text, start, end):
+            text = text[:start]
+            break
+        if kind == "only":
+            m = re.compile(ONLY).match(text, start)
+        if start < position or not m or kind not in ("document", "input", "only"):
             continue
         yield "text", text[position:start], ""
         position = m.end()
         if kind == "document":
             yield m["document"], m[0], ""
+        elif kind == "only":
+            yield "only", re.sub(r"%[^\n]*|\s", "", m[1]), ""
         else:
             *paths, line_end = m.groups()
-            yield "input", posixpath.join("", *filter(None, paths)), line_end
+            yield (
+                "include" if m[0].startswith(r"\include") else "input",
+                posixpath.join("", *filter(None, paths)),
+                line_end,
+            )
     yield "text", text[position:], ""
 
 
-def inline(files: dict[str, str], root: str) -> tuple[str, list[str], set[str]]:
+def _reached(files, name, folders):
+    """The names of a file and of all that it asks for in turn."""
+    names = [name]
+    for name in names:
+        paths = [part for kind, part, _ in _parts(files[name]) if kind in ("input", "include")]
+        reached = {_resolve(path, (*folders, posixpath.dirname(name)), files)[0] for path in paths}
+        names += sorted(reached - {None, *names})
+    return names
+
+
+def inline(files: dict[str, str], root: str) -> tuple[str, list[str], dict[str, str]]:
     """One project's source whole: for every \\input and its kin the file's text, of documents their body.
 
     Also returns notes on what cannot be followed and is left out (missing, outside the folder, a cycle, more text than
-    an honest project has), and the names of the files that were read.
+    an honest project has), and the fates of the files that it names.
     """
     room = 1_000_000 + 4 * sum(map(len, files.values()))
-    out, notes, reached = [], [], set()
+    out, notes, fates = [], [], {}
+    only = None  # the names of \\includeonly
     stack = {root: (_parts(files[root]), 0)}  # the open files: what is left to read of each, where it starts in out
     while stack:
         name, (parts, start) = next(reversed(stack.items()))
         for kind, part, line_end in parts:
-            if kind == "input":
+            if kind == "only":
+                only = set(part.split(",")) if name == root else only
+                continue
+            if kind in ("input", "include"):
                 folders = posixpath.dirname(root), posixpath.dirname(name), ""
                 child, problem = _resolve(part, folders, files)
                 if child in stack:
                     problem = "cycle"
                 elif child and room <= 0:
                     problem = "too much inlined, left out"
+                elif child and kind == "include" and only is not None and part.strip() not in only:
+                    unread = _reached(files, child, folders)
+                    fates |= {
+                        other: rf"dropped: not in \includeonly of {root}" for other in unread if other not in fates
+                    }
+                    problem = r"not in \includeonly"
                 if not problem:  # the line end after it is a blank to TeX, not the end of a paragraph: it goes too
                     room -= len(files[child]) + 100
-                    reached.add(child)
+                    fates[child] = f"inlined into {root}"
                     stack[child] = _parts(files[child]), len(out)
                     break
                 notes.append(f"{name}: {problem}: {part}")
@@ -123,7 +187,7 @@ def inline(files: dict[str, str], root: str) -> tuple[str, list[str], set[str]]:
             stack.popitem()
             if stack and out and not out[-1].endswith("\n"):
                 out.append("\n")
-    return "".join(out), notes, reached
+    return "".join(out), notes, fates
 
 
 # ---- documents ------------------------------------------------------------------------------------------------------
@@ -162,10 +226,11 @@ def _without(text, spans):
 
 def _has_text(text, main):
     """Whether there is text beside the definitions: any in a document, sentences, formulas or lists in a fragment."""
-    text = _without(text, definitions(text))
+    ends = ends_of(text)
+    spans = list(definitions(text, ends))
     if main:
-        return bool(re.search(r"[^\W_]", re.sub(WORD, "", text)))
-    sentences = _without(text, sorted(ends_of(text).items()))  # the arguments of commands are none
+        return bool(re.search(r"[^\W_]", re.sub(WORD, "", _without(text, spans))))
+    sentences = _without(text, sorted([*spans, *ends.items()]))  # the arguments of commands are none
     return bool(re.search(PROSE, re.sub(OPTIONS, "|", sentences)))
 
 
@@ -189,7 +254,7 @@ def _read_texts(files, reports):
 
 def _styles_of(source, root, texts):
     """The names of the style files of a project that a source asks for, and those that these ask for, in order."""
-    names, todo = [], [source]
+    names, todo = [], [source] if texts else []
     for text in todo:
         for name in re.findall(STYLE, text):
             folders = posixpath.dirname(root), ""
@@ -206,7 +271,9 @@ def _in_order(texts):
     included, mains = set(), set()
     for name, text in texts.items():
         parts, folders = list(_parts(text)), PurePosixPath(name).parents
-        included |= {_resolve(part, folders, texts)[0] for kind, part, _ in parts if kind == "input"} - {name}
+        included |= {_resolve(part, folders, texts)[0] for kind, part, _ in parts if kind in ("input", "include")} - {
+            name
+        }
         if "begin" in {kind for kind, *_ in parts} and not re.search(SUBFILE, text):
             mains.add(name)
     return sorted(texts, key=lambda name: (name in included, name not in mains)), mains
@@ -229,7 +296,7 @@ def corpus(files: dict[str, bytes], most: int = 50_000) -> tuple[list[tuple[str,
         report = reports[name]
         if report.fate:  # an earlier one has inlined it
             continue
-        source, notes, reached = inline(texts, name)
+        source, notes, fates = inline(texts, name)
         report.notes += notes
         asked = _styles_of(source, name, styles)
         for style in asked:
@@ -238,8 +305,9 @@ def corpus(files: dict[str, bytes], most: int = 50_000) -> tuple[list[tuple[str,
         braces = Counter(re.findall(r"\\?[{}]", text))
         if braces["{"] != braces["}"]:
             report.notes.append(f"{name}: unbalanced braces")
-        for other in reached:
-            reports[other].fate = reports[other].fate or f"inlined into {name}"
+        for other, fate in fates.items():
+            if not reports[other].fate or reports[other].fate.startswith("dropped: not in"):
+                reports[other].fate = fate
         report.fate = "root" if name in mains else "fragment"
         if not _has_text(text, name in mains):
             report.fate = "dropped: nothing but preamble/macros" if source.strip() else "dropped: empty"

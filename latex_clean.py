@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 
-from latex_hidden import WORTH, Meanings, hidden_parts, within_conditional
+from latex_hidden import Meanings, hidden_parts, may_hide, within_conditional
 from latex_syntax import (
     COMMANDS,
     END,
@@ -28,7 +28,8 @@ HEADINGS = "part chapter section subsection subsubsection paragraph".split()  # 
 
 # ---- patterns -------------------------------------------------------------------------------------------------------
 
-VERBATIM = r"verbatim\*?|Verbatim\*?|BVerbatim|alltt|lstlisting|minted|spverbatim|comment"
+HIDDEN = r"comment|filecontents\*?"  # environments that TeX does not print
+VERBATIM = rf"verbatim\*?|Verbatim\*?|BVerbatim|alltt|lstlisting|minted|spverbatim|{HIDDEN}"
 MATH = "equation|align|gather|multline|eqnarray|displaymath|math|alignat|flalign|IEEEeqnarray|tikzcd|CD"
 # Macros that begin or end a formula: how a source defines them, and what authors call them, by those that end them.
 ABBREVIATION = (
@@ -36,6 +37,9 @@ ABBREVIATION = (
     rf"[^{{\n]{{0,40}}(?:\{{[^{{}}]{{0,80}}?\\(?P<tag>begin|end)[ \t]*\{{(?P<math>{MATH})\*?\}}"
     r"(?!(?:[^{}]|\{[^{}]*\}){0,300}\\end[ \t]*\{(?P=math)))?"
 )
+FRONT = rf"\\(?:title|subtitle|abstract|keywords){END}"  # in a preamble: \maketitle prints it
+FRONT_ABSTRACT = r"(?s)\\begin[ \t]*\{abstract\}.*?\\end[ \t]*\{abstract\}"
+PRINTS_FRONT = r"\\[a-zA-Z@]*title|\{titlepage\}"
 USUAL_ABBREVIATIONS = "be:ee bea:eea beq:eeq ba:ea beqn:eeqn beqa:eeqa beqna:eeqna bal:eal bequ:eequ".split()
 SIZES = "tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|centering|raggedright"
 LEX = re.compile(
@@ -43,7 +47,8 @@ LEX = re.compile(
     rf"|(?P<verb>(?:verb|lstinline|mintinline\{{\w{{1,40}}\}}){END}\*?(?:\[[^][\n]{{0,200}}\])?"
     r"(?:(?P<bar>[^\sa-zA-Z*{\\])[^\n]{0,200}?(?P=bar)|\{[^{}\n]{0,2000}\})"
     r"|(?:url|path|nolinkurl|href)[ \t]*\{[^{}\n]{0,2000}\})"
-    rf"|(?P<endinput>endinput){END}|(?P<input>input|include|subfile|subfileinclude|import|subimport){END}|[\\%])|(?P<comment>%[^\n]*)"
+    rf"|(?P<endinput>endinput){END}|(?P<stop>(?:bye|enddocument|@@end|end(?![ \t\n]*\{{)){END})"
+    rf"|(?P<only>includeonly){END}|(?P<input>input|include|subfile|subfileinclude|import|subimport){END}|[\\%])|(?P<comment>%[^\n]*)"
 )
 OWN_COMMENT = (  # an environment comment that is text
     r"(?m)^[^%\n]*\\(?:(?:newtheorem|(?:re)?newenvironment)\*?|\w*DocumentEnvironment|include(?:comment|version)"
@@ -79,7 +84,10 @@ def _raw(text, own_comment):
     while m:
         kind, start, end = m.lastgroup, m.start(), m.end()
         if kind == "verbatim":
-            kind = "hidden" if m["verbatim"] == "comment" else "verb"
+            kind = "hidden" if re.fullmatch(HIDDEN, m["verbatim"]) else "verb"
+            if own_comment and m["verbatim"] == "comment":
+                m = LEX.search(text, end)
+                continue
             tag = rf"\\end[ \t]*\{{{re.escape(m['verbatim'])}\}}"
             close = tag not in unclosed and re.compile(tag).search(text, end)
             end = close.end() if close else None
@@ -87,9 +95,9 @@ def _raw(text, own_comment):
                 unclosed.add(tag)  # no later one need look for it again: that would take quadratic time
             elif kind == "hidden":
                 end = re.compile("[^\n]*").match(text, end).end()  # TeX drops the rest of the line
-        if kind and end and not (kind == "hidden" and own_comment):
+        if kind and end:
             yield kind, start, end, m
-        m = LEX.search(text, m.end() if end is None or (kind == "hidden" and own_comment) else end)
+        m = LEX.search(text, end or m.end())
 
 
 def lex(text: str, styles: str = "", alone: bool = False):
@@ -98,13 +106,15 @@ def lex(text: str, styles: str = "", alone: bool = False):
     styles: the source's style files, whose flags, macros and environments count. alone: it is one file of several, and
     only what is decided whatever the others say is hidden.
     """
-    own_comment = bool(re.search(OWN_COMMENT, text + "\n" + styles))
+    whole = text + "\n" + styles
+    own_comment = "comment" in whole and bool(re.search(OWN_COMMENT, whole))
     raw = list(_raw(text, own_comment))
     hidden, masked = {}, None
-    if own_comment or re.search(CONSTANT if alone else WORTH, text + styles):
+    if own_comment or (re.search(CONSTANT, text) if alone else may_hide(whole)):
         meanings = Meanings({"{comment": True} if own_comment else {}, frozen=alone)
-        hidden_parts(_mask(styles, _raw(styles, own_comment)), meanings)
-        meanings.groups.clear()
+        if styles:
+            hidden_parts(_mask(styles, _raw(styles, own_comment)), meanings)
+            meanings.groups.clear()
         masked = _mask(text, raw)
         hidden = hidden_parts(masked, meanings)
     spans = iter([*hidden.items(), (len(text) + 1, 0)])
@@ -115,7 +125,9 @@ def lex(text: str, styles: str = "", alone: bool = False):
             yield "hidden", start, end, None
             position = end
             start, end = next(spans)
-        inside = part[0] == "endinput" and within_conditional(masked or _mask(text, raw), part[1], hidden)
+        inside = part[0] in ("endinput", "stop", "only") and within_conditional(
+            masked or _mask(text, raw), part[1], hidden
+        )
         if part[1] >= position and not inside:
             yield part
     while start <= len(text):
@@ -226,12 +238,18 @@ def _follow(m, formulas, depth, tag, math):
 def _cuts(text, abbreviations):
     """(kind, start, end) of all that only lays out, draws or indexes, in order; of formulas and definitions nothing."""
     ends, formulas, depth, position = ends_of(text), [], 0, 0
+    known = COMMANDS.keys() | abbreviations.keys()
     wrapped = set()  # closing braces that go because their opening ones went
     for m in re.finditer(TOKEN, text):
-        token, command, start, end = m.lastgroup, m["command"], m.start(), m.end()
-        tag = abbreviations.get(command, (None, None))
-        if token is None or start < position or (command and command not in COMMANDS and not tag[0]):
+        token = m.lastgroup
+        command = m["command"] if token == "command" else None
+        if not token or (command and command not in known) or m.start() < position:
             continue
+        start, end = m.span()
+        if token in ("group", "group_end") and not formulas and start not in wrapped:  # most tokens
+            depth += DEEPER[token]
+            continue
+        tag = abbreviations.get(command, (None, None))
         depth = _follow(m, formulas, depth, *tag)
         if tag[0] or (formulas and start not in wrapped):
             continue
@@ -300,6 +318,22 @@ def _composed(text):
     return unicodedata.normalize("NFC", text)
 
 
+def _preamble(text, body):
+    """What is kept of a preamble: its definitions, and title and abstract where the body prints them; two lists."""
+    ends = ends_of(text)
+    spans = list(definitions(text, ends))
+    kept = [text[i:j] for i, j in spans if not INTERNAL.match(text, i)]
+    if not re.search(PRINTS_FRONT, body):
+        return kept, []
+    rest = list(text)
+    for i, j in spans:
+        rest[i:j] = " " * (j - i)
+    rest = "".join(rest)
+    front = {m.start(): arguments_end(rest, m.end(), "1", ends) for m in re.finditer(FRONT, rest)}
+    front |= {m.start(): m.end() for m in re.finditer(FRONT_ABSTRACT, rest)}
+    return kept, [text[i:j] for i, j in sorted(front.items()) if j]
+
+
 def clean(source: str, dropped: Counter, styles: str = "") -> str:
     """The text of one source (inline it before): definitions of its preamble, then its body, stripped. Never longer.
 
@@ -313,15 +347,15 @@ def clean(source: str, dropped: Counter, styles: str = "") -> str:
     text, verbatim = _hide(text, dropped, styles)
     abbreviations = _abbreviations(text + "\n" + styles)
     *preamble, body = re.split(r"\\begin *\{document\}", _tidy(text), maxsplit=1)
-    macros = ""
+    macros = front = ""
     for part in preamble:
-        kept = [part[i:j] for i, j in definitions(part) if not INTERNAL.match(part, i)]
-        dropped["preamble"] += len(part) - sum(map(len, kept))
-        macros = "\n".join(kept) + "\n\n"
+        kept, front = _preamble(part, body)
+        dropped["preamble"] += len(part) - len("".join([*kept, *front]))
+        macros, front = "\n".join(kept) + "\n\n", "".join(text + "\n" for text in front)
     body, *after = re.split(r"\\end *\{document\}", body, maxsplit=1)
     for part in after:
         dropped["after the end"] += len(part)
-    text = _tidy(macros + _strip(body, dropped, abbreviations))
+    text = _tidy(macros + _strip(front + body, dropped, abbreviations))
     text = re.sub("\ufdd0(\\d+)\ufdd1", lambda mark: verbatim[int(mark[1])], text).strip()
     plain = re.sub("[\ufb00-\ufb06]", lambda ligature: unicodedata.normalize("NFKC", ligature[0]), text)
     return plain if len(plain) <= len(source) else text

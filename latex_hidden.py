@@ -7,7 +7,6 @@ TeX's order. The texts here have blanks for comments and verbatim parts, so that
 
 import re
 from collections import Counter
-from functools import lru_cache
 
 from latex_syntax import (
     DEFINEE,
@@ -49,15 +48,21 @@ QUOTED = rf"(?:string|noexpand|meaning|show|newif|ifdefined)\s*{COMMAND}|ifx\s*(
 BRANCH = re.compile(rf"(?s)\\(?:(?P<quoted>{QUOTED})|(?P<name>if[a-zA-Z@]*|else|or|fi|repeat){END}|.)")
 NEW_CONDITIONAL = r"\\(?:newif|let|def|newcommand\*?\{?)\s*\\(if[a-zA-Z@]+)"
 FLAG = rf"\\([a-zA-Z@]+(?:true|false)){END}"
-WORDS = "if[a-zA-Z@]*|else|or|fi|unless|global|begingroup|bgroup|endgroup|egroup|" + "|".join(
-    [*DEFINING, *SETTERS, *PROVIDERS, *NAMED_FLAGS, "NewEnviron", "RenewEnviron"]
+WORDS = {*"else or fi unless global begingroup bgroup endgroup egroup NewEnviron RenewEnviron".split()}
+WORDS |= {*DEFINING, *SETTERS, *PROVIDERS, *NAMED_FLAGS}
+STEP = re.compile(  # all that may matter to the reading
+    rf"(?s)\\(?:(?P<tag>begin|end)[ \t]*\{{(?P<environment>[^{{}}\n]*)\}}|(?P<quoted>{QUOTED})"
+    r"|(?P<word>[a-zA-Z@]+)|[\\{}])|[{}]"
 )
-WORTH = re.compile(  # a source without these hides nothing
-    r"\\(?:if(?!f\b)[a-z]*|(?:ex|in)clude(?:comment|version)|let\s*\\\w+\s*=?\s*\\(?:comment|@gobble)|comment\b"
-    r"|(?:re)?newenviron\b|(?:not|new)(?:bool|toggle)|def[^{}\n]{0,60}\{\s*\})|\bdisable\b"
-    r"|[\]#}\d]\s*\{(?:\s|%[^\n]*\n|\\(?:relax|ignorespaces)\b)*\}",
+# A source without the first of these, and without the second beside definitions, hides nothing.
+WORTH = re.compile(
+    r"\\(?:if(?:false|true|num|odd|case|thenelse)?(?![a-z])|(?:ex|in)clude(?:comment|version)"
+    r"|let\s*\\\w+\s*=?\s*\\(?:comment|@gobble)|comment\b|(?:re)?newenviron\b|(?:not|new)(?:bool|toggle)"
+    r"|def[^{}\n]{0,60}\{\s*\})|\bdisable\b",
     re.IGNORECASE,
 )
+PERHAPS = re.compile(r"\\if(?!f\b)[a-z]|[\]#}\d]\s*\{(?:\s|%[^\n]*\n|\\(?:relax|ignorespaces)\b)*\}", re.IGNORECASE)
+DEFINES = re.compile(r"\\(?:[gex]?def|let|(?:re)?new|provide|declare|set|bool|toggle)", re.IGNORECASE)
 DEEP = 50  # groups within groups: more are no text of a person
 DISABLED = r"\\usepackage\s*\[[^]]{0,200}\bdisable\b[^]]{0,200}\]\s*\{todonotes\}"
 EMPTY = re.compile(rf"[\]#}}\d\w]\s*\{{(?:{SILENT})*\}}$")
@@ -68,6 +73,11 @@ ARGUMENT_BEFORE = re.compile(
 )  # of a group: it may be the argument of a command
 
 # ---- reading in TeX's order -----------------------------------------------------------------------------------------
+
+
+def may_hide(text: str) -> bool:
+    """Whether a source and its styles may hide anything at all: to find out takes time."""
+    return bool(WORTH.search(text) or (DEFINES.search(text) and PERHAPS.search(text)))
 
 
 def hidden_parts(text: str, meanings: Meanings) -> dict[int, int]:
@@ -81,10 +91,13 @@ def hidden_parts(text: str, meanings: Meanings) -> dict[int, int]:
     jumps = {}  # the same spans: there the reading goes on after them
     undecided = 0  # where the last conditional that is not decided ends
     before = ""
-    steps = _steps(frozenset(_names(text, bodies, meanings)))
-    step = steps.search(text)
-    while step:
-        start, position, word = step.start(), step.end(), step["word"]
+    names = _names(text, bodies, meanings)
+    position = 0
+    while step := STEP.search(text, position):
+        position, word = step.end(), step["word"]
+        if word and word not in names and not word.startswith("if"):
+            continue
+        start = step.start()
         spans = []
         if start in jumps:
             position = jumps[start]
@@ -110,12 +123,11 @@ def hidden_parts(text: str, meanings: Meanings) -> dict[int, int]:
             jumps |= dict(spans)
             position = spans[0][1]
         before = step[0]
-        step = steps.search(text, position)
     return _balanced(text, decisions)
 
 
 def _names(text, bodies, meanings):
-    """The commands of a text that may hide something: those that set flags, and macros that may print nothing."""
+    """The commands of a text that may hide something: those that set flags, macros that may be silent, and WORDS."""
     names = {key for key, meaning in meanings.known.items() if getattr(meaning, "silent", False) is not False}
     names |= set(re.findall(FLAG, text))
     for start, end in bodies:
@@ -123,17 +135,7 @@ def _names(text, bodies, meanings):
         _, name, *called = [*re.findall(r"\\([a-zA-Z@]+)", body), "", ""]
         if name and (EMPTY.search(body) or r"\if" in body or names & set(called)):
             names.add(name)
-    return names
-
-
-@lru_cache(256)
-def _steps(names):
-    """A pattern of all that matters to the reading: braces, tags and these commands (frozenset), beside the usual."""
-    words = "|".join([WORDS, *sorted(names)])
-    return re.compile(
-        rf"(?s)\\(?:(?P<tag>begin|end)[ \t]*\{{(?P<environment>[^{{}}\n]*)\}}|(?P<quoted>{QUOTED})"
-        rf"|(?P<word>{words}){END}|[\\{{}}])|[{{}}]"
-    )
+    return WORDS | names
 
 
 def _balanced(text, decisions):

@@ -24,11 +24,14 @@ COMMANDS = kinds("""
     layout: noindent indent centering center raggedright raggedleft maketitle titlepage listoffigures listoftables
     parttoc minitoc hfill hfil phantomsection frontmatter mainmatter backmatter tiny scriptsize footnotesize small
     normalsize large Large LARGE huge Huge selectfont sloppy fussy onecolumn makeatletter makeatother normalcolor
-    allowbreak strut samepage pause hrule
+    allowbreak strut samepage pause hrule immediate listfiles nofiles
     layout/1: vspace hspace enlargethispage pagestyle thispagestyle pagenumbering stepcounter refstepcounter newlength
     newcounter linespread markright captionsetup hypersetup usepackage RequirePackage color tikzset usetikzlibrary
     tikzcdset lstset theoremstyle graphicspath externaldocument fancyhead fancyfoot lhead chead rhead lfoot cfoot rfoot
-    showthe layout/3: addcontentsline definecolor layout/f: font
+    show showthe typeout message errmessage wlog errhelp pdfinfo layout/=: write layout/l: closeout closein
+    layout/3: addcontentsline definecolor PackageError ClassError layout/4: GenericError layout/f: font
+    layout/2: PackageWarning PackageWarningNoLine PackageInfo ClassWarning ClassWarningNoLine ClassInfo GenericInfo
+    GenericWarning pdfbookmark currentpdfbookmark subpdfbookmark belowpdfbookmark
     layout/2: setlength addtolength setcounter addtocounter settowidth addtocontents fontsize markboth rule numberwithin
     layout/o: pagebreak nopagebreak linebreak tableofcontents twocolumn allowdisplaybreaks
     layout/g: hskip kern baselineskip parskip parindent hsize vsize textwidth textheight topmargin oddsidemargin
@@ -45,7 +48,7 @@ COMMANDS = kinds("""
 DEFINING = [name for name, (kind, _) in COMMANDS.items() if kind == "definition"]
 ENVIRONMENTS = table("""
     graphics: tikzpicture pgfpicture asy asydef picture pspicture xy chart axis circuitikz overpic mpost feynmandiagram
-    bibliography: thebibliography index: theindex file: filecontents""")  # these go with everything in them
+    bibliography: thebibliography index: theindex""")  # these go with everything in them
 TAGS = kinds("""
     float/o: figure table sidewaysfigure sidewaystable threeparttable float/1: subfigure subtable
     float/2: wrapfigure wraptable block/1: minipage spacing multicols adjustbox block/2: adjustwidth block/o: center

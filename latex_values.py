@@ -17,6 +17,10 @@ CHARACTERS = re.compile(r"\s*(?:([^\\{}#$&~^_%\s])|\\([a-zA-Z@]+)\s*)(?:([^\\{}#
 BOOLEAN = re.compile(r"\s*(\\(?:NOT|not))?\s*\\boolean\s*\{\s*([\w@]+)\s*\}\s*")
 EQUAL = re.compile(r"\s*(\\(?:NOT|not))?\s*\\equal\s*\{([^{}]*)\}\s*\{([^{}]*)\}\s*")
 
+# Where a comment was, before a line end that TeX does not see: a number, or what is compared, may go on after it.
+COMMENT = r"(?:[ \t]+\n)+[ \t]*"
+GOES_ON = re.compile(rf"(?<=[ \t])\n[ \t]*\d|{COMMENT}\d")
+
 # ---- meanings -------------------------------------------------------------------------------------------------------
 
 
@@ -78,12 +82,12 @@ def outcome(
     if word == "ifnum":
         m = COMPARED.match(text, position)
         left, right = m and (_number(m[1], m[2], meanings), _number(m[4], m[5], meanings)) or (None, None)
-        if None not in (left, right):
+        if None not in (left, right) and not GOES_ON.match(text, m.end()):
             return (0 if OPERATORS[m[3]](left, right) else -1), m.end()
     if word in ("ifodd", "ifcase"):
         m = COUNTED.match(text, position)
         number = m and _number(m[1], m[2], meanings)
-        if number is not None:
+        if number is not None and not GOES_ON.match(text, m.end()):
             return (number if word == "ifcase" else number % 2 - 1), m.end()
     if word == "if":
         return _compare(text, position, meanings)
@@ -107,6 +111,9 @@ def _compare(text, position, meanings):
     """The branch of \\if, which compares two characters, as `outcome` gives it."""
     m = CHARACTERS.match(text, position)
     if not m:
+        return None, position
+    joined = re.compile(COMMENT + r"(\S)").match(text, m.start(3)) if m[3] else None
+    if joined and joined[1] in ("\\", m[1]):
         return None, position
     first, second = m[1] or _word(m[2], meanings), m[3] or (_word(m[4], meanings) if m[4] else None)
     if first and len(first) == 1 and second and len(second) == 1:

@@ -26,6 +26,8 @@ ROLES = {  # what roles are called: our name
     "ipython": "tool",
 }
 TEXT_PARTS = ("text", "input_text", "output_text")
+UNLEARNED = "weight train trainable learn loss loss_mask".split()  # keys of a turn that say so when they are false
+FALSE = (0, "0", "false", "False")  # 0 is False
 NO_CELLS = ("", "null", "[]", "{}")
 
 
@@ -77,13 +79,15 @@ def _turns(cell):
     return turns if all(isinstance(turn, dict) and "role" in turn for turn in turns) else []
 
 
-def problem(row: dict[str, str]) -> str:
-    """Why a row is no pair although it seems to be one, or an empty text."""
+def problem(row: dict[str, str], used: list[str] = ()) -> str:
+    """Why a row is no pair although it seems to be one, or an empty text. used: the columns of the prompt."""
     answers = [name for name in row if name.lower() in RESPONSES]
     if "response" not in row and len(answers) > 1:
         return f"columns {' and '.join(answers)}: name the one to learn response"
     if {"chosen", "rejected"} <= row.keys():
         return "chosen and rejected are preferences: name the one to learn response"
+    if row.get("label", "").lower() == "false" and "label" not in used:
+        return "label false marks a response as a bad one: leave such rows out"
     for name in ("history", "images", "image"):
         if row.get(name, "") not in NO_CELLS:
             return f"column {name} is not read: only text in prompt and response, or in messages, can be learned"
@@ -106,11 +110,35 @@ def _turn(turn):
     if not isinstance(role, str) or role.lower() not in ROLES:
         known = ", ".join(ROLES)
         raise ValueError(f"a turn has the role {role!r} (keys {', '.join(turn)}); known are {known}")
-    if rest.get("weight", 1) == 0 and ROLES[role.lower()] == "assistant":
-        raise ValueError("an assistant's turn is not to be learned (weight 0, or in the prompt); only all can be")
+    unlearned = [key for key in UNLEARNED if rest.get(key, 1) in FALSE]
+    if unlearned and ROLES[role.lower()] == "assistant":
+        reason = f"an assistant's turn is not to be learned ({unlearned[0]} {rest[unlearned[0]]}, or in the prompt)"
+        raise ValueError(f"{reason}; only all can be")
+    if rest.get("function_call"):
+        raise ValueError("a turn has a function_call, which chat templates do not render: give tool_calls")
+    if rest.get("tool_calls"):
+        rest["tool_calls"] = _calls(rest["tool_calls"])
     if isinstance(content, list):
         content = "".join(_part(part) for part in content)
     return {"role": ROLES[role.lower()], "content": content, **rest}
+
+
+def _calls(calls):
+    """Tool calls with their arguments as objects: a template would write a JSON string as a string."""
+    calls = json.loads(calls) if isinstance(calls, str) else calls
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError("tool_calls is no list of objects")
+    read = []
+    for call in calls:
+        function = call.get("function", call)
+        arguments = function.get("arguments", {}) if isinstance(function, dict) else None
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments or "{}")
+        if not isinstance(arguments, dict):
+            raise ValueError(f"the arguments of a tool call are no object: {str(arguments)[:60]!r}")
+        function = {**function, "arguments": arguments}
+        read.append({**call, "function": function} if "function" in call else function)
+    return read
 
 
 def _part(part):

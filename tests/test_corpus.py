@@ -560,6 +560,32 @@ def test_one_book_is_trained_on(small_base, tmp_path, texts):
     assert result["steps"] == 4 and np.isfinite(result["metrics"]["loss"])
 
 
+def versions(texts, folder) -> None:
+    """Three versions of one paper, in a folder each."""
+    for i in range(3):
+        (folder / f"v{i}").mkdir(parents=True)
+        (folder / f"v{i}/main.txt").write_text("\n\n".join([*texts[:20], f"Version {i}.", *texts[20 + i : 22 + i]]))
+
+
+def test_versions_of_a_text_are_named_and_never_held_out(small_base, tmp_path, texts, capsys):
+    """Whatever the seed draws: nothing that is held out has a nearly equal text in training."""
+    versions(texts, tmp_path / "papers")
+    for i, text in enumerate(texts[25:45]):
+        (tmp_path / f"papers/{i}.txt").write_text(text)
+    for seed in range(5):
+        flags = cpt_flags(small_base, tmp_path / "papers", tmp_path, val_size=4, seed=seed)
+        tokens = sides(flags, small_base).val
+        assert max(tokens.lengths) < len(" ".join(texts[:20]).split())
+    out = capsys.readouterr().out
+    assert "3 documents in 1 group are nearly equal (v0/main.txt row 1, v1/main.txt row 1, v2/main.txt row 1)" in out
+
+
+def test_versions_of_one_text_alone_are_refused_without_val_data(small_base, tmp_path, texts):
+    versions(texts, tmp_path / "papers")
+    with pytest.raises(UserError, match="all 3 documents are nearly equal to others: .* give --val_data"):
+        sides(cpt_flags(small_base, tmp_path / "papers", tmp_path), small_base)
+
+
 def test_most_of_the_text_held_out_is_a_warning(small_base, papers, tmp_path, capsys):
     sides(cpt_flags(small_base, papers, tmp_path, val_size=20), small_base)
     assert "warning: most of the text is held out" in capsys.readouterr().out
@@ -584,6 +610,25 @@ def test_val_data_is_what_is_held_out(small_base, papers, own, tmp_path, capsys)
         "warning: 2 of --val_data are in --train_data too (both.jsonl row 1, both.jsonl row 2)"
         in capsys.readouterr().out
     )
+
+
+def test_val_data_of_pairs_with_guard_data(small_base, tmp_path, capsys):
+    """What is held out are all pairs of --val_data; guard texts may be documents; what is on both sides is reported."""
+
+    def pairs(name, numbers):
+        rows = [{"prompt": f"What is {i}+1?", "response": f"It is {i + 1}."} for i in numbers]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    train, val, guard = pairs("t.jsonl", range(20)), pairs("v.jsonl", range(18, 30)), tmp_path / "g.jsonl"
+    guard.write_text("".join(json.dumps({"text": f"Other words {i}."}) + "\n" for i in range(5)))
+    for general, count in ((guard, 0), (pairs("p.jsonl", range(19, 25)), 1)):
+        flags = cpt_flags(small_base, train, tmp_path, val_size=None, val_data=val, guard_data=general)
+        texts = sides(flags, small_base)
+        assert texts.pairs and (len(texts.train.lengths), len(texts.val.lengths)) == (20, 12)
+        said = capsys.readouterr().out
+        assert "2 of --val_data are in --train_data too (v.jsonl row 1, v.jsonl row 2)" in said
+        assert (f"{count} texts of --guard_data are trained on" in said) == bool(count)
 
 
 def test_val_data_of_another_kind_or_with_val_size_is_refused(small_base, papers, own, tmp_path):
@@ -611,5 +656,5 @@ def test_val_data_on_two_ranks_and_resumed_is_the_same_and_another_is_refused(sm
     assert cpt.main(again)["metrics"] == result["metrics"]
     (Path(result["run"]) / "result.json").unlink()
     own.write_text(own.read_text() + '{"text": "One more."}\n')
-    with pytest.raises(UserError, match="changed since this run began"):
+    with pytest.raises(UserError, match="changed since it began"):
         cpt.main(again)

@@ -553,6 +553,43 @@ def test_a_long_row_has_the_tokens_of_the_whole(small, kind, monkeypatch):
     assert sure > 8
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "wordpiece", "unigram", "bos"])
+def test_a_long_document_has_the_tokens_of_the_whole(small, kind, monkeypatch):
+    """Encoded in pieces that are cut where the tokenizer splits the text anyway."""
+    tokenizer = small if kind == "byte-level" else made_tokenizer("unigram" if kind == "bos" else kind)
+    if kind == "bos":
+        bos = [("[UNK]", 0)]
+        tokenizer.backend_tokenizer.post_processor = type(tokenizer.backend_tokenizer.post_processor)(
+            single="[UNK] $A", special_tokens=bos
+        )
+        tokenizer.bos_token = "[UNK]"
+    rng, cuts = np.random.default_rng(0), 0
+    for i in range(40):
+        words = rng.choice(WORDS, int(rng.integers(4, len(WORDS))), replace=False)
+        row = {name: "".join(rng.choice(words, int(rng.integers(1, 1500)))) for name in ("a", "b")}
+        pieces = [prompts.render(TEMPLATES[i % 4], row)]
+        results = []
+        for long in (10**9, 100):
+            monkeypatch.setattr(data, "LONG", long)
+            monkeypatch.setattr(data, "PIECE", 40)
+            try:
+                results.append(data.encode(tokenizer, pieces, 10**9)[0].ids.tolist())
+            except UserError:  # what a tokenizer cannot tell from its special tokens
+                results.append("refused")
+        assert results[0] == results[1], pieces
+        cuts += len(list(data._document_parts(tokenizer, pieces[0]))) - 1
+    assert cuts > 40 or kind in ("unigram", "bos")  # which begin each text as a word: cut nowhere
+
+
+def test_a_document_of_megabytes_is_encoded_in_pieces(small):
+    sizes, encode = [], type(small).__call__
+    for text in ("long words " * 60_000, "<|im_end|>" * 60_000):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(small), "__call__", lambda self, text: sizes.append(len(text)) or encode(self, text))
+            tokens, _ = data.encode(small, [[(True, text)], [(True, "a")]], 10**9)
+        assert small.decode(tokens.row(0)) == text and max(sizes) < 2 * data.PIECE
+
+
 @pytest.mark.parametrize(
     "text", ["long words " * 900_000, "<|im_end|>" * 1_000_000, "e" + "\u0301" * 1_000_000, "a" * 10**7]
 )

@@ -136,6 +136,33 @@ SOURCES = {  # name: the files, of which main.tex is the root; or main.tex alone
         "b.tex": "PRINTED2 \\endinput PRINTED3\nUNPRINTED",
     },
     "after the end": paper("PRINTED1") + "UNPRINTED $x$",
+    "ends of plain TeX": {
+        "main.tex": "\\input a\n" + LEAD + "\\input b \\input c \\input d\n" + END + "\\vfill\\eject\\end\nUNPRINTED",
+        "a.tex": "\\def\\ee{\\end{equation}}\\let\\finish\\end % \\bye\n\\verb|\\bye|",
+        "b.tex": "PRINTED1\n\\bye\nUNPRINTED $x$",
+        "c.tex": "\\iffalse\\bye\\fi PRINTED2 \\enddocument UNPRINTED",
+        "d.tex": "\\def\\bye{\\par}\\bye PRINTED3",
+    },
+    # files
+    "files of files": paper(
+        "\\begin{filecontents*}{b.bib}\nUNPRINTED {\n\\end{filecontents*}\nPRINTED1",
+        "\\begin{filecontents}{a.tex}\n\\documentclass{article}\\begin{document}UNPRINTED\\end{document}\n\\iffalse\n"
+        "\\end{filecontents}",
+    ),
+    "names in other letters": {"main.tex": paper("\\input{Intro}\\include{SECTIONS/One}"), "intro.tex": "PRINTED1\n",
+        "sections/one.TEX": "PRINTED2"},
+    "includeonly": {
+        "main.tex": paper("\\include{a}\\include{b}\\input{c}", "% \\includeonly{b}\n\\includeonly{a,%b,\n c}"),
+        "a.tex": "PRINTED1\n", "b.tex": "UNPRINTED\\include{d}", "c.tex": "PRINTED2", "d.tex": "UNPRINTED",
+    },
+    # what a page does not show
+    "written to the log": paper(
+        "\\typeout{UNPRINTED} \\immediate\\write18{UNPRINTED} \\write\\file{UNPRINTED} \\pdfinfo{/Title (UNPRINTED)}"
+        "\\PackageWarning{x}{UNPRINTED}\\listfiles PRINTED1 \\message{UNPRINTED {x}} \\ClassError{a}{UNPRINTED}{x}"
+    ),
+    "a test that goes on after a comment": paper(
+        "\\if0%\n0 PRINTED1\\fi \\ifnum5<1% one\n0 PRINTED2\\fi\n\\if0%\nUNPRINTED\\fi \\if0\n0 UNPRINTED\\fi PRINTED3"
+    ),
 }  # fmt: skip
 
 
@@ -161,6 +188,36 @@ def test_what_is_printed_is_learned_and_nothing_else(name):
     assert len(re.findall(r"\\if(?!f\b|thenelse|toggle)[a-z0-9]*", bare)) == len(re.findall(r"\\fi\b", bare))
     formula = r"\$[^$]+\$"
     assert Counter(re.findall(formula, body)) == Counter(re.findall(formula, LEAD + END))
+
+
+def test_files_left_out_by_includeonly_are_reported():
+    files = SOURCES["includeonly"]
+    documents, reports = latex.corpus({file: text.encode() for file, text in files.items()})
+    fates = {report.file: report.fate for report in reports}
+    assert len(documents) == 1 and fates["b.tex"] == fates["d.tex"] == r"dropped: not in \includeonly of main.tex"
+    assert "main.tex: not in \\includeonly: b" in reports[-1].notes
+
+    # Where another root has them, they are there.
+    files = {**files, "whole.tex": paper("\\include{b}")}
+    documents, _ = latex.corpus({file: text.encode() for file, text in files.items()})
+    assert [name for name, text in documents if "UNPRINTED" in text] == ["whole.tex"]
+
+
+FRONT = r"""\title[short]{A title \thanks{of mine}}
+\newcommand{\other}{\title{none}}
+\author{A. Name}
+\abstract{What we show.}
+\begin{abstract}
+In words.
+\end{abstract}"""
+
+
+@pytest.mark.parametrize("begin, printed", [("\\maketitle", True), ("\\frame{\\titlepage}", True), ("", False)])
+def test_title_and_abstract_of_a_preamble_are_kept_where_they_are_printed(begin, printed):
+    text = latex_clean.clean(paper(begin, FRONT), Counter())
+    front = "\\title[short]{A title \\thanks{of mine}}\n\\abstract{What we show.}\n\\begin{abstract}\nIn words."
+    assert (front in text) == printed and text.count("A title") == printed and "Name" not in text
+    assert latex_clean.clean(text, Counter()) == text
 
 
 def test_what_is_hidden_is_counted():

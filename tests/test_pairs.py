@@ -222,6 +222,12 @@ def test_tools_are_shown_and_calls_are_learned_but_not_their_results():
     assert text.startswith("<|im_start|>system\nBe brief.\n\n# Tools") and '{"type": "function"' in text
     called = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>\n'
     assert learned(tokenizer, tokens) == called + "It is 2.<|im_end|>\n"
+
+    # As services give them: the arguments of a call, or the calls, as a JSON string.
+    call["function"]["arguments"] = '{"a": 1}'
+    assert learned(tokenizer, encoded(tokenizer, [{"messages": said, "tools": tools}])).startswith(called)
+    said[2]["tool_calls"] = json.dumps([call["function"]])
+    assert learned(tokenizer, encoded(tokenizer, [{"messages": said, "tools": tools}])).startswith(called)
     said[0]["content"] = "x " * 500  # pieces are kept apart, so a long prompt is cut and no template
     assert tokenizer.decode(encoded(tokenizer, [{"messages": said}], max_length=150).ids).endswith(
         "It is 2.<|im_end|>\n"
@@ -324,6 +330,21 @@ def test_what_is_too_long_loses_its_longest_field_and_a_cut_answer_has_no_end(ch
     assert min(cut["answer"], cut["prompt"]) > 30
     with pytest.raises(UserError, match="max_length"):
         encoded(tokenizer, [row], chat, "", around)
+
+
+def test_a_tokenizer_that_ends_texts_itself_ends_them_once():
+    tokenizer = bases.load_tokenizer(str(ROOT / "tiny/base"))
+    plain = encoded(tokenizer, [{"prompt": "Why? ", "response": "So."}], chat=False)
+    document, end = data.encode(tokenizer, [[(True, "A text.")]], 99)[0], data.end_of_text(tokenizer)
+    plain_document = corpus.end_documents(document, end)
+    eos = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"$A {eos[0]}", special_tokens=[eos])
+    assert tokenizer("a").input_ids[-1] == end
+    ending = encoded(tokenizer, [{"prompt": "Why? ", "response": "So."}], chat=False)
+    assert (ending.ids.tolist(), ending.learned.tolist()) == (plain.ids.tolist(), plain.learned.tolist())
+    rows = [[(True, "A text.")], [(True, "A text.")]]
+    ended = corpus.end_documents(data.encode(tokenizer, rows, 99)[0], end)
+    assert [ended.row(i).tolist() for i in (0, 1)] == [plain_document.row(0).tolist()] * 2
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
@@ -626,7 +647,15 @@ NOT_KNOWN = {
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, SHARED[1]]},
         "a part of type 'image_url': only text",
     ),
-    "weight": ({"messages": [*SHARED[:1], {**SHARED[1], "weight": 0}, *SHARED]}, "not to be learned"),
+    "weight": ({"messages": [*SHARED[:1], {**SHARED[1], "weight": 0}, *SHARED]}, "not to be learned .weight 0"),
+    "train": ({"messages": [SHARED[0], {**SHARED[1], "train": False}, *SHARED]}, "not to be learned .train False"),
+    "mask": ({"messages": [SHARED[0], {**SHARED[1], "loss_mask": 0.0}, *SHARED]}, "not to be learned .loss_mask"),
+    "bad answer": ({"prompt": "a", "completion": "b", "label": False}, "label false marks a response as a bad one"),
+    "arguments": (
+        {"messages": [SHARED[0], {**SHARED[1], "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]},
+        "the arguments of a tool call are no object: '.1.'",
+    ),
+    "function": ({"messages": [SHARED[0], {**SHARED[1], "function_call": {"name": "f"}}]}, "has a function_call"),
     "preferences": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen and rejected are preferences"),
     "two answers": ({"question": "a", "solution": "b", "answer": "c"}, "columns solution and answer: name the one"),
     "history": ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "column history is not read"),

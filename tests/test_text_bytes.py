@@ -53,7 +53,8 @@ def test_a_declared_encoding_is_read_without_a_word(line, codec, text):
 TOLD = [
     ("gbk", CHINESE), ("big5", TAIWAN), ("euc_jp", JAPANESE), ("cp932", JAPANESE), ("euc_kr", KOREAN),
     ("cp1251", RUSSIAN), ("koi8-r", RUSSIAN), ("cp866", RUSSIAN), ("cp1252", FRENCH), ("latin-1", FRENCH),
-    ("mac_roman", FRENCH), ("cp1250", POLISH), ("iso8859-2", POLISH), ("utf-16-le", FRENCH), ("utf-16-be", FRENCH),
+    ("mac_roman", FRENCH), ("cp1250", POLISH), ("iso8859-2", POLISH), ("cp1250", CZECH), ("iso8859-2", CZECH),
+    ("cp1250", "Źródło łączy się z żółtą ćmą, którą wziął niedźwiedź."), ("utf-16-le", FRENCH), ("utf-16-be", FRENCH),
 ]  # fmt: skip
 
 
