@@ -18,8 +18,8 @@ def kinds(words: str) -> dict[str, tuple[str, str]]:
 
 
 # Commands by kind and signature: the number of arguments, then o for an optional one after them; or g: a dimension,
-# f: a font, =: the parameters and body of a definition, l: what a \let copies. Of the kind "unwrapped" the text stays,
-# definitions stay untouched, all others go.
+# f: a font, w: a stream and its file, =: the parameters and body of a definition, l: what a \let copies. Of the kind
+# "unwrapped" the text stays, definitions stay untouched, all others go.
 COMMANDS = kinds("""
     layout: noindent indent centering center raggedright raggedleft maketitle titlepage listoffigures listoftables
     parttoc minitoc hfill hfil phantomsection frontmatter mainmatter backmatter tiny scriptsize footnotesize small
@@ -29,7 +29,8 @@ COMMANDS = kinds("""
     newcounter linespread markright captionsetup hypersetup usepackage RequirePackage color tikzset usetikzlibrary
     tikzcdset lstset theoremstyle graphicspath externaldocument fancyhead fancyfoot lhead chead rhead lfoot cfoot rfoot
     show showthe typeout message errmessage wlog errhelp pdfinfo layout/=: write layout/l: closeout closein
-    layout/3: addcontentsline definecolor PackageError ClassError layout/4: GenericError layout/f: font
+    layout/w: openout openin layout/f: font
+    layout/3: addcontentsline definecolor PackageError ClassError layout/4: GenericError
     layout/2: PackageWarning PackageWarningNoLine PackageInfo ClassWarning ClassWarningNoLine ClassInfo GenericInfo
     GenericWarning pdfbookmark currentpdfbookmark subpdfbookmark belowpdfbookmark
     layout/2: setlength addtolength setcounter addtocounter settowidth addtocontents fontsize markboth rule numberwithin
@@ -69,6 +70,7 @@ SIZE = r"[ \t]*-?[ \t]*(?:[\d.,]*\\[a-zA-Z@]+|[\d.,]+[ \t]*(?:true[ \t]*)?(?:p[t
 PLAIN_ARGUMENT = {  # by signature: what is not in braces
     "g": rf"[ \t]*=?{SIZE}(?:[ \t]*(?:plus|minus){SIZE}){{0,2}}",
     "f": r"[ \t]*\\[a-zA-Z]+[ \t]*=?[ \t]*[\w\-]+(?:[ \t]+(?:scaled|at)[ \t]*[\w.\\]+)?",
+    "w": r"[ \t]*(?:\d+|\\[a-zA-Z@]+)[ \t]*=?[ \t]*(?:\\jobname)?[^\s{}\\]*",
     "l": r"[ \t]*=?[ \t]?(?:\\(?:[a-zA-Z@]+|.)|\S)",
 }
 PARAMETERS = re.compile(r"[^{]{0,199}")

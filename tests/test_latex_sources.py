@@ -157,7 +157,8 @@ SOURCES = {  # name: the files, of which main.tex is the root; or main.tex alone
     },
     # what a page does not show
     "written to the log": paper(
-        "\\typeout{UNPRINTED} \\immediate\\write18{UNPRINTED} \\write\\file{UNPRINTED} \\pdfinfo{/Title (UNPRINTED)}"
+        "\\typeout{UNPRINTED} \\immediate\\write18{UNPRINTED} \\openout\\file=UNPRINTED.txt "
+        "\\write\\file{UNPRINTED} \\pdfinfo{/Title (UNPRINTED)}"
         "\\PackageWarning{x}{UNPRINTED}\\listfiles PRINTED1 \\message{UNPRINTED {x}} \\ClassError{a}{UNPRINTED}{x}"
     ),
     "a test that goes on after a comment": paper(
