@@ -8,23 +8,21 @@ row of concatenated sequences.
 """
 
 import hashlib
-import json
 import re
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 
 import numpy as np
 
 import files
 import prompts
-from cutting import bounds, cutting_rules, ends_of_kept, moved, pieces_of, shortened, truncate
+from cutting import bounds, cutting_rules, ends_of_kept, moved, shortened, truncate
 from errors import UserError, few
+from special_tokens import NOWHERE, around, bare_backend, guarded_ids, has_users_tokens
 
 UNKNOWN = 0.2  # a larger share of tokens that are unknown is a warning
-NOWHERE = (-1, 0)  # the place in the text of a token that the tokenizer itself adds
 BULK, BULK_TEXT = 1000, 2**22  # rows, and characters, that are encoded at once: many, for speed; not all, for memory
 LONG = 2**17  # characters of a row that may be encoded in part: shorter ones never are
 PER_TOKEN, LEAST, MOST = 16, 2**12, 2**20  # characters of its fields that are tried: at first so many, at most so many
@@ -231,9 +229,9 @@ def _encode_row(tokenizer, added, max_length, rules, need_spans, row, encoding):
     token?). added: the ids of these; encoding: the tokenizer's, of the row's text.
     """
     ids, spans = encoding.ids, None
-    guarded = not added.isdisjoint(ids) and _has_users_tokens(added, row, encoding)
+    guarded = not added.isdisjoint(ids) and has_users_tokens(added, row, encoding)
     if guarded:
-        ids, spans = _guarded(tokenizer, added, row)
+        ids, spans = guarded_ids(tokenizer, added, row)
     too_long = len(ids) > max_length or any(most for most, _ in rules)
     if spans is None and (need_spans or too_long):  # places in the text take time: only where they are needed
         marks = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
@@ -271,7 +269,7 @@ def _encode_long(tokenizer, encode_row, row, size):
 
 def _encode_document(tokenizer, encode_row, row):
     """(ids of a row that is never truncated, does its text spell an added token?), encoded in pieces."""
-    before, after = _around(tokenizer)
+    before, after = around(tokenizer)
     ids, is_guarded = [], False
     for part in _document_parts(tokenizer, row):
         part_ids, _, _, guarded = encode_row(part, tokenizer(prompts.plain(part)).encodings[0])
@@ -301,7 +299,7 @@ def _document_parts(tokenizer, row):
 def _splits(tokenizer, text, place):
     """Whether the tokens around a place are those of the text before it and those of the text after it."""
     left, right = text[max(0, place - WINDOW) : place], text[place : place + WINDOW]
-    bare, _ = _bare_backend(tokenizer)
+    bare, _ = bare_backend(tokenizer)
     whole, first, second = (bare.encode(part, add_special_tokens=False).ids for part in (left + right, left, right))
     return whole == first + second
 
@@ -335,75 +333,6 @@ def end_of_text(tokenizer, padding: bool = False, need: bool = False) -> int:
         advice = "name its eos_token in tokenizer_config.json"
         raise UserError(f"the base's tokenizer has no EOS and no padding token: {advice}")
     return next((t for t in ids if t is not None), 0)
-
-
-def _has_users_tokens(added, pieces, encoding):
-    """Whether a special token of a row does not lie in the template's own words. The tokenizer's encoding tells, not
-    the text: some tokenizers look for their tokens in the text in lower case, or with wide letters made narrow.
-    """
-    text = prompts.plain(pieces)
-    places = [encoding.token_to_chars(t) for t, id in enumerate(encoding.ids) if id in added]
-    words = []
-    for first, end in filter(None, places):  # without those that the tokenizer puts around any text
-        word = text[first:end]  # perhaps with the blanks beside it
-        words.append((end - len(word.lstrip()), first + len(word.rstrip())))
-    return any(i < 0 or pieces[i][0] for i in pieces_of(words, pieces))
-
-
-def _guarded(tokenizer, added, pieces):
-    """(ids of a row, characters (first, end) of each token), where only the template's own words become special tokens.
-
-    A tokenizer turns the string <|im_end|> into the special token wherever it finds it. In a user's text that would
-    end the user's turn, and let a post open a system turn of its own that says how it is to be judged. So the row is
-    encoded by a tokenizer without these strings; in the template's words stand-ins, which no text can spell, take their
-    place.
-    """
-    bare, stand_ins = _bare_backend(tokenizer)
-    parts, origins, start = [], [], 0  # origins: the place in the row of each character of the parts
-    for is_field, text in pieces:
-        own = tokenizer.backend_tokenizer.encode("" if is_field else text, add_special_tokens=False)
-        position = 0
-        for id, (first, end) in zip(own.ids, own.offsets, strict=True):
-            if id in added:
-                parts += [text[position:first], stand_ins[id]]
-                origins += [np.arange(position, first) + start, np.full(len(stand_ins[id]), first + start)]
-                position = end
-        parts.append(text[position:])
-        origins.append(np.arange(position, len(text)) + start)
-        start += len(text)
-    origin = np.concatenate([*origins, [start]])
-
-    encoding = bare.encode("".join(parts))
-    real = {stand_in: id for id, stand_in in stand_ins.items()}
-    ids, spans = [], []
-    marks = zip(encoding.ids, encoding.tokens, encoding.offsets, encoding.special_tokens_mask, strict=True)
-    for id, token, (first, end), is_around in marks:
-        spans.append(NOWHERE if is_around else (int(origin[first]), int(origin[end])))
-        ids.append(real.get(token.strip(), id))
-        if ids[-1] in added and not is_around and token.strip() not in real:
-            raise UserError(f"text {token!r} cannot be told from the special token {tokenizer.decode([id])!r}")
-    return ids, spans
-
-
-def _around(tokenizer):
-    """The ids that the tokenizer itself puts before and after any text."""
-    encoding = tokenizer("a").encodings[0]
-    mask = encoding.special_tokens_mask
-    return encoding.ids[: mask.index(0)], encoding.ids[len(mask) - mask[::-1].index(0) :]
-
-
-@cache
-def _bare_backend(tokenizer):
-    """(the tokenizer's backend, which knows added tokens by stand-ins alone, {id: its stand-in}); it takes a second."""
-    vocabulary, secret = tokenizer.get_added_vocab(), secrets.token_hex(8)
-    names = {token: f"\ue000{secret} {id}\ue001" for token, id in vocabulary.items() if id != tokenizer.unk_token_id}
-    backend = tokenizer.backend_tokenizer
-    spec = json.loads(backend.to_str())
-    known = [token for token in spec["added_tokens"] if token["content"] in names]
-    spec["added_tokens"] = [{**token, "content": names[token["content"]], "normalized": False} for token in known]
-    if isinstance(spec["model"].get("vocab"), list):  # a unigram model would find the strings itself
-        spec["model"]["vocab"] = [[names.get(token, token), score] for token, score in spec["model"]["vocab"]]
-    return type(backend).from_str(json.dumps(spec)), {vocabulary[token]: name for token, name in names.items()}
 
 
 def label_word_ids(tokenizer, template: str, words: tuple[str, ...]) -> tuple[tuple, ...]:

@@ -247,6 +247,33 @@ def _plain(value):
     return str(value)
 
 
+def rows_of_texts(texts, columns: list[str]) -> Rows:
+    """Texts or dicts, or a single one of them, as rows of the template's columns. UserError for anything else."""
+    if isinstance(texts, str | dict):
+        texts = [texts]
+    ordered = isinstance(texts, Iterable) and not isinstance(texts, bytes | set | frozenset)
+    if not ordered or getattr(texts, "ndim", 1) != 1:  # a table's rows would be its column names
+        advice = 'expected a list of strings or of dicts (of a DataFrame: df["text"] or df.to_dict("records"))'
+        raise UserError(f"texts: got {type(texts).__name__}, {advice}")
+    rows, problems = [], []
+    for number, text in enumerate(texts):
+        row = {columns[0]: text} if isinstance(text, str) else text
+        if not isinstance(row, dict):
+            problems.append(f"texts[{number}] is {type(text).__name__}, expected a string or a dict of columns")
+            continue
+        for name in columns:
+            if name not in row:
+                problems.append(
+                    f"texts[{number}] has no column {name} (a string is the first column, a dict has several)"
+                )
+            elif not isinstance(row[name], str | int):
+                problems.append(f"texts[{number}][{name!r}] is {type(row[name]).__name__}, expected a string")
+        rows.append({name: str(value) for name, value in row.items()})
+    if problems:
+        raise UserError(few(problems, 3))
+    return rows
+
+
 # ---- columns --------------------------------------------------------------------------------------------------------
 
 

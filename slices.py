@@ -259,7 +259,8 @@ def keys_of(cfg: SlicesConfig, rows: list[dict[str, str]]) -> dict[str, set[str]
 
 def table(proof: dict) -> str:
     """The proof as a person reads it: a line for each file, and what any two of them share at most."""
-    names = list(next(iter(proof["files"].values()))["labels"])[:8]
+    first = next(iter(proof["files"].values()))
+    names = list(first["labels"])[:8]
     lines = [f"{'file':<18} {'rows':>9} " + " ".join(f"{name[:9]:>9}" for name in names)]
     for name, about in proof["files"].items():
         cells = " ".join(f"{about['labels'][label]:>9,}" for label in names)

@@ -256,7 +256,7 @@ def test_a_template_that_leaves_answers_out_is_refused():
     """Some take lists of parts alone: a text vanishes, and nothing but the end of the turn would be learned."""
     parts = "{% for p in m.content if p.text %}{{ p.text }}{% endfor %}"
     tokenizer = chatty("{% for m in messages %}<|user|>" + parts + "<|end|>{% endfor %}")
-    with pytest.raises(UserError, match="the chat template changes .* or leaves out the answer 'Hello'"):
+    with pytest.raises(UserError, match="the chat template leaves out a user's message"):
         encoded(tokenizer, [{"prompt": "Hi", "response": "Hello"}])
 
 
