@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
 import formats
-from errors import UserError, few, note, one_line
+from errors import UserError, few, note, one_line, warning
 
 HUB_NAME = r"\w[\w.-]*(/[\w.-]+)?"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -236,7 +236,7 @@ def alone(folder: str):
 
 def _warn(problem):
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {problem}", file=sys.stderr)
+        print(warning(problem, "see infer.py --adapter"), file=sys.stderr)
 
 
 # ---- its values -----------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def load_tokenizer(base: str):
     lost = [c for c in "\u0436\u03b1\u6570\ud55c" if not tokenizer(c, add_special_tokens=False)["input_ids"]]
     if lost:
         what = f"leaves out letters that it does not know, such as {', '.join(lost)}, and has no token for them"
-        note(f"warning: the tokenizer of {base} {what}")
+        note(warning(f"the tokenizer of {base} {what}", "take a base that reads them"))
     tokenizer.model_max_length = 1_000_000_000  # lengths are limited by max_length, with a report
     return tokenizer
 

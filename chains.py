@@ -10,7 +10,7 @@ import seals
 import splits
 import trained
 from configs import TrainConfig
-from errors import Untrusted, UserError
+from errors import Untrusted, UserError, warning
 
 
 def start_from(path: Path, cfg: TrainConfig, labels: labelling.Labels, model) -> str:
@@ -48,7 +48,8 @@ def check_chain(cfg: TrainConfig, train: splits.Split, judges: splits.Split) -> 
         try:
             learned, judged = _texts_of(run, cfg)
         except (OSError, ValueError) as e:
-            return f"warning: cannot check whether {run} was trained on validation rows of this run: {e}"
+            problem = f"cannot check whether {run} was trained on validation rows of this run ({e})"
+            return warning(problem, "put its training file back, or do not trust scores that jump")
         leaked = len(learned & judging)
         if leaked and judged != judging:
             raise UserError(

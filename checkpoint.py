@@ -30,7 +30,7 @@ import disk
 import locks
 import seals
 from disk import append_whole, fs_remove, fs_rename, fs_sync, fs_write, sha256, write_atomic  # noqa: F401 (for others)
-from errors import Untrusted, UserError, one_line
+from errors import Untrusted, UserError, one_line, warning
 from seals import seal_of
 
 MANIFEST = "manifest.json"
@@ -196,7 +196,8 @@ def trusted(target: Path) -> Save | None:
         try:
             save = Save(folder, verify(folder))
             for reason in reasons:
-                print(f"warning: {reason}; falling back to the previous save", file=sys.stderr, flush=True)
+                advice = "falling back to the save before it: check this disk"
+                print(warning(reason, advice), file=sys.stderr, flush=True)
             return save
         except Untrusted as e:
             reasons.append(str(e))

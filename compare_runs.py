@@ -10,7 +10,7 @@ import numpy as np
 import bootstrap
 import metrics
 import pictures
-from errors import UserError
+from errors import UserError, warning
 from page import Page, span, table, tag, text_table
 from report_numbers import by_frequency, confidence, listing, row_errors, row_fields, truth
 from report_runs import Run
@@ -215,7 +215,9 @@ def summary(facts: dict) -> str:
     """The comparison as it is printed."""
     lines = []
     if facts["note"]:
-        lines.append(f"warning: only the {facts['rows']:,} rows{facts['note']} are compared")
+        lines.append(
+            warning(f"only the {facts['rows']:,} rows{facts['note']} are compared", "give both the same --val_data")
+        )
     for name, path in zip("AB", facts["runs"], strict=True):
         lines.append(f"{name}: {path}")
     lines += [f"{facts['rows']:,} rows{facts['note']}", text_table(METRIC_HEAD, metric_rows(facts))]

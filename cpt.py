@@ -44,7 +44,7 @@ import optim
 import run_folder
 import seals
 import trained
-from errors import UserError, few
+from errors import UserError, few, warning
 from packed import pack
 
 
@@ -172,7 +172,7 @@ def finish(job: loop.Job, texts: "Texts") -> dict:
     before = state.evals[0]["eval"]
     after = state.evals[-1]["eval"]
     if after["loss"] >= before["loss"]:
-        say("warning: the held-out loss did not fall; lower --lr, or train on more text")
+        say(warning("the held-out loss did not fall", "lower --lr, or train on more text"))
     result = {
         "run": str(run),
         "before": before,
@@ -245,7 +245,8 @@ def load_texts(cfg: CptConfig, tokenizer, world: ddp.World) -> Texts:
     if guard:
         shared = np.isin(general.tokens.keys(), rest.tokens.keys()).sum()
         if shared:
-            say(f"warning: {shared:,} texts of --guard_data are trained on: their loss does not measure forgetting")
+            problem = f"{shared:,} texts of --guard_data are trained on: their loss does not measure forgetting"
+            say(warning(problem, "remove them from one side"))
     periodic = val
     if 0 < cfg.eval_rows < len(val_rows):
         periodic = cut(held_out, spread(val_rows, cfg.eval_rows))
@@ -253,7 +254,7 @@ def load_texts(cfg: CptConfig, tokenizer, world: ddp.World) -> Texts:
     learned, judged = int(train.targets.sum()), int(val.targets.sum())
     say(f"train {len(train.lengths):,} rows, {learned:,} tokens to learn; held out {judged:,}: {how}")
     if judged > learned and not cfg.val_data:
-        say("warning: most of the text is held out, not trained on: lower --val_size")
+        say(warning("most of the text is held out, not trained on", "lower --val_size"))
     return Texts(train, val, periodic, documents.pairs, guard, samples, documents.files, tokenizer)
 
 
@@ -269,7 +270,8 @@ def clash_of(
     names = corpus.repeated(train, val)
     if not names:
         return ""
-    return f"warning: {len(names)} of --val_data are in --train_data too ({few(names)}): their loss flatters"
+    problem = f"{len(names)} of --val_data are in --train_data too ({few(names)}): their loss flatters"
+    return warning(problem, "remove them from one side")
 
 
 def write_record(folder: Path, texts: Texts) -> None:

@@ -115,7 +115,7 @@ class TokenReport:
         if self.unknown:
             text += f"; {self.unknown:,} tokens ({self.unknown / self.tokens:.0%}) are unknown to the tokenizer"
         if self.unknown > UNKNOWN * self.tokens:
-            text += " (warning: that much of the text is not read; choose a base that knows its letters)"
+            text += ": that much of the text is not read; choose a base that knows its letters"
         if self.empty:
             text += f"; {self.empty} rows are empty"
         return text

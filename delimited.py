@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from errors import UserError, duplicates, few, note
+from errors import UserError, duplicates, few, note, warning
 
 LIMIT, LINES = 2**25, 2**20  # characters of a line, and of a cell; lines of a cell: no text has more
 DELIMITERS = ",;\t|"
@@ -142,7 +142,7 @@ def refuse_swallowed(several: list[Record], rows: list[list[str]], delimiter: st
         )
     if unsure:
         count = f"{len(unsure)} quoted texts may hold whole rows of the file"
-        note(f"warning: {where}: {count} ({few(unsure)}): if so, write quotation marks that are text twice")
+        note(warning(f"{where}: {count} ({few(unsure)})", "if so, write quotation marks that are text twice"))
 
 
 def telling_columns(rows: list[list[str]]) -> tuple[dict[int, set[str]], dict[int, set[str]]]:

@@ -61,6 +61,11 @@ def note(line: str) -> None:
         print(line)
 
 
+def warning(problem: str, advice: str) -> str:
+    """The line of a warning: what is doubtful, and what to do about it."""
+    return f"warning: {problem}; {advice}"
+
+
 def nearest(name: str, known, prefix: str = "") -> str:
     """ " (did you mean --lr?)" for a name that resembles a known one, also by another tool's word; else nothing."""
     theirs = [other for other in ELSEWHERE if ELSEWHERE[other] in known]

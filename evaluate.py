@@ -14,7 +14,7 @@ import numerics
 import prompts
 import signals
 from configs import TrainConfig
-from errors import Degenerate, UserError
+from errors import Degenerate, UserError, warning
 from metrics import Array
 from packed import pack
 from parts import Parts
@@ -140,7 +140,8 @@ def by_value(cfg: TrainConfig, column: str, rows: list, logits: Array, targets: 
     if more > 0:
         say(f"{column}: and {more:,} more values, in the result")
     if 2 * rare > len(scores):
-        say(f"warning: {rare:,} of {len(scores):,} values of {column} have below 10 rows: their metrics say little")
+        problem = f"{rare:,} of {len(scores):,} values of {column} have fewer than 10 rows, whose metrics say little"
+        say(warning(problem, "choose a column with fewer values"))
     return {"by_column": scores, "mean_by_column": mean}
 
 
@@ -199,4 +200,7 @@ def weak_tokens(model, tokenizer, tokens: data.Tokens) -> str:
     names = tokenizer.convert_ids_to_tokens(used[wrong][:5].tolist())
     if damaged.any():
         raise UserError(f"the base's embeddings of {names} are not finite: its weights are damaged")
-    return f"warning: the base never learned the tokens {', '.join(names)}, which occur here" if names else ""
+    if not names:
+        return ""
+    problem = f"the base never learned the tokens {', '.join(names)}, which occur here"
+    return warning(problem, "take another --prompt or --text, or the instruct version of the base")

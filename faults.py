@@ -9,6 +9,7 @@ import torch
 
 import ddp
 import numerics
+from errors import warning
 
 MOST_SKIPPED = 5  # steps in a row that are not taken: then the run ends
 REMEDY = "lower --lr, or try --precision bf16 or fp32"
@@ -94,7 +95,7 @@ def skip(job, forwards: list[Callable], loss: float, ranks: list[int]) -> None:
     error = not_finite(job, forwards, problem)
     if state.skipped_in_a_row >= MOST_SKIPPED or damaged(job.model, job.optimizer, state.updates):
         raise error
-    job.say(f"warning: {error}; skipped, {state.skipped_in_a_row} in a row (the run ends at {MOST_SKIPPED})")
+    job.say(warning(str(error), f"skipped, {state.skipped_in_a_row} in a row (the run ends at {MOST_SKIPPED})"))
 
 
 def not_finite(job, forwards: list[Callable], problem: str) -> FloatingPointError:
@@ -124,7 +125,5 @@ class Spikes:
         if not spikes or self.reported:
             return ""
         self.reported = True
-        return (
-            f"warning: the loss rose to {loss:.3g} at step {step}, {mean:.3g} on average before: if it does not "
-            "fall again, lower --lr, warm up longer, or set --grad_clip 1"
-        )
+        problem = f"the loss rose to {loss:.3g} at step {step}, {mean:.3g} on average before"
+        return warning(problem, "if it does not fall again, lower --lr, warm up longer, or set --grad_clip 1")

@@ -16,7 +16,7 @@ import delimited
 import formats
 import prompts
 import spelling
-from errors import UserError, duplicates, few, nearest, note, one_line
+from errors import UserError, duplicates, few, nearest, note, one_line, warning
 
 LONE = re.compile("[\ud800-\udfff]")  # half a surrogate pair: cannot be encoded, so neither read nor printed
 BYTES = re.compile(r"b(['\"]).*\1", re.DOTALL)  # b'Solve ...'
@@ -305,7 +305,7 @@ def need_columns(rows: Rows, columns: list[str], path: str, flag: str) -> None:
             headers.append(str(number))
     if headers:
         advice = "does the file repeat its header, or lack one?"
-        note(f"warning: {where}: a column holds its own name in {len(headers)} rows ({few(headers)}): {advice}")
+        note(warning(f"{where}: a column holds its own name in {len(headers)} rows ({few(headers)})", advice))
 
 
 def need_texts(rows: Rows, texts: list[str], path: str, flag: str, others: Iterable[str] = ()) -> None:
@@ -320,7 +320,7 @@ def need_texts(rows: Rows, texts: list[str], path: str, flag: str, others: Itera
             raise UserError(f"{where}: column {name} of its only row holds a list or object: {AS_LINES}")
         if nested:
             what = f"column {name} holds lists or objects in {len(nested):,} rows ({few(nested)})"
-            note(f"warning: {where}: {what}: their JSON is the text; store text where that is not meant")
+            note(warning(f"{where}: {what}: their JSON is the text", "store text where that is not meant"))
 
 
 def _hint(rows, row, missing):

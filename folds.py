@@ -66,7 +66,7 @@ import signals
 import splits
 import tables
 import trained
-from errors import Degenerate, Untrusted, UserError
+from errors import Degenerate, Untrusted, UserError, warning
 from prepare import Material
 from splits import Split
 
@@ -329,7 +329,8 @@ def pool(cfg: FoldsConfig, run: Path, labels: labelling.Labels, judged: Split, m
     print(f"\n== {len(members)} runs together, {rows:,} rows")
     cut = [name for name, result in results.items() if result.get("ended_by") == "time_limit"]
     if cut:
-        print(f"warning: the time limit ended {', '.join(cut)} early: the runs are not alike")
+        problem = f"the time limit ended {', '.join(cut)} early: the runs are not alike"
+        print(warning(problem, "train all of them with a longer --time_limit, or with --max_steps"))
     print(f"{'':<16} {'mean':>8} {'std':>8} {'all rows':>9}   95% interval")
     for name in shown:
         if name in means and name in intervals:

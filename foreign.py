@@ -14,7 +14,7 @@ import numerics
 import peft_format
 import trained
 from configs import CptConfig, TrainConfig
-from errors import Degenerate, Untrusted, UserError
+from errors import Degenerate, Untrusted, UserError, warning
 from labelling import Labels
 
 
@@ -137,7 +137,7 @@ def load_adapter(folder: Path, adapter: lora.Adapter, model, base: str) -> str:
         report += f"; it was trained on {adapter.base}, a 4-bit copy of the base"
     mismatch = _base_mismatch(adapter, base)
     if mismatch:
-        report += f"\nwarning: {mismatch}: every tensor fits all the same"
+        report += "\n" + warning(f"{mismatch}; every tensor fits all the same", "make sure of --base")
     return report
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 import cli
 import spelling
-from errors import UserError, few
+from errors import UserError, few, warning
 from files import Rows
 
 MANY = 1000  # labels: more are classes only where most are in several rows
@@ -201,16 +201,16 @@ def doubts(sets: list[list[str]], where: str) -> list[str]:
     separator = "" if any(len(labels) > 1 for labels in sets) else separator_of(rows_of)
     if separator:
         advice = f"where they are lists, --task multi_label --label_delimiter {separator!r} splits them"
-        lines.append(f"warning: {where}: labels hold {separator!r} between other labels: {advice}")
+        lines.append(warning(f"{where}: labels hold {separator!r} between other labels", advice))
     if alike:
         advice = "each is a label of its own; where that is not meant, write them alike in the file"
         lines.append(
-            f"warning: {where}: labels that look alike: {'; '.join(alike[:5])}{' ...' * (len(alike) > 5)}: {advice}"
+            warning(f"{where}: labels that look alike: {'; '.join(alike[:5])}{' ...' * (len(alike) > 5)}", advice)
         )
     if missing:
-        lines.append(f"warning: {where}: {shown(missing)}: taken as labels; remove such rows if they have none")
+        lines.append(warning(f"{where}: {shown(missing)}: taken as labels", "remove such rows if they have none"))
     if rows_of and all(label.startswith("[") and label.endswith("]") for label in rows_of):
-        lines.append(f"warning: {where}: every label is a list: --task multi_label reads what is in it")
+        lines.append(warning(f"{where}: every label is a list", "--task multi_label reads what is in it"))
     return lines
 
 

@@ -39,6 +39,7 @@ import run_folder
 import seals
 import signals
 import tracking
+from errors import warning
 from limits import Limit
 
 LOADED = time.monotonic()
@@ -130,10 +131,8 @@ def say_plan(job: Job) -> None:
         f"save every {job.save_every}"
     )
     if job.warmup >= job.total:
-        job.say(
-            f"warning: the warm-up of {job.warmup:,} updates is as long as the run, whose learning rate never reaches "
-            f"--lr {cfg.lr:g}: lower --warmup_steps or --warmup_ratio, or train longer"
-        )
+        problem = f"the warm-up of {job.warmup:,} updates is as long as the run, which never reaches --lr {cfg.lr:g}"
+        job.say(warning(problem, "lower --warmup_steps or --warmup_ratio, or train longer"))
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------
@@ -398,16 +397,15 @@ def restore(job: Job, run: Path, read: Callable) -> None:
         return
     threads = torch.get_num_threads()
     if saved["threads"] != threads:
-        job.say(
-            f"warning: {threads} threads, the run began with {saved['threads']}: equal to rounding, not to the bit "
-            "(set OMP_NUM_THREADS)"
-        )
+        problem = f"{threads} threads, but the run began with {saved['threads']}: equal to rounding, not to the bit"
+        job.say(warning(problem, f"set OMP_NUM_THREADS={saved['threads']}"))
     read(save)
     checkpoint.load_optimizer_tensors(job.optimizer, checkpoint.load_tensors(save.folder / "state.safetensors"))
     if saved["scaler"] and job.scaler.is_enabled():
         job.scaler.load_state_dict(saved["scaler"])
     elif bool(saved["scaler"]) != job.scaler.is_enabled():
-        job.say("warning: this run began in another precision: equal to rounding, not to the bit")
+        problem = "this run began in another precision: equal to rounding, not to the bit"
+        job.say(warning(problem, "continue on hardware like that of environment.json"))
     saved["at"].pop("resumed", None)  # of runs before it was left out
     job.state = State(**saved["at"])
     job.say(run_folder.restore_best(job.state, run))

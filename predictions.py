@@ -28,7 +28,7 @@ import seals
 import spelling
 import tables
 import trained
-from errors import Degenerate, UserError, few
+from errors import Degenerate, UserError, few, warning
 from labelling import Labels
 from metrics import Array
 from splits import Split
@@ -57,7 +57,8 @@ def read_input(cfg, train_cfg, source: str, columns: list[str], say) -> tuple[fi
         say(f"{decoded} rows were Python bytes literals (b'...') and are decoded")
     empty = files.empty_rows(rows, columns)
     if empty and columns:
-        say(f"warning: {len(empty)} rows have an empty text (first: row {empty[0] + 1}); they are scored as such")
+        problem = f"{len(empty)} rows have an empty text (first: row {empty[0] + 1})"
+        say(warning(problem, "they are scored as such: check the columns of --text"))
     return rows, ids
 
 
@@ -73,8 +74,8 @@ def ids_of(cfg, own: str, rows: files.Rows, source: str, others: Collection[str]
     if not column:
         unused = [name for name in rows[0] if name and name not in others]
         unused.sort(key=lambda name: "id" not in name.lower())  # the likeliest first
-        advice = f"; --id_column takes one of {few(unused)}" if unused else ""
-        say(f"warning: {source} has no column {wanted[0]}: rows are numbered from 0{advice}")
+        advice = f"--id_column takes one of {few(unused)}" if unused else "add a column of ids if they have any"
+        say(warning(f"{source} has no column {wanted[0]}: rows are numbered from 0", advice))
         return Ids(own, [str(i) for i in range(len(rows))])
     files.need_columns(rows, [column], source, "input")
     if not _header(cfg) and (column == "prediction" or column.startswith(labelling.TEACHER)):
@@ -83,7 +84,8 @@ def ids_of(cfg, own: str, rows: files.Rows, source: str, others: Collection[str]
     blank = sum(not value.strip() for value in values)
     repeated = files.duplicates(values)
     if blank or repeated:
-        say(f"warning: column {column}: {blank} ids are empty, {len(repeated)} are duplicated ({few(repeated, 3)})")
+        problem = f"column {column}: {blank} ids are empty, {len(repeated)} are duplicated ({few(repeated, 3)})"
+        say(warning(problem, "choose another one with --id_column, if they should differ"))
     return Ids(column, values)
 
 
@@ -121,9 +123,9 @@ def known_labels(rows: files.Rows, train_cfg, labels: Labels, say) -> Known | No
         say(f"no metrics: no row of {name} holds a label of this run ({problem or unknown or 'they have none'})")
         return None
     if problem:
-        say(f"warning: metrics are over {len(good):,} of {len(rows):,} rows: {problem}")
+        say(warning(f"metrics are over {len(good):,} of {len(rows):,} rows", problem))
     if unknown:
-        say(f"warning: this run does not know the labels {unknown}: metrics are over those it knows")
+        say(warning(f"metrics leave out the labels {unknown}", "this run does not know them"))
     return Known(good, targets)
 
 

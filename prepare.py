@@ -16,7 +16,7 @@ import seals
 import splits
 import trained
 from configs import TrainConfig
-from errors import UserError
+from errors import UserError, warning
 from labelling import Labels
 from splits import Split
 
@@ -71,7 +71,9 @@ def untrained_labels(task: str, labels: np.ndarray, names: tuple[str, ...]) -> s
         return ""
     counts = losses.label_counts(task, labels, len(names))
     absent = [name for name, count in zip(names, counts, strict=True) if count == 0]
-    return f"warning: no training row has the label {', '.join(absent)}" if absent else ""
+    if not absent:
+        return ""
+    return warning(f"no training row has the label {', '.join(absent)}", "add such rows, or leave it out")
 
 
 def write(folder: Path, cfg: TrainConfig, material: Material, problems: dict) -> None:

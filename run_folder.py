@@ -13,7 +13,7 @@ import configs
 import ddp
 import locks
 import seals
-from errors import Untrusted, UserError
+from errors import Untrusted, UserError, warning
 
 
 def to_resume(cfg, given: set[str], world: ddp.World, family: bool = False):
@@ -86,6 +86,6 @@ def restore_best(state, run: Path) -> str:
     step, score = save.manifest["step"], save.manifest.get("best")
     if step >= state.best_step or score is None:
         return ""
-    lost = f"warning: {run / 'best'} of step {state.best_step} (score {state.best:.4f}) cannot be trusted"
+    lost = f"{run / 'best'} of step {state.best_step} (score {state.best:.4f}) cannot be trusted"
     state.best, state.best_step = score, step
-    return f"{lost}; the best save is that of step {step} ({score:.4f})"
+    return warning(lost, f"the best save is now that of step {step} ({score:.4f}): check this disk")

@@ -25,7 +25,7 @@ import prompts
 import seals
 import strata
 from configs import TrainConfig
-from errors import UserError, duplicates, few, refuse
+from errors import UserError, duplicates, few, refuse, warning
 from files import Rows
 from labelling import Labels
 
@@ -140,7 +140,8 @@ def _labelled(cfg, flag, labels, say):
     refuse(problems, f"{where}: ")
     repeated = duplicates(row[cfg.id_column] for row in rows if cfg.id_column in row)
     if repeated:
-        say(f"warning: {where}: {len(repeated)} ids stand in several rows ({few(repeated)}): predictions repeat them")
+        problem = f"{where}: {len(repeated)} ids stand in several rows ({few(repeated)}), and predictions repeat them"
+        say(warning(problem, "give each row an id of its own"))
     return Split(rows, _ids(cfg, rows), targets, train_only=train_only), labels
 
 

@@ -48,7 +48,7 @@ import seals
 import splits
 import tables
 import trained
-from errors import Degenerate
+from errors import Degenerate, warning
 from labelling import Labels
 from packed import pack
 from prepare import Material
@@ -263,7 +263,8 @@ def finish(job: loop.Job, train: Split, judges: Split, labels: Labels) -> dict:
     room = 0.02 * max(1.0, abs(state.best))  # other hardware may flip a few rows
     evaluated_all = not 0 < cfg.eval_rows < len(judges.labels)
     if best.manifest["step"] != state.best_step:  # the newest one was damaged meanwhile
-        say(f"warning: best/ of step {state.best_step} cannot be trusted; the results are of another step")
+        problem = f"best/ of step {state.best_step} cannot be trusted"
+        say(warning(problem, f"the results are of step {best.manifest['step']}: check this disk"))
         state.best_step = best.manifest["step"]
     elif evaluated_all and abs(reached - state.best) > room:
         raise AssertionError(f"best/ reloaded scores {cfg.metric} {reached}, saved with {state.best}")

@@ -217,8 +217,8 @@ def test_the_code_that_makes_the_tokens_names_the_cache(papers, tokenizer, tmp_p
         if name not in needed and (ROOT / f"{name}.py").exists():
             needed.add(name)
             todo += re.findall(r"^(?:import|from) (\w+)", (ROOT / f"{name}.py").read_text(), re.MULTILINE)
-    others = """answer_numbers answer_parser checkpoint checks configs ddp disk errors locks metrics seals signals tables
-        template_trial watch"""
+    others = """answer_numbers answer_parser checkpoint checks configs ddp disk errors locks metrics seals signals
+        tables template_trial watch"""
     assert needed - set(others.split()) == set(corpus.CODE)
     load(papers, tokenizer, tmp_path / "cache")
     (tmp_path / "code").mkdir()

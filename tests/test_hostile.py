@@ -241,7 +241,7 @@ def test_tokens_the_base_never_learned_are_named(tmp_path, small_base, small, ca
     flags = {"max_steps": 2, "eval_every": 2}
     train.main(toy_flags(tmp_path, base, **flags))
     names = small.convert_ids_to_tokens(sorted((first, second)))
-    warning = f"warning: the base never learned the tokens {', '.join(names)}, which occur here\n"
+    warning = f"warning: the base never learned the tokens {', '.join(names)}, which occur here; "
     assert warning in capsys.readouterr().out
     train.main(toy_flags(tmp_path, small_base, **flags))
     assert "never learned" not in capsys.readouterr().out
@@ -252,7 +252,9 @@ def test_tokens_the_base_never_learned_are_named(tmp_path, small_base, small, ca
     ):
         model = models.load_classifier(folder, models.Head(3), CPU, torch.float32)
         got = evaluate.weak_tokens(model, small, data.join_tokens([ids, ids[:1]]))
-        assert got == (f"warning: the base never learned the tokens {said[0]}, which occur here" if said else "")
+        assert (
+            got.startswith(f"warning: the base never learned the tokens {said[0]}," if said else "") and said or not got
+        )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -200,7 +200,7 @@ def test_many_values_of_a_column_are_not_a_wall_of_lines(fitted, rows, tmp_path,
     out = capsys.readouterr().out
     assert sum(line.startswith("id ") for line in out.splitlines()) == 20 and len(result["by_column"]) == 31
     assert "id: and 11 more values, in the result" in out
-    assert "warning: 31 of 31 values of id have below 10 rows" in out
+    assert "warning: 31 of 31 values of id have fewer than 10 rows" in out
     with open(tmp_path / "two.csv", "w", newline="") as f:
         table = csv.DictWriter(f, ["id", "Question", "label", "rule"])
         table.writeheader()

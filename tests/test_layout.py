@@ -181,6 +181,17 @@ def test_the_rule_itself_finds_what_runs_code():
     )
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_warning_says_what_to_do(name):
+    """Warnings are written by errors.warning, which takes the advice too; other packages' are not ours to repeat."""
+    strings = (
+        node.value
+        for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant)
+    )
+    assert name == "errors" or not [text for text in strings if isinstance(text, str) and "warning: " in text]
+
+
 # ---- budgets --------------------------------------------------------------------------------------------------------
 
 
