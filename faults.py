@@ -98,6 +98,13 @@ def skip(job, forwards: list[Callable], loss: float, ranks: list[int]) -> None:
     job.say(warning(str(error), f"skipped, {state.skipped_in_a_row} in a row (the run ends at {MOST_SKIPPED})"))
 
 
+def at_the_end(skipped: int) -> str:
+    """A warning where a run ends before its fp16 loss scale has fallen far enough to tell; or an empty string."""
+    if skipped < MOST_SKIPPED:
+        return ""
+    return f"warning: the last {skipped} steps changed nothing, for their gradients were not finite: {REMEDY}"
+
+
 def not_finite(job, forwards: list[Callable], problem: str) -> FloatingPointError:
     """The error that names what is not finite: all ranks look, at the micro-batches that they had."""
     damage = damaged(job.model, job.optimizer, job.state.updates)

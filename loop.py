@@ -156,6 +156,7 @@ def steps(job: Job) -> Iterator[list[np.ndarray]]:
             planned, batches = epoch, epoch_of(job, epoch)
         yield batches[index]
     job.bar.close()
+    job.say(faults.at_the_end(state.skipped_in_a_row))
 
 
 @contextmanager

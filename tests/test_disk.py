@@ -131,6 +131,13 @@ def full_at(main, flags: list[str], folder: Path, at: int) -> tuple[int, str]:
     return status, err
 
 
+def told_in_one_line(status: int, err: str) -> bool:
+    """Whether a command ended as it should on a full disk."""
+    errors = [line for line in err.splitlines() if "error: " in line]
+    words = "No space left on device; ", "bytes needed"
+    return status == 1 and "Traceback" not in err and len(errors) == 1 and all(word in errors[0] for word in words)
+
+
 def check_full(main, flags_of, tmp_path, every: int) -> int:
     """A disk that is full from some event on: one line, status 1, and the run goes on once there is room."""
     (tmp_path / "whole").mkdir()
@@ -142,9 +149,7 @@ def check_full(main, flags_of, tmp_path, every: int) -> int:
         status, err = full_at(main, flags, folder, at)
         if status == 0:  # events of appending and removing do not fail here, so there are fewer
             break
-        errors = [line for line in err.splitlines() if "error: " in line]
-        assert status == 1 and len(errors) == 1 and "Traceback" not in err, (at, err)
-        assert "No space left on device; " in errors[0] and "bytes needed" in errors[0], (at, errors)
+        assert told_in_one_line(status, err), (at, err)
         if not list(folder.glob("outputs/*/*/run_*/result.json")):
             status, _, err = forked(main, [*flags, "--resume", "auto"], folder)
             assert status == 0, (at, err)
@@ -167,6 +172,20 @@ def test_a_full_disk_at_every_event_of_a_run(small_base, tmp_path):
 @pytest.mark.slow
 def test_a_full_disk_at_many_events_of_a_run_of_cpt(source, tmp_path):  # noqa: F811
     print(check_full(cpt.main, lambda folder: cpt_flags(source, folder, max_steps=4), tmp_path, every=7))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", range(8, 1300, 92))
+def test_a_run_on_a_real_disk_that_is_too_small(small_disk, tmp_path, small_base, kilobytes):
+    """The check beforehand left out: the disk itself refuses, from the first file to the last save."""
+    subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", small_disk], check=True)
+    flags = toy_flags(tmp_path, small_base, **TINY, outputs=small_disk)
+    pids = start(train.main, flags, tmp_path, before=lambda: setattr(disk, "need_room", lambda *args: None))
+    status, _, err = finish(pids, tmp_path)
+    assert told_in_one_line(status, err), err
+    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
+    status, _, err = forked(train.main, [*flags, "--resume", "auto"], tmp_path)
+    assert status == 0, err
 
 
 # ---- a best save that was damaged -----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_ddp import ROOT, finish, forked, forks, log_of, read, run_of, shas, start, toy_flags
 from test_resume import LONG, lines_at, same, wait_for
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import checkpoint
 import data
@@ -31,13 +32,15 @@ import watch
 pytestmark = forks
 
 
+FEW = {**LONG, "max_steps": 15}  # an epoch and a half
+FP16 = {**LONG, "precision": "fp16"}  # a loss scale falls 17 times before it helps no more
 SLOW = {**LONG, "epochs": 400, "lr": 1e-4}  # minutes
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, small_base) -> Path:
-    """30 steps, never interrupted."""
-    return Path(train.main(toy_flags(tmp_path_factory.mktemp("whole"), small_base, **LONG))["run"])
+    """15 steps, never interrupted."""
+    return Path(train.main(toy_flags(tmp_path_factory.mktemp("whole"), small_base, **FEW))["run"])
 
 
 def rank() -> int:
@@ -61,8 +64,8 @@ def at_call(module, name: str, nth: int, act, ranks=(0, 1)):
     return patch
 
 
-def ask(number):
-    return lambda: os.kill(os.getpid(), number)
+def ask(number, whom=os.getpid):
+    return lambda: os.kill(whom(), number)
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
@@ -76,16 +79,45 @@ PHASES = {
     "saving": (checkpoint, "seal", 2, True),
     "end": (predictions, "write_predictions", 1, True),
 }
-WHO = {"one": (1,), "both": (0, 1)}
+WHO = {"one": (1,), "both": (0, 1), "torchrun": (0,)}
+
+
+def start_torchrun(main, flags: list[str], folder: Path, ranks: int, before) -> list[int]:
+    """As `start`, in torchrun's own agent; the ranks leave their process ids in pid.*."""
+
+    def in_rank():
+        (folder / f"pid.{rank()}").write_text(str(os.getpid()))
+        sys.argv = ["script.py", *map(str, flags)]
+        before()
+        ddp.launch(main)
+
+    launcher = os.fork()
+    if launcher:
+        return [launcher]
+    with suppress(BaseException):
+        for stream, name in ((1, "out.0"), (2, "err.0")):
+            os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        agent = LaunchConfig(1, 1, ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
+        elastic_launch(agent, in_rank)()
+    os._exit(1)
 
 
 def stopped(folder: Path, base: str, phase: str, number: int, who: str) -> Path | None:
     """The run of two ranks, if there is one, after a signal in a phase; asserts how they ended."""
     module, name, nth, saved = PHASES[phase]
     ranks = (0,) if phase in ("saving", "end") else WHO[who]  # rank 0 alone writes
-    pids = start(train.main, toy_flags(folder, base, **LONG), folder, 2, at_call(module, name, nth, ask(number), ranks))
-    status, _, err = finish(pids, folder, 60)
-    assert status != 0 and "Traceback" not in err, err
+    asked, by_torchrun = folder / "asked", who == "torchrun"
+    act = ask(number, os.getppid if by_torchrun else os.getpid)
+    before = at_call(module, name, nth, lambda: asked.touch() or act(), ranks)
+    begin = start_torchrun if by_torchrun else start
+    status, _, err = finish(begin(train.main, toy_flags(folder, base, **FEW), folder, 2, before), folder, 60)
+    wait_until(lambda: all(gone(int(path.read_text())) for path in folder.glob("pid.*")), 30, folder)
+    seconds = time.time() - asked.stat().st_mtime
+    print(f"{phase}, {signal.Signals(number).name} to {who}: all ended after {seconds:.1f} s")
+    err = read(folder, "err", 2)
+    assert seconds < 10 and status != 0 and (by_torchrun or "Traceback" not in err), err
     runs = list((folder / "outputs").glob("*/*/run_0"))
     assert bool(runs) == saved, err
     if saved:
@@ -119,9 +151,7 @@ def test_a_signal_in_any_phase_loses_nothing(whole, tmp_path, small_base, phase,
 @pytest.mark.slow
 @pytest.mark.parametrize("phase,number,who", ALL)
 def test_every_signal_in_every_phase(whole, tmp_path, small_base, phase, number, who):
-    begun = time.monotonic()
     run = stopped(tmp_path, small_base, phase, number, who)
-    print(f"{phase} {signal.Signals(number).name} {who}: ended after {time.monotonic() - begun:.1f} s with the start")
     if run:
         resumed_is_whole(tmp_path, run, whole, 2)
 
@@ -154,7 +184,7 @@ def test_one_rank_is_interrupted_before_training_and_both_end_at_once(tmp_path, 
 def test_a_rank_that_hangs_is_named_and_the_others_end(tmp_path, small_base, who, how):
     """Rank 0 also holds the store through which ranks watch each other."""
     act = {"stopped": ask(signal.SIGSTOP), "sleeps": lambda: time.sleep(600)}[how]
-    pids = start(train.main, toy_flags(tmp_path, small_base, **LONG), tmp_path, 2, hang(2.0, who, act))
+    pids = start(train.main, toy_flags(tmp_path, small_base, **FEW), tmp_path, 2, hang(2.0, who, act))
     other = pids[1 - who]
     end = time.monotonic() + 60
     while not os.waitid(os.P_PID, other, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -190,14 +220,13 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(whole, tmp_path, small
     launcher = os.fork()
     if not launcher:
         os.environ["TORCHELASTIC_RUN_ID"] = "test"
-        pids = start(train.main, toy_flags(tmp_path, small_base, **LONG), tmp_path, 2)
+        kill_it = at_call(loop, "seeded_loss", 7, lambda: os.kill(os.getppid(), signal.SIGKILL), (0,))
+        pids = start(train.main, toy_flags(tmp_path, small_base, **FEW), tmp_path, 2, kill_it)
         (tmp_path / "pids").write_text(" ".join(map(str, pids)))
         time.sleep(600)
         os._exit(1)
-    assert wait_for(tmp_path, 8, launcher)
-    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
-    os.kill(launcher, signal.SIGKILL)
     os.waitpid(launcher, 0)
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert wait_until(lambda: all(map(gone, pids)), 30, tmp_path) < 20
     run = next((tmp_path / "outputs").glob("*/*/run_0"))
     assert (run / "PREEMPTED").is_file() and not (run / "result.json").exists()
@@ -206,7 +235,7 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(whole, tmp_path, small
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL"])
-def test_torchrun_itself_is_sent_a_signal(whole, tmp_path, small_base, name):
+def test_torchrun_itself_is_sent_a_signal(tmp_path, small_base, name):
     """In training; torchrun passes some on and dies of the others: the ranks save within 10 s and end either way."""
     base = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
     words = [*base, "--rdzv-endpoint=localhost:0", str(ROOT / "train.py"), *toy_flags(tmp_path, small_base, **SLOW)]
@@ -342,7 +371,7 @@ def spoiled(act):
 def ends_with_4(folder: Path, base: str, place: str, precision: str, ranks: int) -> tuple[Path, str]:
     """(the run, its error) after something became bad in its eighth step; what is saved is finite, and of before."""
     act, words = BAD[place]
-    flags = toy_flags(folder, base, **LONG, precision=precision)
+    flags = toy_flags(folder, base, **(FP16 if precision == "fp16" else FEW))
     pids = start(train.main, flags, folder, ranks, spoiled(act))
     status, _, err = finish(pids, folder)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -357,7 +386,7 @@ def ends_with_4(folder: Path, base: str, place: str, precision: str, ranks: int)
 
 @pytest.fixture(scope="module")
 def whole_fp16(tmp_path_factory, small_base) -> Path:
-    return Path(train.main(toy_flags(tmp_path_factory.mktemp("fp16"), small_base, **LONG, precision="fp16"))["run"])
+    return Path(train.main(toy_flags(tmp_path_factory.mktemp("fp16"), small_base, **FP16))["run"])
 
 
 @pytest.mark.parametrize("place,precision", [("norm", "fp32"), ("head", "fp16"), ("second moment", "fp32")])
@@ -388,19 +417,27 @@ def test_a_gradient_on_one_rank_is_skipped_by_all_and_several_in_a_row_end_the_r
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_one_bad_step_changes_no_parameter_and_training_continues(tmp_path, small_base, precision):
-    """On two ranks: neither the schedule nor a parameter moves, and the other 29 steps are taken."""
+    """On two ranks: neither the schedule nor a parameter moves, and the other 14 steps are taken."""
 
     def act(job):
         handle = job.model.score.weight.register_hook(lambda gradient: gradient * float("nan"))
         original = job.gradients.reduce
         job.gradients.reduce = lambda *reasons: handle.remove() or original(*reasons)
 
-    flags = toy_flags(tmp_path, small_base, **LONG, precision=precision)
+    flags = toy_flags(tmp_path, small_base, **FEW, precision=precision)
     status, out, err = finish(start(train.main, flags, tmp_path, 2, spoiled(act)), tmp_path)
     assert status == 0, err
     lines = [line for line in log_of(run_of(out)) if "lr" in line]
     assert lines[7]["loss"] is None and lines[8]["lr"] == lines[7]["lr"] and lines[8]["loss"] is not None
-    assert lines[29]["skipped"] - lines[6]["skipped"] == 1
+    assert lines[14]["skipped"] - lines[6]["skipped"] == 1
+
+
+def test_a_run_that_ends_while_its_loss_scale_falls_says_so(tmp_path, small_base):
+    """Seven steps are taken, and eight are not."""
+    flags = toy_flags(tmp_path, small_base, **FEW, precision="fp16")
+    pids = start(train.main, flags, tmp_path, before=spoiled(BAD["gradient"][0]))
+    status, out, err = finish(pids, tmp_path)
+    assert status == 0 and out.count("the last 8 steps changed nothing") == 1, out + err
 
 
 def test_a_loss_that_spikes_is_reported_once():
@@ -454,25 +491,19 @@ def stopped_at(folder: Path, flags: list[str], moment: str, ranks: int) -> Path:
     return next((folder / "outputs").glob("*/*/run_0"))
 
 
-def test_stopped_on_four_ranks_then_two_it_ends_on_one_as_if_undisturbed(whole, tmp_path, small_base):
-    """Between micro-batches, then inside an evaluation. LONG's steps have two micro-batches: four ranks need four."""
-    flags = toy_flags(tmp_path, small_base, **{**LONG, "micro_batches": 4})
-    undisturbed = tmp_path / "undisturbed"
-    undisturbed.mkdir()
-    status, out, err = forked(
-        train.main, toy_flags(undisturbed, small_base, **{**LONG, "micro_batches": 4}), undisturbed
-    )
-    assert status == 0, err
+def test_stopped_on_four_ranks_then_two_it_ends_on_one_as_if_undisturbed(four, tmp_path, small_base):
+    """Between micro-batches, then inside an evaluation. FEW's steps have two micro-batches: four ranks need four."""
+    flags = toy_flags(tmp_path, small_base, **{**FEW, "micro_batches": 4})
     run = stopped_at(tmp_path, flags, "between micro-batches", 4)
     stopped_at(tmp_path, ["--resume", str(run)], "inside evaluation", 2)
-    resumed_is_whole(tmp_path, run, run_of(out))
+    resumed_is_whole(tmp_path, run, four)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_stopped_at_any_moment_on_any_ranks(tmp_path, small_base, four, moment, ranks):
-    flags = toy_flags(tmp_path, small_base, **{**LONG, "micro_batches": 4})
+    flags = toy_flags(tmp_path, small_base, **{**FEW, "micro_batches": 4})
     run = stopped_at(tmp_path, flags, moment, ranks)
     resumed_is_whole(tmp_path, run, four, ranks)
 
@@ -480,7 +511,7 @@ def test_stopped_at_any_moment_on_any_ranks(tmp_path, small_base, four, moment, 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory, small_base) -> Path:
     """Undisturbed, with four micro-batches a step."""
-    flags = toy_flags(tmp_path_factory.mktemp("four"), small_base, **{**LONG, "micro_batches": 4})
+    flags = toy_flags(tmp_path_factory.mktemp("four"), small_base, **{**FEW, "micro_batches": 4})
     return Path(train.main(flags)["run"])
 
 
@@ -506,7 +537,7 @@ def a_step_is_left_out():
 @pytest.mark.parametrize("fault", [dropout_by_rank, dropout_by_process, a_step_is_left_out])
 def test_the_comparison_itself_notices(whole, tmp_path, small_base, fault):
     """Negative controls: a resume that is wrong in one of the ways it could be is not taken for the undisturbed run."""
-    run = stopped_at(tmp_path, toy_flags(tmp_path, small_base, **LONG), "mid-epoch", 2)
+    run = stopped_at(tmp_path, toy_flags(tmp_path, small_base, **FEW), "mid-epoch", 2)
     pids = start(train.main, ["--resume", str(run)], tmp_path, 2, fault)
     status, out, err = finish(pids, tmp_path)
     assert status == 0, err
