@@ -34,6 +34,7 @@ import ddp
 import estimates
 import evaluate
 import faults
+import holdout
 import language
 import locks
 import loop
@@ -239,13 +240,13 @@ def load_texts(cfg: CptConfig, tokenizer, world: ddp.World) -> Texts:
         how = f"all of {cfg.val_data}"
         say(clash_of(cfg, rest, held_out))
     else:
-        rest, held_out, how = corpus.hold_out(documents, cfg.val_size, cfg.seed, tokenizer)
+        rest, held_out, how = holdout.hold_out(documents, cfg.val_size, cfg.seed, tokenizer)
     val_rows = np.arange(len(held_out.sizes))
     train, val = cut(rest, np.arange(len(rest.sizes))), cut(held_out, val_rows)
     if guard:
-        shared = np.isin(general.tokens.keys(), rest.tokens.keys()).sum()
+        shared = holdout.repeated(rest, general)
         if shared:
-            problem = f"{shared:,} texts of --guard_data are trained on: their loss does not measure forgetting"
+            problem = f"{len(shared):,} texts of --guard_data are trained on: their loss does not measure forgetting"
             say(warning(problem, "remove them from one side"))
     periodic = val
     if 0 < cfg.eval_rows < len(val_rows):
@@ -267,7 +268,7 @@ def clash_of(
     if train.pairs != val.pairs:
         kinds = ["pairs" if texts.pairs else "documents" for texts in (train, val)]
         raise UserError(f"--val_data {cfg.val_data} has {kinds[1]}, --train_data {kinds[0]}: give one kind")
-    names = corpus.repeated(train, val)
+    names = holdout.repeated(train, val)
     if not names:
         return ""
     problem = f"{len(names)} of --val_data are in --train_data too ({few(names)}): their loss flatters"

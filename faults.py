@@ -102,7 +102,7 @@ def at_the_end(skipped: int) -> str:
     """A warning where a run ends before its fp16 loss scale has fallen far enough to tell; or an empty string."""
     if skipped < MOST_SKIPPED:
         return ""
-    return f"warning: the last {skipped} steps changed nothing, for their gradients were not finite: {REMEDY}"
+    return warning(f"the last {skipped} steps changed nothing, for their gradients were not finite", REMEDY)
 
 
 def not_finite(job, forwards: list[Callable], problem: str) -> FloatingPointError:

@@ -35,14 +35,18 @@ def guarded_ids(tokenizer, added, pieces):
     place.
     """
     bare, stand_ins = bare_backend(tokenizer)
-    parts, origins, start = [], [], 0  # origins: the place in the row of each character of the parts
+    parts = []
+    origins = []  # the place in the row of each character of the parts
+    start = 0
     for is_field, text in pieces:
         own = tokenizer.backend_tokenizer.encode("" if is_field else text, add_special_tokens=False)
         position = 0
         for id, (first, end) in zip(own.ids, own.offsets, strict=True):
             if id in added:
-                parts += [text[position:first], stand_ins[id]]
-                origins += [np.arange(position, first) + start, np.full(len(stand_ins[id]), first + start)]
+                stand_in = stand_ins[id]
+                parts += [text[position:first], stand_in]
+                origins.append(np.arange(position, first) + start)
+                origins.append(np.full(len(stand_in), first + start))
                 position = end
         parts.append(text[position:])
         origins.append(np.arange(position, len(text)) + start)
@@ -54,10 +58,15 @@ def guarded_ids(tokenizer, added, pieces):
     ids, spans = [], []
     marks = zip(encoding.ids, encoding.tokens, encoding.offsets, encoding.special_tokens_mask, strict=True)
     for id, token, (first, end), is_around in marks:
-        spans.append(NOWHERE if is_around else (int(origin[first]), int(origin[end])))
-        ids.append(real.get(token.strip(), id))
-        if ids[-1] in added and not is_around and token.strip() not in real:
+        if is_around:
+            ids.append(id)
+            spans.append(NOWHERE)
+            continue
+        name = token.strip()
+        if id in added and name not in real:
             raise UserError(f"text {token!r} cannot be told from the special token {tokenizer.decode([id])!r}")
+        ids.append(real.get(name, id))
+        spans.append((int(origin[first]), int(origin[end])))
     return ids, spans
 
 
@@ -71,12 +80,22 @@ def around(tokenizer):
 @cache
 def bare_backend(tokenizer):
     """(the tokenizer's backend, which knows added tokens by stand-ins alone, {id: its stand-in}); it takes a second."""
-    vocabulary, secret = tokenizer.get_added_vocab(), secrets.token_hex(8)
-    names = {token: f"\ue000{secret} {id}\ue001" for token, id in vocabulary.items() if id != tokenizer.unk_token_id}
+    vocabulary = tokenizer.get_added_vocab()
+    secret = secrets.token_hex(8)
+    stand_ins = {id: f"\ue000{secret} {id}\ue001" for id in vocabulary.values() if id != tokenizer.unk_token_id}
+    names = {token: stand_ins[id] for token, id in vocabulary.items() if id in stand_ins}
+
     backend = tokenizer.backend_tokenizer
     spec = json.loads(backend.to_str())
-    known = [token for token in spec["added_tokens"] if token["content"] in names]
-    spec["added_tokens"] = [{**token, "content": names[token["content"]], "normalized": False} for token in known]
-    if isinstance(spec["model"].get("vocab"), list):  # a unigram model would find the strings itself
-        spec["model"]["vocab"] = [[names.get(token, token), score] for token, score in spec["model"]["vocab"]]
-    return type(backend).from_str(json.dumps(spec)), {vocabulary[token]: name for token, name in names.items()}
+    renamed = []
+    for token in spec["added_tokens"]:
+        if token["content"] in names:
+            renamed.append({**token, "content": names[token["content"]], "normalized": False})
+    spec["added_tokens"] = renamed
+
+    # A unigram model would find the strings itself.
+    words = spec["model"].get("vocab")
+    if isinstance(words, list):
+        spec["model"]["vocab"] = [[names.get(word, word), score] for word, score in words]
+    bare = type(backend).from_str(json.dumps(spec))
+    return bare, stand_ins

@@ -23,6 +23,7 @@ import corpus
 import cpt
 import data
 import ddp
+import holdout
 import presets
 from errors import UserError
 
@@ -313,17 +314,17 @@ def test_two_ranks_share_one_cache(papers, small_base, tmp_path):
     [(10, 1, 1), (10, 9, 9), (10, 0.02, 1), (10, 0.5, 5), (2, 0.5, 1), (1000, 0.02, 20)],
 )
 def test_the_split_is_by_document_and_of_the_asked_size(count, val_size, held_out):
-    train, val = corpus.split(count, val_size, seed=3)
+    train, val = holdout.split(count, val_size, seed=3)
     assert len(val) == held_out and sorted([*train, *val]) == list(range(count))
-    assert [a.tolist() for a in corpus.split(count, val_size, 3)] == [train.tolist(), val.tolist()]
+    assert [a.tolist() for a in holdout.split(count, val_size, 3)] == [train.tolist(), val.tolist()]
     if count == 1000:
-        assert corpus.split(count, val_size, 4)[1].tolist() != val.tolist()
+        assert holdout.split(count, val_size, 4)[1].tolist() != val.tolist()
 
 
 @pytest.mark.parametrize("count, val_size", [(10, 10), (10, 11), (1, 0.5), (1, 1), (10, 0.99)])
 def test_a_split_without_a_side_is_refused(count, val_size):
     with pytest.raises(UserError, match=f"--val_size .* of {count} documents"):
-        corpus.split(count, val_size, 0)
+        holdout.split(count, val_size, 0)
 
 
 @pytest.mark.parametrize("cross", [False, True])
@@ -451,7 +452,7 @@ def test_guard_text_and_samples_are_reported(overfit, small_base):
     evals = [line for line in log_of(run) if "eval" in line]
     assert all(len(line["samples"]) == 2 for line in evals)
     prompt, completion = evals[-1]["samples"][0]
-    held_out = corpus.split(20, 6, 0)[1]
+    held_out = holdout.split(20, 6, 0)[1]
     texts = [json.loads(line)["text"] for line in open(out / "papers.jsonl", encoding="utf-8")]
     assert texts[held_out[0]].startswith(prompt) and len(tokenizer(prompt)["input_ids"]) <= 32
     ids = tokenizer(prompt, return_tensors="pt")
@@ -520,13 +521,13 @@ def test_a_share_is_one_of_tokens_and_no_book_is_held_out_whole():
     """A document that holds a tenth of all tokens or more is trained on, whatever the seed draws."""
     lengths = np.array([100_000, *[50] * 10, *[400] * 200])
     for seed in range(20):
-        train, val = corpus.split(len(lengths), 0.02, seed, lengths)
+        train, val = holdout.split(len(lengths), 0.02, seed, lengths)
         held_out = lengths[val].sum()
         assert sorted([*train, *val]) == list(range(len(lengths))) and 0 in train
         assert 0.02 * lengths.sum() <= held_out < 0.02 * lengths.sum() + 400
     same = np.full(1000, 7)
-    assert [rows.tolist() for rows in corpus.split(1000, 0.02, 3, same)] == [
-        rows.tolist() for rows in corpus.split(1000, 0.02, 3)
+    assert [rows.tolist() for rows in holdout.split(1000, 0.02, 3, same)] == [
+        rows.tolist() for rows in holdout.split(1000, 0.02, 3)
     ], "documents of one length: as a share of documents"
 
 

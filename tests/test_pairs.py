@@ -24,6 +24,7 @@ import cpt
 import data
 import ddp
 import files
+import holdout
 import language
 import model as models
 import presets
@@ -138,7 +139,7 @@ def test_tokens_loss_and_training_are_those_of_trl(base, rows, tmp_path, chat):
         **({"system": "Be brief."} if chat == "yes" else {}),
     )  # fmt: skip
     result = cpt.main(flags)
-    side, _ = corpus.split(len(rows), 4, 0)
+    side, _ = holdout.split(len(rows), 4, 0)
 
     def theirs(row):
         if chat == "no":
