@@ -49,7 +49,7 @@ OPTIONAL = {
 FORBIDDEN = {"datasets", "tokenizers", "peft", "token", "profile", "utils"}  # would shadow real modules
 
 # The budgets, and every exception with its reason.
-# Of all that train, infer and cpt need. 64,000 tokens and 6,000 lines were the aim of the redesign; features came since:
+# Of all that train, infer and cpt need. 64,000 tokens and 6,000 lines were the aim of the redesign; since then came
 # soft targets, train_only rows and attention pooling (460 tokens); then trust in what users bring: LaTeX that is never
 # printed, encodings, layouts of pairs (10,600), files, labels and long rows (7,000), saves, locks, signals and ranks
 # (6,400), bases, adapters, exports and stated probabilities (3,600), ids, calibration and part files (2,500).
