@@ -125,7 +125,7 @@ def known_labels(rows: files.Rows, train_cfg, labels: Labels, say) -> Known | No
     if problem:
         say(warning(f"metrics are over {len(good):,} of {len(rows):,} rows", problem))
     if unknown:
-        say(warning(f"metrics leave out the labels {unknown}", "this run does not know them"))
+        say(warning(f"this run does not know the labels {unknown}", "metrics are over those it knows"))
     return Known(good, targets)
 
 

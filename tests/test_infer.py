@@ -171,7 +171,7 @@ def test_a_broken_best_falls_back_with_a_warning(fitted, rows, tmp_path, capsys)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     flags = ["--runs", str(run), "--input", str(rows), "--output", str(tmp_path / "o.csv")]
     assert infer.main(flags)["rows"] == 31
-    assert "falling back to the previous save" in capsys.readouterr().err
+    assert "falling back to the save before it" in capsys.readouterr().err
 
 
 def test_a_missing_id_never_becomes_that_of_another_row(fitted, tmp_path, capsys):

@@ -109,7 +109,7 @@ def test_rows_without_an_id_column_are_numbered_and_a_line_names_the_candidates(
     words = "a.csv has no column row_id: rows are numbered from 0; --id_column takes one of Post_ID, note\n"
     assert words in capsys.readouterr().out
     predict(fitted, write(tmp_path / "b.csv", [{"Question": "x?"}, {"Question": "y?"}]), tmp_path / "p.csv")
-    assert "b.csv has no column id: rows are numbered from 0\n" in capsys.readouterr().out
+    assert "b.csv has no column id: rows are numbered from 0; add a column of ids" in capsys.readouterr().out
 
 
 def test_ids_that_are_duplicated_or_empty_are_reported(fitted, tmp_path, capsys):
@@ -223,7 +223,7 @@ def test_rows_with_labels_are_measured_and_the_others_named(fitted, several, tmp
         row["label"] = ("?" if i % 4 == 1 else "") if i % 2 else row["label"]
     assert predict(fitted, write(tmp_path / "a.csv", rows), tmp_path / "p.csv")["metrics"] == labelled
     words = (
-        "metrics are over 12 of 24 rows: column label: 12 rows have unknown labels ('?' in row 2, 6, 10 and 3 more, "
+        "metrics are over 12 of 24 rows; column label: 12 rows have unknown labels ('?' in row 2, 6, 10 and 3 more, "
     )
     assert words in capsys.readouterr().out
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import unsealed
 from test_ddp import forked, forks, toy_flags, write_rows
 
 import checkpoint
@@ -145,7 +146,7 @@ def test_a_family_and_a_time_limit_continue_too(fitted, tmp_path, monkeypatch):
     """Two saves in turn: each has its own digest, and the mean of their logits is that of an uninterrupted run."""
     run, rows = fitted
     family = tmp_path / "family"
-    shutil.copytree(run, family)
+    unsealed(shutil.copytree(run, family))
     (family / "family.json").write_text(
         json.dumps({"members": {"a": str(run), "b": str(another(run, tmp_path / "b"))}})
     )

@@ -313,7 +313,7 @@ def test_damaged_labels_of_a_run_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     for text in ("{}", '{"values": ["a"]}', '{"names": ["a"], "values": 3}'):
         (tmp_path / "labels.json").write_text(text)
-        with pytest.raises(Untrusted, match="labels.json: no list of"):
+        with pytest.raises(Untrusted, match="labels.json: expected lists of strings"):
             trained.run_facts(tmp_path)
 
 

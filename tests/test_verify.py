@@ -17,6 +17,7 @@ import files
 import foreign
 import infer
 import loop
+import predictions
 import train
 import trained
 from errors import Degenerate, UserError
@@ -37,11 +38,9 @@ def slices(tmp_path_factory, small_base):
 def test_preflight_stops_what_cannot_be_right_within_seconds(slices, tmp_path, monkeypatch):
     runs, path, base = slices
     rows = files.read_rows(str(path), "x")
-    known = np.arange(len(rows)) % 3 == 0
+    known = predictions.Known(np.arange(len(rows)), (np.arange(len(rows)) % 3 == 0).astype(int))
     good = trained.load_run(runs[-1]["run"])
-    assert "preflight of 17 rows: the adapter moves the logits" in evaluate.preflight(
-        good, rows, known.astype(int), 4096
-    )
+    assert "preflight of 17 rows: the adapter moves the logits" in evaluate.preflight(good, rows, known, 4096)
     cases = {
         "scores that are not finite": lambda run: run.model.score.weight.fill_(float("nan")),
         "the model ignores its input": lambda run: run.model.score.weight.fill_(0.0),
