@@ -621,7 +621,7 @@ def bounded(megabytes=600, seconds=60):
 def look(base, adapter, **flags):
     """What infer.py does with the headers, before any weight is loaded; a base's file is mapped, which is no memory."""
     mapped = sum(path.stat().st_size for path in Path(base).glob("*.safetensors")) // 2**20
-    with bounded(600 + mapped):
+    with bounded(600 + 2 * mapped):
         return foreign.given_model(configs.InferConfig(base=str(base), adapter=str(adapter), **flags))
 
 
