@@ -534,7 +534,14 @@ def a_step_is_left_out():
     loop.restore = restore
 
 
-@pytest.mark.parametrize("fault", [dropout_by_rank, dropout_by_process, a_step_is_left_out])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        a_step_is_left_out,
+        pytest.param(dropout_by_rank, marks=pytest.mark.slow),
+        pytest.param(dropout_by_process, marks=pytest.mark.slow),
+    ],
+)
 def test_the_comparison_itself_notices(whole, tmp_path, small_base, fault):
     """Negative controls: a resume that is wrong in one of the ways it could be is not taken for the undisturbed run."""
     run = stopped_at(tmp_path, toy_flags(tmp_path, small_base, **FEW), "mid-epoch", 2)

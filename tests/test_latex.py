@@ -450,10 +450,10 @@ def mutated(text: str, rng: random.Random) -> str:
     return text
 
 
-def test_ten_thousand_broken_sources_never_fail_hang_or_grow(real):
+def test_broken_sources_never_fail_hang_or_grow(real):
     rng = random.Random(7)
     names = sorted(real)
-    for n in range(10_000):
+    for n in range(4_000):
         source = latex.decode(real[rng.choice(names)])[0]
         at = rng.randrange(max(1, len(source) - 1500))
         text = mutated(source[at : at + 1500], rng)

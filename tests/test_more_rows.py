@@ -313,6 +313,7 @@ def test_rounds_are_judged_by_clean_rows_and_stopped_by_drift_and_collapse():
     assert pseudo_rounds.best_round(same, "accuracy")["round"] == 0
 
 
+@pytest.mark.slow
 def test_two_rounds_as_a_user_runs_them(small_base, tmp_path):
     path, clean, test = (tmp_path / f"{n}.jsonl" for n in ("train", "clean", "test"))
     lines = [json.loads(line) for line in write_pairs(tmp_path / "all.jsonl", 90).read_text().splitlines()]
