@@ -117,7 +117,7 @@ def test_two_ranks_continue_what_one_began(fitted, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             infer.main(flags_of(fitted, out))
     status, stdout, err = forked(infer.main, flags_of(fitted, out), tmp_path, 2)
-    assert status == 0 and "2 of 8 micro-batches were scored before" in re.sub(r"of \d+", "of 8", stdout), err
+    assert status == 0 and re.search(r"[1-9] of \d+ micro-batches were scored before", stdout), err
     assert out.read_bytes() == whole.read_bytes() and not parts.folder_of(out).exists()
 
 
