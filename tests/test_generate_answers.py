@@ -1,6 +1,7 @@
 """Written answers: they are transformers' own, read as scores, and those that cannot be read are counted."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -109,8 +110,8 @@ def test_what_cannot_be_scored_is_refused(small_base, tmp_path, change, words):
     assert not (tmp_path / "o.csv").exists()
 
 
-def test_a_prompt_of_the_users_own_file_is_asked(writer, tmp_path):
-    """The named prompt's own text in another folder gives the same answers; another text gives others."""
+def test_a_prompt_of_the_users_own_file_is_asked(writer, tmp_path, capsys):
+    """The named prompt's own text in another folder gives the same answers; a longer text asks more tokens."""
     base, path = writer
     generate.main(answer_flags(base, path, tmp_path / "named.csv"))
     own = tmp_path / "own.txt"
@@ -119,9 +120,11 @@ def test_a_prompt_of_the_users_own_file_is_asked(writer, tmp_path):
     flags[flags.index("--prompt") + 1] = str(own)
     generate.main(flags)
     assert (tmp_path / "own.csv").read_bytes() == (tmp_path / "named.csv").read_bytes()
+    short = re.findall(r"24 rows, \S+ tokens", capsys.readouterr().out)
     own.write_text(own.read_text().replace("Reply with", "Do not reply with"))
-    generate.main([*flags, "--force", "--overwrite"])
-    assert (tmp_path / "own.csv").read_bytes() != (tmp_path / "named.csv").read_bytes()
+    generate.main([*flags, "--force", "--overwrite"])  # the answers may stay the same, the question does not
+    long = re.findall(r"24 rows, \S+ tokens", capsys.readouterr().out)
+    assert len(short) == 2 and short[0] == short[1] < long[0]
 
 
 def test_two_ranks_write_the_same_scores(writer, tmp_path):
