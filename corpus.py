@@ -17,12 +17,13 @@ import audit
 import checkpoint
 import data
 import ddp
+import disk
 import files
 import latex
 import pair_formats
 import prompts
 from document_files import ENDS, NAMED, as_pairs, read_bytes, rows_of
-from errors import Untrusted, UserError, few
+from errors import DiskError, Untrusted, UserError, few
 
 NO_CHAT = " need a chat template, and this tokenizer has none or --chat no was given"
 COMPARED, BEGINNING = 20_000, 20_000  # documents at most, and characters of each, that are compared with others
@@ -200,9 +201,12 @@ def _store(corpus, target):
     mine = target.with_name(f"{os.getpid()}-{target.name}")  # another run may be making the same one
     checkpoint.save(mine, write, {"documents": len(corpus.sizes)}, keep=0)
     try:
-        checkpoint.fs_rename(mine, target)
-    except OSError:
+        with disk.told(target):
+            checkpoint.fs_rename(mine, target)
+    except DiskError:
         checkpoint.fs_remove(mine)
+        if not target.exists():  # the disk failed; otherwise the other run was first
+            raise
         checkpoint.verify(target)
 
 

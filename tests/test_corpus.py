@@ -25,7 +25,7 @@ import data
 import ddp
 import holdout
 import presets
-from errors import UserError
+from errors import DiskError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = ddp.World(0, 1, torch.device("cpu"))
@@ -276,6 +276,23 @@ def test_a_write_that_is_cut_short_leaves_nothing(papers, tokenizer, tmp_path, m
                 load(papers, tokenizer, cache)
         assert count == at and not list(cache.iterdir())
     assert len(load(papers, tokenizer, cache).sizes) == 30
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_disk_that_fails_at_a_rename_is_named(papers, tokenizer, tmp_path, monkeypatch, at):
+    """The save's own rename, and the one that gives it its name."""
+    cache, rename, renames = tmp_path / "cache", checkpoint.fs_rename, []
+
+    def full(*paths):
+        renames.append(paths)
+        if len(renames) >= at:
+            raise OSError(28, "No space left on device")
+        rename(*paths)
+
+    monkeypatch.setattr(checkpoint, "fs_rename", full)
+    with pytest.raises(DiskError, match="No space left on device; "):
+        load(papers, tokenizer, cache)
+    assert len(renames) == at and not list(cache.iterdir())
 
 
 @forks

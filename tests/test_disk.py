@@ -171,7 +171,7 @@ def test_a_full_disk_at_every_event_of_a_run(small_base, tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_at_many_events_of_a_run_of_cpt(source, tmp_path):  # noqa: F811
-    print(check_full(cpt.main, lambda folder: cpt_flags(source, folder, max_steps=4), tmp_path, every=7))
+    print(check_full(cpt.main, lambda folder: cpt_flags(source, folder, max_steps=4), tmp_path, every=1))
 
 
 @pytest.mark.slow
