@@ -34,7 +34,7 @@ def load_language_model(
         torch.manual_seed(random_seed)
         lm = models.from_config(AutoModelForCausalLM, base, models.changed_config(base), dtype=dtype)
         lm.generation_config = bases.generation_config(bases.find_base(base)) or lm.generation_config
-        models.keep_stream_fp32(lm)
+        models.prepare_layers(lm)
     else:
         # nf4 is made from the stored weights, which a cast to another dtype would have rounded.
         lm, missing = models.from_weights(AutoModelForCausalLM, base, "auto" if quant == "nf4" else dtype)

@@ -6,7 +6,7 @@ A new family is a row of FAMILIES and a test that packed == padded == alone; a n
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForS
 from transformers.utils import logging
 
 import bases
+import fused
 import lora
 import nf4
 import numerics
@@ -173,8 +174,11 @@ class Classifier(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """fp32 logits (B, C) of a packed micro-batch."""
-        hidden = hidden_states(self.backbone, batch)  # (T, D)
         pool = getattr(self, f"{self.pooling}_pooling", POOLINGS[self.pooling])
+        if self.pooling == "last" and fused.installed(bases.decoder_layers(self.backbone)[-1]):
+            batch = replace(batch, asked=batch.cu_seqlens[1:].long() - 1)  # what it gives is pooled already
+            pool = lambda states, _: states  # noqa: E731
+        hidden = hidden_states(self.backbone, batch)  # (T, D), or (B, D)
         with torch.autocast(hidden.device.type, enabled=False):
             pooled = pool(hidden.float(), batch.cu_seqlens)  # (B, D)
             return self.word_logits(pooled) if self.words else self.family.head(self, pooled)
@@ -278,7 +282,7 @@ def from_weights(auto, base: str, dtype, **changes) -> tuple[nn.Module, list[str
     if damaged:
         problem = f"{len(damaged)} of its weights hold NaN or infinity ({few(damaged, 3)})"
         raise UserError(f"--base {base}: {problem}: they are damaged, or overflowed when they were cast")
-    keep_stream_fp32(model)
+    prepare_layers(model)
     return model, sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
 
 
@@ -289,13 +293,15 @@ def refuse_missing(base: str, names: list[str]) -> None:
         raise UserError(f"--base {base}: {problem}")
 
 
-def keep_stream_fp32(model: nn.Module) -> None:
-    """fp32 from the embedding on: the residual stream of a half-precision model overflows otherwise.
+def prepare_layers(model: nn.Module) -> None:
+    """Fused layers (see fused.py), and fp32 from the embedding on: a half-precision stream overflows otherwise.
 
     Cast again before the first layer, for some bases project a narrow embedding to the layers' width in between.
     """
     model.get_input_embeddings().register_forward_hook(_cast_output)
-    bases.decoder_layers(model)[0].register_forward_pre_hook(_cast_input)
+    layers = bases.decoder_layers(model)
+    layers[0].register_forward_pre_hook(_cast_input)
+    fused.install(layers, model.config)
 
 
 def _cast_output(module, inputs, output):

@@ -25,6 +25,7 @@ class Batch:
     position_ids: Tensor  # (T,) int64, from 0 in each sequence
     cu_seqlens: Tensor  # (B + 1,) int32, where each sequence starts, and the end of the last one
     targets: Tensor | None = None  # (P,) int64, for a language model: positions of the tokens to predict
+    asked: Tensor | None = None  # (B,) int64: positions whose last states are all that is needed
 
     @cached_property
     def padding(self) -> tuple[Tensor, Tensor]:
