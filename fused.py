@@ -142,8 +142,9 @@ def product_of(module: nn.Module) -> Product | None:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether none of a module's own parameters is trained, and nobody looks at what it computes."""
-    return is_plain(module) and not any(p.requires_grad for p in module._parameters.values() if p is not None)
+    """Whether none of a module's own parameters gets a gradient, and nobody looks at what it computes."""
+    trained = [p for p in module._parameters.values() if p is not None and p.requires_grad]
+    return is_plain(module) and not (trained and torch.is_grad_enabled())
 
 
 def is_plain(module: nn.Module) -> bool:

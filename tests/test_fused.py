@@ -81,13 +81,14 @@ def test_only_pooled_tokens_pass_the_last_mlp(base, family):  # noqa: F811
 
 
 def test_half_precision_is_as_near_to_fp32_as_the_plain_layer(base):  # noqa: F811
+    """Nearly: the gradients of q, k and v are summed in bf16 here, which rounds three times more."""
     model = adapted(base("Llama"), QKVO)
     exact = run(model)
     ours = differences(run(model, "bf16"), exact)
     with fused.plain():
         theirs = differences(run(model, "bf16"), exact)
     mean = lambda values: np.mean(list(values.values()))  # noqa: E731
-    assert 1e-4 < mean(ours) < 1.1 * mean(theirs)
+    assert 1e-4 < mean(ours) < 1.5 * mean(theirs)
 
 
 def test_recomputed_activations_give_the_same_gradients(base):  # noqa: F811
@@ -137,6 +138,9 @@ def test_trained_biases_are_not_forgotten(base, monkeypatch):  # noqa: F811
     model = adapted(base("Qwen2"), QKVO, bias="lora_only")
     seen = calls(monkeypatch)
     assert sum(name.endswith("bias") for name in run(model)) == 6 and not seen
+    with torch.no_grad():
+        model(batch_of(rows()))
+    assert len(seen) == 2, "scores are computed alike before and after a model is saved and loaded"
 
 
 def test_a_merged_or_disabled_adapter_is_seen(base):  # noqa: F811
@@ -154,7 +158,9 @@ def test_a_merged_or_disabled_adapter_is_seen(base):  # noqa: F811
 
 def test_other_families_keep_their_own_layers(base):  # noqa: F811
     for family in ("Gemma3Text", "Phi3", "Bert"):
-        model = models.load_classifier(base(family), models.Head(3, models.stored_pooling(base(family))), CPU, torch.float32)
+        model = models.load_classifier(
+            base(family), models.Head(3, models.stored_pooling(base(family))), CPU, torch.float32
+        )
         assert not any(map(fused.installed, bases.decoder_layers(model.backbone)))
 
 

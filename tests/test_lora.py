@@ -112,7 +112,12 @@ def test_logits_and_gradients_equal_peft_bit_for_bit(bias, rslora, dropout):
     ours, theirs = adapted(base, bias=bias, rslora=rslora, dropout=dropout), peft_model(base, QV, bias, rslora, dropout)
     named = copy_to_peft(ours, theirs)
     for module in theirs.modules():  # peft draws its masks by torch's slower generator
-        if isinstance(module, torch.nn.ModuleDict) and dropout and "default" in module and not module["default"]._parameters:
+        if (
+            isinstance(module, torch.nn.ModuleDict)
+            and dropout
+            and "default" in module
+            and not module["default"]._parameters
+        ):
             module["default"] = lora.Dropout(dropout)
     logits = []
     for model in (ours, theirs):
