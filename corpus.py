@@ -26,13 +26,7 @@ from errors import Untrusted, UserError, few
 
 NO_CHAT = " need a chat template, and this tokenizer has none or --chat no was given"
 COMPARED, BEGINNING = 20_000, 20_000  # documents at most, and characters of each, that are compared with others
-KINDS = {
-    "ids": np.int32,
-    "starts": np.int64,
-    "stops": np.int64,
-    "sizes": np.int64,
-    "learned": bool,
-}  # files of a cache
+KINDS = {"ids": np.int32, "starts": np.int64, "stops": np.int64, "sizes": np.int64, "learned": bool}  # files of a cache
 # What tokens follow from besides texts.
 CODE = """audit corpus cutting data delimited document_files files formats latex latex_clean latex_hidden latex_syntax
     latex_values pair_formats prompts special_tokens spelling text_bytes""".split()
@@ -226,6 +220,8 @@ def encode_files(
     documents = default and all("text" in row for row in rows)
     pairs = not documents and any(marks & row.keys() or (default and pair_formats.problem(row)) for row in rows)
     if pairs:
+        for name in ("prompt", "response"):
+            files.note_marks(rows, name, f"--{flag} {_named(sources)}")
         uses_chat = chat == "yes" or (chat == "auto" and tokenizer.chat_template)
         template = "{prompt}" if default else template
         layouts = Counter()
@@ -354,8 +350,8 @@ def _turns(row, template):
     else:
         prompt = prompts.plain(prompts.render(template, row))
         turns = [prompts.turn("user", prompt), prompts.turn("assistant", row.get("response", ""))]
-        if row.get("system", "").strip():
-            turns.insert(0, prompts.turn("system", row["system"]))
+    if row.get("system", "").strip() and turns and turns[0]["role"] != "system":
+        turns.insert(0, prompts.turn("system", row["system"]))
     answered = False
     for turn in turns:
         role, content, calls = map(turn.get, ("role", "content", "tool_calls"))

@@ -17,8 +17,9 @@ from files import Rows
 MANY = 1000  # labels: more are classes only where most are in several rows
 TEACHER = "probability_"  # columns probability_<label> hold soft targets
 TRAIN_ONLY = "train_only"  # this column marks rows that are trained on and never judge
-INDICATORS = {"0": 0, "0.": 0, "0.0": 0, "false": 0, "1": 1, "1.": 1, "1.0": 1, "true": 1}
-MISSING = "NA N/A #N/A <NA> NaN nan NaT null NULL None".split()  # what other tools write where there is no value
+INDICATORS = dict.fromkeys("0 0. 0.0 false".split(), 0) | dict.fromkeys("1 1. 1.0 true".split(), 1)
+# What Python prints for a list, a set, an object, a tuple, bytes or an array.
+PRINTED = re.compile(r"""(?s)\[.*\]|\{.*\}|\(['"].*\)|b(['"]).*\1|(?:array|tensor|np\.\w+)\(.*\)""")
 
 
 # ---- classes --------------------------------------------------------------------------------------------------------
@@ -128,6 +129,8 @@ def label_sets(cfg, rows: Rows, where: str) -> list[list[str]]:
 
     def of_list(text):
         if not text.startswith("["):
+            if PRINTED.fullmatch(text):
+                raise ValueError
             return [part.strip() for part in text.split(cfg.label_delimiter) if part.strip()]
         parts = json.loads(text)
         if not all(type(part) in (str, int) and str(part).strip() for part in parts):
@@ -196,7 +199,7 @@ def doubts(sets: list[list[str]], where: str) -> list[str]:
         return " and ".join(texts)
 
     alike = list(map(shown, spelling.alike(rows_of)))
-    missing = [label for label in MISSING if label in rows_of]
+    missing = [label for label in spelling.MISSING if label in rows_of]
     lines = []
     separator = "" if any(len(labels) > 1 for labels in sets) else separator_of(rows_of)
     if separator:
@@ -209,8 +212,9 @@ def doubts(sets: list[list[str]], where: str) -> list[str]:
         )
     if missing:
         lines.append(warning(f"{where}: {shown(missing)}: taken as labels", "remove such rows if they have none"))
-    if rows_of and all(label.startswith("[") and label.endswith("]") for label in rows_of):
-        lines.append(warning(f"{where}: every label is a list", "--task multi_label reads what is in it"))
+    if rows_of and all(map(PRINTED.fullmatch, rows_of)):
+        problem = f"{where}: every label is a list, or what a program prints ({next(iter(rows_of))!r:.60})"
+        lines.append(warning(problem, "--task multi_label reads lists; or write the label that is in it"))
     return lines
 
 
