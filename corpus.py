@@ -26,7 +26,13 @@ from errors import Untrusted, UserError, few
 
 NO_CHAT = " need a chat template, and this tokenizer has none or --chat no was given"
 COMPARED, BEGINNING = 20_000, 20_000  # documents at most, and characters of each, that are compared with others
-KINDS = {"ids": np.int32, "starts": np.int64, "stops": np.int64, "sizes": np.int64, "learned": bool}  # files of a cache
+KINDS = {
+    "ids": np.int32,
+    "starts": np.int64,
+    "stops": np.int64,
+    "sizes": np.int64,
+    "learned": bool,
+}  # files of a cache
 # What tokens follow from besides texts.
 CODE = """audit corpus cutting data delimited document_files files formats latex latex_clean latex_hidden latex_syntax
     latex_values pair_formats prompts special_tokens spelling text_bytes""".split()
@@ -318,6 +324,9 @@ def pair_pieces(
                 opening = [] if turns and turns[0]["role"] == "system" else system_turn
                 tools = json.loads(row.get("tools") or "null")
                 rendered, learned = prompts.conversation(tokenizer, opening + turns, tools)
+                for key in pair_formats.THOUGHTS:
+                    if str(turns[-1].get(key) or "").strip() not in prompts.plain(rendered):
+                        raise ValueError(f"the chat template leaves out {key} of the answer: put it into content")
             elif row.get("system", "").strip():
                 raise ValueError("system texts" + NO_CHAT)
             elif "messages" in row:

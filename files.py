@@ -328,10 +328,10 @@ def need_texts(rows: Rows, texts: list[str], path: str, flag: str, others: Itera
 
 def note_marks(rows: Rows, name: str, where: str) -> None:
     """Note the cells of a text column that hold nothing but what other tools write where there is no value."""
-    cells = {str(i): row.get(name, "").strip() for i, row in enumerate(rows, 1)}
-    marked = [i for i, cell in cells.items() if cell in spelling.MISSING]
+    cells = [row.get(name, "").strip() for row in rows]
+    marked = [str(i) for i, cell in enumerate(cells, 1) if cell in spelling.MISSING]
     if marked:
-        marks = few(sorted({repr(cells[i]) for i in marked}))
+        marks = few(sorted({repr(cell) for cell in cells if cell in spelling.MISSING}))
         what = f"column {name} holds nothing but {marks} in {len(marked):,} rows ({few(marked)})"
         note(warning(f"{where}: {what}: read as text", "leave such rows out if they have none"))
 
@@ -375,5 +375,5 @@ def decode_bytes_literals(rows: Rows, columns: list[str]) -> int:
 
 
 def empty_rows(rows: Rows, columns: list[str]) -> list[int]:
-    """Indices of rows whose text columns are all blank."""
-    return [i for i, row in enumerate(rows) if not any(row[c].strip() for c in columns)]
+    """Indices of rows whose text columns show nothing."""
+    return [i for i, row in enumerate(rows) if all(spelling.is_blank(row[c]) for c in columns)]

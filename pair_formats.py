@@ -17,8 +17,10 @@ ROLES = table("""system: system developer user: user human assistant: assistant 
     tool: tool function observation function_response ipython""")
 TEXT_PARTS = ("text", "input_text", "output_text")
 UNLEARNED = "weight train trainable training learn loss loss_mask".split()  # keys of a turn: false ones say so
+THOUGHTS = "reasoning_content reasoning thinking".split()  # keys of a turn that some templates leave out
 GRADES = "label is_correct correct is_accepted accepted passed".split()  # columns of a pair: false ones are bad
 FALSE = (0, "0", "false", "False")  # 0 is False
+FULL = (None, 1, "1")  # weights of a turn that is learned; None: it has none
 NO_CELLS = ("", "null", "[]", "{}")
 
 
@@ -82,7 +84,7 @@ def problem(row: dict[str, str], used: list[str] = ()) -> str:
     if {"chosen", "rejected"} <= row.keys():
         return "chosen and rejected are preferences: name the one to learn response"
     for name in GRADES:
-        bad = ("false",) if name == "label" else ("false", "0")
+        bad = ("false",) if name == "label" else ("false", "0", "0.0")
         if row.get(name, "").lower() in bad and name not in used:
             return f"{name} {row[name].lower()} marks a response as a bad one: leave such rows out"
     for name in ("history", "images", "image"):
@@ -107,7 +109,9 @@ def _turn(turn):
     if not isinstance(role, str) or role.lower() not in ROLES:
         known = ", ".join(ROLES)
         raise ValueError(f"a turn has the role {role!r} (keys {', '.join(turn)}); known are {known}")
-    unlearned = [key for key in UNLEARNED if rest.get(key, 1) in FALSE]
+    unlearned = [
+        key for key in UNLEARNED if rest.get(key, 1) in FALSE or (key == "weight" and rest.get(key) not in FULL)
+    ]
     if unlearned and ROLES[role.lower()] == "assistant":
         reason = f"an assistant's turn is not to be learned ({unlearned[0]} {rest[unlearned[0]]}, or in the prompt)"
         raise ValueError(f"{reason}; only all can be")
