@@ -42,6 +42,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -247,7 +249,7 @@ def train(run: Path, members: list[Member], index: int, processes: int, limit: f
     if checkpoint.finished(folder):
         print(f"{folder} is finished", flush=True)
         return ""
-    locks.wait_until_free(folder, 60)  # a family that was killed leaves a run that still saves
+    _wait_until_free(folder, 60)  # a family that was killed leaves a run that still saves
     flags = ["--resume", str(folder), "--keep", str(keep)]
     if limit:
         left = limit - loop.process_seconds()
@@ -263,6 +265,15 @@ def train(run: Path, members: list[Member], index: int, processes: int, limit: f
     if checkpoint.finished(folder):  # the others may be better: the family is told at its end
         return f"the scores of {member.name} are degenerate; the run is in {folder}"
     raise Failed(f"{member.name} failed with status {status}; continue with python folds.py --resume {run}", status)
+
+
+def _wait_until_free(run: Path, seconds: float) -> None:
+    """Wait for the owner of a run, on this host, to end; at most so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with suppress(UserError):
+            return locks.refuse_if_held(run)
+        time.sleep(0.1)
 
 
 def command(flags: list[str], processes: int) -> list[str]:

@@ -102,15 +102,6 @@ def refuse_if_held(run: Path) -> None:
         raise UserError(_refusal(run, owner))
 
 
-def wait_until_free(run: Path, seconds: float) -> None:
-    """Wait for the owner of a run, on this host, to end; at most so many seconds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with suppress(UserError):
-            return refuse_if_held(run)
-        time.sleep(0.1)
-
-
 def _opened(path):
     """A descriptor of the lock file, made where there is none."""
     with disk.told(path):

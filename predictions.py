@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import re
 import shutil
 from collections.abc import Collection
 from contextlib import suppress
@@ -32,6 +33,9 @@ from errors import Degenerate, UserError, few, warning
 from labelling import Labels
 from metrics import Array
 from splits import Split
+
+ALIKE = 8  # rows of a file, and more: one label for all of them is a warning
+DECIMALS = re.compile(r"-?[0-9]+\.0|[0-9](?:\.[0-9]+)?[eE]\+?[0-9]+")  # what other tools make of whole numbers
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
@@ -86,6 +90,9 @@ def ids_of(cfg, own: str, rows: files.Rows, source: str, others: Collection[str]
     if blank or repeated:
         problem = f"column {column}: {blank} ids are empty, {len(repeated)} are duplicated ({few(repeated, 3)})"
         say(warning(problem, "choose another one with --id_column, if they should differ"))
+    if all(map(DECIMALS.fullmatch, values)):
+        problem = f"column {column}: ids such as {values[0]} look like whole numbers that a tool wrote as decimals"
+        say(warning(problem, "they are written as they are: restore them in the input where they should be whole"))
     return Ids(column, values)
 
 
@@ -126,6 +133,9 @@ def known_labels(rows: files.Rows, train_cfg, labels: Labels, say) -> Known | No
         say(warning(f"metrics are over {len(good):,} of {len(rows):,} rows", problem))
     if unknown:
         say(warning(f"this run does not know the labels {unknown}", "metrics are over those it knows"))
+    if train_cfg.task == "single_label" and len(good) >= ALIKE and len(set(targets)) == 1:
+        problem = f"all {len(good):,} rows of {name} have the label {labels.values[targets[0]]!r}"
+        say(warning(problem, "if it only stands for labels to come, the metrics mean nothing"))
     return Known(good, targets)
 
 
