@@ -147,7 +147,7 @@ def held_out(job: loop.Job, step: int, val: data.Tokens, texts: "Texts") -> floa
         samples = complete_samples(job, texts)
         loop.log(job, {"step": step, "eval": scores, "samples": samples})
         for prompt, completion in samples:
-            print(f"sample: {prompt[-60:]!r} -> {completion!r}", flush=True)
+            job.say(f"sample: {prompt[-60:]!r} -> {completion!r}")
     loop.lap(job, "eval_seconds")
     return scores["loss"]
 

@@ -34,6 +34,7 @@ class Lock:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         self.record = {"pid": self.pid, "host": disk.HOST, "started": started(self.pid), "since": since}
         os.ftruncate(fd, 0)
+        self.lost = False  # another host took the run over, while this process was suspended
         self.beat()
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.live, daemon=True)
@@ -44,18 +45,29 @@ class Lock:
         os.lseek(self.fd, 0, os.SEEK_SET)
         os.write(self.fd, json.dumps(self.record | {"beat": time.time()}).ljust(300).encode())
 
+    def look(self) -> None:
+        """Whether the lock file is gone or names another process; half a record says nothing."""
+        with suppress(OSError):
+            record = _record(self.path)
+            if record or not self.path.exists():
+                self.lost = self.lost or record | self.record != record
+
     def live(self) -> None:
         while not self.ended.wait(BEAT):
-            with suppress(OSError):
-                self.beat()
+            self.look()
+            if not self.lost:
+                with suppress(OSError):
+                    self.beat()
 
     def release(self) -> None:
         """Remove the lock; a forked child closes its copy and leaves the lock to its parent."""
         self.ended.set()
         if self.pid == os.getpid():
             self.thread.join()  # before the descriptor's number means another file
-            with suppress(OSError):
-                self.path.unlink(missing_ok=True)
+            self.look()
+            if not self.lost:
+                with suppress(OSError):
+                    self.path.unlink(missing_ok=True)
         os.close(self.fd)
 
 
@@ -92,6 +104,16 @@ def hold(run: Path) -> None:
                 os.close(fd)
     for left in (*run.glob(".*.tmp"), *run.glob(".*.new")):
         disk.fs_remove(left)
+
+
+def need(look: bool = False) -> None:
+    """Raise UserError where another process took over what this one holds. look: now, not at the last sign of life."""
+    for path, lock in HELD.items():
+        if look:
+            lock.look()
+        if lock.lost:
+            problem = f"another process took it over, as this one gave no sign of life for {PATIENCE:g} s"
+            raise UserError(f"run {path.parent}: {problem}: it ends here, and the other continues")
 
 
 def refuse_if_held(run: Path) -> None:

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,7 @@ class Job:
     digests: dict[str, str]  # of what a resumed run must see again, by its name in words; first the training rows
     about: dict  # entries for the manifest of every save
     run: Path | None = None  # from here on set by open_run
+    log: seals.Log | None = None  # of rank 0, as the tracker
     tracker: tracking.Tracker | None = None
     limit: Limit | None = None
     bar: tqdm | None = None
@@ -155,7 +156,8 @@ def steps(job: Job) -> Iterator[list[np.ndarray]]:
         if epoch != planned:
             planned, batches = epoch, epoch_of(job, epoch)
         yield batches[index]
-    job.bar.close()
+    with suppress(OSError):
+        job.bar.close()
     job.say(faults.at_the_end(state.skipped_in_a_row))
 
 
@@ -166,6 +168,7 @@ def stoppable(job: Job, write: Callable):
     Raises KeyboardInterrupt then, after a note in the run's folder.
     """
     run = None
+    signals.STOP.begin()
     try:
         yield
         if ddp.stopping(job.world):
@@ -240,8 +243,9 @@ def step(job: Job, micro_batches: list[np.ndarray], loss_of: Callable, weight: f
         "seconds": round(state.seconds, 3),
     }
     log(job, line)
-    job.bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{state.tokens / state.seconds:,.0f}", refresh=False)
-    job.bar.update()
+    with suppress(OSError):  # nobody sees the bar any more
+        job.bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{state.tokens / state.seconds:,.0f}", refresh=False)
+        job.bar.update()
     job.say(job.limit.forecast(state, job.total))
     job.say(job.spikes.note(state.step, loss) if taken else "")
 
@@ -264,7 +268,10 @@ def due(job: Job, every: int) -> bool:
 def log(job: Job, line: dict) -> None:
     """Append a line to metrics.jsonl, and send it to the trackers of the config; rank 0 alone writes."""
     if job.tracker:
-        checkpoint.append_whole(job.run / "metrics.jsonl", json.dumps(line) + "\n")
+        locks.need()
+        data = (json.dumps(line) + "\n").encode()
+        checkpoint.append_whole(job.log.path, data)
+        job.log.add(data)
         job.tracker.log(line)
 
 
@@ -310,7 +317,7 @@ def begin(cls, presets: dict, argv: list[str], doc: str, clashes=()):
 
 
 def open_run(job: Job, run: Path | None, fill: Callable, val_tokens: float = 0.0) -> None:
-    """Make or complete the run's folder (see run_folder.py), and start its log, signals, time limit, bar and clock.
+    """Make or complete the run's folder (see run_folder.py), and start its log, time limit, bar and clock.
 
     val_tokens: of an evaluation, for the time limit.
     """
@@ -319,8 +326,8 @@ def open_run(job: Job, run: Path | None, fill: Callable, val_tokens: float = 0.0
     job.run = run_folder.make(cfg, world, run, job.digests, fill)
     resumed = f", resumed at step {state.step} of {job.total}" if state.step else ""
     job.say(f"run {job.run}{resumed}")
-    signals.STOP.begin()
     if world.rank == 0:
+        job.log = seals.Log(job.run)
         job.tracker = tracking.Tracker(cfg.report, job.run, cli.to_json(cfg), state.step)
     job.limit = Limit(checks.seconds(getattr(cfg, "time_limit", "")), world.rank, val_tokens, process_seconds)
     job.bar = tqdm(total=job.total, initial=state.step, disable=world.rank != 0, unit="step", mininterval=1.0)
@@ -338,6 +345,7 @@ def save(folder: Path, job: Job, write: Callable, resumable: bool = False) -> No
 
     if job.world.rank != 0:
         return
+    locks.need(look=True)
 
     def whole(hidden: Path) -> None:
         write(hidden)
@@ -346,7 +354,7 @@ def save(folder: Path, job: Job, write: Callable, resumable: bool = False) -> No
             state = {
                 "at": vars(job.state),
                 "scaler": job.scaler.state_dict(),
-                **seals.log_facts(job.run),
+                **job.log.facts(),
                 "digest": next(iter(job.digests.values())),
                 "threads": torch.get_num_threads(),
             }

@@ -102,10 +102,22 @@ def verify(folder: Path) -> None:
             read(folder / name)
 
 
-def log_facts(run: Path) -> dict:
-    """What a save holds about the run's log, which goes on after it."""
-    data = disk.read(run / LOG) or b""
-    return {"log_bytes": len(data), "log_sha256": _sum(data)}
+class Log:
+    """What was appended to a run's log so far: its bytes and sha256, for saves to hold, as it goes on after them."""
+
+    def __init__(self, run: Path):
+        self.path, self.bytes, self.sum = run / LOG, 0, hashlib.sha256()
+        self.add(disk.read(self.path) or b"")
+
+    def add(self, data: bytes) -> None:
+        self.bytes += len(data)
+        self.sum.update(data)
+
+    def facts(self) -> dict:
+        """What a save holds about the log. It is durable by then: a save must not outlive what it names."""
+        if self.bytes:
+            disk.fs_sync(self.path)
+        return {"log_bytes": self.bytes, "log_sha256": self.sum.hexdigest()}
 
 
 def check_log(run: Path, facts: dict) -> None:

@@ -292,10 +292,12 @@ def finish(job: loop.Job, train: Split, judges: Split, labels: Labels) -> dict:
     }
     if cfg.init_from:
         result["chain"] = chains.chain_table(cfg, result, say)
+    reason = evaluate.degenerate(logits, judges.tokens.keys(), cfg.task)
+    if reason:
+        result["degenerate"] = reason
     if world.rank == 0:  # result.json last: it marks the run as finished
         predictions.write_predictions(run / "val_predictions.csv", judges, cfg.task, logits, labels)
         seals.write(run / seals.RESULT, json.dumps(result) + "\n", also=(seals.LOG,))
-    reason = evaluate.degenerate(logits, judges.tokens.keys(), cfg.task)
     if reason:
         raise Degenerate(f"{reason}; the run is in {run}")
     return result
