@@ -26,12 +26,10 @@ import numpy as np
 import torch
 
 import bases
-import checkpoint
 import checks
 import corpus
 import data
 import ddp
-import estimates
 import evaluate
 import faults
 import holdout
@@ -87,7 +85,7 @@ def main(argv: list[str]) -> dict:
 
     # ---- resume, or a new run ---------------------------------------------------------------------------------------
     if run:
-        loop.restore(job, run, partial(read_save, lm=lm))
+        loop.restore(job, run, partial(trained.read_save, model=lm))
     loop.say_plan(job)
     loop.open_run(job, run, partial(write_record, texts=texts))
 
@@ -162,33 +160,24 @@ def finish(job: loop.Job, texts: "Texts") -> dict:
     ddp.barrier(world)  # rank 0 has written best/
     passed = state.best_step != state.step
     if passed:
-        best = trained.best_save(run)
-        read_save(best, job.model)
-        state.best_step = best.manifest["step"]  # an earlier one, where the newest was damaged
+        trained.read_save(run_folder.best_save(state, run, say), job.model)
         say(f"best held-out loss: step {state.best_step}; that save is kept and exported")
     if passed or texts.periodic is not texts.val:
         held_out(job, state.best_step, texts.val, texts)
-    loop.close_log(job)
     say(eval_table(state.evals))
     before = state.evals[0]["eval"]
     after = state.evals[-1]["eval"]
     if after["loss"] >= before["loss"]:
         say(warning("the held-out loss did not fall", "lower --lr, or train on more text"))
     result = {
-        "run": str(run),
+        **loop.measured(job),
         "before": before,
         "metrics": after,
-        "best_step": state.best_step,
-        "steps": job.total,
-        "tokens_per_second": round(state.tokens / state.seconds, 1),
-        "peak_memory_gb": round(estimates.peak_memory_gb(world.device), 3),
-        "train_seconds": round(state.seconds, 2),
-        "eval_seconds": round(state.eval_seconds, 2),
     }
     if world.rank == 0:
         if job.cfg.export:
             export(job.cfg, job.model, texts.tokenizer, run)
-        seals.write(run / seals.RESULT, json.dumps(result) + "\n", also=(seals.LOG,))
+        loop.end(job, result)
     return result
 
 
@@ -259,11 +248,7 @@ def load_texts(cfg: CptConfig, tokenizer, world: ddp.World) -> Texts:
     return Texts(train, val, periodic, documents.pairs, guard, samples, documents.files, tokenizer)
 
 
-def clash_of(
-    cfg: CptConfig,
-    train: corpus.Corpus,
-    val: corpus.Corpus,
-) -> str:
+def clash_of(cfg: CptConfig, train: corpus.Corpus, val: corpus.Corpus) -> str:
     """A warning of texts that are trained on and held out too, or nothing. UserError for pairs beside documents."""
     if train.pairs != val.pairs:
         kinds = ["pairs" if texts.pairs else "documents" for texts in (train, val)]
@@ -366,13 +351,6 @@ def write_save(folder: Path, lm, tokenizer) -> None:
     else:
         config = language.whole_config(lm)
         trained.write_whole(folder, lm, tokenizer, config, torch.float32)
-
-
-def read_save(save: checkpoint.Save, lm) -> None:
-    """Load what write_save wrote. Raises Untrusted when it does not fit, or the base has changed."""
-    if lora.adapters(lm):
-        trained.check_base(lm, save.manifest["base"], "of this run")
-    trained.read_classifier(save.folder, lm)
 
 
 def export(cfg: CptConfig, lm, tokenizer, run: Path) -> None:

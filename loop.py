@@ -30,6 +30,7 @@ import cli
 import data
 import ddp
 import disk
+import estimates
 import faults
 import locks
 import lora
@@ -43,6 +44,7 @@ from errors import warning
 from limits import Limit
 
 LOADED = time.monotonic()
+NO_LOG = {"log_bytes": 0}
 
 
 # ---- state ----------------------------------------------------------------------------------------------------------
@@ -293,10 +295,24 @@ def process_seconds() -> float:
     return max(age, time.monotonic() - LOADED)
 
 
-def close_log(job: Job) -> None:
-    """End the trackers' curves; metrics.jsonl needs no end."""
-    if job.tracker:
-        job.tracker.close()
+def measured(job: Job) -> dict:
+    """What the result of a run holds beside its scores."""
+    state = job.state
+    return {
+        "run": str(job.run),
+        "best_step": state.best_step,
+        "steps": state.step,
+        "tokens_per_second": round(state.tokens / state.seconds, 1),
+        "peak_memory_gb": round(estimates.peak_memory_gb(job.world.device), 3),
+        "train_seconds": round(state.seconds, 2),
+        "eval_seconds": round(state.eval_seconds, 2),
+    }
+
+
+def end(job: Job, result: dict) -> None:
+    """End the trackers' curves, and write result.json, the last file: it marks the run as finished."""
+    job.tracker.close()
+    seals.write(job.run / seals.RESULT, json.dumps(result) + "\n", also=(seals.LOG,))
 
 
 # ---- runs on disk ---------------------------------------------------------------------------------------------------
@@ -327,7 +343,7 @@ def open_run(job: Job, run: Path | None, fill: Callable, val_tokens: float = 0.0
     resumed = f", resumed at step {state.step} of {job.total}" if state.step else ""
     job.say(f"run {job.run}{resumed}")
     if world.rank == 0:
-        job.log = seals.Log(job.run)
+        job.log = job.log or seals.Log(job.run, NO_LOG)
         job.tracker = tracking.Tracker(cfg.report, job.run, cli.to_json(cfg), state.step)
     job.limit = Limit(checks.seconds(getattr(cfg, "time_limit", "")), world.rank, val_tokens, process_seconds)
     job.bar = tqdm(total=job.total, initial=state.step, disable=world.rank != 0, unit="step", mininterval=1.0)
@@ -396,11 +412,9 @@ def restore(job: Job, run: Path, read: Callable) -> None:
     for files that are not as it wrote them.
     """
     ddp.from_rank0(job.world, lambda: locks.hold(run))
-    save, saved = checkpoint.last_state(run) or (None, {"log_bytes": 0})
-    seals.check_log(run, saved)
-    ddp.barrier(job.world)  # before the log changes
+    save, saved = checkpoint.last_state(run) or (None, NO_LOG)
     if job.world.rank == 0:
-        disk.cut_log(run / "metrics.jsonl", saved["log_bytes"])
+        job.log = seals.Log(run, saved)
     if not save:
         job.say(f"{run} has no save yet: it starts at step 0")
         return
@@ -417,4 +431,4 @@ def restore(job: Job, run: Path, read: Callable) -> None:
         job.say(warning(problem, "continue on hardware like that of environment.json"))
     saved["at"].pop("resumed", None)  # of runs before it was left out
     job.state = State(**saved["at"])
-    job.say(run_folder.restore_best(job.state, run))
+    run_folder.best_save(job.state, run, job.say)

@@ -72,20 +72,21 @@ def same_rows(run: Path | None, digests: dict[str, str]) -> None:
         raise UserError(f"run {run}: {', '.join(changed)} since it began: give it the files that it began with")
 
 
-def restore_best(state, run: Path) -> str:
-    """Take a training state back to the best save that can be trusted, where a newer one was damaged.
+def best_save(state, run: Path, say: Callable) -> checkpoint.Save | None:
+    """The best save that can be trusted, or None before there is one. Where a newer one was damaged, the training state
+    goes back to it, with a warning.
 
-    Returns a warning, or an empty string. A save that is newer than the state is no problem: its evaluation will be
-    repeated. Raises Untrusted where no save is left.
+    A save that is newer than the state is no problem: its evaluation will be repeated. Raises Untrusted where no save
+    is left.
     """
     if state.best is None:
-        return ""
+        return None
     save = checkpoint.trusted_of(run, "best")
     if save is None:
         raise Untrusted(f"{run / 'best'} is missing, but step {state.best_step} was saved there: put it back")
-    step, score = save.manifest["step"], save.manifest.get("best")
-    if step >= state.best_step or score is None:
-        return ""
-    lost = f"{run / 'best'} of step {state.best_step} (score {state.best:.4f}) cannot be trusted"
-    state.best, state.best_step = score, step
-    return warning(lost, f"the best save is now that of step {step} ({score:.4f}): check this disk")
+    step = save.manifest["step"]
+    if step < state.best_step:
+        lost = f"{run / 'best'} of step {state.best_step} (score {state.best:.4f}) cannot be trusted"
+        say(warning(lost, f"the best save is now that of step {step}: check this disk"))
+        state.best, state.best_step = save.manifest.get("best", state.best), step  # older saves hold no score
+    return save

@@ -103,26 +103,27 @@ def verify(folder: Path) -> None:
 
 
 class Log:
-    """What was appended to a run's log so far: its bytes and sha256, for saves to hold, as it goes on after them."""
+    """A run's log, and its sha256 as it grows: saves hold that, for the log goes on after them.
 
-    def __init__(self, run: Path):
-        self.path, self.bytes, self.sum = run / LOG, 0, hashlib.sha256()
-        self.add(disk.read(self.path) or b"")
+    facts: those of the save that a run continues from; lines after it are cut off, to be written again. Raises
+    Untrusted where the log begins otherwise. Saves from before there were seals hold no sha256.
+    """
+
+    def __init__(self, run: Path, facts: dict):
+        self.path, size = run / LOG, facts["log_bytes"]
+        data = (disk.read(self.path) or b"")[:size]
+        self.bytes, self.sum = len(data), hashlib.sha256(data)
+        if facts.get("log_sha256", _sum(data)) != _sum(data):
+            raise Untrusted(f"{self.path}: its first {size:,} bytes are not those of the run's last save; put it back")
+        disk.cut_log(self.path, size)
 
     def add(self, data: bytes) -> None:
+        """Count what was appended."""
         self.bytes += len(data)
         self.sum.update(data)
 
     def facts(self) -> dict:
-        """What a save holds about the log. It is durable by then: a save must not outlive what it names."""
+        """For a save, which must not outlive what it names: the log is durable by then."""
         if self.bytes:
             disk.fs_sync(self.path)
         return {"log_bytes": self.bytes, "log_sha256": self.sum.hexdigest()}
-
-
-def check_log(run: Path, facts: dict) -> None:
-    """Raise Untrusted unless the log begins as it was when a save was made. Saves from before this hold no sha256."""
-    data = disk.read(run / LOG) or b""
-    size = facts["log_bytes"]
-    if "log_sha256" in facts and (len(data) < size or _sum(data[:size]) != facts["log_sha256"]):
-        raise Untrusted(f"{run / LOG}: its first {size:,} bytes are not those of the run's last save; put it back")
