@@ -140,7 +140,7 @@ def held_out(job: loop.Job, step: int, val: data.Tokens, texts: "Texts") -> floa
         raise faults.not_finite(job, [], f"step {step}: the held-out loss is not finite")
     job.state.evals.append({"step": step, "tokens": int(val.targets.sum()), "eval": scores})
     shown = [f"{name} {value:.4f}" for name, value in scores.items()]
-    ddp.say(world, f"step {step}: {', '.join(shown)}")
+    job.say(f"step {step}: {', '.join(shown)}")
     if world.rank == 0:
         samples = complete_samples(job, texts)
         loop.log(job, {"step": step, "eval": scores, "samples": samples})
@@ -155,8 +155,7 @@ def held_out(job: loop.Job, step: int, val: data.Tokens, texts: "Texts") -> floa
 
 def finish(job: loop.Job, texts: "Texts") -> dict:
     """Evaluate the best save on everything held out, export it, and write the results."""
-    world, state, run = job.world, job.state, job.run
-    say = partial(ddp.say, world)
+    world, state, run, say = job.world, job.state, job.run, job.say
     ddp.barrier(world)  # rank 0 has written best/
     passed = state.best_step != state.step
     if passed:
@@ -264,7 +263,7 @@ def write_record(folder: Path, texts: Texts) -> None:
     """What a run's folder says about its texts: what became of each file, and whether they are pairs."""
     report = "".join(json.dumps(record) + "\n" for record in texts.files)
     seals.write(folder / "corpus.jsonl", report)
-    seals.write(folder / "texts.json", json.dumps({"pairs": texts.pairs}))
+    seals.write(folder / "texts.json", {"pairs": texts.pairs})
 
 
 def spread(rows: np.ndarray, most: int) -> np.ndarray:

@@ -226,9 +226,9 @@ def write_family(folder: Path, cfg: FoldsConfig, material: Material, problems: d
         elsewhere = {name: str(path) for name, path in folders.items() if path.parent != folder}
         members = {name: elsewhere.get(name, name) for name in settings_of_members(cfg)}
         family = {"members": members, "folds": cfg.folds, "seeds": list(cfg.seeds)}
-        seals.write(folder / "family.json", json.dumps(family, indent=1) + "\n")
+        seals.write(folder / "family.json", family)
     settings = {**asdict(plain(cfg, resume="", dry_run=False)), "seeds": cfg.seeds}
-    seals.write(folder / "config.json", json.dumps(settings, indent=1) + "\n")
+    seals.write(folder / "config.json", settings)
 
 
 # ---- train ----------------------------------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def pool(cfg: FoldsConfig, run: Path, labels: labelling.Labels, judged: Split, m
         **{name: round(value, 2) for name, value in seconds.items()},
     }
     predictions.write_predictions(run / "val_predictions.csv", judged, cfg.task, logits, labels)
-    seals.write(run / seals.RESULT, json.dumps(result) + "\n")
+    seals.write(run / seals.RESULT, result)
     weak = [name for name, result in results.items() if "degenerate" in result]
     if weak:
         raise Degenerate(f"the scores of {', '.join(weak)} are degenerate; the run is in {run}")

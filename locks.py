@@ -45,18 +45,17 @@ class Lock:
         os.lseek(self.fd, 0, os.SEEK_SET)
         os.write(self.fd, json.dumps(self.record | {"beat": time.time()}).ljust(300).encode())
 
-    def look(self) -> None:
-        """Whether the lock file is gone or names another process; half a record says nothing."""
-        with suppress(OSError):
-            record = _record(self.path)
-            if record or not self.path.exists():
-                self.lost = self.lost or record | self.record != record
+    def held(self) -> bool:
+        """Whether the lock file is there and names this process; half a record says nothing."""
+        record = _record(self.path)
+        if record or not self.path.exists():
+            self.lost = self.lost or record | self.record != record
+        return not self.lost
 
     def live(self) -> None:
         while not self.ended.wait(BEAT):
-            self.look()
-            if not self.lost:
-                with suppress(OSError):
+            with suppress(OSError):
+                if self.held():
                     self.beat()
 
     def release(self) -> None:
@@ -64,10 +63,9 @@ class Lock:
         self.ended.set()
         if self.pid == os.getpid():
             self.thread.join()  # before the descriptor's number means another file
-            self.look()
-            if not self.lost:
-                with suppress(OSError):
-                    self.path.unlink(missing_ok=True)
+            with suppress(OSError):
+                if self.held():
+                    self.path.unlink()
         os.close(self.fd)
 
 
@@ -106,12 +104,10 @@ def hold(run: Path) -> None:
         disk.fs_remove(left)
 
 
-def need(look: bool = False) -> None:
-    """Raise UserError where another process took over what this one holds. look: now, not at the last sign of life."""
+def need() -> None:
+    """Raise UserError where another process took over what this one holds."""
     for path, lock in HELD.items():
-        if look:
-            lock.look()
-        if lock.lost:
+        if not lock.held():
             problem = f"another process took it over, as this one gave no sign of life for {PATIENCE:g} s"
             raise UserError(f"run {path.parent}: {problem}: it ends here, and the other continues")
 

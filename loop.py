@@ -312,7 +312,7 @@ def measured(job: Job) -> dict:
 def end(job: Job, result: dict) -> None:
     """End the trackers' curves, and write result.json, the last file: it marks the run as finished."""
     job.tracker.close()
-    seals.write(job.run / seals.RESULT, json.dumps(result) + "\n", also=(seals.LOG,))
+    seals.write(job.run / seals.RESULT, result)
 
 
 # ---- runs on disk ---------------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def save(folder: Path, job: Job, write: Callable, resumable: bool = False) -> No
 
     if job.world.rank != 0:
         return
-    locks.need(look=True)
+    locks.need()
 
     def whole(hidden: Path) -> None:
         write(hidden)

@@ -331,4 +331,5 @@ def write_output(cfg, text: str) -> None:
         kept = next(itertools.filterfalse(Path.exists, names))
         checkpoint.write_atomic(kept, out.read_bytes())
         print(f"{out} existed: it is kept as {kept}")
+    out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_atomic(out.resolve(), text)

@@ -1,6 +1,5 @@
 """A run's folder: which one is resumed, what it holds at the start, and whether it is still the run that it was."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -45,10 +44,10 @@ def make(cfg, world: ddp.World, run: Path | None, digests: dict[str, str], fill:
         (folder / "PREEMPTED").unlink(missing_ok=True)
         if not seals.has(folder / "environment.json"):
             fill(folder)
-            seals.write(folder / "rows.json", json.dumps(digests, indent=1) + "\n")
+            seals.write(folder / "rows.json", digests)
             device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
             environment = checkpoint.environment(torch.get_num_threads(), world.size, device)
-            seals.write(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+            seals.write(folder / "environment.json", environment)
         if not seals.has(folder / "config.json"):  # last: a folder without it is no run
             seals.write(folder / "config.json", cli.to_json(replace(cfg, resume="")))
         return folder

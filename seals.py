@@ -47,12 +47,13 @@ def _sum(data):
     return None if data is None else hashlib.sha256(data).hexdigest()
 
 
-def write(path: Path, text: str, also: tuple[str, ...] = ()) -> None:
-    """Write one of a run's files and seal it. also: names of other files, which are sealed as they are now."""
+def write(path: Path, content) -> None:
+    """Write one of a run's files, a text or a value as JSON, and seal it; with the result its log too."""
+    text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
     folder, data = path.parent, text.encode()
     before = stored(folder)["files"].get(path.name) or [_sum(disk.read(path))]
-    others = {name: [_sum(disk.read(folder / name))] for name in also}
-    _allow(folder, {**others, path.name: [*before, _sum(data)]})
+    log = {LOG: [_sum(disk.read(folder / LOG))]} if path.name == RESULT else {}
+    _allow(folder, {**log, path.name: [*before, _sum(data)]})
     disk.write_atomic(path, data)
     _allow(folder, {path.name: [_sum(data)]})
 

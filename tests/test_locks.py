@@ -188,12 +188,11 @@ def test_an_owner_that_slept_leaves_the_run_to_the_next_one(run, tmp_path, small
     for taken_over in (lambda path: disk.write_atomic(path, json.dumps(record)), Path.unlink):  # and it ended meanwhile
         with locks.released():
             locks.hold(run)
-            locks.need(look=True)
             time.sleep(0.2)
             locks.need()
             taken_over(run / ".lock")
             with pytest.raises(UserError, match="another process took it over"):
-                locks.need(look=True)
+                locks.need()
             after = (run / ".lock").exists() and (run / ".lock").read_text()
         assert ((run / ".lock").exists() and (run / ".lock").read_text()) == after
 
