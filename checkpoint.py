@@ -236,7 +236,7 @@ def load_json(path: Path) -> dict:
     return value
 
 
-def environment(threads: int, world: int, device: str) -> dict:
+def environment(world: int, device: torch.device) -> dict:
     """Versions, commit, hardware and threads of a run."""
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     try:
@@ -246,7 +246,8 @@ def environment(threads: int, world: int, device: str) -> dict:
     return {
         "python": platform.python_version(), "platform": platform.platform(), "command": sys.argv,
         **{name: version(name) for name in ("torch", "transformers", "safetensors", "numpy", "tqdm")}, "commit": commit,
-        "device": device, "world_size": world, "threads": threads, "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "world_size": world,
+        "threads": torch.get_num_threads(), "cores": os.cpu_count(),
     }  # fmt: skip
 
 

@@ -34,7 +34,6 @@ class Lock:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         self.record = {"pid": self.pid, "host": disk.HOST, "started": started(self.pid), "since": since}
         os.ftruncate(fd, 0)
-        self.lost = False  # another host took the run over, while this process was suspended
         self.beat()
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.live, daemon=True)
@@ -46,11 +45,11 @@ class Lock:
         os.write(self.fd, json.dumps(self.record | {"beat": time.time()}).ljust(300).encode())
 
     def held(self) -> bool:
-        """Whether the lock file is there and names this process; half a record says nothing."""
+        """Whether the lock file still names this process: another host takes a run over while its owner is suspended.
+        Half a record says nothing.
+        """
         record = _record(self.path)
-        if record or not self.path.exists():
-            self.lost = self.lost or record | self.record != record
-        return not self.lost
+        return record | self.record == record if record else self.path.exists()
 
     def live(self) -> None:
         while not self.ended.wait(BEAT):

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 import checkpoint
 import cli
 import configs
@@ -45,9 +43,7 @@ def make(cfg, world: ddp.World, run: Path | None, digests: dict[str, str], fill:
         if not seals.has(folder / "environment.json"):
             fill(folder)
             seals.write(folder / "rows.json", digests)
-            device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-            environment = checkpoint.environment(torch.get_num_threads(), world.size, device)
-            seals.write(folder / "environment.json", environment)
+            seals.write(folder / "environment.json", checkpoint.environment(world.size, world.device))
         if not seals.has(folder / "config.json"):  # last: a folder without it is no run
             seals.write(folder / "config.json", cli.to_json(replace(cfg, resume="")))
         return folder

@@ -51,18 +51,19 @@ def write(path: Path, content) -> None:
     """Write one of a run's files, a text or a value as JSON, and seal it; with the result its log too."""
     text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
     folder, data = path.parent, text.encode()
-    before = stored(folder)["files"].get(path.name) or [_sum(disk.read(path))]
-    log = {LOG: [_sum(disk.read(folder / LOG))]} if path.name == RESULT else {}
-    _allow(folder, {**log, path.name: [*before, _sum(data)]})
-    disk.write_atomic(path, data)
-    _allow(folder, {path.name: [_sum(data)]})
-
-
-def _allow(folder, sums):
-    """Put the sha256s that some files may have into the seal of a folder."""
     seal = stored(folder)
-    entries = {"run": seal["run"] or secrets.token_hex(8), "files": seal["files"] | sums}
-    disk.write_atomic(folder / SEAL, json.dumps(entries | {"seal": seal_of(entries)}, indent=1) + "\n")
+    before = seal["files"].get(path.name) or [_sum(disk.read(path))]
+    log = {LOG: [_sum(disk.read(folder / LOG))]} if path.name == RESULT else {}
+    _allow(folder, seal, {**log, path.name: [*before, _sum(data)]})
+    disk.write_atomic(path, data)
+    _allow(folder, seal, {path.name: [_sum(data)]})
+
+
+def _allow(folder, seal, sums):
+    """Put the sha256s that some files may have into the seal of a folder."""
+    seal["run"] = seal["run"] or secrets.token_hex(8)
+    seal["files"] |= sums
+    disk.write_atomic(folder / SEAL, json.dumps(seal | {"seal": seal_of(seal)}, indent=1) + "\n")
 
 
 def read(path: Path) -> bytes | None:
