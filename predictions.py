@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -290,9 +289,7 @@ def write_records(cfg, labels: Labels, ids: Ids, answers, shares, probability: b
     table = [[_cell(value) for value in row] for row in table]
     out = Path(cfg.output)
     lines = (json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) + "\n" for row in table)
-    text = "".join(lines) if out.suffix == ".jsonl" else csv_text([header, *table])
-    keep_previous(out, cfg.overwrite)
-    checkpoint.write_atomic(out, text)
+    write_output(cfg, "".join(lines) if out.suffix == ".jsonl" else csv_text([header, *table]))
     print(f"wrote {len(table):,} predictions to {out}")
 
 
@@ -334,11 +331,15 @@ def csv_text(lines) -> str:
     return "".join(texts)
 
 
-def keep_previous(out: Path, overwrite: bool) -> None:
-    """Copy an existing output beside it; the old file stays in place until the new one is there."""
-    if not out.exists() or overwrite:
-        return
-    names = (out.with_name(f"{out.name}.previous{number or ''}") for number in itertools.count())
-    kept = next(itertools.filterfalse(Path.exists, names))
-    shutil.copyfile(out, kept)
-    print(f"{out} existed: it is kept as {kept}")
+def write_output(cfg, text: str) -> None:
+    """Write an output in one piece, also where it is a link. What was there before is copied beside it, unless
+    --overwrite is set.
+    """
+    out = Path(cfg.output)
+    if out.exists() and not cfg.overwrite:
+        names = (out.with_name(f"{out.name}.previous{number or ''}") for number in itertools.count())
+        kept = next(itertools.filterfalse(Path.exists, names))
+        checkpoint.write_atomic(kept, out.read_bytes())
+        print(f"{out} existed: it is kept as {kept}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_atomic(out.resolve(), text)
