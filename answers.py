@@ -5,7 +5,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -125,7 +124,6 @@ def score(cfg) -> dict:
         result["metrics"] = {name: round(value, 6) for name, value in values.items()}
         result |= evaluate.by_value(config, cfg.by_column, [rows[i] for i in judged], logits, targets, say)
     if world.rank == 0:
-        Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
         chosen, shares, malformed = [], [], []
         for i, p in enumerate(scores):
             if np.isnan(p):

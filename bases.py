@@ -29,16 +29,9 @@ LARGEST = {"num_labels": MOST_CLASSES, "num_hidden_layers": 10_000, "num_attenti
 LARGEST |= dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 10_000_000)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Weights of other programs, by the ends of their names.
-FOREIGN = {
-    ".gguf": "llama.cpp's",
-    ".pth": "the publisher's own pickle",
-    ".pt": "a pickle",
-    ".h5": "TensorFlow's",
-    ".msgpack": "Flax's",
-    ".onnx": "ONNX",
-    ".incomplete": "a download that was interrupted",
-    ".part": "a download that was interrupted",
-}
+FOREIGN = """.gguf llama.cpp's:.pth the publisher's own pickle:.pt a pickle:.h5 TensorFlow's:.msgpack Flax's:.onnx ONNX
+    :.incomplete a download that was interrupted:.part a download that was interrupted"""
+FOREIGN = dict(row.strip().split(" ", 1) for row in FOREIGN.split(":"))
 
 
 # ---- the base -------------------------------------------------------------------------------------------------------

@@ -75,21 +75,22 @@ def finished(run: Path) -> bool:
 def newest_finished(outputs: str, marker: str, without: str = "") -> Path | None:
     """The run under outputs that finished last and holds the file `marker` but not `without`, or None."""
     # glob, unlike Path.glob, tolerates folders that disappear meanwhile.
-    runs = [Path(path).parent for path in glob.glob(f"{glob.escape(outputs)}/*/*/run_*/result.json")]
-    runs = [run for run in runs if finished(run) and seals.has(run / marker)]
-    runs = [run for run in runs if not (without and seals.has(run / without))]
-    return max(runs, key=lambda run: ((run / "result.json").stat().st_mtime_ns, run), default=None)
+    results = filter(os.path.exists, glob.glob(f"{glob.escape(outputs)}/*/*/run_*/{seals.RESULT}"))
+    for path in sorted(results, key=lambda path: (os.stat(path).st_mtime_ns, path), reverse=True):
+        run = Path(path).parent
+        if finished(run) and seals.has(run / marker) and not (without and seals.has(run / without)):
+            return run  # whatever befell those before it
+    return None
 
 
 # ---- saves ----------------------------------------------------------------------------------------------------------
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file and make it durable."""
+    """Write a safetensors file; `seal` makes it durable."""
     with disk.told(path, sum(tensor.nbytes for tensor in tensors.values())):
         save_file(tensors, path, metadata={"format": "pt"})
         os.chmod(path, 0o644)  # safetensors makes it private to the user
-        fs_sync(path)
 
 
 def save_json(path: Path, value) -> None:
@@ -235,7 +236,7 @@ def load_json(path: Path) -> dict:
     return value
 
 
-def environment(threads: int, world: int, device: str) -> dict:
+def environment(world: int, device: torch.device) -> dict:
     """Versions, commit, hardware and threads of a run."""
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     try:
@@ -245,7 +246,8 @@ def environment(threads: int, world: int, device: str) -> dict:
     return {
         "python": platform.python_version(), "platform": platform.platform(), "command": sys.argv,
         **{name: version(name) for name in ("torch", "transformers", "safetensors", "numpy", "tqdm")}, "commit": commit,
-        "device": device, "world_size": world, "threads": threads, "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "world_size": world,
+        "threads": torch.get_num_threads(), "cores": os.cpu_count(),
     }  # fmt: skip
 
 
@@ -314,8 +316,9 @@ def find_run(resume: str, outputs: str, base: str, dataset: str, family: bool = 
     process; Untrusted when one of its files is not as the run wrote it.
     """
     if resume == "auto":
-        runs = [run for run in runs_of(outputs, base, dataset) if seals.has(run / "config.json") and not finished(run)]
-        run = next((run for run in reversed(runs) if is_family(run) == family), None)
+        runs = reversed(runs_of(outputs, base, dataset))
+        begun = (run for run in runs if not finished(run) and seals.has(run / "config.json"))
+        run = next((run for run in begun if is_family(run) == family), None)
     else:
         run = Path(resume)
         if not seals.has(run / "config.json"):

@@ -188,6 +188,8 @@ PROBLEMS = [
     ("TrainConfig", "--fold {fold}: expected 0 to one below --folds {folds}", lambda cfg: 0 < cfg.folds <= cfg.fold),
     ("TrainConfig", "--label_names {label_names}: expected at least 2 names, each once",
      lambda cfg: len(cfg.label_names) == 1 or len(set(cfg.label_names)) < len(cfg.label_names)),
+    ("TrainConfig", "--label_columns {label_columns}: expected each column once",
+     lambda cfg: len(set(cfg.label_columns)) < len(cfg.label_columns)),
     ("TrainConfig", "--metric {metric}: expected one of {problem}",
      lambda cfg: cfg.task in METRICS and _not_among(cfg.metric, METRICS[cfg.task])),
     ("CptConfig", "--export {export}: {problem}", lambda cfg: _export_problem(cfg.export, cfg.base)),

@@ -230,6 +230,8 @@ def encode_files(
     documents = default and all("text" in row for row in rows)
     pairs = not documents and any(marks & row.keys() or (default and pair_formats.problem(row)) for row in rows)
     if pairs:
+        for name in ("prompt", "response"):
+            files.note_marks(rows, name, f"--{flag} {_named(sources)}")
         uses_chat = chat == "yes" or (chat == "auto" and tokenizer.chat_template)
         template = "{prompt}" if default else template
         layouts = Counter()
@@ -326,6 +328,9 @@ def pair_pieces(
                 opening = [] if turns and turns[0]["role"] == "system" else system_turn
                 tools = json.loads(row.get("tools") or "null")
                 rendered, learned = prompts.conversation(tokenizer, opening + turns, tools)
+                for key in pair_formats.THOUGHTS:
+                    if str(turns[-1].get(key) or "").strip() not in prompts.plain(rendered):
+                        raise ValueError(f"the chat template leaves out {key} of the answer: put it into content")
             elif row.get("system", "").strip():
                 raise ValueError("system texts" + NO_CHAT)
             elif "messages" in row:
@@ -358,8 +363,8 @@ def _turns(row, template):
     else:
         prompt = prompts.plain(prompts.render(template, row))
         turns = [prompts.turn("user", prompt), prompts.turn("assistant", row.get("response", ""))]
-        if row.get("system", "").strip():
-            turns.insert(0, prompts.turn("system", row["system"]))
+    if row.get("system", "").strip() and turns and turns[0]["role"] != "system":
+        turns.insert(0, prompts.turn("system", row["system"]))
     answered = False
     for turn in turns:
         role, content, calls = map(turn.get, ("role", "content", "tool_calls"))

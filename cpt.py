@@ -26,12 +26,10 @@ import numpy as np
 import torch
 
 import bases
-import checkpoint
 import checks
 import corpus
 import data
 import ddp
-import estimates
 import evaluate
 import faults
 import holdout
@@ -87,7 +85,7 @@ def main(argv: list[str]) -> dict:
 
     # ---- resume, or a new run ---------------------------------------------------------------------------------------
     if run:
-        loop.restore(job, run, partial(read_save, lm=lm))
+        loop.restore(job, run, partial(trained.read_save, model=lm))
     loop.say_plan(job)
     loop.open_run(job, run, partial(write_record, texts=texts))
 
@@ -142,12 +140,12 @@ def held_out(job: loop.Job, step: int, val: data.Tokens, texts: "Texts") -> floa
         raise faults.not_finite(job, [], f"step {step}: the held-out loss is not finite")
     job.state.evals.append({"step": step, "tokens": int(val.targets.sum()), "eval": scores})
     shown = [f"{name} {value:.4f}" for name, value in scores.items()]
-    ddp.say(world, f"step {step}: {', '.join(shown)}")
+    job.say(f"step {step}: {', '.join(shown)}")
     if world.rank == 0:
         samples = complete_samples(job, texts)
         loop.log(job, {"step": step, "eval": scores, "samples": samples})
         for prompt, completion in samples:
-            print(f"sample: {prompt[-60:]!r} -> {completion!r}", flush=True)
+            job.say(f"sample: {prompt[-60:]!r} -> {completion!r}")
     loop.lap(job, "eval_seconds")
     return scores["loss"]
 
@@ -157,38 +155,28 @@ def held_out(job: loop.Job, step: int, val: data.Tokens, texts: "Texts") -> floa
 
 def finish(job: loop.Job, texts: "Texts") -> dict:
     """Evaluate the best save on everything held out, export it, and write the results."""
-    world, state, run = job.world, job.state, job.run
-    say = partial(ddp.say, world)
+    world, state, run, say = job.world, job.state, job.run, job.say
     ddp.barrier(world)  # rank 0 has written best/
     passed = state.best_step != state.step
     if passed:
-        best = trained.best_save(run)
-        read_save(best, job.model)
-        state.best_step = best.manifest["step"]  # an earlier one, where the newest was damaged
+        trained.read_save(run_folder.best_save(state, run, say), job.model)
         say(f"best held-out loss: step {state.best_step}; that save is kept and exported")
     if passed or texts.periodic is not texts.val:
         held_out(job, state.best_step, texts.val, texts)
-    loop.close_log(job)
     say(eval_table(state.evals))
     before = state.evals[0]["eval"]
     after = state.evals[-1]["eval"]
     if after["loss"] >= before["loss"]:
         say(warning("the held-out loss did not fall", "lower --lr, or train on more text"))
     result = {
-        "run": str(run),
+        **loop.measured(job),
         "before": before,
         "metrics": after,
-        "best_step": state.best_step,
-        "steps": job.total,
-        "tokens_per_second": round(state.tokens / state.seconds, 1),
-        "peak_memory_gb": round(estimates.peak_memory_gb(world.device), 3),
-        "train_seconds": round(state.seconds, 2),
-        "eval_seconds": round(state.eval_seconds, 2),
     }
     if world.rank == 0:
         if job.cfg.export:
             export(job.cfg, job.model, texts.tokenizer, run)
-        seals.write(run / seals.RESULT, json.dumps(result) + "\n", also=(seals.LOG,))
+        loop.end(job, result)
     return result
 
 
@@ -259,11 +247,7 @@ def load_texts(cfg: CptConfig, tokenizer, world: ddp.World) -> Texts:
     return Texts(train, val, periodic, documents.pairs, guard, samples, documents.files, tokenizer)
 
 
-def clash_of(
-    cfg: CptConfig,
-    train: corpus.Corpus,
-    val: corpus.Corpus,
-) -> str:
+def clash_of(cfg: CptConfig, train: corpus.Corpus, val: corpus.Corpus) -> str:
     """A warning of texts that are trained on and held out too, or nothing. UserError for pairs beside documents."""
     if train.pairs != val.pairs:
         kinds = ["pairs" if texts.pairs else "documents" for texts in (train, val)]
@@ -279,7 +263,7 @@ def write_record(folder: Path, texts: Texts) -> None:
     """What a run's folder says about its texts: what became of each file, and whether they are pairs."""
     report = "".join(json.dumps(record) + "\n" for record in texts.files)
     seals.write(folder / "corpus.jsonl", report)
-    seals.write(folder / "texts.json", json.dumps({"pairs": texts.pairs}))
+    seals.write(folder / "texts.json", {"pairs": texts.pairs})
 
 
 def spread(rows: np.ndarray, most: int) -> np.ndarray:
@@ -366,13 +350,6 @@ def write_save(folder: Path, lm, tokenizer) -> None:
     else:
         config = language.whole_config(lm)
         trained.write_whole(folder, lm, tokenizer, config, torch.float32)
-
-
-def read_save(save: checkpoint.Save, lm) -> None:
-    """Load what write_save wrote. Raises Untrusted when it does not fit, or the base has changed."""
-    if lora.adapters(lm):
-        trained.check_base(lm, save.manifest["base"], "of this run")
-    trained.read_classifier(save.folder, lm)
 
 
 def export(cfg: CptConfig, lm, tokenizer, run: Path) -> None:

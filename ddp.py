@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -121,9 +121,12 @@ def micro_seed(seed: int, step: int, micro_batch: int) -> int:
 
 
 def say(world: World, *words) -> None:
-    """Print on rank 0, unless all words are empty."""
+    """Print on rank 0, unless all words are empty. Where nobody reads any more, as after Ctrl-C in `train.py | tee`,
+    the command goes on, and can save.
+    """
     if world.rank == 0 and any(words):
-        print(*words, flush=True)
+        with suppress(OSError):
+            print(*words, flush=True)
 
 
 def launch(main) -> None:
@@ -195,12 +198,12 @@ class GradientSum:
     def reduce(self, *reasons: bool) -> torch.Tensor:
         """Sum over ranks into the .grad views; reasons: this rank's two to stop. `clear` begins the next step.
 
-        Returns, on the device: the loss, the number of micro-batches, for each reason how many ranks have it, and for
-        each rank whether its own gradients are not finite.
+        Returns, on the device: the loss, the number of micro-batches, for each reason how many ranks have it, and of
+        several ranks for each whether its own gradients are not finite.
         """
         self.riders[2], self.riders[3] = reasons
-        self.riders[4 + self.world.rank] = ~self.sums.sum().isfinite()
         if self.world.size > 1:
+            self.riders[4 + self.world.rank] = ~self.sums.sum().isfinite()
             with together():
                 dist.all_reduce(self.total)
                 if self.total.is_cuda:

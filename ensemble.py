@@ -112,7 +112,6 @@ def main(argv: list[str]) -> dict:
     rows, ids = predictions.read_input(cfg, train_cfg, source, columns_of(runs), say)
     checks.need_output(cfg.output, "--output", source, *cfg.runs, train_cfg.train_data, train_cfg.val_data)
     known = predictions.known_labels(rows, train_cfg, labels, say)
-    Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
 
     # Before any weight is loaded: weights and decision, from the members' validation rows, and the files' logits.
     blend = blending(cfg, runs, train_cfg, labels)

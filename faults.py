@@ -126,8 +126,8 @@ class Spikes:
 
     def note(self, step: int, loss: float) -> str:
         """A warning, or an empty string."""
-        mean, spread = (np.mean(self.losses), np.std(self.losses)) if self.losses else (0.0, 0.0)
-        spikes = len(self.losses) >= 10 and loss > max(2 * mean, mean + 6 * spread)
+        mean = sum(self.losses) / max(1, len(self.losses))
+        spikes = len(self.losses) >= 10 and loss > 2 * mean and loss > mean + 6 * np.std(self.losses)
         self.losses.append(loss)
         if not spikes or self.reported:
             return ""

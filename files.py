@@ -294,7 +294,9 @@ def need_columns(rows: Rows, columns: list[str], path: str, flag: str) -> None:
             # JSON lines need not have the same keys.
             place = f" in row {number}" if number > 1 else ""
             there = f"there is: {', '.join(row)}"
-            raise UserError(f"{where}: no column {', '.join(missing)}{place} ({there}){_hint(rows, row, missing)}")
+            raise UserError(
+                f"{where}: no column {', '.join(missing)}{place} ({there}){_hint(rows, row, missing, path)}"
+            )
         odd = [c for c in columns if type(row[c]) not in (str, Nested)]
         if odd:
             holds = row[odd[0]] if isinstance(row[odd[0]], Unreadable) else type(row[odd[0]]).__name__
@@ -321,9 +323,20 @@ def need_texts(rows: Rows, texts: list[str], path: str, flag: str, others: Itera
         if nested:
             what = f"column {name} holds lists or objects in {len(nested):,} rows ({few(nested)})"
             note(warning(f"{where}: {what}: their JSON is the text", "store text where that is not meant"))
+        note_marks(rows, name, where)
 
 
-def _hint(rows, row, missing):
+def note_marks(rows: Rows, name: str, where: str) -> None:
+    """Note the cells of a text column that hold nothing but what other tools write where there is no value."""
+    cells = [row.get(name, "").strip() for row in rows]
+    marked = [str(i) for i, cell in enumerate(cells, 1) if cell in spelling.MISSING]
+    if marked:
+        marks = few(sorted({repr(cell) for cell in cells if cell in spelling.MISSING}))
+        what = f"column {name} holds nothing but {marks} in {len(marked):,} rows ({few(marked)})"
+        note(warning(f"{where}: {what}: read as text", "leave such rows out if they have none"))
+
+
+def _hint(rows, row, missing, path):
     """Why a file may lack columns, as far as its first row shows it."""
     same = [
         f"{ascii(other)} for {name}" for other in row for name in missing if spelling.key(other) == spelling.key(name)
@@ -336,8 +349,10 @@ def _hint(rows, row, missing):
         return "; the first line looks like a row: write one with the names of the columns before it"
     if len(row) == 1 and row is rows[0]:
         name = next(iter(row))
-        if isinstance(row[name], Nested):
+        if isinstance(row[name], Nested) and len(rows) == 1:
             return f"; {name} holds a list or object: {AS_LINES}"
+        if format_of(path) not in DELIMITERS:
+            return nearest(missing[0], list(row))
         kind = "JSON lines? Name it .jsonl" if name.startswith(("{", "[")) else "the file separated by commas?"
         return f"; the header is a single column: is {kind}"
     return nearest(missing[0], list(row))
@@ -360,5 +375,5 @@ def decode_bytes_literals(rows: Rows, columns: list[str]) -> int:
 
 
 def empty_rows(rows: Rows, columns: list[str]) -> list[int]:
-    """Indices of rows whose text columns are all blank."""
-    return [i for i, row in enumerate(rows) if not any(row[c].strip() for c in columns)]
+    """Indices of rows whose text columns show nothing."""
+    return [i for i, row in enumerate(rows) if all(spelling.is_blank(row[c]) for c in columns)]

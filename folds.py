@@ -42,6 +42,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -148,11 +150,9 @@ def main(argv: list[str]) -> dict:
             seals.write(member.folder / "config.json", cli.to_json(member.cfg))
 
     # ---- train, pool ------------------------------------------------------------------------------------------------
-    weak = [train(run, members, i, processes, limit, cfg.keep) for i in range(len(members))]
-    result = pool(cfg, run, material.labels, judged, members)
-    if any(weak):
-        raise Degenerate("; ".join(problem for problem in weak if problem))
-    return result
+    for i in range(len(members)):
+        train(run, members, i, processes, limit, cfg.keep)
+    return pool(cfg, run, material.labels, judged, members)
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
@@ -228,16 +228,16 @@ def write_family(folder: Path, cfg: FoldsConfig, material: Material, problems: d
         elsewhere = {name: str(path) for name, path in folders.items() if path.parent != folder}
         members = {name: elsewhere.get(name, name) for name in settings_of_members(cfg)}
         family = {"members": members, "folds": cfg.folds, "seeds": list(cfg.seeds)}
-        seals.write(folder / "family.json", json.dumps(family, indent=1) + "\n")
+        seals.write(folder / "family.json", family)
     settings = {**asdict(plain(cfg, resume="", dry_run=False)), "seeds": cfg.seeds}
-    seals.write(folder / "config.json", json.dumps(settings, indent=1) + "\n")
+    seals.write(folder / "config.json", settings)
 
 
 # ---- train ----------------------------------------------------------------------------------------------------------
 
 
-def train(run: Path, members: list[Member], index: int, processes: int, limit: float, keep: int) -> str:
-    """Train or continue a run, unless it is finished; returns what is wrong with its scores, or an empty string.
+def train(run: Path, members: list[Member], index: int, processes: int, limit: float, keep: int) -> None:
+    """Train or continue a run, unless it is finished.
 
     A time limit is shared out: each run gets its part of what is left. Raises Failed when it ends with an error,
     KeyboardInterrupt when it is stopped.
@@ -246,23 +246,30 @@ def train(run: Path, members: list[Member], index: int, processes: int, limit: f
     print(f"\n== {member.name}: {index + 1} of {len(members)}", flush=True)
     if checkpoint.finished(folder):
         print(f"{folder} is finished", flush=True)
-        return ""
-    locks.wait_until_free(folder, 60)  # a family that was killed leaves a run that still saves
+        return
+    _wait_until_free(folder, 60)  # a family that was killed leaves a run that still saves
     flags = ["--resume", str(folder), "--keep", str(keep)]
     if limit:
         left = limit - loop.process_seconds()
-        if left < 0:
+        share = left / (len(members) - index)
+        if share < 1:  # nothing fits into a second, and 0.0s would be no limit
             raise KeyboardInterrupt(f"--time_limit is over; continue with python folds.py --resume {run}")
-        flags += ["--time_limit", f"{left / (len(members) - index):.1f}s"]
+        flags += ["--time_limit", f"{share:.1f}s"]
     status, stopped = started(command(flags, processes))
     if stopped:
         signals.mark(run, signal.SIGTERM)
         raise KeyboardInterrupt(f"stopped in {member.name}; continue with python folds.py --resume {run}")
-    if not status:
-        return ""
-    if checkpoint.finished(folder):  # the others may be better: the family is told at its end
-        return f"the scores of {member.name} are degenerate; the run is in {folder}"
-    raise Failed(f"{member.name} failed with status {status}; continue with python folds.py --resume {run}", status)
+    if status and not checkpoint.finished(folder):  # of degenerate scores the family is told at its end
+        raise Failed(f"{member.name} failed with status {status}; continue with python folds.py --resume {run}", status)
+
+
+def _wait_until_free(run: Path, seconds: float) -> None:
+    """Wait for the owner of a run, on this host, to end; at most so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with suppress(UserError):
+            return locks.refuse_if_held(run)
+        time.sleep(0.1)
 
 
 def command(flags: list[str], processes: int) -> list[str]:
@@ -316,7 +323,8 @@ def pool(cfg: FoldsConfig, run: Path, labels: labelling.Labels, judged: Split, m
     """What the runs say together: each judged row once in val_predictions.csv, with the mean logits of the seeds.
 
     Mean and standard deviation of the runs' metrics, metrics of all rows with 95% bootstrap intervals, thresholds and
-    calibration fitted on rows that their run did not see.
+    calibration fitted on rows that their run did not see. Raises Degenerate, once all is written, where the scores of
+    a run cannot be right.
     """
     logits = pooled_logits(labels, judged, members)
     results = {member.name: checkpoint.load_json(member.folder / "result.json") for member in members}
@@ -363,7 +371,10 @@ def pool(cfg: FoldsConfig, run: Path, labels: labelling.Labels, judged: Split, m
         **{name: round(value, 2) for name, value in seconds.items()},
     }
     predictions.write_predictions(run / "val_predictions.csv", judged, cfg.task, logits, labels)
-    seals.write(run / seals.RESULT, json.dumps(result) + "\n")
+    seals.write(run / seals.RESULT, result)
+    weak = [name for name, result in results.items() if "degenerate" in result]
+    if weak:
+        raise Degenerate(f"the scores of {', '.join(weak)} are degenerate; the run is in {run}")
     return result
 
 

@@ -29,6 +29,7 @@ class Given:
     folder: Path | None  # of the adapter
 
 
+OTHER_TASKS = "TOKEN_CLS QUESTION_ANS SEQ_2_SEQ_LM".split()
 SAME = "prompt text label_column head label_words quant max_length".split()
 
 
@@ -43,6 +44,9 @@ def given_model(cfg) -> Given:
     if folder and (folder / "tokenizer.json").is_file():  # an adapter may bring its own
         where = str(folder)
     tokenizer = bases.load_tokenizer(where)
+
+    if adapter and adapter.task in OTHER_TASKS:
+        raise UserError(f"--adapter {cfg.adapter}: an adapter of task {adapter.task}, which gives texts no class")
 
     # The classes: as given, or else those of the base or as many as the adapter's head has outputs.
     heads = ".score.weight", "classifier.weight", ".out_proj.weight"

@@ -298,8 +298,7 @@ def to_file(cfg: GenerateConfig, world: ddp.World, rows, pieces, prompts_ids, re
         yield completions
     bar.close()
     if world.rank == 0:
-        predictions.keep_previous(Path(cfg.output), cfg.overwrite)
-        checkpoint.write_atomic(cfg.output, "".join(lines))
+        predictions.write_output(cfg, "".join(lines))
         parts.remove(cfg.output)
 
 

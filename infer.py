@@ -74,7 +74,6 @@ def main(argv: list[str]) -> dict:
         return _export(cfg, path, load, world, rows[:16])
     checks.need_output(cfg.output, "--output", source, path, train_cfg.train_data, train_cfg.val_data)
     known = predictions.known_labels(rows, train_cfg, labels, say)
-    Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
 
     # A few rows first: what cannot be right shows in seconds, not after hours.
     run = load()

@@ -17,8 +17,10 @@ from files import Rows
 MANY = 1000  # labels: more are classes only where most are in several rows
 TEACHER = "probability_"  # columns probability_<label> hold soft targets
 TRAIN_ONLY = "train_only"  # this column marks rows that are trained on and never judge
-INDICATORS = {"0": 0, "0.": 0, "0.0": 0, "false": 0, "1": 1, "1.": 1, "1.0": 1, "true": 1}
-MISSING = "NA N/A #N/A <NA> NaN nan NaT null NULL None".split()  # what other tools write where there is no value
+INDICATORS = dict.fromkeys("0 0. 0.0 false".split(), 0) | dict.fromkeys("1 1. 1.0 true".split(), 1)
+TRUTHS = "true yes y t 1".split(), "false no n f 0".split()
+# What Python prints for a list, a set, an object, a tuple, bytes or an array.
+PRINTED = re.compile(r"""(?s)\[.*\]|\{.*\}|\(['"].*\)|b(['"]).*\1|(?:array|tensor|np\.\w+)\(.*\)""")
 
 
 # ---- classes --------------------------------------------------------------------------------------------------------
@@ -39,7 +41,7 @@ def find_labels(column: list[str], label_names: tuple[str, ...] = (), where: str
     where: the file, for errors.
     """
     distinct = set(column)
-    empty = [str(i) for i, value in enumerate(column, 1) if not value.strip()]
+    empty = [str(i) for i, value in enumerate(column, 1) if spelling.is_blank(value)]
     if empty:
         raise UserError(f"{where}: {len(empty)} rows have an empty label (rows {few(empty)})")
     if label_names:
@@ -128,6 +130,8 @@ def label_sets(cfg, rows: Rows, where: str) -> list[list[str]]:
 
     def of_list(text):
         if not text.startswith("["):
+            if PRINTED.fullmatch(text):
+                raise ValueError
             return [part.strip() for part in text.split(cfg.label_delimiter) if part.strip()]
         parts = json.loads(text)
         if not all(type(part) in (str, int) and str(part).strip() for part in parts):
@@ -196,7 +200,8 @@ def doubts(sets: list[list[str]], where: str) -> list[str]:
         return " and ".join(texts)
 
     alike = list(map(shown, spelling.alike(rows_of)))
-    missing = [label for label in MISSING if label in rows_of]
+    missing = [label for label in spelling.MISSING if label in rows_of]
+    missing += ["-1"] * ({"-1", "0", "1", "2"} <= rows_of.keys() and "-2" not in rows_of)
     lines = []
     separator = "" if any(len(labels) > 1 for labels in sets) else separator_of(rows_of)
     if separator:
@@ -209,19 +214,28 @@ def doubts(sets: list[list[str]], where: str) -> list[str]:
         )
     if missing:
         lines.append(warning(f"{where}: {shown(missing)}: taken as labels", "remove such rows if they have none"))
-    if rows_of and all(label.startswith("[") and label.endswith("]") for label in rows_of):
-        lines.append(warning(f"{where}: every label is a list", "--task multi_label reads what is in it"))
+    if rows_of and all(map(PRINTED.fullmatch, rows_of)):
+        problem = f"{where}: every label is a list, or what a program prints ({next(iter(rows_of))!r:.60})"
+        lines.append(warning(problem, "--task multi_label reads lists; or write the label that is in it"))
+    truths = [[label for label in rows_of if label.strip().lower() in words] for words in TRUTHS]
+    if not alike and min(map(len, truths)) > 1:
+        problem = f"{where}: labels that mean the same: {'; '.join(map(shown, truths))}"
+        lines.append(warning(problem, "each is a label of its own; write them alike in the file"))
     return lines
 
 
 def separator_of(labels: Collection[str]) -> str:
-    """What separates the labels of lists that were taken as one label each: they are made of fewer parts; or nothing.
+    """What separates the labels of lists that were taken as one label each: they are made of fewer parts, or of as many
+    where several lists begin with a label that stands alone too; or nothing.
 
     Of blanks only numbers are lists: words have them too.
     """
     for separator in ",;|\t ":
-        parts = {part.strip() for label in labels for part in label.split(separator)}
-        if len(parts) < len(labels) and (separator != " " or all(map(str.isdecimal, parts))):
+        lists = [[part.strip() for part in label.split(separator)] for label in labels]
+        parts = set().union(*lists)
+        nested = sum(len(several) > 1 and several[0] in labels for several in lists) > 1
+        fewer = len(parts) < len(labels) or (len(parts) == len(labels) and nested)
+        if fewer and (separator != " " or all(map(str.isdecimal, parts))):
             return separator
     return ""
 

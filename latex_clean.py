@@ -29,7 +29,10 @@ HEADINGS = "part chapter section subsection subsubsection paragraph".split()  # 
 # ---- patterns -------------------------------------------------------------------------------------------------------
 
 HIDDEN = r"comment|filecontents\*?"  # environments that TeX does not print
-VERBATIM = rf"verbatim\*?|Verbatim\*?|BVerbatim|alltt|lstlisting|minted|spverbatim|{HIDDEN}"
+VERBATIM = rf"verbatim\*?|Verbatim\*?|BVerbatim|alltt|lstlisting|minted|spverbatim|tcblisting|{HIDDEN}"
+# Verbatim environments of a source's own, and characters that begin and end verbatim text.
+OWN_VERBATIM = r"(?m)^[^%\n]*?\\(?:DefineVerbatimEnvironment|lstnewenvironment|newtcblisting)[^{\n]*\{(\w+)\}"
+OWN_BAR = r"(?m)^[^%\n]*?\\(?:MakeShortVerb\*?|lstMakeShortInline(?:\[[^]\n]*\])?)[ \t]*\{?\\?([^\s\w{}\\])"
 MATH = "equation|align|gather|multline|eqnarray|displaymath|math|alignat|flalign|IEEEeqnarray|tikzcd|CD"
 # Macros that begin or end a formula: how a source defines them, and what authors call them, by those that end them.
 ABBREVIATION = (
@@ -77,16 +80,27 @@ NO_TEXT = rf"[{CONTROLS}\ud800-\udfff\ufdd0-\ufdef\ufeff\ufff9-\uffff]"  # those
 # ---- lexing ---------------------------------------------------------------------------------------------------------
 
 
-def _raw(text, own_comment):
+def _lexer(whole):
+    """LEX with the verbatim environments and characters that a source and its styles declare."""
+    if not re.search("DefineVerbatim|lstnewenv|newtcblisting|ShortVerb|ShortInline", whole):
+        return LEX
+    pattern = LEX.pattern.replace(VERBATIM, "|".join([VERBATIM, *re.findall(OWN_VERBATIM, whole)]))
+    bars = [re.escape(bar) for bar in set(re.findall(OWN_BAR, whole))]
+    short = "|".join(rf"(?<!\\){bar}[^\n{bar}]{{1,200}}{bar}" for bar in bars)
+    return re.compile(f"{pattern}|(?P<short>{short})" if short else pattern)
+
+
+def _raw(text, own_comment, lexer):
     """(kind, start, end, match) of comments, verbatim parts, \\input commands and document tags, in order."""
     unclosed = set()
-    m = LEX.search(text)
+    m = lexer.search(text)
     while m:
         kind, start, end = m.lastgroup, m.start(), m.end()
+        kind = "verb" if kind == "short" else kind
         if kind == "verbatim":
             kind = "hidden" if re.fullmatch(HIDDEN, m["verbatim"]) else "verb"
             if own_comment and m["verbatim"] == "comment":
-                m = LEX.search(text, end)
+                m = lexer.search(text, end)
                 continue
             tag = rf"\\end[ \t]*\{{{re.escape(m['verbatim'])}\}}"
             close = tag not in unclosed and re.compile(tag).search(text, end)
@@ -97,7 +111,7 @@ def _raw(text, own_comment):
                 end = re.compile("[^\n]*").match(text, end).end()  # TeX drops the rest of the line
         if kind and end:
             yield kind, start, end, m
-        m = LEX.search(text, end or m.end())
+        m = lexer.search(text, end or m.end())
 
 
 def lex(text: str, styles: str = "", alone: bool = False):
@@ -108,12 +122,13 @@ def lex(text: str, styles: str = "", alone: bool = False):
     """
     whole = text + "\n" + styles
     own_comment = "comment" in whole and bool(re.search(OWN_COMMENT, whole))
-    raw = list(_raw(text, own_comment))
+    lexer = _lexer(whole)
+    raw = list(_raw(text, own_comment, lexer))
     hidden, masked = {}, None
     if own_comment or (re.search(CONSTANT, text) if alone else may_hide(whole)):
         meanings = Meanings({"{comment": True} if own_comment else {}, frozen=alone)
         if styles:
-            hidden_parts(_mask(styles, _raw(styles, own_comment)), meanings)
+            hidden_parts(_mask(styles, _raw(styles, own_comment, lexer)), meanings)
             meanings.groups.clear()
         masked = _mask(text, raw)
         hidden = hidden_parts(masked, meanings)

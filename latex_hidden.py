@@ -49,7 +49,7 @@ BRANCH = re.compile(rf"(?s)\\(?:(?P<quoted>{QUOTED})|(?P<name>if[a-zA-Z@]*|else|
 NEW_CONDITIONAL = r"\\(?:newif|let|def|newcommand\*?\{?)\s*\\(if[a-zA-Z@]+)"
 FLAG = rf"\\([a-zA-Z@]+(?:true|false)){END}"
 WORDS = {*"else or fi unless global begingroup bgroup endgroup egroup NewEnviron RenewEnviron".split()}
-WORDS |= {*DEFINING, *SETTERS, *PROVIDERS, *NAMED_FLAGS}
+WORDS |= {"texorpdfstring", *DEFINING, *SETTERS, *PROVIDERS, *NAMED_FLAGS}
 STEP = re.compile(  # all that may matter to the reading
     rf"(?s)\\(?:(?P<tag>begin|end)[ \t]*\{{(?P<environment>[^{{}}\n]*)\}}|(?P<quoted>{QUOTED})"
     r"|(?P<word>[a-zA-Z@]+)|[\\{}])|[{}]"
@@ -58,13 +58,18 @@ STEP = re.compile(  # all that may matter to the reading
 WORTH = re.compile(
     r"\\(?:if(?:false|true|num|odd|case|thenelse)?(?![a-z])|(?:ex|in)clude(?:comment|version)"
     r"|let\s*\\\w+\s*=?\s*\\(?:comment|@gobble)|comment\b|(?:re)?newenviron\b|(?:not|new)(?:bool|toggle)"
-    r"|def[^{}\n]{0,60}\{\s*\})|\bdisable\b",
+    r"|def[^{}\n]{0,60}\{\s*\}|texorpdfstring)|\bdisable\b|\{(?:changes|beamer)\}",
     re.IGNORECASE,
 )
 PERHAPS = re.compile(r"\\if(?!f\b)[a-z]|[\]#}\d]\s*\{(?:\s|%[^\n]*\n|\\(?:relax|ignorespaces)\b)*\}", re.IGNORECASE)
 DEFINES = re.compile(r"\\(?:[gex]?def|let|(?:re)?new|provide|declare|set|bool|toggle)", re.IGNORECASE)
 DEEP = 50  # groups within groups: more are no text of a person
-DISABLED = r"\\usepackage\s*\[[^]]{0,200}\bdisable\b[^]]{0,200}\]\s*\{todonotes\}"
+# Commands of packages and classes that print nothing: where that is so.
+SWITCHED_OFF = {
+    "todo": r"\\usepackage\s*\[[^]]{0,200}\bdisable\b[^]]{0,200}\]\s*\{todonotes\}",
+    "deleted": r"\\usepackage\s*\[[^]]{0,200}\bfinal\b[^]]{0,200}\]\s*\{changes\}",
+    "note": r"\\documentclass\s*(?:\[[^]]{0,400}\])?\s*\{beamer\}(?!(?s:.*)show (?:only )?notes)",
+}
 EMPTY = re.compile(rf"[\]#}}\d\w]\s*\{{(?:{SILENT})*\}}$")
 NAME = re.compile(r"\s*\{\s*([\w@*, \-]+?)\s*\}")
 BODY = re.compile(r"(?s)\s*(?:\[(\d)\])?\s*(\[[^]]*\])?\s*\{(.*)\}")
@@ -82,8 +87,9 @@ def may_hide(text: str) -> bool:
 
 def hidden_parts(text: str, meanings: Meanings) -> dict[int, int]:
     """{start: end} of the parts of a text that are not printed, in order. meanings: before the text, then after it."""
-    if re.search(DISABLED, text):
-        meanings.learn("todo", Macro("1", "", True))
+    for name, where in SWITCHED_OFF.items():
+        if re.search(where, text):
+            meanings.learn(name, Macro("1", "", True))
     ends = ends_of(text)
     bodies = list(definitions(text, ends))
     branches = _branches(text, bodies)
@@ -225,6 +231,8 @@ def _braced(text, step, ends, meanings):
         kind, negated = NAMED_FLAGS[word]
         m = NAME.match(text, position)
         value = m and meanings.known.get(kind + (" " if kind == "toggle" else "") + m[1])
+    elif word == "texorpdfstring":  # the second text is for bookmarks
+        m, negated, value = re.compile("").match(text, position), 0, True
     elif word == "ifthenelse":
         test = GAP.match(text, position).end()
         m = re.compile(r"(?s)\{(.*)\}").fullmatch(text, test, ends.get(test, test))
@@ -320,7 +328,7 @@ def _meaning(word, name, rest, meanings):
         parameters = PARAMETERS.match(rest)[0].strip()
         macro = Macro(_arguments(parameters), rest[rest.index("{") + 1 : -1])
     elif word.endswith("DocumentCommand"):
-        m = re.fullmatch(r"(?s)\s*\{([+m\s]*)\}\s*\{(.*)\}", rest)
+        m = re.fullmatch(r"(?s)\s*\{(?:[+so\s]|O\s*\{[^{}]*\})*([+m\s]*)\}\s*\{(.*)\}", rest)
         macro = Macro(str(m[1].count("m") or ""), m[2]) if m else None
     else:
         m = word in ("newcommand", "renewcommand", "providecommand", "DeclareRobustCommand") and BODY.fullmatch(rest)

@@ -44,10 +44,18 @@ class Lock:
         os.lseek(self.fd, 0, os.SEEK_SET)
         os.write(self.fd, json.dumps(self.record | {"beat": time.time()}).ljust(300).encode())
 
+    def held(self) -> bool:
+        """Whether the lock file still names this process: another host takes a run over while its owner is suspended.
+        Half a record says nothing.
+        """
+        record = _record(self.path)
+        return record | self.record == record if record else self.path.exists()
+
     def live(self) -> None:
         while not self.ended.wait(BEAT):
             with suppress(OSError):
-                self.beat()
+                if self.held():
+                    self.beat()
 
     def release(self) -> None:
         """Remove the lock; a forked child closes its copy and leaves the lock to its parent."""
@@ -55,7 +63,8 @@ class Lock:
         if self.pid == os.getpid():
             self.thread.join()  # before the descriptor's number means another file
             with suppress(OSError):
-                self.path.unlink(missing_ok=True)
+                if self.held():
+                    self.path.unlink()
         os.close(self.fd)
 
 
@@ -94,21 +103,20 @@ def hold(run: Path) -> None:
         disk.fs_remove(left)
 
 
+def need() -> None:
+    """Raise UserError where another process took over what this one holds."""
+    for path, lock in HELD.items():
+        if not lock.held():
+            problem = f"another process took it over, as this one gave no sign of life for {PATIENCE:g} s"
+            raise UserError(f"run {path.parent}: {problem}: it ends here, and the other continues")
+
+
 def refuse_if_held(run: Path) -> None:
     """Raise UserError where a living process of this host trains a run: found before any data is read."""
     owner = _record(run / NAME)
     here = owner.get("host") == disk.HOST and owner.get("pid") != os.getpid()
     if here and owner.get("started") == started(owner["pid"]) != "":
         raise UserError(_refusal(run, owner))
-
-
-def wait_until_free(run: Path, seconds: float) -> None:
-    """Wait for the owner of a run, on this host, to end; at most so many seconds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with suppress(UserError):
-            return refuse_if_held(run)
-        time.sleep(0.1)
 
 
 def _opened(path):

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ import cli
 import data
 import ddp
 import disk
+import estimates
 import faults
 import locks
 import lora
@@ -43,6 +44,7 @@ from errors import warning
 from limits import Limit
 
 LOADED = time.monotonic()
+NO_LOG = {"log_bytes": 0}
 
 
 # ---- state ----------------------------------------------------------------------------------------------------------
@@ -83,6 +85,7 @@ class Job:
     digests: dict[str, str]  # of what a resumed run must see again, by its name in words; first the training rows
     about: dict  # entries for the manifest of every save
     run: Path | None = None  # from here on set by open_run
+    log: seals.Log | None = None  # of rank 0, as the tracker
     tracker: tracking.Tracker | None = None
     limit: Limit | None = None
     bar: tqdm | None = None
@@ -155,7 +158,8 @@ def steps(job: Job) -> Iterator[list[np.ndarray]]:
         if epoch != planned:
             planned, batches = epoch, epoch_of(job, epoch)
         yield batches[index]
-    job.bar.close()
+    with suppress(OSError):
+        job.bar.close()
     job.say(faults.at_the_end(state.skipped_in_a_row))
 
 
@@ -166,6 +170,7 @@ def stoppable(job: Job, write: Callable):
     Raises KeyboardInterrupt then, after a note in the run's folder.
     """
     run = None
+    signals.STOP.begin()
     try:
         yield
         if ddp.stopping(job.world):
@@ -240,8 +245,9 @@ def step(job: Job, micro_batches: list[np.ndarray], loss_of: Callable, weight: f
         "seconds": round(state.seconds, 3),
     }
     log(job, line)
-    job.bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{state.tokens / state.seconds:,.0f}", refresh=False)
-    job.bar.update()
+    with suppress(OSError):  # nobody sees the bar any more
+        job.bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{state.tokens / state.seconds:,.0f}", refresh=False)
+        job.bar.update()
     job.say(job.limit.forecast(state, job.total))
     job.say(job.spikes.note(state.step, loss) if taken else "")
 
@@ -264,7 +270,10 @@ def due(job: Job, every: int) -> bool:
 def log(job: Job, line: dict) -> None:
     """Append a line to metrics.jsonl, and send it to the trackers of the config; rank 0 alone writes."""
     if job.tracker:
-        checkpoint.append_whole(job.run / "metrics.jsonl", json.dumps(line) + "\n")
+        locks.need()
+        data = (json.dumps(line) + "\n").encode()
+        checkpoint.append_whole(job.log.path, data)
+        job.log.add(data)
         job.tracker.log(line)
 
 
@@ -286,10 +295,24 @@ def process_seconds() -> float:
     return max(age, time.monotonic() - LOADED)
 
 
-def close_log(job: Job) -> None:
-    """End the trackers' curves; metrics.jsonl needs no end."""
-    if job.tracker:
-        job.tracker.close()
+def measured(job: Job) -> dict:
+    """What the result of a run holds beside its scores."""
+    state = job.state
+    return {
+        "run": str(job.run),
+        "best_step": state.best_step,
+        "steps": state.step,
+        "tokens_per_second": round(state.tokens / state.seconds, 1),
+        "peak_memory_gb": round(estimates.peak_memory_gb(job.world.device), 3),
+        "train_seconds": round(state.seconds, 2),
+        "eval_seconds": round(state.eval_seconds, 2),
+    }
+
+
+def end(job: Job, result: dict) -> None:
+    """End the trackers' curves, and write result.json, the last file: it marks the run as finished."""
+    job.tracker.close()
+    seals.write(job.run / seals.RESULT, result)
 
 
 # ---- runs on disk ---------------------------------------------------------------------------------------------------
@@ -310,7 +333,7 @@ def begin(cls, presets: dict, argv: list[str], doc: str, clashes=()):
 
 
 def open_run(job: Job, run: Path | None, fill: Callable, val_tokens: float = 0.0) -> None:
-    """Make or complete the run's folder (see run_folder.py), and start its log, signals, time limit, bar and clock.
+    """Make or complete the run's folder (see run_folder.py), and start its log, time limit, bar and clock.
 
     val_tokens: of an evaluation, for the time limit.
     """
@@ -319,8 +342,8 @@ def open_run(job: Job, run: Path | None, fill: Callable, val_tokens: float = 0.0
     job.run = run_folder.make(cfg, world, run, job.digests, fill)
     resumed = f", resumed at step {state.step} of {job.total}" if state.step else ""
     job.say(f"run {job.run}{resumed}")
-    signals.STOP.begin()
     if world.rank == 0:
+        job.log = job.log or seals.Log(job.run, NO_LOG)
         job.tracker = tracking.Tracker(cfg.report, job.run, cli.to_json(cfg), state.step)
     job.limit = Limit(checks.seconds(getattr(cfg, "time_limit", "")), world.rank, val_tokens, process_seconds)
     job.bar = tqdm(total=job.total, initial=state.step, disable=world.rank != 0, unit="step", mininterval=1.0)
@@ -338,6 +361,7 @@ def save(folder: Path, job: Job, write: Callable, resumable: bool = False) -> No
 
     if job.world.rank != 0:
         return
+    locks.need()
 
     def whole(hidden: Path) -> None:
         write(hidden)
@@ -346,7 +370,7 @@ def save(folder: Path, job: Job, write: Callable, resumable: bool = False) -> No
             state = {
                 "at": vars(job.state),
                 "scaler": job.scaler.state_dict(),
-                **seals.log_facts(job.run),
+                **job.log.facts(),
                 "digest": next(iter(job.digests.values())),
                 "threads": torch.get_num_threads(),
             }
@@ -388,11 +412,9 @@ def restore(job: Job, run: Path, read: Callable) -> None:
     for files that are not as it wrote them.
     """
     ddp.from_rank0(job.world, lambda: locks.hold(run))
-    save, saved = checkpoint.last_state(run) or (None, {"log_bytes": 0})
-    seals.check_log(run, saved)
-    ddp.barrier(job.world)  # before the log changes
+    save, saved = checkpoint.last_state(run) or (None, NO_LOG)
     if job.world.rank == 0:
-        disk.cut_log(run / "metrics.jsonl", saved["log_bytes"])
+        job.log = seals.Log(run, saved)
     if not save:
         job.say(f"{run} has no save yet: it starts at step 0")
         return
@@ -409,4 +431,4 @@ def restore(job: Job, run: Path, read: Callable) -> None:
         job.say(warning(problem, "continue on hardware like that of environment.json"))
     saved["at"].pop("resumed", None)  # of runs before it was left out
     job.state = State(**saved["at"])
-    job.say(run_folder.restore_best(job.state, run))
+    run_folder.best_save(job.state, run, job.say)

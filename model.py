@@ -5,6 +5,7 @@ attention interface, which keeps the sequences of a packed row apart by their le
 A new family is a row of FAMILIES and a test that packed == padded == alone; a new pooling is a row of POOLINGS.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -46,6 +47,8 @@ class Family:
     packs: bool = True
 
 
+# Tensors of a text model's layers; old checkpoints hold some that are no weights.
+OF_LAYERS = re.compile(r"(?:\w+\.){0,2}(?:layers?|h)\.\d+\.(?!.*(?:inv_freq|masked_bias|attn\.bias)$)")
 CLS = {"poolings": ("cls",), "encoder": True}
 FAMILIES = {
     **dict.fromkeys("qwen2 qwen3 llama mistral gemma3_text phi3".split(), Family()),
@@ -278,6 +281,10 @@ def from_weights(auto, base: str, dtype, **changes) -> tuple[nn.Module, list[str
         raise UserError(f"--base {base}: its weights cannot be loaded ({type(e).__name__}: {one_line(e)})") from None
     if any(".lora_" in name for name, _ in model.named_parameters()):
         raise UserError(f"--base {base}: an adapter beside this base was loaded into it; give the base alone")
+    left = sorted(filter(OF_LAYERS.match, info["unexpected_keys"]))
+    if left:
+        problem = f"{len(left)} tensors of its layers have no place in a model of its config ({few(left, 3)})"
+        raise UserError(f"--base {base}: {problem}: weights and config.json do not belong together")
     damaged = bases.not_finite(model)
     if damaged:
         problem = f"{len(damaged)} of its weights hold NaN or infinity ({few(damaged, 3)})"

@@ -5,29 +5,22 @@ Nothing is guessed: a row is a pair where it has one column for the prompt and o
 
 import json
 
+from latex_syntax import table
+
 PROMPTS = "prompt instruction question query problem input".split()  # columns of the prompt, the first one counts
 BESIDE = "input context".split()  # a second part of the prompt, after a blank line
 RESPONSES = "response completion output answer solution".split()
+SYSTEMS = "system system_prompt system_message".split()
 CHATS = "messages conversations conversation dialogue dialog".split()
-ROLES = {  # what roles are called: our name
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "ipython": "tool",
-}
+# What roles are called, by our names.
+ROLES = table("""system: system developer user: user human assistant: assistant gpt chatgpt model bot
+    tool: tool function observation function_response ipython""")
 TEXT_PARTS = ("text", "input_text", "output_text")
-UNLEARNED = "weight train trainable learn loss loss_mask".split()  # keys of a turn that say so when they are false
+UNLEARNED = "weight train trainable training learn loss loss_mask".split()  # keys of a turn: false ones say so
+THOUGHTS = "reasoning_content reasoning thinking".split()  # keys of a turn that some templates leave out
+GRADES = "label is_correct correct is_accepted accepted passed".split()  # columns of a pair: false ones are bad
 FALSE = (0, "0", "false", "False")  # 0 is False
+FULL = (None, 1, "1")  # weights of a turn that is learned; None: it has none
 NO_CELLS = ("", "null", "[]", "{}")
 
 
@@ -37,13 +30,17 @@ def renamed(row: dict[str, str], template_columns: list[str]) -> tuple[dict[str,
     template_columns: those of --text, which are no responses. With the default, a row that has a text is a document.
     """
     lower = {name.lower(): name for name in row}
-    columns = {name: lower[name] for name in [*PROMPTS, *BESIDE, *RESPONSES, *CHATS, "system"] if name in lower}
+    columns = {name: lower[name] for name in [*PROMPTS, *BESIDE, *RESPONSES, *CHATS, *SYSTEMS] if name in lower}
     default = template_columns == ["text"]
+    systems = [columns[name] for name in SYSTEMS if name in columns and columns[name] not in template_columns]
     if default and "text" in row:
         return row, ""
     chats = [name for name in CHATS if name in columns and columns[name] not in template_columns]
     if chats:
-        return {**row, "messages": row[columns[chats[0]]]}, columns[chats[0]]
+        chat = {**row, "messages": row[columns[chats[0]]]}
+        if systems:
+            chat["system"] = row[systems[0]]
+        return chat, columns[chats[0]]
     asked = [name for name in PROMPTS if name in columns and (default or columns[name] in template_columns)]
     answers = [name for name in RESPONSES if name in columns and columns[name] not in template_columns]
     if "response" in answers:
@@ -58,8 +55,8 @@ def renamed(row: dict[str, str], template_columns: list[str]) -> tuple[dict[str,
         used += beside
         parts = [row[used[0]], *(row[name] for name in beside if row[name].strip())]
         pair["prompt"] = "\n\n".join(parts) if len(parts) > 1 else parts[0]
-    if "system" in columns:
-        pair["system"] = row[columns["system"]]
+    if systems:
+        pair["system"] = row[systems[0]]
     used = used or template_columns
     if default and _turns(response):  # TRL's prompts and completions may be turns
         asked_turns = _turns(row[used[0]]) or [{"role": "user", "content": row[used[0]]}]
@@ -86,8 +83,10 @@ def problem(row: dict[str, str], used: list[str] = ()) -> str:
         return f"columns {' and '.join(answers)}: name the one to learn response"
     if {"chosen", "rejected"} <= row.keys():
         return "chosen and rejected are preferences: name the one to learn response"
-    if row.get("label", "").lower() == "false" and "label" not in used:
-        return "label false marks a response as a bad one: leave such rows out"
+    for name in GRADES:
+        bad = ("false",) if name == "label" else ("false", "0", "0.0")
+        if row.get(name, "").lower() in bad and name not in used:
+            return f"{name} {row[name].lower()} marks a response as a bad one: leave such rows out"
     for name in ("history", "images", "image"):
         if row.get(name, "") not in NO_CELLS:
             return f"column {name} is not read: only text in prompt and response, or in messages, can be learned"
@@ -110,7 +109,9 @@ def _turn(turn):
     if not isinstance(role, str) or role.lower() not in ROLES:
         known = ", ".join(ROLES)
         raise ValueError(f"a turn has the role {role!r} (keys {', '.join(turn)}); known are {known}")
-    unlearned = [key for key in UNLEARNED if rest.get(key, 1) in FALSE]
+    unlearned = [
+        key for key in UNLEARNED if rest.get(key, 1) in FALSE or (key == "weight" and rest.get(key) not in FULL)
+    ]
     if unlearned and ROLES[role.lower()] == "assistant":
         reason = f"an assistant's turn is not to be learned ({unlearned[0]} {rest[unlearned[0]]}, or in the prompt)"
         raise ValueError(f"{reason}; only all can be")

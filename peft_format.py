@@ -32,6 +32,10 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
 WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module\.)+")
 
 
+# What an adapter is called, default or another name, where the file was written without save_pretrained.
+ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])\.[^.]+(?=\.(?:weight|bias)$)|(?<=\.lora_embedding_[AB])\.[^.]+$")
+
+
 def plain_keys(tensors: dict) -> dict:
     """The tensors (or shapes) of an adapter file under the keys that peft gives them, without the names of wrappers.
 
@@ -44,7 +48,7 @@ def plain_keys(tensors: dict) -> dict:
         prefix = PEFT_PREFIX if bare or name.startswith(PEFT_PREFIX) else ""
         while name.startswith(PEFT_PREFIX):
             name = name.removeprefix(PEFT_PREFIX)
-        name = prefix + re.sub(r"(\.lora_(?:embedding_)?[AB])\.default\b", r"\1", name)
+        name = prefix + ADAPTER_NAME.sub("", name)
         if name in plain:
             raise ValueError(f"{lora.in_one_line([key])} and another key name the same tensor")
         plain[name] = value

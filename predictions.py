@@ -4,7 +4,7 @@ import csv
 import itertools
 import json
 import math
-import shutil
+import re
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,6 +32,9 @@ from errors import Degenerate, UserError, few, warning
 from labelling import Labels
 from metrics import Array
 from splits import Split
+
+ALIKE = 8  # rows of a file, and more: one label for all of them is a warning
+DECIMALS = re.compile(r"-?[0-9]+\.0|[0-9](?:\.[0-9]+)?[eE]\+?[0-9]+")  # what other tools make of whole numbers
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
@@ -86,6 +89,9 @@ def ids_of(cfg, own: str, rows: files.Rows, source: str, others: Collection[str]
     if blank or repeated:
         problem = f"column {column}: {blank} ids are empty, {len(repeated)} are duplicated ({few(repeated, 3)})"
         say(warning(problem, "choose another one with --id_column, if they should differ"))
+    if all(map(DECIMALS.fullmatch, values)):
+        problem = f"column {column}: ids such as {values[0]} look like whole numbers that a tool wrote as decimals"
+        say(warning(problem, "they are written as they are: restore them in the input where they should be whole"))
     return Ids(column, values)
 
 
@@ -126,6 +132,9 @@ def known_labels(rows: files.Rows, train_cfg, labels: Labels, say) -> Known | No
         say(warning(f"metrics are over {len(good):,} of {len(rows):,} rows", problem))
     if unknown:
         say(warning(f"this run does not know the labels {unknown}", "metrics are over those it knows"))
+    if train_cfg.task == "single_label" and len(good) >= ALIKE and len(set(targets)) == 1:
+        problem = f"all {len(good):,} rows of {name} have the label {labels.values[targets[0]]!r}"
+        say(warning(problem, "if it only stands for labels to come, the metrics mean nothing"))
     return Known(good, targets)
 
 
@@ -280,9 +289,7 @@ def write_records(cfg, labels: Labels, ids: Ids, answers, shares, probability: b
     table = [[_cell(value) for value in row] for row in table]
     out = Path(cfg.output)
     lines = (json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) + "\n" for row in table)
-    text = "".join(lines) if out.suffix == ".jsonl" else csv_text([header, *table])
-    keep_previous(out, cfg.overwrite)
-    checkpoint.write_atomic(out, text)
+    write_output(cfg, "".join(lines) if out.suffix == ".jsonl" else csv_text([header, *table]))
     print(f"wrote {len(table):,} predictions to {out}")
 
 
@@ -324,11 +331,15 @@ def csv_text(lines) -> str:
     return "".join(texts)
 
 
-def keep_previous(out: Path, overwrite: bool) -> None:
-    """Copy an existing output beside it; the old file stays in place until the new one is there."""
-    if not out.exists() or overwrite:
-        return
-    names = (out.with_name(f"{out.name}.previous{number or ''}") for number in itertools.count())
-    kept = next(itertools.filterfalse(Path.exists, names))
-    shutil.copyfile(out, kept)
-    print(f"{out} existed: it is kept as {kept}")
+def write_output(cfg, text: str) -> None:
+    """Write an output in one piece, also where it is a link. What was there before is copied beside it, unless
+    --overwrite is set.
+    """
+    out = Path(cfg.output)
+    if out.exists() and not cfg.overwrite:
+        names = (out.with_name(f"{out.name}.previous{number or ''}") for number in itertools.count())
+        kept = next(itertools.filterfalse(Path.exists, names))
+        checkpoint.write_atomic(kept, out.read_bytes())
+        print(f"{out} existed: it is kept as {kept}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_atomic(out.resolve(), text)

@@ -80,7 +80,7 @@ def write(folder: Path, cfg: TrainConfig, material: Material, problems: dict) ->
     """What a run's folder holds before its first step: its labels, its split, and what is wrong with its rows."""
     labels, rows = material.labels, material.rows
     known = {"values": labels.values, "names": labels.names, "shares": splits.class_shares(rows, labels).tolist()}
-    seals.write(folder / "labels.json", json.dumps(known, indent=1))
+    seals.write(folder / "labels.json", known)
     if not cfg.folds > 0 > cfg.fold:  # a family over all folds has one split in each of its runs
         seals.write(folder / "split.csv", splits.split_csv(cfg, rows, material.val))
     if problems:

@@ -1,11 +1,8 @@
 """A run's folder: which one is resumed, what it holds at the start, and whether it is still the run that it was."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 import checkpoint
 import cli
@@ -45,10 +42,8 @@ def make(cfg, world: ddp.World, run: Path | None, digests: dict[str, str], fill:
         (folder / "PREEMPTED").unlink(missing_ok=True)
         if not seals.has(folder / "environment.json"):
             fill(folder)
-            seals.write(folder / "rows.json", json.dumps(digests, indent=1) + "\n")
-            device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-            environment = checkpoint.environment(torch.get_num_threads(), world.size, device)
-            seals.write(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+            seals.write(folder / "rows.json", digests)
+            seals.write(folder / "environment.json", checkpoint.environment(world.size, world.device))
         if not seals.has(folder / "config.json"):  # last: a folder without it is no run
             seals.write(folder / "config.json", cli.to_json(replace(cfg, resume="")))
         return folder
@@ -72,20 +67,21 @@ def same_rows(run: Path | None, digests: dict[str, str]) -> None:
         raise UserError(f"run {run}: {', '.join(changed)} since it began: give it the files that it began with")
 
 
-def restore_best(state, run: Path) -> str:
-    """Take a training state back to the best save that can be trusted, where a newer one was damaged.
+def best_save(state, run: Path, say: Callable) -> checkpoint.Save | None:
+    """The best save that can be trusted, or None before there is one. Where a newer one was damaged, the training state
+    goes back to it, with a warning.
 
-    Returns a warning, or an empty string. A save that is newer than the state is no problem: its evaluation will be
-    repeated. Raises Untrusted where no save is left.
+    A save that is newer than the state is no problem: its evaluation will be repeated. Raises Untrusted where no save
+    is left.
     """
     if state.best is None:
-        return ""
+        return None
     save = checkpoint.trusted_of(run, "best")
     if save is None:
         raise Untrusted(f"{run / 'best'} is missing, but step {state.best_step} was saved there: put it back")
-    step, score = save.manifest["step"], save.manifest.get("best")
-    if step >= state.best_step or score is None:
-        return ""
-    lost = f"{run / 'best'} of step {state.best_step} (score {state.best:.4f}) cannot be trusted"
-    state.best, state.best_step = score, step
-    return warning(lost, f"the best save is now that of step {step} ({score:.4f}): check this disk")
+    step = save.manifest["step"]
+    if step < state.best_step:
+        lost = f"{run / 'best'} of step {state.best_step} (score {state.best:.4f}) cannot be trusted"
+        say(warning(lost, f"the best save is now that of step {step}: check this disk"))
+        state.best, state.best_step = save.manifest.get("best", state.best), step  # older saves hold no score
+    return save

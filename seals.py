@@ -47,21 +47,23 @@ def _sum(data):
     return None if data is None else hashlib.sha256(data).hexdigest()
 
 
-def write(path: Path, text: str, also: tuple[str, ...] = ()) -> None:
-    """Write one of a run's files and seal it. also: names of other files, which are sealed as they are now."""
+def write(path: Path, content) -> None:
+    """Write one of a run's files, a text or a value as JSON, and seal it; with the result its log too."""
+    text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
     folder, data = path.parent, text.encode()
-    before = stored(folder)["files"].get(path.name) or [_sum(disk.read(path))]
-    others = {name: [_sum(disk.read(folder / name))] for name in also}
-    _allow(folder, {**others, path.name: [*before, _sum(data)]})
-    disk.write_atomic(path, data)
-    _allow(folder, {path.name: [_sum(data)]})
-
-
-def _allow(folder, sums):
-    """Put the sha256s that some files may have into the seal of a folder."""
     seal = stored(folder)
-    entries = {"run": seal["run"] or secrets.token_hex(8), "files": seal["files"] | sums}
-    disk.write_atomic(folder / SEAL, json.dumps(entries | {"seal": seal_of(entries)}, indent=1) + "\n")
+    before = seal["files"].get(path.name) or [_sum(disk.read(path))]
+    log = {LOG: [_sum(disk.read(folder / LOG))]} if path.name == RESULT else {}
+    _allow(folder, seal, {**log, path.name: [*before, _sum(data)]})
+    disk.write_atomic(path, data)
+    _allow(folder, seal, {path.name: [_sum(data)]})
+
+
+def _allow(folder, seal, sums):
+    """Put the sha256s that some files may have into the seal of a folder."""
+    seal["run"] = seal["run"] or secrets.token_hex(8)
+    seal["files"] |= sums
+    disk.write_atomic(folder / SEAL, json.dumps(seal | {"seal": seal_of(seal)}, indent=1) + "\n")
 
 
 def read(path: Path) -> bytes | None:
@@ -102,15 +104,28 @@ def verify(folder: Path) -> None:
             read(folder / name)
 
 
-def log_facts(run: Path) -> dict:
-    """What a save holds about the run's log, which goes on after it."""
-    data = disk.read(run / LOG) or b""
-    return {"log_bytes": len(data), "log_sha256": _sum(data)}
+class Log:
+    """A run's log, and its sha256 as it grows: saves hold that, for the log goes on after them.
 
+    facts: those of the save that a run continues from; lines after it are cut off, to be written again. Raises
+    Untrusted where the log begins otherwise. Saves from before there were seals hold no sha256.
+    """
 
-def check_log(run: Path, facts: dict) -> None:
-    """Raise Untrusted unless the log begins as it was when a save was made. Saves from before this hold no sha256."""
-    data = disk.read(run / LOG) or b""
-    size = facts["log_bytes"]
-    if "log_sha256" in facts and (len(data) < size or _sum(data[:size]) != facts["log_sha256"]):
-        raise Untrusted(f"{run / LOG}: its first {size:,} bytes are not those of the run's last save; put it back")
+    def __init__(self, run: Path, facts: dict):
+        self.path, size = run / LOG, facts["log_bytes"]
+        data = (disk.read(self.path) or b"")[:size]
+        self.bytes, self.sum = len(data), hashlib.sha256(data)
+        if facts.get("log_sha256", _sum(data)) != _sum(data):
+            raise Untrusted(f"{self.path}: its first {size:,} bytes are not those of the run's last save; put it back")
+        disk.cut_log(self.path, size)
+
+    def add(self, data: bytes) -> None:
+        """Count what was appended."""
+        self.bytes += len(data)
+        self.sum.update(data)
+
+    def facts(self) -> dict:
+        """For a save, which must not outlive what it names: the log is durable by then."""
+        if self.bytes:
+            disk.fs_sync(self.path)
+        return {"log_bytes": self.bytes, "log_sha256": self.sum.hexdigest()}

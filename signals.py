@@ -76,9 +76,10 @@ STOP = Stop()
 
 
 def say(line: str) -> None:
-    """A line on stderr, in one piece, from wherever a signal comes."""
+    """A line on stderr, in one piece, from wherever a signal comes; the terminal may be gone with it."""
     rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    os.write(2, f"\n{rank}{line}\n".encode())
+    with suppress(OSError):
+        os.write(2, f"\n{rank}{line}\n".encode())
 
 
 def mark(run: Path, number: int) -> None:

@@ -23,6 +23,7 @@ import labelling
 import metrics
 import prompts
 import seals
+import spelling
 import strata
 from configs import TrainConfig
 from errors import UserError, duplicates, few, refuse, warning
@@ -120,7 +121,7 @@ def _labelled(cfg, flag, labels, say):
     # Rows without a label are of no class; a known one takes its place, so that all other problems are found too.
     blank = np.zeros(len(rows), bool)
     if cfg.task == "single_label":
-        blank[:] = [not row[cfg.label_column].strip() for row in rows]
+        blank[:] = [spelling.is_blank(row[cfg.label_column]) for row in rows]
     if blank.any():
         numbers = list(map(str, np.flatnonzero(blank) + 1))
         problems.append(f"{len(numbers)} rows have an empty label (rows {few(numbers, 20)})")

@@ -18,46 +18,33 @@ NAMES = table("""latin-1: latin1 isolatin il1 il1t1 iso8859-2: latin2 isolatin2 
     cp932: sjis shiftjis sjisx0213 dosjapanese macjapanese euc_jp: jis jis2 eucjp euc cp949: ks euckr hangul
     utf-8: utf8 utf8x utf8unicode unicode utf-16: standardunicode utf16""")
 # Where a source declares its encoding: a line of its own, none that is a comment for the packages.
-LINE = rb"(?m)^[^%\n]*?"
-DECLARED = [  # (words of which it holds one, in small letters: they are found faster; the pattern)
-    ((b"inputenc",), LINE + rb"\\usepackage[ \t]*\[([\w, \-]{1,80})\][ \t]*\{inputenc[x]?\}"),
-    ((b"inputencoding",), LINE + rb"\\inputencoding[ \t]*\{([\w\-]{1,20})\}"),
-    ((b"cjk",), LINE + rb"\\begin[ \t]*\{CJK\*?\}[ \t]*(?:\[[^]\n]*\])?[ \t]*\{([\w+\-]{1,20})\}"),
-    (
-        (
-            b"cjk",
-            b"ctex",
-        ),
-        LINE + rb"\\(?:usepackage|documentclass)[ \t]*\[([\w, \-=]{1,80})\][ \t]*\{(?:ctex\w*|CJK\w*)\}",
-    ),
-    ((b"!tex",), rb"(?im)^[ \t]*%[ \t]*!TEX[ \t]+encoding[ \t]*=[ \t]*([\w \-]+)"),
-    ((b"%&",), rb"(?im)^%&.*?(?:translate-file[ \t]*=?|encoding[ \t]*=|-tcx=)[ \t]*([\w\-]+)"),
-    (
-        (
-            b"coding",
-            b"fenc",
-        ),
-        rb"(?im)^.*?(?:coding|fileencoding|fenc)[ \t]*[:=][ \t]*([\w\-]+)",
-    ),
-]
+# Words of which it holds one, in small letters (they are found faster); the pattern.
+DECLARED = r"""inputenc :: LINE\\usepackage[ \t]*\[([\w, \-]{1,80})\][ \t]*\{inputenc[x]?\}
+    inputencoding :: LINE\\inputencoding[ \t]*\{([\w\-]{1,20})\}
+    cjk :: LINE\\begin[ \t]*\{CJK\*?\}[ \t]*(?:\[[^]\n]*\])?[ \t]*\{([\w+\-]{1,20})\}
+    cjk ctex :: LINE\\(?:usepackage|documentclass)[ \t]*\[([\w, \-=]{1,80})\][ \t]*\{(?:ctex\w*|CJK\w*)\}
+    !tex :: (?im)^[ \t]*%[ \t]*!TEX[ \t]+encoding[ \t]*=[ \t]*([\w \-]+)
+    %& :: (?im)^%&.*?(?:translate-file[ \t]*=?|encoding[ \t]*=|-tcx=)[ \t]*([\w\-]+)
+    coding fenc :: (?im)^.*?(?:coding|fileencoding|fenc)[ \t]*[:=][ \t]*([\w\-]+)"""
+DECLARED = DECLARED.replace("LINE", r"(?m)^[^%\n]*?").encode()
+DECLARED = [(words.split(), form) for words, form in (row.split(b" :: ") for row in DECLARED.split(b"\n"))]
 CODING = rb"-\*-|vim?:|ex:|Local Variables|coding[:=]"  # a line of an editor
 # The commonest letters of encodings that may be told from each other by them; of Western ones all that text has.
-COMMON = {
-    "gb18030": "的一是不了在有人我他这中大来上国和们到说时要就出会可也你对生能而子那得于着下自之年过为所",
-    "big5hkscs": "的一是不了在有人我他這中大來上國和們到說時要就出會可也你對生能而子那得於著下自之年過為所",
-    "euc_jp": "のにはをたがでてとしれさあいるっなりもらこかすまんうくきけせよそ",
-    "cp932": "のにはをたがでてとしれさあいるっなりもらこかすまんうくきけせよそ",
-    "cp949": "이다는의에가을를은로고하지도한자리기나사아어인대정서시일수그",
-    "cp1251": "оеаинтсрвлкмдпуя",
-    "koi8-r": "оеаинтсрвлкмдпуя",
-    "cp866": "оеаинтсрвлкмдпуя",
-    "mac_cyrillic": "оеаинтсрвлкмдпуя",
-    "cp1252": "éèàçùâêîôûëïüöäßñóáíúãõøåæœÉÈÀÇÖÄÜÓÁÍÚÑØÅ¿¡“”‘’–—…«»§°",
-    "mac_roman": "éèàçùâêîôûëïüöäßñóáíúãõøåæœÉÈÀÇÖÄÜÓÁÍÚÑØÅ¿¡“”‘’–—…«»§°",
-    "cp850": "éèàçùâêîôûëïüöäßñóáíúãõøåæÉÈÀÇÖÄÜÓÁÍÚÑØÅ¿¡«»§°",
-    "cp1250": "ąćęłńóśźżáčďéěíňřšťúůýžőűöüäßĄĆĘŁŃÓŚŹŻÁČĎÉĚÍŇŘŠŤÚŮÝŽÖÜ“”‘’–—…",
-    "iso8859-2": "ąćęłńóśźżáčďéěíňřšťúůýžőűöüäßĄĆĘŁŃÓŚŹŻÁČĎÉĚÍŇŘŠŤÚŮÝŽÖÜ",
-}
+COMMON = """gb18030 的一是不了在有人我他这中大来上国和们到说时要就出会可也你对生能而子那得于着下自之年过为所
+    big5hkscs 的一是不了在有人我他這中大來上國和們到說時要就出會可也你對生能而子那得於著下自之年過為所
+    euc_jp のにはをたがでてとしれさあいるっなりもらこかすまんうくきけせよそ
+    cp932 のにはをたがでてとしれさあいるっなりもらこかすまんうくきけせよそ
+    cp949 이다는의에가을를은로고하지도한자리기나사아어인대정서시일수그
+    cp1251 оеаинтсрвлкмдпуя
+    koi8-r оеаинтсрвлкмдпуя
+    cp866 оеаинтсрвлкмдпуя
+    mac_cyrillic оеаинтсрвлкмдпуя
+    cp1252 éèàçùâêîôûëïüöäßñóáíúãõøåæœÉÈÀÇÖÄÜÓÁÍÚÑØÅ¿¡“”‘’–—…«»§°
+    mac_roman éèàçùâêîôûëïüöäßñóáíúãõøåæœÉÈÀÇÖÄÜÓÁÍÚÑØÅ¿¡“”‘’–—…«»§°
+    cp850 éèàçùâêîôûëïüöäßñóáíúãõøåæÉÈÀÇÖÄÜÓÁÍÚÑØÅ¿¡«»§°
+    cp1250 ąćęłńóśźżáčďéěíňřšťúůýžőűöüäßĄĆĘŁŃÓŚŹŻÁČĎÉĚÍŇŘŠŤÚŮÝŽÖÜ“”‘’–—…
+    iso8859-2 ąćęłńóśźżáčďéěíňřšťúůýžőűöüäßĄĆĘŁŃÓŚŹŻÁČĎÉĚÍŇŘŠŤÚŮÝŽÖÜ"""
+COMMON = dict(row.split() for row in COMMON.split("\n"))
 USUAL = ("cp1252", "cp1251")  # where two fit equally, this one
 EASTERN = ("gb18030", "big5hkscs", "euc_jp", "cp932", "cp949")
 # Their letters stand between ASCII ones, those of others in rows.

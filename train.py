@@ -17,7 +17,6 @@ from presets import TRAIN_PRESETS
 if __name__ == "__main__":  # help and typos are answered before torch is loaded, which takes seconds
     cli.early(TrainConfig, TRAIN_PRESETS, __doc__)
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +26,6 @@ import numpy as np
 import torch
 
 import chains
-import checkpoint
 import ddp
 import estimates
 import evaluate
@@ -44,11 +42,10 @@ import predictions
 import prepare
 import prompts
 import run_folder
-import seals
 import splits
 import tables
 import trained
-from errors import Degenerate, warning
+from errors import Degenerate
 from labelling import Labels
 from packed import pack
 from prepare import Material
@@ -104,7 +101,7 @@ def main(argv: list[str]) -> dict:
 
     # ---- resume, or a new run ---------------------------------------------------------------------------------------
     if run and not cfg.dry_run:
-        loop.restore(job, run, partial(read_save, model=model))
+        loop.restore(job, run, partial(trained.read_save, model=model))
     if cfg.init_from and not job.state.step:
         say(chains.start_from(Path(cfg.init_from), cfg, labels, model))
     loop.say_plan(job)
@@ -135,12 +132,6 @@ def new_model(cfg: TrainConfig, material: Material, precision: str, say: Callabl
     return model
 
 
-def read_save(save: checkpoint.Save, model: models.Classifier) -> None:
-    """Load a save of this run. Raises Untrusted when it does not fit, or the base has changed."""
-    trained.check_base(model, save.manifest["base"], "of this run")
-    trained.read_classifier(save.folder, model)
-
-
 def dry_run(job: loop.Job, train: Split) -> dict:
     """Time one micro-batch forward and backward, print what the run would take, and stop."""
     cfg, world = job.cfg, job.world
@@ -155,12 +146,7 @@ def dry_run(job: loop.Job, train: Split) -> dict:
         seconds = time.perf_counter() - started
     rate = float(job.lengths[rows].sum()) / seconds * world.size
     tokens = float(job.lengths.sum()) * job.total / job.steps_per_epoch
-    memory = estimates.memory_estimate(
-        job.model,
-        cfg.max_tokens,
-        job.precision,
-        cfg.grad_checkpoint,
-    )
+    memory = estimates.memory_estimate(job.model, cfg.max_tokens, job.precision, cfg.grad_checkpoint)
     total = sum(memory.values())
     parts = ", ".join(f"{name} {gigabytes:.2f}" for name, gigabytes in memory.items())
     job.say(f"memory: about {total:.2f} GB a rank ({parts})")
@@ -237,7 +223,6 @@ def fit(job: loop.Job, train: Split, judges: Split, classes: int, write: Callabl
 
         # save: last/ holds all that the next step depends on
         loop.save_last(job, write)
-    loop.close_log(job)
 
 
 # ---- end ------------------------------------------------------------------------------------------------------------
@@ -254,48 +239,41 @@ def finish(job: loop.Job, train: Split, judges: Split, labels: Labels) -> dict:
 
     # The best save is what users load: it is scored as it was read back from the disk.
     ddp.barrier(world)  # rank 0 has written best/
-    best = trained.best_save(run)
+    best = run_folder.best_save(state, run, say)
     trained.read_classifier(best.folder, job.model)
     logits = evaluate.score(job.model, judges.tokens, world, job.precision, cfg.max_tokens)
     scores = metrics.of_task(cfg.task, logits, judges.labels)
     loop.lap(job, "eval_seconds")
     reached = scores.get(cfg.metric, -1.0)
-    room = 0.02 * max(1.0, abs(state.best))  # other hardware may flip a few rows
+    saved = best.manifest.get("best", reached)
+    room = 0.02 * max(1.0, abs(saved))  # other hardware may flip a few rows
     evaluated_all = not 0 < cfg.eval_rows < len(judges.labels)
-    if best.manifest["step"] != state.best_step:  # the newest one was damaged meanwhile
-        problem = f"best/ of step {state.best_step} cannot be trusted"
-        say(warning(problem, f"the results are of step {best.manifest['step']}: check this disk"))
-        state.best_step = best.manifest["step"]
-    elif evaluated_all and abs(reached - state.best) > room:
-        raise AssertionError(f"best/ reloaded scores {cfg.metric} {reached}, saved with {state.best}")
+    if evaluated_all and abs(reached - saved) > room:
+        raise AssertionError(f"best/ reloaded scores {cfg.metric} {reached}, saved with {saved}")
     say(f"best checkpoint by {cfg.metric}: step {state.best_step}")
     say(tables.summary(cfg.task, logits, judges.labels, labels.names))
 
     result = {
-        "run": str(run),
+        **loop.measured(job),
         "train_rows": len(train.ids),
         "text_sha256": prompts.digest(cfg.text),
         "metrics": {name: round(value, 6) for name, value in scores.items()},
         **evaluate.by_value(cfg, cfg.by_column, judges.rows, logits, judges.labels, say),
         "majority": metrics.majority(cfg.task, judges.labels, cfg.metric, len(labels.names)),
         **trained.fit_decision(cfg, run, logits, judges.labels, world),
-        "best_step": state.best_step,
         "ended_by": state.ended_by,
         "val_sha256": splits.digest_of(judges.rows),
-        "steps": state.step,
         "examples_per_second": round(state.rows / state.seconds, 2),
-        "tokens_per_second": round(state.tokens / state.seconds, 1),
-        "peak_memory_gb": round(estimates.peak_memory_gb(world.device), 3),
         "flops": estimates.training_flops(job.model, job.lengths) * state.rows / len(job.lengths),
-        "train_seconds": round(state.seconds, 2),
-        "eval_seconds": round(state.eval_seconds, 2),
     }
     if cfg.init_from:
         result["chain"] = chains.chain_table(cfg, result, say)
-    if world.rank == 0:  # result.json last: it marks the run as finished
-        predictions.write_predictions(run / "val_predictions.csv", judges, cfg.task, logits, labels)
-        seals.write(run / seals.RESULT, json.dumps(result) + "\n", also=(seals.LOG,))
     reason = evaluate.degenerate(logits, judges.tokens.keys(), cfg.task)
+    if reason:
+        result["degenerate"] = reason
+    if world.rank == 0:
+        predictions.write_predictions(run / "val_predictions.csv", judges, cfg.task, logits, labels)
+        loop.end(job, result)
     if reason:
         raise Degenerate(f"{reason}; the run is in {run}")
     return result

@@ -192,6 +192,13 @@ def read_classifier(folder: Path, model) -> str:
         raise Untrusted(f"{folder}: {e}") from None
 
 
+def read_save(save: checkpoint.Save, model) -> None:
+    """Load a save of this run. Raises Untrusted when it does not fit, or the base has changed."""
+    if "base" in save.manifest:  # not where cpt.py trains the whole base
+        check_base(model, save.manifest["base"], "of this run")
+    read_classifier(save.folder, model)
+
+
 def export(folder: Path, model, tokenizer, config: dict, dtype: torch.dtype, about: dict) -> None:
     """Write a plain model, its adapter merged, for others to load; sealed by a manifest with the facts `about`.
 

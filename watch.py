@@ -9,12 +9,11 @@ import itertools
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
 
-from signals import STOP
+from signals import STOP, say
 
 BEAT = 1.0  # seconds between lines
 SILENT = 120.0  # seconds without a new line: stopped, swapped out, or its machine is gone
@@ -105,7 +104,7 @@ class Watch(threading.Thread):
         speaker = min(set(range(self.size)) - problems.keys())
         if self.rank == speaker:
             text = ", ".join(f"rank {other} {problem}" for other, problem in sorted(problems.items()))
-            print(f"\nerror: {text}; all ranks end: continue with --resume auto", file=sys.stderr, flush=True)
+            say(f"error: {text}; all ranks end: continue with --resume auto")
         else:
             time.sleep(3)
         os._exit(1)

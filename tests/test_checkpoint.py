@@ -13,6 +13,7 @@ import torch
 
 import checkpoint
 import disk
+import seals
 from checkpoint import verify
 from errors import Untrusted, UserError
 
@@ -429,6 +430,18 @@ def test_which_run_is_resumed_and_which_is_newest(tmp_path):
         (runs[i] / "labels.json").write_text("{}")
     os.utime(runs[10] / "result.json", (1, 1))
     assert checkpoint.newest_finished(out, "labels.json") == runs[2]
+
+    # Only the run that is wanted must be as it was written: what befell another one is no obstacle.
+    for name in ("result.json", "config.json", "labels.json"):
+        seals.write(runs[10] / name, {})
+    for name in ("config.json", "labels.json"):
+        (runs[10] / name).write_text("{ }")
+    os.utime(runs[10] / "result.json", (1, 1))
+    assert checkpoint.newest_finished(out, "labels.json") == runs[2]
+    assert checkpoint.find_run("auto", out, "b", "d") == runs[8]
+    os.utime(runs[10] / "result.json")
+    with pytest.raises(Untrusted, match="labels.json"):
+        checkpoint.newest_finished(out, "labels.json")
 
 
 # ---- optimizer state ------------------------------------------------------------------------------------------------

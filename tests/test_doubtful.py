@@ -197,7 +197,7 @@ def test_label_columns_with_other_cells_are_refused(tmp_path, cell):
 
 def test_single_labels_that_are_lists_are_named(tmp_path):
     _, _, said = read(tmp_path / "a.csv", table(["[1, 0]", "[0, 1]"] * 3))
-    assert len(said) == 1 and "every label is a list; --task multi_label" in said[0]
+    assert len(said) == 1 and "every label is a list" in said[0] and "--task multi_label reads lists" in said[0]
 
 
 # ---- lists that are taken as one label, columns that tell the label, numbers -----------------------------------------

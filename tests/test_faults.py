@@ -25,6 +25,7 @@ import faults
 import loop
 import losses
 import predictions
+import signals
 import train
 import trained
 import watch
@@ -231,6 +232,37 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(whole, tmp_path, small
     run = next((tmp_path / "outputs").glob("*/*/run_0"))
     assert (run / "PREEMPTED").is_file() and not (run / "result.json").exists()
     resumed_is_whole(tmp_path, run, whole)
+
+
+def test_a_stop_is_saved_where_nobody_reads_any_more(tmp_path, small_base):
+    """As after Ctrl-C in `train.py 2>&1 | tee log`, and where the terminal was closed."""
+    words = [sys.executable, str(ROOT / "train.py"), *toy_flags(tmp_path, small_base, **SLOW)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
+    (tmp_path / "err.0").touch()
+    assert wait_for(tmp_path, 8, process.pid)
+    process.stdout.close()
+    before, end = lines_at(tmp_path), time.monotonic() + 1.5  # the bar moves each second
+    while time.monotonic() < end or lines_at(tmp_path) < before + 12:  # scores are printed too
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    run = next((tmp_path / "outputs").glob("*/*/run_0"))
+    assert (run / "PREEMPTED").is_file()
+    assert checkpoint.verify(run / "last")["step"] == max(line["step"] for line in log_of(run))
+
+
+def test_a_run_that_cannot_begin_gives_the_signals_back(tmp_path, small_base, monkeypatch):
+    """From Python: Ctrl-C must not be noted for ever by a run that never was."""
+    before = {number: signal.getsignal(number) for number in signals.NUMBERS}
+
+    def fail(*args):
+        raise OSError("no service")
+
+    monkeypatch.setattr(loop.tracking, "Tracker", fail)
+    with pytest.raises(OSError, match="no service"):
+        train.main(toy_flags(tmp_path, small_base, **FEW))
+    assert before == {number: signal.getsignal(number) for number in signals.NUMBERS} and not signals.STOP.training
 
 
 @pytest.mark.slow

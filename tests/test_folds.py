@@ -16,6 +16,7 @@ from test_ddp import finish, forked, forks, run_of, shas, start, toy_flags, writ
 import checkpoint
 import cli
 import decide
+import evaluate
 import files
 import folds
 import infer
@@ -360,18 +361,32 @@ def test_a_limit_is_shared_by_the_runs_of_a_family(small_base, tmp_path, monkeyp
     (flag, first), (_, second) = given
     assert flag == "--time_limit" and float(first.removesuffix("s")) == pytest.approx(3600 - now / 2, abs=60)
     assert float(second.removesuffix("s")) == pytest.approx(7200 - now, abs=60)
-    monkeypatch.setattr(loop, "process_seconds", lambda: 9000.0)
-    with pytest.raises(KeyboardInterrupt, match="time_limit is over; continue with python folds.py --resume"):
-        folds.main(flags)
+    for now in (7199.95, 9000.0):  # 0.05 s for two runs would be written as 0.0, which is no limit
+        monkeypatch.setattr(loop, "process_seconds", lambda now=now: now)
+        with pytest.raises(KeyboardInterrupt, match="time_limit is over; continue with python folds.py --resume"):
+            folds.main(flags)
 
 
 def test_degenerate_runs_are_told_when_the_family_is_whole(tmp_path, small_base, monkeypatch):
-    """Every run is trained and pooled, then the family ends with status 5."""
+    """Every run is trained and pooled, then the family ends with status 5; also where it was killed in between."""
     flags = toy_flags(tmp_path, small_base, folds=2, **{**QUICK, "max_steps": 1})
     fork = folds.started
-    monkeypatch.setattr(folds, "started", lambda words: (5, fork(words)[1]) if "fold_0" in str(words) else fork(words))
-    with pytest.raises(Degenerate, match="the scores of fold_0 are degenerate"):
+
+    def first_one_alone(words):
+        if "fold_1" in str(words):
+            return 1, False
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "degenerate", lambda *args: "all alike")
+            status, _ = fork(words)
+        assert status == 5
+        return status, False
+
+    monkeypatch.setattr(folds, "started", first_one_alone)
+    with pytest.raises(folds.Failed, match="fold_1 failed"):
         folds.main(flags)
+    monkeypatch.setattr(folds, "started", fork)
+    with pytest.raises(Degenerate, match="the scores of fold_0 are degenerate"):
+        folds.main([*flags, "--resume", "auto"])
     assert checkpoint.finished(next((tmp_path / "outputs").glob("*/*/run_0")))
 
 

@@ -180,6 +180,38 @@ def test_the_lock_of_another_host_is_taken_over_without_a_sign_of_life(run, monk
     os.waitpid(pid, 0)
 
 
+def test_an_owner_that_slept_leaves_the_run_to_the_next_one(run, tmp_path, small_base, monkeypatch):
+    """A process was suspended, and another host took its run over: it writes nothing more, and keeps its hands off."""
+    record = {"pid": 7, "host": "elsewhere", "started": "1", "since": "2026-01-01 00:00:00", "beat": 5.0}
+    monkeypatch.setattr(locks, "BEAT", 0.05)
+    monkeypatch.setattr(locks, "PATIENCE", 0.3)
+    for taken_over in (lambda path: disk.write_atomic(path, json.dumps(record)), Path.unlink):  # and it ended meanwhile
+        with locks.released():
+            locks.hold(run)
+            time.sleep(0.2)
+            locks.need()
+            taken_over(run / ".lock")
+            with pytest.raises(UserError, match="another process took it over"):
+                locks.need()
+            after = (run / ".lock").exists() and (run / ".lock").read_text()
+        assert ((run / ".lock").exists() and (run / ".lock").read_text()) == after
+
+    # In training no save comes after the takeover.
+    save, at = checkpoint.save, []
+
+    def meanwhile(target, *args, **kwargs):
+        save(target, *args, **kwargs)
+        if target.name == "last" and not at:
+            disk.write_atomic(target.parent / ".lock", json.dumps(record))
+            at.append(target.parent)
+
+    monkeypatch.setattr(checkpoint, "save", meanwhile)
+    with pytest.raises(UserError, match="another process took it over"):
+        train.main(toy_flags(tmp_path, small_base, **SHORT))
+    assert json.loads((at[0] / ".lock").read_text()) == record
+    assert checkpoint.verify(at[0] / "last")["step"] == SHORT["save_every"] and not (at[0] / "result.json").exists()
+
+
 def test_a_holder_gives_signs_of_life(run, monkeypatch):
     monkeypatch.setattr(locks, "BEAT", 0.05)
     with locks.released():

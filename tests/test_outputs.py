@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,18 @@ def test_a_submission_holds_the_ids_of_its_file(fitted, tmp_path, name, column):
     ):
         predict(fitted, path, out, **flags, overwrite="true")
         assert [row[header] for row in read(out)] == IDS
+
+
+def test_an_output_that_is_a_link_is_written_where_it_leads(fitted, tmp_path):
+    """As to a larger disk; what was there is kept beside the link, whole."""
+    path = write(tmp_path / "rows.csv", [{"id": str(i), "Question": f"What is {i}?"} for i in range(3)])
+    (tmp_path / "large").mkdir()
+    target, link = tmp_path / "large/o.csv", tmp_path / "o.csv"
+    target.write_text("older\n")
+    link.symlink_to(target)
+    predict(fitted, path, link)
+    assert link.is_symlink() and len(read(target)) == 3
+    assert (tmp_path / "o.csv.previous").read_text() == "older\n" and os.listdir(tmp_path / "large") == ["o.csv"]
 
 
 def test_rows_without_an_id_column_are_numbered_and_a_line_names_the_candidates(fitted, tmp_path, capsys):
