@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 import lora
+from dropout import keep_mask, keep_scale
 from packed import packed_attention
 
 KNOWN = {f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")}
@@ -97,14 +98,14 @@ class Product:
         if not self.factors:
             return out, None, None
         a, b = (factor.to(x.dtype) for factor in self.factors)
-        keep = lora.keep_mask(x, self.dropout) if self.dropout else None
+        keep = keep_mask(x, self.dropout) if self.dropout else None
         low = F.linear(kept(x, keep), a)
         out.addmm_(low, b.T, alpha=self.scale)
         return out, keep, low
 
     @property
     def scale(self) -> float:
-        return self.scaling * lora.keep_scale(self.dropout)
+        return self.scaling * keep_scale(self.dropout)
 
     def back(self, d: Tensor, x: Tensor | None, keep, low, into: Tensor | None, first=True) -> list[Tensor]:
         """Gradients of A and B from that of the output, d. The input's goes to `into`, unless that is None.

@@ -12,6 +12,7 @@ import fused
 import lora
 import model as models
 import numerics
+from dropout import LEVELS, Dropout, keep_mask
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -170,21 +171,21 @@ def test_other_families_keep_their_own_layers(base):  # noqa: F811
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.1, 0.5, 0.999])
 def test_masks_drop_as_often_as_they_should(p):
     """Within 5 standard errors over 1,000,003 elements; equal for equal seeds; independent of their neighbours."""
-    draw = partial(lora.keep_mask, torch.empty(1_000_003), p)
+    draw = partial(keep_mask, torch.empty(1_000_003), p)
     torch.manual_seed(5)
     mask, other = draw(), draw()
     torch.manual_seed(5)
     assert torch.equal(mask, draw()) and mask.dtype == torch.uint8
-    error = np.sqrt(p * (1 - p) / len(mask)) + 1 / lora.LEVELS
+    error = np.sqrt(p * (1 - p) / len(mask)) + 1 / LEVELS
     for values, share in ((mask, 1 - p), (mask[1:] * mask[:-1], (1 - p) ** 2), (mask * other, (1 - p) ** 2)):
         assert abs(values.double().mean() - share) < 5 * error
 
 
 def test_dropout_keeps_the_mean_and_is_off_in_evaluation():
-    dropout, x = lora.Dropout(0.1), torch.ones(500, 500, requires_grad=True)
+    dropout, x = Dropout(0.1), torch.ones(500, 500, requires_grad=True)
     torch.manual_seed(0)
     out = dropout(x)
     out.sum().backward()
     assert abs(float(out.detach().mean()) - 1) < 0.005 and torch.equal(x.grad, out.detach())
     assert len(out.unique()) == 2 and torch.equal(dropout.eval()(x), x)
-    assert not lora.Dropout(1.0)(x).any()
+    assert not Dropout(1.0)(x).any()

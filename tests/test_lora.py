@@ -104,7 +104,7 @@ def with_our_masks(model) -> None:
     for module in model.modules():
         for name, part in module.named_children():
             if isinstance(module, torch.nn.ModuleDict) and isinstance(part, torch.nn.Dropout):
-                module[name] = lora.Dropout(part.p)
+                module[name] = Dropout(part.p)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
