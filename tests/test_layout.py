@@ -26,8 +26,8 @@ FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 # Where each file stands: it may import files of the lines above it, or to its left. Commands never import each other.
 HOUSE = """
 errors signals watch disk seals locks
-configs presets checks cli formats spelling delimited
-dropout lora peft_format losses metrics tables bootstrap calibrate decide optim ddp checkpoint run_folder parts tracking limits
+configs presets checks cli formats spelling delimited dropout
+lora peft_format losses metrics tables bootstrap calibrate decide optim ddp checkpoint run_folder parts tracking limits
 template_trial answer_numbers answer_parser prompts
 latex_syntax latex_values text_bytes pair_formats latex_hidden latex_clean latex audit
 files cutting special_tokens labelling strata packed bases numerics nf4 fused model estimates data splits faults loop

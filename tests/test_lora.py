@@ -16,6 +16,7 @@ import model as models
 import optim
 import peft_format
 import trained
+from dropout import Dropout
 from packed import pack
 
 RANK, ALPHA = 4, 6.0  # alpha is never the rank: equal ones hide a wrong scale
