@@ -18,7 +18,7 @@ import formats
 from checks import need_output
 from errors import UserError, print_anything
 from latex_clean import HEADINGS, clean, lex
-from latex_syntax import WORD, definitions, ends_of
+from latex_syntax import WORD, definitions, ends_of, without
 from text_bytes import declared, decode, note, refusal
 
 ARG = r"[ \t]*\n?[ \t]*\{([^{}\n#]*)\}"  # a macro's \input{#1} names no path
@@ -214,23 +214,13 @@ def split(text: str, most: int) -> list[str]:
     return pieces
 
 
-def _without(text, spans):
-    """The text without these spans (start, end), which come in order; those inside of another do not count."""
-    kept, position = [], 0
-    for start, end in spans:
-        if start >= position:
-            kept.append(text[position:start])
-            position = end
-    return "".join(kept) + text[position:]
-
-
 def _has_text(text, main):
     """Whether there is text beside the definitions: any in a document, sentences, formulas or lists in a fragment."""
     ends = ends_of(text)
     spans = list(definitions(text, ends))
     if main:
-        return bool(re.search(r"[^\W_]", re.sub(WORD, "", _without(text, spans))))
-    sentences = _without(text, sorted([*spans, *ends.items()]))  # the arguments of commands are none
+        return bool(re.search(r"[^\W_]", re.sub(WORD, "", without(text, spans))))
+    sentences = without(text, sorted([*spans, *ends.items()]))  # the arguments of commands are none
     return bool(re.search(PROSE, re.sub(OPTIONS, "|", sentences)))
 
 

@@ -6,7 +6,7 @@ TeX's order. The texts here have blanks for comments and verbatim parts, so that
 """
 
 import re
-from collections import Counter
+from itertools import accumulate, chain
 
 from latex_syntax import (
     DEFINEE,
@@ -20,23 +20,25 @@ from latex_syntax import (
     definitions,
     ends_of,
     table,
+    without,
 )
 from latex_values import Macro, Meanings, outcome, truth
 
 # ---- names ----------------------------------------------------------------------------------------------------------
 
-# Commands that set something for the names in their argument: what is set, and its first value. "if": a flag as \newif
-# makes it; "toggle": one of etoolbox; "{": whether an environment is hidden.
+# Commands that set something for the names in their argument: what is set, and its value. "if": a flag as \newif makes
+# it; "toggle:": one of etoolbox; "{": whether an environment is hidden. The values: True, False, that of a second
+# argument, or False for what is new.
 SETTERS = table("""
-    if=False: newboolean newbool boolfalse if=True: booltrue if=?: setboolean setbool
-    toggle=False: newtoggle togglefalse toggle=True: toggletrue toggle=?: settoggle
+    if=False: newboolean newbool boolfalse if=True: booltrue if=given: setboolean setbool
+    if=new: provideboolean providebool toggle:=new: providetoggle
+    toggle:=False: newtoggle togglefalse toggle:=True: toggletrue toggle:=given: settoggle
     {=True: excludecomment excludeversion {=False: includecomment includeversion specialcomment generalcomment""")
-PROVIDERS = {"provideboolean": "newboolean", "providebool": "newbool", "providetoggle": "newtoggle"}
 # Commands whose name begins with if, and which take two branches in braces: of them some can be decided.
 BRACED = set("""ifthenelse iff ifdef ifcsdef ifundef ifcsundef ifdefmacro ifdefempty ifdefvoid ifdefstring ifstrequal
     ifstrempty ifblank ifnumcomp ifnumequal ifnumodd ifnumgreater ifnumless ifdimcomp ifboolexpr iftoggle ifbool
     ifinlist iflanguage ifstar ifnextchar ifpackageloaded ifclassloaded ifundefined""".split())  # fmt: skip
-NAMED_FLAGS = {"iftoggle": ("toggle", 0), "nottoggle": ("toggle", 1), "ifbool": ("if", 0), "notbool": ("if", 1)}
+NAMED_FLAGS = {"iftoggle": ("toggle:", 0), "nottoggle": ("toggle:", 1), "ifbool": ("if", 0), "notbool": ("if", 1)}
 SILENT = r"\\(?:relax|ignorespaces|unskip|@empty|empty|@bsphack|@esphack|leavevmode|null)(?![a-zA-Z@])|[\s{}]|%\n"
 
 
@@ -49,7 +51,7 @@ BRANCH = re.compile(rf"(?s)\\(?:(?P<quoted>{QUOTED})|(?P<name>if[a-zA-Z@]*|else|
 NEW_CONDITIONAL = r"\\(?:newif|let|def|newcommand\*?\{?)\s*\\(if[a-zA-Z@]+)"
 FLAG = rf"\\([a-zA-Z@]+(?:true|false)){END}"
 WORDS = {*"else or fi unless global begingroup bgroup endgroup egroup NewEnviron RenewEnviron".split()}
-WORDS |= {*DEFINING, *SETTERS, *PROVIDERS, *NAMED_FLAGS}
+WORDS |= {*DEFINING, *SETTERS, *NAMED_FLAGS}
 STEP = re.compile(  # all that may matter to the reading
     rf"(?s)\\(?:(?P<tag>begin|end)[ \t]*\{{(?P<environment>[^{{}}\n]*)\}}|(?P<quoted>{QUOTED})"
     r"|(?P<word>[a-zA-Z@]+)|[\\{}])|[{}]"
@@ -63,6 +65,7 @@ WORTH = re.compile(
 )
 PERHAPS = re.compile(r"\\if(?!f\b)[a-z]|[\]#}\d]\s*\{(?:\s|%[^\n]*\n|\\(?:relax|ignorespaces)\b)*\}", re.IGNORECASE)
 DEFINES = re.compile(r"\\(?:[gex]?def|let|(?:re)?new|provide|declare|set|bool|toggle)", re.IGNORECASE)
+DEEPER = {"{": 1, "}": -1, "": 0}  # how braces change the depth of groups
 DEEP = 50  # groups within groups: more are no text of a person
 DISABLED = r"\\usepackage\s*\[[^]]{0,200}\bdisable\b[^]]{0,200}\]\s*\{todonotes\}"
 EMPTY = re.compile(rf"[\]#}}\d\w]\s*\{{(?:{SILENT})*\}}$")
@@ -140,31 +143,24 @@ def _names(text, bodies, meanings):
 
 def _balanced(text, decisions):
     """The spans of all decisions, if the text without them has its braces in pairs; else of those that hold pairs."""
-    spans = sorted(span for decision in decisions for span in decision)
-    position, visible = 0, []
-    for start, end in spans:
-        visible.append(text[position:start])
-        position = max(position, end)
-    depth = lowest = 0
-    for brace in re.findall(r"(?s)\\.|([{}])", "".join([*visible, text[position:]])):
-        depth += (brace == "{") - (brace == "}")
-        lowest = min(lowest, depth)
-    if depth or lowest:
-        whole = [decision for decision in decisions if not sum(_depth(text[i:j]) for i, j in decision)]
-        spans = sorted(span for decision in whole for span in decision)
+    spans = sorted(chain.from_iterable(decisions))
+    depths = _depths(without(text, spans))
+    if depths[-1] or min(depths):
+        whole = [decision for decision in decisions if not sum(_depths(text[i:j])[-1] for i, j in decision)]
+        spans = sorted(chain.from_iterable(whole))
     return dict(spans)
 
 
-def _depth(text):
-    """How many groups more a text opens than it closes."""
-    braces = Counter(re.findall(r"(?s)\\.|([{}])", text))
-    return braces["{"] - braces["}"]
+def _depths(text):
+    """How many groups are open before a text's first brace and after each: fewer than none where it closes others."""
+    braces = re.findall(r"(?s)\\.|([{}])", text)
+    return list(accumulate((DEEPER[brace] for brace in braces), initial=0))
 
 
 def within_conditional(text: str, position: int, hidden: dict[int, int]) -> bool:
     """Whether a place lies in a group, or in a conditional that is not decided."""
     branches = _branches(text, definitions(text))
-    return bool(_depth(text[:position])) or any(
+    return bool(_depths(text[:position])[-1]) or any(
         start < position < marks[-1][2] for start, marks in branches.items() if start not in hidden
     )
 
@@ -224,7 +220,7 @@ def _braced(text, step, ends, meanings):
     if word in NAMED_FLAGS:
         kind, negated = NAMED_FLAGS[word]
         m = NAME.match(text, position)
-        value = m and meanings.known.get(kind + (" " if kind == "toggle" else "") + m[1])
+        value = m and meanings.known.get(kind + m[1])
     elif word == "ifthenelse":
         test = GAP.match(text, position).end()
         m = re.compile(r"(?s)\{(.*)\}").fullmatch(text, test, ends.get(test, test))
@@ -259,17 +255,17 @@ def _set_flag(text, step, meanings, undecided, before):
     word, position, everywhere = step["word"] or "", step.end(), before == r"\global"
     flag = re.fullmatch("(.+)(true|false)", word)
     new = re.fullmatch(r"newif\s*\\(if.+)", step["quoted"] or "")
-    setter = PROVIDERS.get(word, word)
-    if setter in SETTERS:
-        kind, _, value = SETTERS[setter].partition("=")
+    if word in SETTERS:
+        kind, value = SETTERS[word].split("=")
         m = NAME.match(text, position)
         given = m and NAME.match(text, m.end())
-        if value == "?":
+        if value == "given":
             value = given[1].capitalize() if given else ""
         for name in m[1].split(",") if m else ():
-            key = kind + (" " if kind == "toggle" else "") + name.strip()
-            if word not in PROVIDERS or key not in meanings.known:
-                _learn(text, meanings, key, {"True": True, "False": False}.get(value), undecided, everywhere)
+            key = kind + name.strip()
+            if value != "new" or key not in meanings.known:
+                meaning = {"True": True, "False": False, "new": False}.get(value)
+                _learn(text, meanings, key, meaning, undecided, everywhere)
     elif flag and word not in ("iftrue", "iffalse"):
         _learn(text, meanings, "if" + flag[1], flag[2] == "true", undecided, everywhere)
     elif new:
@@ -296,9 +292,10 @@ def _definition(text, step, ends, meanings, undecided, before):
     if isinstance(meaning, Macro) and meaning.arguments not in ("", "?"):
         meaning.silent = None if r"\if" in meaning.body else _silent(meaning, meanings)
     if word == "providecommand":
+        if name in meanings.known:
+            return end
         meaning = None  # it may be known from elsewhere
-    if word != "providecommand" or name not in meanings.known:
-        _learn(text, meanings, key, meaning, undecided, everywhere)
+    _learn(text, meanings, key, meaning, undecided, everywhere)
     return end
 
 
@@ -356,17 +353,8 @@ def _silent(macro, meanings):
     body = macro.body
     if "\\" in body and len(body) < 500:
         sure = {key: value for key, value in meanings.known.items() if getattr(value, "silent", 0) is not None}
-        body = _without(body, hidden_parts(body, Meanings(sure)))
+        body = without(body, hidden_parts(body, Meanings(sure)).items())
     return not re.sub(SILENT, "", body)
-
-
-def _without(text, spans):
-    """The text without spans (start: end) that come in order."""
-    parts, position = [], 0
-    for start, end in spans.items():
-        parts.append(text[position:start])
-        position = end
-    return "".join(parts) + text[position:]
 
 
 def _environment(text, step, meanings):

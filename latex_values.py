@@ -36,7 +36,7 @@ class Macro:
 class Meanings:
     """What names mean at one place of a source. Changes within a group end with it, unless they are global.
 
-    Keys: "ifdraft" and "hide" for commands, "toggle x", "{x" for environments. Flags are True or False, environments
+    Keys: "ifdraft" and "hide" for commands, "toggle:x", "{x" for environments. Flags are True or False, environments
     True where they are hidden, macros a Macro; None is what cannot be known.
     """
 
@@ -63,7 +63,7 @@ class Meanings:
         """End the innermost group."""
         if self.groups:
             for key, meaning in self.groups.pop()[1].items():
-                self.known[key] = None if key in self.doubtful else meaning
+                self.learn(key, meaning, everywhere=True)
 
 
 # ---- tests ----------------------------------------------------------------------------------------------------------
