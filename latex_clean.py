@@ -7,7 +7,7 @@ nesting: where an argument or an environment ends is read off a table of pairs, 
 import re
 import unicodedata
 from collections import Counter
-
+from operator import itemgetter
 from latex_hidden import Meanings, hidden_parts, may_hide, within_conditional
 from latex_syntax import (
     COMMANDS,
@@ -109,30 +109,24 @@ def lex(text: str, styles: str = "", alone: bool = False):
     whole = text + "\n" + styles
     own_comment = "comment" in whole and bool(re.search(OWN_COMMENT, whole))
     raw = list(_raw(text, own_comment))
-    hidden, masked = {}, None
+    masked, hidden = _mask(text, raw), {}
     if own_comment or (re.search(CONSTANT, text) if alone else may_hide(whole)):
         meanings = Meanings({"{comment": True} if own_comment else {}, frozen=alone)
         if styles:
             hidden_parts(_mask(styles, _raw(styles, own_comment)), meanings)
             meanings.groups.clear()
-        masked = _mask(text, raw)
         hidden = hidden_parts(masked, meanings)
-    spans = iter([*hidden.items(), (len(text) + 1, 0)])
-    start, end = next(spans)
+    spans = [("hidden", start, end, None) for start, end in hidden.items()]
     position = 0
-    for part in raw:
-        while start <= part[1]:
-            yield "hidden", start, end, None
+    for part in sorted([*spans, *raw], key=itemgetter(1)):
+        kind, start, end, m = part
+        if not m:
             position = end
-            start, end = next(spans)
-        inside = part[0] in ("endinput", "stop", "only") and within_conditional(
-            masked or _mask(text, raw), part[1], hidden
-        )
-        if part[1] >= position and not inside:
-            yield part
-    while start <= len(text):
-        yield "hidden", start, end, None
-        start, end = next(spans)
+        elif start < position:
+            continue
+        elif kind in ("endinput", "stop", "only") and within_conditional(masked, start, hidden):
+            continue
+        yield part
 
 
 def _mask(text, parts):
@@ -156,9 +150,12 @@ def _uncomment(text, start, end):
     after = AFTER_COMMENT.match(text, end)
     if left < start or after["apart"] is not None or BLOCK.match(text, line):
         return left, "", end
-    end = after.end()
-    glued = text[end].isalpha() and WORD_AT_END.search(text, max(0, left - 40), left)  # \Phi% and a: not \Phia
-    return left, " " if glued else "", end
+    return left, _apart(text[max(0, left - 40) : left], text[after.end()]), after.end()
+
+
+def _apart(before, after):
+    r"""The blank without which a letter would become part of the command before it, or nothing: \Phi a, not \Phia."""
+    return " " if after.isalpha() and WORD_AT_END.search(before) else ""
 
 
 def _hide(text, dropped, styles):
@@ -185,10 +182,10 @@ def _hide(text, dropped, styles):
 
 def _unhide(text, start, end, environment):
     """Where a hidden part starts, what is left of it, and where it ends: a line end after \\fi is none to TeX."""
-    if not environment and LINE_END.match(text, end):
-        end = LINE_END.match(text, end).end()
-    glued = text[end : end + 1].isalpha() and WORD_AT_END.search(text, max(0, start - 40), start)
-    return start, " " if glued else "", end
+    line_end = not environment and LINE_END.match(text, end)
+    if line_end:
+        end = line_end.end()
+    return start, _apart(text[max(0, start - 40) : start], text[end : end + 1]), end
 
 
 # ---- cleaning -------------------------------------------------------------------------------------------------------
@@ -247,8 +244,7 @@ def _cuts(text, abbreviations):
             continue
         start, end = m.span()
         if token in ("group", "group_end") and not formulas and start not in wrapped:  # most tokens
-            depth += DEEPER[token]
-            continue
+            continue  # only within formulas the depth matters
         tag = abbreviations.get(command, (None, None))
         depth = _follow(m, formulas, depth, *tag)
         if tag[0] or (formulas and start not in wrapped):
@@ -270,7 +266,6 @@ def _cuts(text, abbreviations):
             brace = brace and GAP.match(text, brace).end()
             if brace in ends and text[brace] == "{":
                 wrapped.add(ends[brace] - 1)
-                depth += 1
                 cut_end = brace + 1
         elif begin in ENVIRONMENTS:
             kind, cut_end = ENVIRONMENTS[begin], ends.get(start)
@@ -295,8 +290,8 @@ def _strip(text, dropped, abbreviations):
             between = "\n" if between == "\n\n" else ""
         elif between == " " and (before in " ([{~" or after in ")]},.;:~ \n"):
             between = ""
-        elif not between and before.isalpha() and after.isalpha() and WORD_AT_END.search(written):
-            between = " "
+        elif not between and before.isalpha():
+            between = _apart(written, after)
         out += [piece, between]
         written += between
         dropped[kind if kind in COUNTED else "layout"] += end - start
@@ -325,10 +320,7 @@ def _preamble(text, body):
     kept = [text[i:j] for i, j in spans if not INTERNAL.match(text, i)]
     if not re.search(PRINTS_FRONT, body):
         return kept, []
-    rest = list(text)
-    for i, j in spans:
-        rest[i:j] = " " * (j - i)
-    rest = "".join(rest)
+    rest = _mask(text, [("hidden", i, j, None) for i, j in spans])
     front = {m.start(): arguments_end(rest, m.end(), "1", ends) for m in re.finditer(FRONT, rest)}
     front |= {m.start(): m.end() for m in re.finditer(FRONT_ABSTRACT, rest)}
     return kept, [text[i:j] for i, j in sorted(front.items()) if j]
