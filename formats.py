@@ -72,10 +72,5 @@ def binary(source: bytes | str | Path) -> str:
 
 def utf16(start: bytes) -> bool:
     """Whether bytes look like UTF-16 without a mark: of most scripts of Europe every other byte is NUL."""
-    return any(half.count(0) > 0.8 * len(half) and not other.count(0) for half, other in _halves(start[:START]))
-
-
-def _halves(start):
-    """The bytes at even and at odd places, in both orders."""
-    even, odd = start[::2], start[1::2]
-    return ((even, odd), (odd, even))
+    even, odd = start[:START:2], start[1:START:2]
+    return any(half.count(0) > 0.8 * len(half) and not other.count(0) for half, other in ((even, odd), (odd, even)))
