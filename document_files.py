@@ -45,8 +45,9 @@ def _plain_document(file, flag):
     raw = read_bytes(file, flag)
     decoded = text_bytes.decode(raw, guess=False)
     if decoded is None or formats.lfs_pointer(raw):
-        files.decode_text(raw, f"--{flag} {file}")  # says what is wrong
-        raise UserError(f"--{flag} {file}: {text_bytes.refusal(raw)}")
+        where = f"--{flag} {file}"
+        files.read_text(str(file), where)  # says what is wrong
+        raise UserError(f"{where}: {text_bytes.refusal(raw)}")
     text, encoding = decoded
     return [{"text": text}], "read", *filter(None, [text_bytes.note(raw, encoding)])
 
