@@ -1,6 +1,8 @@
 """Read a generated answer as a score of two classes."""
 
 import re
+from functools import partial
+from itertools import chain, takewhile
 
 from answer_numbers import COUNTS, NUMBER, SPELLED, Reading, digits_of, read_number, state_scores
 
@@ -12,11 +14,10 @@ YES |= set("violates violate violated violating violation violations".split())
 NO = set("no nope false incorrect wrong untrue inaccurate invalid complies comply compliant compliance".split())
 
 # What says so only as a whole sentence.
-ALONE = dict.fromkeys("ja oui sí sì si sim да はい 是 是的 y t".split(), True)
-ALONE |= dict.fromkeys("nein non não нет いいえ 否 不是 n f".split(), False)
-ALONE |= dict.fromkeys(("it does", "it is", "i think so"), True)
-ALONE |= dict.fromkeys(("it doesn't", "it isn't", "i don't think so", "not really", "of course not"), False)
-ALONE |= {f"{word} not": False for word in ("it does", "it is", "absolutely", "definitely", "certainly", "probably")}
+ALONE = dict.fromkeys("ja,oui,sí,sì,si,sim,да,はい,是,是的,y,t,it does,it is,i think so".split(","), True)
+ALONE |= dict.fromkeys("nein,non,não,нет,いいえ,否,不是,n,f,it doesn't,it isn't,i don't think so".split(","), False)
+ALONE |= {f"{word} not": False for word in "it does,it is,absolutely,definitely,certainly,probably".split(",")}
+ALONE |= {"not really": False, "of course not": False}
 
 # What negates the words after it (so do all that end with n't, and some "no"), and what no negation reaches over.
 NOT = set("not never cannot cant without nothing none hardly neither unlikely fails fail failed doubt non".split())
@@ -164,7 +165,7 @@ def parse_answer(text: str, words: tuple[str, ...]) -> Reading:
         text = pattern.sub(new, text)
     text = SPELLED.sub(digits_of, text)
     sides = _sides(words)
-    text = state_scores(text, lambda label: _side_of(label, sides))
+    text = state_scores(text, partial(_side_of, sides))
 
     # A first line that answers stands alone; a model may have continued with another question and its answer.
     before_next = _sentences(NEXT.split(text, maxsplit=1)[0])
@@ -189,11 +190,11 @@ def _sides(words: tuple[str, ...]) -> dict[str, int]:
             own[" ".join(alias.lower().replace("_", " ").split())] = side
     own.pop("", None)
     general = {**dict.fromkeys(YES, True), **dict.fromkeys(NO, False), **ALONE}
-    yes_sides = {side if general[word] else 1 - side for word, side in own.items() if word in general}
+    yes_sides = {int(side == general[word]) for word, side in own.items() if word in general}
     if len(yes_sides) != 1:
         return own
     (yes_side,) = yes_sides
-    return {word: yes_side if is_yes else 1 - yes_side for word, is_yes in general.items()} | own
+    return {word: int(yes_side == is_yes) for word, is_yes in general.items()} | own
 
 
 def _answer(sentences: list[str], sides: dict[str, int]) -> Reading:
@@ -246,13 +247,10 @@ def _read(sentences: list[str], sides: dict[str, int], final: bool = False) -> R
     """Stages 2 to 4. final: the whole text is the answer, so that each number counts."""
     # Stage 2: words anywhere, numbers at the begin and the end.
     statements = [sentence for sentence in sentences if not sentence.rstrip(" )'").endswith("?")]
-    alone_sides, alone_numbers = set(), []
-    for i, sentence in enumerate(statements):
-        side, number = _alone(sentence, sides, at_end=i in (0, len(statements) - 1))
-        if side is not None:
-            alone_sides.add(side)
-        if number:
-            alone_numbers.append(number)
+    ends = (0, len(statements) - 1)
+    alone = [_alone(sentence, sides, i in ends) for i, sentence in enumerate(statements)]
+    alone_sides = {side for side, _ in alone if side is not None}
+    alone_numbers = [number for _, number in alone if number]
     score, form = _decide(alone_sides, alone_numbers)
     if form != "none":
         return score, form
@@ -266,10 +264,9 @@ def _read(sentences: list[str], sides: dict[str, int], final: bool = False) -> R
 
     # Stage 4: words, and numbers that may be scores.
     statements = [sentence for sentence in sentences if sentence in statements]
-    spoken, numbers, sure = set(), [], False
-    for sentence in statements:
-        spoken |= _spoken(sentence, sides)
-        sure |= bool(SURE & set(WORD.findall(sentence)))
+    spoken = set().union(*(_spoken(sentence, sides) for sentence in statements))
+    sure = any(SURE & set(WORD.findall(sentence)) for sentence in statements)
+    numbers = []
     for sentence in statements:
         if spoken or not CERTAIN.search(sentence):
             numbers += _numbers(sentence, sides, final)
@@ -281,9 +278,8 @@ def _read(sentences: list[str], sides: dict[str, int], final: bool = False) -> R
 
 def _why_none(statements: list[str], alone_numbers: list[Reading]) -> str:
     """What is wrong with a text that says nothing."""
-    readings = set(alone_numbers)
-    for sentence in statements:
-        readings |= {read_number(match) for match in NUMBER.finditer(sentence)}
+    matches = chain.from_iterable(map(NUMBER.finditer, statements))
+    readings = {*alone_numbers, *map(read_number, matches)}
     if len(readings) > 1:
         return "ambiguous"
     return "out of range" if (None, "out of range") in readings else "none"
@@ -355,7 +351,7 @@ def _spoken(sentence: str, sides: dict[str, int]) -> set[int | None]:
     return spoken
 
 
-def _side_of(label: str, sides: dict[str, int]) -> int | None:
+def _side_of(sides: dict[str, int], label: str) -> int | None:
     """The class that a few words speak for, or None."""
     spoken = {sides[label]} if label in sides else _spoken(label, sides)
     return min(spoken) if len(spoken) == 1 and None not in spoken else None
@@ -363,8 +359,7 @@ def _side_of(label: str, sides: dict[str, int]) -> int | None:
 
 def _clause(tokens: list[str]) -> list[str]:
     """The words before the first mark."""
-    marks = [i for i, token in enumerate(tokens) if not token[0].isalnum()]
-    return tokens[: marks[0]] if marks else tokens
+    return list(takewhile(lambda token: token[0].isalnum(), tokens))
 
 
 def _counts(token: str, first: bool, before: list[str], after: list[str]) -> bool:

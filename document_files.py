@@ -59,7 +59,7 @@ def _json_rows(file, flag):
         values = files.from_json(files.read_text(str(file), where))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: cannot be read as JSON ({one_line(e)}); JSON lines end in .jsonl") from None
-    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+    if not pair_formats.are_objects(values):
         raise UserError(f"{where}: expected a list of objects, each a document or a pair")
     return [{key: files.cell(value) for key, value in row.items()} for row in values]
 

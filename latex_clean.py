@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from operator import itemgetter
+
 from latex_hidden import Meanings, hidden_parts, may_hide, within_conditional
 from latex_syntax import (
     COMMANDS,

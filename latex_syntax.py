@@ -86,6 +86,7 @@ def without(text: str, spans) -> str:
         position = max(position, end)
     return "".join(kept) + text[position:]
 
+
 def ends_of(text: str) -> dict[int, int]:
     """Where each closed group, and each closed environment that is to go, ends: by where it starts."""
     ends, opened = {}, defaultdict(list)

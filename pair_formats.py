@@ -5,26 +5,15 @@ Nothing is guessed: a row is a pair where it has one column for the prompt and o
 
 import json
 
+from latex_syntax import table
+
 PROMPTS = "prompt instruction question query problem input".split()  # columns of the prompt, the first one counts
 BESIDE = "input context".split()  # a second part of the prompt, after a blank line
 RESPONSES = "response completion output answer solution".split()
 CHATS = "messages conversations conversation dialogue dialog".split()
-ROLES = {  # what roles are called: our name
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "ipython": "tool",
-}
+ROLES = table("""
+    system: system developer user: user human assistant: assistant gpt chatgpt model bot
+    tool: tool function observation function_response ipython""")  # what roles are called: our name
 TEXT_PARTS = ("text", "input_text", "output_text")
 UNLEARNED = "weight train trainable learn loss loss_mask".split()  # keys of a turn that say so when they are false
 FALSE = (0, "0", "false", "False")  # 0 is False
@@ -76,7 +65,12 @@ def _turns(cell):
         turns = json.loads(cell)
     except (ValueError, RecursionError):
         return []
-    return turns if all(isinstance(turn, dict) and "role" in turn for turn in turns) else []
+    return turns if are_objects(turns) and all("role" in turn for turn in turns) else []
+
+
+def are_objects(values) -> bool:
+    """Whether a value of JSON is a list of objects."""
+    return isinstance(values, list) and all(isinstance(value, dict) for value in values)
 
 
 def problem(row: dict[str, str], used: list[str] = ()) -> str:
@@ -97,7 +91,7 @@ def problem(row: dict[str, str], used: list[str] = ()) -> str:
 def read_turns(cell: str) -> list[dict]:
     """The turns of a chat, with role and content. Raises ValueError that says what is not known."""
     turns = json.loads(cell)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    if not are_objects(turns):
         raise ValueError("messages is no list of objects with role and content")
     return [_turn(turn) for turn in turns]
 
@@ -126,7 +120,7 @@ def _turn(turn):
 def _calls(calls):
     """Tool calls with their arguments as objects: a template would write a JSON string as a string."""
     calls = json.loads(calls) if isinstance(calls, str) else calls
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+    if not are_objects(calls):
         raise ValueError("tool_calls is no list of objects")
     read = []
     for call in calls:
