@@ -102,6 +102,7 @@ def hidden_parts(text: str, meanings: Meanings) -> dict[int, int]:
             continue
         start = step.start()
         spans = []
+        learned = []  # (name, its meaning from here on)
         if start in jumps:
             position = jumps[start]
         elif step[0] == "{" or word in ("begingroup", "bgroup"):
@@ -111,7 +112,8 @@ def hidden_parts(text: str, meanings: Meanings) -> dict[int, int]:
         elif step["tag"]:
             spans = _environment(text, step, meanings)
         elif word in DEFINING or (word or "").endswith("Environ"):
-            position = _definition(text, step, ends, meanings, start < undecided, before) or position
+            end, learned = _definition(text, step, ends, meanings)
+            position = end or position
         elif step["quoted"] or word:
             word = word or re.match("[a-z]+", step["quoted"])[0]
             branch, test_end = outcome(text, word, position, meanings)
@@ -120,7 +122,10 @@ def hidden_parts(text: str, meanings: Meanings) -> dict[int, int]:
                 undecided = max(undecided, branches[start][-1][2])
             spans = spans or _braced(text, step, ends, meanings) or _gobbled(text, step, ends, meanings)
             if not spans:
-                _set_flag(text, step, meanings, start < undecided, before)
+                learned = _flags(text, step, meanings)
+        everywhere = word in ("gdef", "xdef") or before == r"\global"
+        for key, meaning in learned:
+            _learn(text, meanings, key, meaning, start < undecided, everywhere)
         if spans:
             decisions.append(spans)
             jumps |= dict(spans)
@@ -250,30 +255,27 @@ def _learn(text, meanings, key, meaning, undecided, everywhere):
         meanings.learn(key, meaning, everywhere)
 
 
-def _set_flag(text, step, meanings, undecided, before):
-    """Learn from a command that declares or sets a flag, a toggle or an environment."""
-    word, position, everywhere = step["word"] or "", step.end(), before == r"\global"
+def _flags(text, step, meanings):
+    """(key, meaning) of each flag, toggle or environment that a command declares or sets."""
+    word = step["word"] or ""
     flag = re.fullmatch("(.+)(true|false)", word)
     new = re.fullmatch(r"newif\s*\\(if.+)", step["quoted"] or "")
     if word in SETTERS:
         kind, value = SETTERS[word].split("=")
-        m = NAME.match(text, position)
+        m = NAME.match(text, step.end())
         given = m and NAME.match(text, m.end())
         if value == "given":
             value = given[1].capitalize() if given else ""
-        for name in m[1].split(",") if m else ():
-            key = kind + name.strip()
-            if value != "new" or key not in meanings.known:
-                meaning = {"True": True, "False": False, "new": False}.get(value)
-                _learn(text, meanings, key, meaning, undecided, everywhere)
-    elif flag and word not in ("iftrue", "iffalse"):
-        _learn(text, meanings, "if" + flag[1], flag[2] == "true", undecided, everywhere)
-    elif new:
-        _learn(text, meanings, new[1], False, undecided, everywhere)
+        keys = [kind + name.strip() for name in m[1].split(",")] if m else []
+        meaning = {"True": True, "False": False, "new": False}.get(value)
+        return [(key, meaning) for key in keys if value != "new" or key not in meanings.known]
+    if flag and word not in ("iftrue", "iffalse"):
+        return [("if" + flag[1], flag[2] == "true")]
+    return [(new[1], False)] if new else []
 
 
-def _definition(text, step, ends, meanings, undecided, before):
-    """Learn from a definition; where it ends, or None."""
+def _definition(text, step, ends, meanings):
+    """(where a definition ends or None, a list of the name that it defines: (key, meaning))."""
     word, position = step["word"], step.end()
     if word.endswith("Environ"):
         end = arguments_end(text, position, "2", ends)
@@ -282,21 +284,17 @@ def _definition(text, step, ends, meanings, undecided, before):
     definee = DEFINEE.match(text, position)
     name = definee and re.search(r"[a-zA-Z@]+", definee[0])
     if not end or not name:
-        return end
+        return end, []
     rest, name = text[definee.end() : end], name[0]
     for flag in re.findall(FLAG, rest):
         if not flag.startswith("if"):
             meanings.doubt("if" + re.sub("(true|false)$", "", flag))  # who knows when the macro is used
-    everywhere = word in ("gdef", "xdef") or before == r"\global"
     key, meaning = _meaning(word, name, rest, meanings)
     if isinstance(meaning, Macro) and meaning.arguments not in ("", "?"):
         meaning.silent = None if r"\if" in meaning.body else _silent(meaning, meanings)
-    if word == "providecommand":
-        if name in meanings.known:
-            return end
-        meaning = None  # it may be known from elsewhere
-    _learn(text, meanings, key, meaning, undecided, everywhere)
-    return end
+    if word != "providecommand":
+        return end, [(key, meaning)]
+    return end, [] if name in meanings.known else [(key, None)]  # it may be known from elsewhere
 
 
 def _meaning(word, name, rest, meanings):
