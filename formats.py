@@ -4,12 +4,11 @@ from pathlib import Path
 
 START = 4096  # bytes that are looked at
 
-# (the bytes that a file begins with, what it is, what to do)
+# (the bytes that a file begins with, one of several; what it is, what to do)
 LFS = b"version https://git-lfs.github.com/spec/v1\n"
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 POINTER = "a Git LFS pointer, which stands for the file; fetch it with git lfs pull"
 SIGNATURES = (
-    (LFS, POINTER),
     (GZIP, "gzip, not UTF-8 text; end its name in .gz"),
     (PARQUET, "a Parquet file; name it .parquet"),
     (b"SQLite format 3\0", "a SQLite database; export the table as CSV"),
@@ -18,8 +17,7 @@ SIGNATURES = (
     (b"\xff\xff\xff\xff", "an Arrow stream; save it as Parquet or CSV"),
     (b"\x93NUMPY", "a NumPy array; save it as CSV"),
     (b"\x89HDF", "an HDF5 file; save it as Parquet or CSV"),
-    (b"\x89PNG", "a picture"),
-    (b"\xff\xd8\xff", "a picture"),
+    ((b"\x89PNG", b"\xff\xd8\xff"), "a picture"),
     (b"%PDF-", "a PDF document"),
     (b"{\\rtf", "an RTF document; save it as text"),
     (b"\xfd7zXZ", "xz; unpack it first"),
@@ -27,13 +25,9 @@ SIGNATURES = (
     (b"7z\xbc\xaf", "a 7-Zip archive; unpack it first"),
     (b"Rar!\x1a", "a RAR archive; unpack it first"),
     (b"\xff\xfe\0\0", "UTF-32; save it as UTF-8"),
-    (b"\xff\xfe", "UTF-16; save it as UTF-8"),
-    (b"\xfe\xff", "UTF-16; save it as UTF-8"),
-    *((b"PK" + kind, "a zip archive; unpack it first") for kind in (b"\3\4", b"\5\6", b"\7\10")),
-    *(
-        (b"\x80" + bytes([version]), "a pickle, which is never opened; save it as Parquet or CSV")
-        for version in (2, 3, 4, 5)
-    ),
+    ((b"\xff\xfe", b"\xfe\xff"), "UTF-16; save it as UTF-8"),
+    ((b"PK\3\4", b"PK\5\6", b"PK\7\10"), "a zip archive; unpack it first"),
+    ((b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"), "a pickle, which is never opened; save it as Parquet or CSV"),
 )
 PAGES = (b"<!doctype", b"<html", b"<?xml")  # in lower case, after blanks
 

@@ -81,24 +81,21 @@ NO_TEXT = rf"[{CONTROLS}\ud800-\udfff\ufdd0-\ufdef\ufeff\ufff9-\uffff]"  # those
 def _raw(text, own_comment):
     """(kind, start, end, match) of comments, verbatim parts, \\input commands and document tags, in order."""
     unclosed = set()
-    m = LEX.search(text)
-    while m:
-        kind, start, end = m.lastgroup, m.start(), m.end()
-        if kind == "verbatim":
-            kind = "hidden" if re.fullmatch(HIDDEN, m["verbatim"]) else "verb"
-            if own_comment and m["verbatim"] == "comment":
-                m = LEX.search(text, end)
+    position = 0
+    while m := LEX.search(text, position):
+        kind, environment, position = m.lastgroup, m["verbatim"], m.end()
+        if environment:
+            tag = rf"(?P<tag>\\end[ \t]*\{{{re.escape(environment)}\}})"
+            if tag in unclosed or (own_comment and environment == "comment"):
                 continue
-            tag = rf"\\end[ \t]*\{{{re.escape(m['verbatim'])}\}}"
-            close = tag not in unclosed and re.compile(tag).search(text, end)
-            end = close.end() if close else None
-            if not end:
+            close = re.compile(tag + "[^\n]*").search(text, position)
+            if not close:
                 unclosed.add(tag)  # no later one need look for it again: that would take quadratic time
-            elif kind == "hidden":
-                end = re.compile("[^\n]*").match(text, end).end()  # TeX drops the rest of the line
-        if kind and end:
-            yield kind, start, end, m
-        m = LEX.search(text, end or m.end())
+                continue
+            kind = "hidden" if re.fullmatch(HIDDEN, environment) else "verb"
+            position = close.end() if kind == "hidden" else close.end("tag")  # of a hidden one TeX drops the whole line
+        if kind:
+            yield kind, m.start(), position, m
 
 
 def lex(text: str, styles: str = "", alone: bool = False):

@@ -115,7 +115,7 @@ def _compare(text, position, meanings):
     joined = re.compile(COMMENT + r"(\S)").match(text, m.start(3)) if m[3] else None
     if joined and joined[1] in ("\\", m[1]):
         return None, position
-    first, second = m[1] or _word(m[2], meanings), m[3] or (_word(m[4], meanings) if m[4] else None)
+    first, second = m[1] or _word(m[2], meanings), m[3] or _word(m[4], meanings)
     if first and len(first) == 1 and second and len(second) == 1:
         return (0 if first == second else -1), m.end()
     if m[1] and not m[3] and m[4] not in meanings.known:  # a character is no command

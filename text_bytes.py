@@ -136,7 +136,8 @@ def _decodes(raw, codec):
 def _by_letters(raw):
     """The encoding in which bytes make the commonest letters of a language, if no other does nearly as well."""
     runs = re.findall(rb"[\x80-\xff]+", raw)
-    in_rows = sum(len(run) for run in runs if len(run) > 2) * 2 > sum(map(len, runs))
+    total = sum(map(len, runs))
+    in_rows = sum(len(run) for run in runs if len(run) > 2) * 2 > total
     scores = {}
     for codec, common in COMMON.items():
         if in_rows == (codec in WESTERN) or not _decodes(raw, codec):
@@ -148,8 +149,7 @@ def _by_letters(raw):
         scores[codec] = sum(map(fitting.count, common)) / len(re.findall(r"[^\x00-\x7f]", text))
     ranked = sorted(scores, key=lambda codec: (scores[codec], codec in USUAL), reverse=True)
     best = max(scores.values(), default=0)
-    rivals = [codec for codec in ranked if raw.decode(codec) != raw.decode(ranked[0])]
-    second = scores[rivals[0]] if rivals else 0
+    second = max((scores[codec] for codec in scores if raw.decode(codec) != raw.decode(ranked[0])), default=0)
     margin = 0.3 * second if in_rows else 0.05
     least = 0.2 if ranked and ranked[0] in EASTERN else 0.72  # thousands of letters, or few
     if best >= least and (ranked[0] in USUAL or best > second + margin):
@@ -157,7 +157,7 @@ def _by_letters(raw):
     if best >= least and not in_rows and scores.get("cp1252", 0) < best - margin:
         return None
     controls = len(re.findall(rb"[\x80-\x9f]", raw))
-    if in_rows or 2 * controls > sum(map(len, runs)):
+    if in_rows or 2 * controls > total:
         return None
     return "cp1252" if _decodes(raw, "cp1252") else "latin-1"
 
