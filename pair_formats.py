@@ -25,16 +25,16 @@ def renamed(row: dict[str, str], template_columns: list[str]) -> tuple[dict[str,
 
     template_columns: those of --text, which are no responses. With the default, a row that has a text is a document.
     """
-    lower = {name.lower(): name for name in row}
-    columns = {name: lower[name] for name in [*PROMPTS, *BESIDE, *RESPONSES, *CHATS, "system"] if name in lower}
+    columns = {name.lower(): name for name in row}
     default = template_columns == ["text"]
     if default and "text" in row:
         return row, ""
-    chats = [name for name in CHATS if name in columns and columns[name] not in template_columns]
+    others = {name for name, column in columns.items() if column not in template_columns}
+    chats = [columns[name] for name in CHATS if name in others]
     if chats:
-        return {**row, "messages": row[columns[chats[0]]]}, columns[chats[0]]
-    asked = [name for name in PROMPTS if name in columns and (default or columns[name] in template_columns)]
-    answers = [name for name in RESPONSES if name in columns and columns[name] not in template_columns]
+        return {**row, "messages": row[chats[0]]}, chats[0]
+    asked = [name for name in PROMPTS if name in columns and (default or name not in others)]
+    answers = [name for name in RESPONSES if name in others]
     if "response" in answers:
         answers = ["response"]
     if len(answers) != 1 or (default and not asked):
