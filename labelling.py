@@ -127,7 +127,7 @@ def label_sets(cfg, rows: Rows, where: str) -> list[list[str]]:
 
     def of_list(text):
         if not text.startswith("["):
-            return [part.strip() for part in text.split(cfg.label_delimiter) if part.strip()]
+            return list(filter(None, map(str.strip, text.split(cfg.label_delimiter))))
         parts = json.loads(text)
         if not all(type(part) in (str, int) and str(part).strip() for part in parts):
             raise ValueError

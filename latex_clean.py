@@ -65,7 +65,7 @@ TOKEN = (
     rf"|(?P<sized_group>\{{\s*\\(?:{SIZES}){END}\s*)|(?P<group>\{{)|(?P<group_end>\}})"
 )
 DEEPER = {"group": 1, "sized_group": 1, "group_end": -1}  # how tokens change the depth of groups
-LINE_END = re.compile(r"[ \t]*\n(?![ \t]*\n)")
+LINE_END = re.compile(r"([ \t]*\n(?![ \t]*\n))?")  # one after \fi is none to TeX
 WORD_AT_END = re.compile(WORD + "$")
 BLOCK = re.compile(r"[ \t]*\\(?:begin|end|item|[][])")  # where TeX ignores a line end
 AFTER_COMMENT = re.compile(rf"{GAP.pattern}(?P<apart>\Z|[\n%]|{BLOCK.pattern})?")
@@ -167,7 +167,9 @@ def _hide(text, dropped, styles):
         elif kind == "comment":
             start, left, end = _uncomment(text, start, end)
         elif kind == "hidden":
-            start, left, end = _unhide(text, start, end, m)
+            if not m:
+                end = LINE_END.match(text, end).end()
+            left = _apart(text[max(0, start - 40) : start], text[end : end + 1])
         else:
             continue
         start = max(start, position)
@@ -176,14 +178,6 @@ def _hide(text, dropped, styles):
         out += [text[position:start], left]
         position = end
     return "".join(out) + text[position:], verbatim
-
-
-def _unhide(text, start, end, environment):
-    """Where a hidden part starts, what is left of it, and where it ends: a line end after \\fi is none to TeX."""
-    line_end = not environment and LINE_END.match(text, end)
-    if line_end:
-        end = line_end.end()
-    return start, _apart(text[max(0, start - 40) : start], text[end : end + 1]), end
 
 
 # ---- cleaning -------------------------------------------------------------------------------------------------------
