@@ -35,14 +35,14 @@ class Prompter:
         except (ValueError, RecursionError) as e:
             raise UserError(f"{where}: {e}") from None
 
-    def _plain(self, row: dict[str, str]) -> list[tuple[bool, str]]:
+    def _plain(self, row):
         pieces = []
         for example in self.examples:
             pieces += prompts.render(self.text, example)
             pieces += [(True, example["response"]), (False, "\n\n")]
         return pieces + prompts.render(self.text, row)
 
-    def _turns(self, row: dict[str, str]) -> list[dict]:
+    def _turns(self, row):
         """System turn, solved examples, and what the row asks."""
         asked = read_messages(row["messages"]) if self.whole else [self._question(row)]
         system = []
@@ -55,7 +55,7 @@ class Prompter:
             solved += [self._question(example), prompts.turn("assistant", example["response"])]
         return system + solved + asked
 
-    def _question(self, row: dict[str, str]) -> dict[str, str]:
+    def _question(self, row):
         return prompts.turn("user", prompts.plain(prompts.render(self.text, row)))
 
 
