@@ -108,7 +108,7 @@ def state_scores(text: str, side_of: Callable[[str], int | None]) -> str:
     text = re.sub(r"[ \t]+", " ", text)
     scores = []
 
-    def line(match: re.Match, of_first: bool = False, both: bool = True) -> str:
+    def line(match, of_first=False, both=True):
         side = side_of(match["of"].rpartition("=")[2].strip())
         amount = NUMBER.fullmatch(match["number"] or "")
         share = read_number(amount)[0] if amount else None

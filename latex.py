@@ -61,15 +61,15 @@ def _resolve(target, folders, files):
     target, problem = target.strip(' \t"'), "missing"
     if re.match("/|~|[a-zA-Z]:", target):
         return None, "outside the folder"
-    for folder in folders:
-        path = posixpath.normpath(posixpath.join(folder, target))
+    paths = [posixpath.normpath(posixpath.join(folder, target)) for folder in folders]
+    for path in paths:
         for name in (path + ".tex", path):
             if name in files:
                 return name, ""
         if path.startswith("../"):
             problem = "outside the folder"
-    alike = {posixpath.normpath(posixpath.join(folder, target)).casefold() for folder in folders}
-    names = {name for path in alike for name in _by_small_letters(tuple(files)).get(path.removesuffix(".tex"), ())}
+    alike = _by_small_letters(tuple(files))
+    names = {name for path in paths for name in alike.get(path.casefold().removesuffix(".tex"), ())}
     return (names.pop(), "") if len(names) == 1 else (None, problem)  # as TeX finds Intro.tex where there is intro.tex
 
 

@@ -148,12 +148,12 @@ def _uncomment(text, start, end):
     after = AFTER_COMMENT.match(text, end)
     if left < start or after["apart"] is not None or BLOCK.match(text, line):
         return left, "", end
-    return left, _apart(text[max(0, left - 40) : left], text[after.end()]), after.end()
+    return left, _apart(text, left, after.end()), after.end()
 
 
-def _apart(before, after):
-    r"""The blank without which a letter would become part of the command before it, or nothing: \Phi a, not \Phia."""
-    return " " if after.isalpha() and WORD_AT_END.search(before) else ""
+def _apart(text, left, right):
+    r"""The blank that stands for what goes, where a letter would become part of a command (\Phi a, not \Phia)."""
+    return " " if text[right : right + 1].isalpha() and WORD_AT_END.search(text, max(0, left - 40), left) else ""
 
 
 def _hide(text, dropped, styles):
@@ -169,7 +169,7 @@ def _hide(text, dropped, styles):
         elif kind == "hidden":
             if not m:
                 end = LINE_END.match(text, end).end()
-            left = _apart(text[max(0, start - 40) : start], text[end : end + 1])
+            left = _apart(text, start, end)
         else:
             continue
         start = max(start, position)
@@ -283,7 +283,7 @@ def _strip(text, dropped, abbreviations):
         elif between == " " and (before in " ([{~" or after in ")]},.;:~ \n"):
             between = ""
         elif not between and before.isalpha():
-            between = _apart(written, after)
+            between = _apart(written + after, len(written), len(written))
         out += [piece, between]
         written += between
         dropped[kind if kind in COUNTED else "layout"] += end - start

@@ -71,9 +71,8 @@ DISABLED = r"\\usepackage\s*\[[^]]{0,200}\bdisable\b[^]]{0,200}\]\s*\{todonotes\
 EMPTY = re.compile(rf"[\]#}}\d\w]\s*\{{(?:{SILENT})*\}}$")
 NAME = re.compile(r"\s*\{\s*([\w@*, \-]+?)\s*\}")
 BODY = re.compile(r"(?s)\s*(?:\[(\d)\])?\s*(\[[^]]*\])?\s*\{(.*)\}")
-ARGUMENT_BEFORE = re.compile(
-    r"(?:[}\]*]|\\(?!(?:if[a-zA-Z@]*|else|or|fi)\b)[a-zA-Z@]+)\s*$"
-)  # of a group: it may be the argument of a command
+# Before a group: it may be the argument of a command.
+ARGUMENT_BEFORE = re.compile(r"(?:[}\]*]|\\(?!(?:if[a-zA-Z@]*|else|or|fi)\b)[a-zA-Z@]+)\s*$")
 
 # ---- reading in TeX's order -----------------------------------------------------------------------------------------
 
@@ -330,7 +329,7 @@ def _arguments(parameters):
     if delimited:
         return delimited[1]
     plain = re.fullmatch(r"(?:#\d\s*)*", parameters)
-    return (str(parameters.count("#") or "")) if plain else "?"
+    return str(parameters.count("#") or "") if plain else "?"
 
 
 def _gobbled(text, step, ends, meanings):

@@ -5,11 +5,7 @@ from dataclasses import dataclass
 
 from latex_syntax import END
 
-OPERATORS = {
-    "<": int.__lt__,
-    "=": int.__eq__,
-    ">": int.__gt__,
-}
+OPERATORS = {"<": int.__lt__, "=": int.__eq__, ">": int.__gt__}
 NUMBER = rf"(?:(-?\d+)|\\([a-zA-Z@]+){END})"
 COMPARED = re.compile(rf"\s*{NUMBER}\s*([<=>])\s*{NUMBER}\s?")
 COUNTED = re.compile(rf"\s*{NUMBER}\s?")
@@ -81,7 +77,8 @@ def outcome(
         return (0 if word == "iftrue" or known else -1), position
     if word == "ifnum":
         m = COMPARED.match(text, position)
-        left, right = m and (_number(m[1], m[2], meanings), _number(m[4], m[5], meanings)) or (None, None)
+        left = m and _number(m[1], m[2], meanings)
+        right = m and _number(m[4], m[5], meanings)
         if None not in (left, right) and not GOES_ON.match(text, m.end()):
             return (0 if OPERATORS[m[3]](left, right) else -1), m.end()
     if word in ("ifodd", "ifcase"):
@@ -115,7 +112,8 @@ def _compare(text, position, meanings):
     joined = re.compile(COMMENT + r"(\S)").match(text, m.start(3)) if m[3] else None
     if joined and joined[1] in ("\\", m[1]):
         return None, position
-    first, second = m[1] or _word(m[2], meanings), m[3] or _word(m[4], meanings)
+    first = m[1] or _word(m[2], meanings)
+    second = m[3] or _word(m[4], meanings)
     if first and len(first) == 1 and second and len(second) == 1:
         return (0 if first == second else -1), m.end()
     if m[1] and not m[3] and m[4] not in meanings.known:  # a character is no command

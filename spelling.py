@@ -29,11 +29,8 @@ def look(text: str) -> str:
 
 def key(text: str) -> str | Decimal:
     """What all spellings of a text have in common."""
-    words = look(text).casefold().split()
-    plain = " ".join(words)
-    if NUMBER.fullmatch(plain):
-        return Decimal(plain)
-    return plain
+    plain = " ".join(look(text).casefold().split())
+    return Decimal(plain) if NUMBER.fullmatch(plain) else plain
 
 
 def alike(texts: Iterable[str]) -> list[list[str]]:
@@ -41,8 +38,7 @@ def alike(texts: Iterable[str]) -> list[list[str]]:
     groups = defaultdict(set)
     for text in texts:
         groups[key(text)].add(text)
-    several = [group for group in groups.values() if len(group) > 1]
-    return list(map(sorted, several))
+    return [sorted(group) for group in groups.values() if len(group) > 1]
 
 
 def quoted(texts: list[str]) -> list[str]:
