@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 
 Reading = tuple[float | None, str]  # the score of the second class, and the form it has or what is wrong with it
 
@@ -11,9 +12,8 @@ Reading = tuple[float | None, str]  # the score of the second class, and the for
 COUNTS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety hundred".split()
 COUNTS |= {word: f"{i}0" for i, word in enumerate(TENS, 2)}
-PARTS = dict(
-    half=2, halves=2, third=3, thirds=3, quarter=4, quarters=4, fourths=4, fifth=5, fifths=5, tenth=10, tenths=10
-)
+PARTS = "half:2 halves:2 third:3 thirds:3 quarter:4 quarters:4 fourths:4 fifth:5 fifths:5 tenth:10 tenths:10"
+PARTS = dict(part.split(":") for part in PARTS.split())
 COUNT = "|".join(COUNTS)
 SPELLED = re.compile(
     rf"\b(?:(?:({COUNT}) )?point((?: (?:{COUNT}))+)"  # zero point eight
@@ -90,13 +90,13 @@ STATED = [
     rf"\b{LABEL} ?(?:is|seems|looks|appears|[:=]) {LOW}(?P<number>)",
 ]
 # Those whose numbers are read as any others where they are of the second class.
-OF_FIRST = [rf"\b{SPELLED_OUT} (?:of|that|for|in) {CLAUSE}{EQUALS}{AMOUNT}"]  # probability of no: 0.9
+OF_FIRST = re.compile(rf"\b{SPELLED_OUT} (?:of|that|for|in) {CLAUSE}{EQUALS}{AMOUNT}")  # probability of no: 0.9
 # "No: 90%" is of "No", but "No: 10%" may be of either class, unless both are given.
 LABELLED = [
     rf"(?m)(?:^|(?<=[,;(])) ?{LABEL} ?[:=→]? ?{AMOUNT}(?= ?(?:$|[,;.)]))",
     rf"{AMOUNT} ?(?:for )?\(?{LABEL}\)?(?= ?(?:[\n,;.]|$))",
 ]
-STATED, OF_FIRST, LABELLED = ([re.compile(form) for form in forms] for forms in (STATED, OF_FIRST, LABELLED))
+STATED, LABELLED = (list(map(re.compile, forms)) for forms in (STATED, LABELLED))
 BARE = re.compile(rf"\bp(?:r|rob)? ?[:=≈] ?(?={AMOUNT})")
 
 
@@ -108,24 +108,23 @@ def state_scores(text: str, side_of: Callable[[str], int | None]) -> str:
     text = re.sub(r"[ \t]+", " ", text)
     scores = []
 
-    def line(match: re.Match, of_first: bool = False, both: bool = True) -> str:
+    def line(match, of_first=False, both=True):
         side = side_of(match["of"].rpartition("=")[2].strip())
         amount = NUMBER.fullmatch(match["number"] or "")
         share = read_number(amount)[0] if amount else None
-        if side is None or (side and of_first):
+        if side is None or (side and of_first) or (share is None and not both):
             return match[0]
         if share is None or (share < 0.5 and not both):
-            return match[0] if not both and share is None else "\nprobability: unsure\n"
+            return "\nprobability: unsure\n"
         scores.append(share if side else 1 - share)
         return f"\nprobability: {scores[-1]:.9g}\n"
 
     for form in STATED:
         text = form.sub(line, text)
-    for form in OF_FIRST:
-        text = form.sub(lambda match: line(match, of_first=True), text)
+    text = OF_FIRST.sub(partial(line, of_first=True), text)
     for form in LABELLED:
         both = {side_of(match["of"]) for match in form.finditer(text)} >= {0, 1}
-        text = form.sub(lambda match, both=both: line(match, not both, both), text)
+        text = form.sub(partial(line, of_first=not both, both=both), text)
     if scores and max(scores) - min(scores) > 0.02:
         text += "\nprobability: unsure"
     return BARE.sub("", text)

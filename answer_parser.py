@@ -1,6 +1,8 @@
 """Read a generated answer as a score of two classes."""
 
 import re
+from functools import partial
+from itertools import chain, takewhile
 
 from answer_numbers import COUNTS, NUMBER, SPELLED, Reading, digits_of, read_number, state_scores
 
@@ -12,11 +14,10 @@ YES |= set("violates violate violated violating violation violations".split())
 NO = set("no nope false incorrect wrong untrue inaccurate invalid complies comply compliant compliance".split())
 
 # What says so only as a whole sentence.
-ALONE = dict.fromkeys("ja oui sí sì si sim да はい 是 是的 y t".split(), True)
-ALONE |= dict.fromkeys("nein non não нет いいえ 否 不是 n f".split(), False)
-ALONE |= dict.fromkeys(("it does", "it is", "i think so"), True)
-ALONE |= dict.fromkeys(("it doesn't", "it isn't", "i don't think so", "not really", "of course not"), False)
-ALONE |= {f"{word} not": False for word in ("it does", "it is", "absolutely", "definitely", "certainly", "probably")}
+ALONE = dict.fromkeys("ja,oui,sí,sì,si,sim,да,はい,是,是的,y,t,it does,it is,i think so".split(","), True)
+ALONE |= dict.fromkeys("nein,non,não,нет,いいえ,否,不是,n,f,it doesn't,it isn't,i don't think so".split(","), False)
+ALONE |= {f"{word} not": False for word in "it does,it is,absolutely,definitely,certainly,probably".split(",")}
+ALONE |= {"not really": False, "of course not": False}
 
 # What negates the words after it (so do all that end with n't, and some "no"), and what no negation reaches over.
 NOT = set("not never cannot cant without nothing none hardly neither unlikely fails fail failed doubt non".split())
@@ -133,6 +134,7 @@ LEADS = re.compile(r"\b(?:is|it's|be|an?|of|so|with|as|gets?) $")  # before a nu
 
 
 # ---- stages ---------------------------------------------------------------------------------------------------------
+# In all of them, sides are {word: the class that it speaks for}.
 
 
 def parse_answer(text: str, words: tuple[str, ...]) -> Reading:
@@ -164,7 +166,7 @@ def parse_answer(text: str, words: tuple[str, ...]) -> Reading:
         text = pattern.sub(new, text)
     text = SPELLED.sub(digits_of, text)
     sides = _sides(words)
-    text = state_scores(text, lambda label: _side_of(label, sides))
+    text = state_scores(text, partial(_side_of, sides))
 
     # A first line that answers stands alone; a model may have continued with another question and its answer.
     before_next = _sentences(NEXT.split(text, maxsplit=1)[0])
@@ -176,12 +178,12 @@ def parse_answer(text: str, words: tuple[str, ...]) -> Reading:
     return _answer(sentences, sides) if sentences else (None, "empty")
 
 
-def _sentences(text: str) -> list[str]:
+def _sentences(text):
     """Its lines and sentences that hold a word, white space collapsed."""
     return [" ".join(part.split()) for part in SENTENCES.split(text) if re.search(r"\w", part)]
 
 
-def _sides(words: tuple[str, ...]) -> dict[str, int]:
+def _sides(words):
     """The class that each word speaks for; English and foreign words where the classes' own are a yes and a no."""
     own = {}
     for side, aliases in enumerate(words):
@@ -189,15 +191,15 @@ def _sides(words: tuple[str, ...]) -> dict[str, int]:
             own[" ".join(alias.lower().replace("_", " ").split())] = side
     own.pop("", None)
     general = {**dict.fromkeys(YES, True), **dict.fromkeys(NO, False), **ALONE}
-    yes_sides = {side if general[word] else 1 - side for word, side in own.items() if word in general}
+    yes_sides = {int(side == general[word]) for word, side in own.items() if word in general}
     if len(yes_sides) != 1:
         return own
     (yes_side,) = yes_sides
-    return {word: yes_side if is_yes else 1 - yes_side for word, is_yes in general.items()} | own
+    return {word: int(yes_side == is_yes) for word, is_yes in general.items()} | own
 
 
-def _answer(sentences: list[str], sides: dict[str, int]) -> Reading:
-    """All stages."""
+def _answer(sentences, sides):
+    """The reading of all stages."""
     score, form = _final(sentences, sides)
     if form == "none":
         return _read(sentences, sides)
@@ -208,7 +210,7 @@ def _answer(sentences: list[str], sides: dict[str, int]) -> Reading:
     return score, form
 
 
-def _final(sentences: list[str], sides: dict[str, int]) -> Reading:
+def _final(sentences, sides):
     """Stage 1: the last explicit final answer that says something.
 
     One out of range is the question's own ("Answer: 18") where a word stands before it.
@@ -226,7 +228,7 @@ def _final(sentences: list[str], sides: dict[str, int]) -> Reading:
     return None, "out of range" if out_of_range else "none"
 
 
-def _final_answers(sentences: list[str], i: int, sides: dict[str, int]) -> set[Reading]:
+def _final_answers(sentences, i, sides):
     """What the final answers of one sentence say, each up to the next one, or in the next sentence where it is over."""
     text = sentences[i]
     marks = [m for m in FINAL.finditer(text) if not OTHERS.search(text, max(0, m.start() - 24), m.start())]
@@ -242,17 +244,14 @@ def _final_answers(sentences: list[str], i: int, sides: dict[str, int]) -> set[R
     return readings
 
 
-def _read(sentences: list[str], sides: dict[str, int], final: bool = False) -> Reading:
+def _read(sentences, sides, final=False):
     """Stages 2 to 4. final: the whole text is the answer, so that each number counts."""
     # Stage 2: words anywhere, numbers at the begin and the end.
     statements = [sentence for sentence in sentences if not sentence.rstrip(" )'").endswith("?")]
-    alone_sides, alone_numbers = set(), []
-    for i, sentence in enumerate(statements):
-        side, number = _alone(sentence, sides, at_end=i in (0, len(statements) - 1))
-        if side is not None:
-            alone_sides.add(side)
-        if number:
-            alone_numbers.append(number)
+    ends = (0, len(statements) - 1)
+    alone = [_alone(sentence, sides, i in ends) for i, sentence in enumerate(statements)]
+    alone_sides = {side for side, _ in alone if side is not None}
+    alone_numbers = [number for _, number in alone if number]
     score, form = _decide(alone_sides, alone_numbers)
     if form != "none":
         return score, form
@@ -266,10 +265,9 @@ def _read(sentences: list[str], sides: dict[str, int], final: bool = False) -> R
 
     # Stage 4: words, and numbers that may be scores.
     statements = [sentence for sentence in sentences if sentence in statements]
-    spoken, numbers, sure = set(), [], False
-    for sentence in statements:
-        spoken |= _spoken(sentence, sides)
-        sure |= bool(SURE & set(WORD.findall(sentence)))
+    spoken = set().union(*(_spoken(sentence, sides) for sentence in statements))
+    sure = any(SURE & set(WORD.findall(sentence)) for sentence in statements)
+    numbers = []
     for sentence in statements:
         if spoken or not CERTAIN.search(sentence):
             numbers += _numbers(sentence, sides, final)
@@ -279,17 +277,16 @@ def _read(sentences: list[str], sides: dict[str, int], final: bool = False) -> R
     return score, "number in text" if form == "number" else form
 
 
-def _why_none(statements: list[str], alone_numbers: list[Reading]) -> str:
+def _why_none(statements, alone_numbers):
     """What is wrong with a text that says nothing."""
-    readings = set(alone_numbers)
-    for sentence in statements:
-        readings |= {read_number(match) for match in NUMBER.finditer(sentence)}
+    matches = chain.from_iterable(map(NUMBER.finditer, statements))
+    readings = {*alone_numbers, *map(read_number, matches)}
     if len(readings) > 1:
         return "ambiguous"
     return "out of range" if (None, "out of range") in readings else "none"
 
 
-def _alone(sentence: str, sides: dict[str, int], at_end: bool) -> tuple[int | None, Reading | None]:
+def _alone(sentence, sides, at_end):
     """Stage 2, of a sentence that is an answer and no more: (its side or None, its number or None).
 
     at_end: of the first and the last sentence, whose numbers count.
@@ -308,7 +305,7 @@ def _alone(sentence: str, sides: dict[str, int], at_end: bool) -> tuple[int | No
     return None, (None, "out of range") if key in ("nan", "inf", "infinity") else None
 
 
-def _numbers(sentence: str, sides: dict[str, int], final: bool) -> list[Reading]:
+def _numbers(sentence, sides, final):
     """Stage 4: the numbers of a sentence that may be scores, as `read_number` gives them.
 
     Not those before a noun. All others of a sentence that speaks of scores, begins with one, or says nothing else;
@@ -335,7 +332,7 @@ def _numbers(sentence: str, sides: dict[str, int], final: bool) -> list[Reading]
     return readings
 
 
-def _spoken(sentence: str, sides: dict[str, int]) -> set[int | None]:
+def _spoken(sentence, sides):
     """Stage 4: the classes that a sentence's words speak for, None for a half-hearted one."""
     tokens = TOKEN.findall(sentence)
     spoken = set()
@@ -355,19 +352,18 @@ def _spoken(sentence: str, sides: dict[str, int]) -> set[int | None]:
     return spoken
 
 
-def _side_of(label: str, sides: dict[str, int]) -> int | None:
+def _side_of(sides, label):
     """The class that a few words speak for, or None."""
     spoken = {sides[label]} if label in sides else _spoken(label, sides)
     return min(spoken) if len(spoken) == 1 and None not in spoken else None
 
 
-def _clause(tokens: list[str]) -> list[str]:
+def _clause(tokens):
     """The words before the first mark."""
-    marks = [i for i, token in enumerate(tokens) if not token[0].isalnum()]
-    return tokens[: marks[0]] if marks else tokens
+    return list(takewhile(lambda token: token[0].isalnum(), tokens))
 
 
-def _counts(token: str, first: bool, before: list[str], after: list[str]) -> bool:
+def _counts(token, first, before, after):
     """Whether a word of a side is about the whole: no attribute of a noun, no supposition, no "no" of a noun."""
     goes_on = not after or after[0] in GOES_ON
     if SUPPOSED & set(before):
@@ -383,7 +379,7 @@ def _counts(token: str, first: bool, before: list[str], after: list[str]) -> boo
     return goes_on or token not in YES | NO or token in ("yes", "yep", "yeah", "nope")
 
 
-def _negations(words: list[str]) -> int:
+def _negations(words):
     """How many words negate the last one: those after the last conjunction."""
     start = max((i + 1 for i, word in enumerate(words) if word in STOPS), default=0)
     count = 0
@@ -394,7 +390,7 @@ def _negations(words: list[str]) -> int:
     return count
 
 
-def _decide(sides: set[int | None], numbers: list[Reading], sure: bool = False) -> Reading:
+def _decide(sides, numbers, sure=False):
     """The score and form of the sides that words speak for and of numbers. sure: numbers say how sure the words are."""
     if None in sides or (None, "unsure") in numbers:
         return None, "unsure"

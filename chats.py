@@ -7,6 +7,7 @@ from pathlib import Path
 import files
 import prompts
 from errors import UserError, one_line
+from pair_formats import are_objects
 
 
 @dataclass
@@ -34,14 +35,14 @@ class Prompter:
         except (ValueError, RecursionError) as e:
             raise UserError(f"{where}: {e}") from None
 
-    def _plain(self, row: dict[str, str]) -> list[tuple[bool, str]]:
+    def _plain(self, row):
         pieces = []
         for example in self.examples:
             pieces += prompts.render(self.text, example)
             pieces += [(True, example["response"]), (False, "\n\n")]
         return pieces + prompts.render(self.text, row)
 
-    def _turns(self, row: dict[str, str]) -> list[dict]:
+    def _turns(self, row):
         """System turn, solved examples, and what the row asks."""
         asked = read_messages(row["messages"]) if self.whole else [self._question(row)]
         system = []
@@ -54,7 +55,7 @@ class Prompter:
             solved += [self._question(example), prompts.turn("assistant", example["response"])]
         return system + solved + asked
 
-    def _question(self, row: dict[str, str]) -> dict[str, str]:
+    def _question(self, row):
         return prompts.turn("user", prompts.plain(prompts.render(self.text, row)))
 
 
@@ -82,9 +83,8 @@ def prompter(cfg, given: set[str], tokenizer, rows: list[dict[str, str]]) -> Pro
             "--system": "system" in given,
             "messages": whole,
         }
-        for name, is_set in chat_only.items():
-            if is_set:
-                raise UserError(f"{name}: needs a chat, but {reason}")
+        for name in filter(chat_only.get, chat_only):
+            raise UserError(f"{name}: needs a chat, but {reason}")
         return Prompter(tokenizer, cfg.text, False, f"raw ({reason})", examples=examples)
 
     question = [prompts.QUESTION]
@@ -100,14 +100,10 @@ def prompter(cfg, given: set[str], tokenizer, rows: list[dict[str, str]]) -> Pro
 def read_messages(text: str) -> list[dict]:
     """The turns of a chat that is to be answered. Raises ValueError for anything else."""
     turns = json.loads(text)
-    problem = 'messages: expected turns such as {"role": "user", "content": "Hi"}, the last one no answer'
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(problem)
-    for turn in turns:
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key) or "", str) for key in ("role", "content")):
-            raise ValueError(problem)
-    if turns[-1].get("role") == "assistant":
-        raise ValueError(problem)
+    known = turns and are_objects(turns)
+    texts = [turn.get(key) or "" for turn in turns for key in ("role", "content")] if known else []
+    if not known or not all(isinstance(text, str) for text in texts) or turns[-1].get("role") == "assistant":
+        raise ValueError('messages: expected turns such as {"role": "user", "content": "Hi"}, the last one no answer')
     return turns
 
 
@@ -119,6 +115,6 @@ def read_tools(path: str) -> list[dict] | None:
         tools = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"--tools {path}: cannot be read as JSON ({one_line(e)})") from None
-    if not isinstance(tools, list) or not tools or not all(isinstance(tool, dict) for tool in tools):
+    if not tools or not are_objects(tools):
         raise UserError(f"--tools {path}: expected a JSON list of tool descriptions (objects)")
     return tools

@@ -19,11 +19,8 @@ def cutting_rules(template: str, kept: tuple, budgets: tuple) -> list[tuple]:
         unknown = [name for name in given if name not in names]
         if unknown:
             raise UserError(f"--{flag} {','.join(unknown)}: no field of the text, which has {', '.join(names)}")
-    rules = []
-    for _, text in prompts.render(template, {name: name for name in names}):
-        most = int(budget_of.get(text, 0))
-        rules.append((most, text in kept))
-    return rules
+    pieces = prompts.render(template, {name: name for name in names})
+    return [(int(budget_of.get(text, 0)), text in kept) for _, text in pieces]
 
 
 def bounds(spans: list) -> np.ndarray:
@@ -53,8 +50,7 @@ def truncate(spans: list, pieces: prompts.Pieces, max_length: int, rules: list[t
     reaches across a border of the template is the template's. Raises UserError where the template alone is too long.
     """
     piece_of = pieces_of(spans, pieces)
-    is_field = [user for user, _ in pieces]
-    is_field = np.array([*is_field, False])  # the last one is for what lies in no piece
+    is_field = np.array([*(user for user, _ in pieces), False])  # the last one is for what lies in no piece
     is_template = ~is_field[piece_of]
     kept = np.flatnonzero(is_template).tolist()
     if len(kept) >= max_length:

@@ -9,7 +9,6 @@ row of concatenated sequences.
 
 import hashlib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -211,7 +210,7 @@ def encode(
     return tokens, report
 
 
-def _encodings(tokenizer, texts) -> Iterator:
+def _encodings(tokenizer, texts):
     """The tokenizer's encodings of texts, made in bulk."""
     batch, size = [], 0
     for text in texts:

@@ -2,7 +2,6 @@
 
 import csv
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -149,11 +148,13 @@ def telling_columns(rows: list[list[str]]) -> tuple[dict[int, set[str]], dict[in
     """The values of the columns that have few different ones, and the kind of those whose values are of one kind."""
     few_values, one_kind = {}, {}
     for j, cells in enumerate(zip(*rows, strict=True)):
-        values = Counter(cell for cell in cells if not LINE_END.search(cell))
-        if values.total() >= 2 * len(values) > 0:
-            few_values[j] = set(values)
-        elif len(set(map(_kind, values))) == 1:
-            one_kind[j] = {_kind(next(iter(values)))}
+        values = [cell for cell in cells if not LINE_END.search(cell)]
+        different = set(values)
+        kinds = set(map(_kind, different))
+        if len(values) >= 2 * len(different) > 0:
+            few_values[j] = different
+        elif len(kinds) == 1:
+            one_kind[j] = kinds
     return few_values, one_kind
 
 

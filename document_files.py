@@ -45,8 +45,9 @@ def _plain_document(file, flag):
     raw = read_bytes(file, flag)
     decoded = text_bytes.decode(raw, guess=False)
     if decoded is None or formats.lfs_pointer(raw):
-        files.decode_text(raw, f"--{flag} {file}")  # says what is wrong
-        raise UserError(f"--{flag} {file}: {text_bytes.refusal(raw)}")
+        where = f"--{flag} {file}"
+        files.read_text(str(file), where)  # says what is wrong
+        raise UserError(f"{where}: {text_bytes.refusal(raw)}")
     text, encoding = decoded
     return [{"text": text}], "read", *filter(None, [text_bytes.note(raw, encoding)])
 
@@ -58,7 +59,7 @@ def _json_rows(file, flag):
         values = files.from_json(files.read_text(str(file), where))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: cannot be read as JSON ({one_line(e)}); JSON lines end in .jsonl") from None
-    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+    if not pair_formats.are_objects(values):
         raise UserError(f"{where}: expected a list of objects, each a document or a pair")
     return [{key: files.cell(value) for key, value in row.items()} for row in values]
 

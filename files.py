@@ -151,20 +151,6 @@ def _undecodable(path, where):
                 return f"not UTF-8 (byte 0x{line[e.start]:02x} in line {number}); save it as UTF-8"
 
 
-def decode_text(raw: bytes, where: str) -> str:
-    """The bytes of a document as text, without a BOM. Raises UserError that names what it is instead."""
-    _refuse_binary(raw, where)
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        byte, line = e.object[e.start], e.object.count(b"\n", 0, e.start) + 1
-        raise UserError(f"{where}: not UTF-8 (byte 0x{byte:02x} in line {line}); save it as UTF-8") from None
-    before, nul, _ = text.partition("\0")
-    if nul:
-        raise UserError(f"{where}: line {before.count(chr(10)) + 1} holds a NUL character")
-    return text
-
-
 def from_json(text: str):
     """A JSON value. Raises ValueError for what is none, for duplicated keys and for numbers that are too large."""
 

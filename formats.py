@@ -4,39 +4,31 @@ from pathlib import Path
 
 START = 4096  # bytes that are looked at
 
+# (the bytes that a file begins with, one of several; what it is, what to do)
 LFS = b"version https://git-lfs.github.com/spec/v1\n"
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 POINTER = "a Git LFS pointer, which stands for the file; fetch it with git lfs pull"
-# The bytes that a file begins with, what it is, what to do; the first row that fits counts.
-TABLE = """
-    \x1f\x8b :: gzip, not UTF-8 text; end its name in .gz
-    PAR1 :: a Parquet file; name it .parquet
-    SQLite format 3\0 :: a SQLite database; export the table as CSV
-    \xd0\xcf\x11\xe0 :: an old Excel or Word file; save it as CSV (UTF-8)
-    ARROW1 :: an Arrow or Feather file; save it as Parquet or CSV
-    \xff\xff\xff\xff :: an Arrow stream; save it as Parquet or CSV
-    \x93NUMPY :: a NumPy array; save it as CSV
-    \x89HDF :: an HDF5 file; save it as Parquet or CSV
-    \x89PNG :: a picture
-    \xff\xd8\xff :: a picture
-    %PDF- :: a PDF document
-    {\x5crtf :: an RTF document; save it as text
-    \xfd7zXZ :: xz; unpack it first
-    (\xb5/\xfd :: zstd; unpack it first
-    7z\xbc\xaf :: a 7-Zip archive; unpack it first
-    Rar!\x1a :: a RAR archive; unpack it first
-    \xff\xfe\0\0 :: UTF-32; save it as UTF-8
-    \xff\xfe :: UTF-16; save it as UTF-8
-    \xfe\xff :: UTF-16; save it as UTF-8
-    PK\x03\x04 :: a zip archive; unpack it first
-    PK\x05\x06 :: a zip archive; unpack it first
-    PK\x07\x08 :: a zip archive; unpack it first
-    \x80\x02 :: a pickle, which is never opened; save it as Parquet or CSV
-    \x80\x03 :: a pickle, which is never opened; save it as Parquet or CSV
-    \x80\x04 :: a pickle, which is never opened; save it as Parquet or CSV
-    \x80\x05 :: a pickle, which is never opened; save it as Parquet or CSV
-""".strip("\n").split("\n")
-SIGNATURES = [(row[4:].split(" :: ")[0].encode("latin-1"), row.split(" :: ")[1]) for row in TABLE]
+SIGNATURES = (
+    (GZIP, "gzip, not UTF-8 text; end its name in .gz"),
+    (PARQUET, "a Parquet file; name it .parquet"),
+    (b"SQLite format 3\0", "a SQLite database; export the table as CSV"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel or Word file; save it as CSV (UTF-8)"),
+    (b"ARROW1", "an Arrow or Feather file; save it as Parquet or CSV"),
+    (b"\xff\xff\xff\xff", "an Arrow stream; save it as Parquet or CSV"),
+    (b"\x93NUMPY", "a NumPy array; save it as CSV"),
+    (b"\x89HDF", "an HDF5 file; save it as Parquet or CSV"),
+    ((b"\x89PNG", b"\xff\xd8\xff"), "a picture"),
+    (b"%PDF-", "a PDF document"),
+    (b"{\\rtf", "an RTF document; save it as text"),
+    (b"\xfd7zXZ", "xz; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "zstd; unpack it first"),
+    (b"7z\xbc\xaf", "a 7-Zip archive; unpack it first"),
+    (b"Rar!\x1a", "a RAR archive; unpack it first"),
+    (b"\xff\xfe\0\0", "UTF-32; save it as UTF-8"),
+    ((b"\xff\xfe", b"\xfe\xff"), "UTF-16; save it as UTF-8"),
+    ((b"PK\3\4", b"PK\5\6", b"PK\7\10"), "a zip archive; unpack it first"),
+    ((b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"), "a pickle, which is never opened; save it as Parquet or CSV"),
+)
 PAGES = (b"<!doctype", b"<html", b"<?xml")  # in lower case, after blanks
 
 
@@ -74,10 +66,5 @@ def binary(source: bytes | str | Path) -> str:
 
 def utf16(start: bytes) -> bool:
     """Whether bytes look like UTF-16 without a mark: of most scripts of Europe every other byte is NUL."""
-    return any(half.count(0) > 0.8 * len(half) and not other.count(0) for half, other in _halves(start[:START]))
-
-
-def _halves(start):
-    """The bytes at even and at odd places, in both orders."""
-    even, odd = start[::2], start[1::2]
-    return ((even, odd), (odd, even))
+    even, odd = start[:START:2], start[1:START:2]
+    return any(half.count(0) > 0.8 * len(half) and not other.count(0) for half, other in ((even, odd), (odd, even)))

@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import chain, compress
+from statistics import mode
 
 import numpy as np
 
@@ -106,14 +107,12 @@ def encode_label_sets(sets: list[list[str]], labels: Labels, where: str) -> np.n
 def _known(labels, given):
     """The labels there are, and which of those given look like one of them."""
     known = few(spelling.quoted(labels.values), 20)
-    pairs = []
-    given = set(given)
-    for group in spelling.alike(given.union(labels.values)):
-        if not set(group) <= set(labels.values):
-            pairs.append(" and ".join(spelling.quoted(group)))
+    unknown = set(given).difference(labels.values)
+    groups = spelling.alike(unknown.union(labels.values))
+    pairs = [" and ".join(spelling.quoted(group)) for group in groups if not unknown.isdisjoint(group)]
     if pairs:
         known += f" ({few(pairs)} look alike, but differ)"
-    if any("," in label for label in given.difference(labels.values)):
+    if any("," in label for label in unknown):
         known += """; a name with a comma stands in quotation marks: --label_names 'a,"b, c"'"""
     return known
 
@@ -132,7 +131,7 @@ def label_sets(cfg, rows: Rows, where: str) -> list[list[str]]:
         if not text.startswith("["):
             if PRINTED.fullmatch(text):
                 raise ValueError
-            return [part.strip() for part in text.split(cfg.label_delimiter) if part.strip()]
+            return list(filter(None, map(str.strip, text.split(cfg.label_delimiter))))
         parts = json.loads(text)
         if not all(type(part) in (str, int) and str(part).strip() for part in parts):
             raise ValueError
@@ -169,8 +168,7 @@ def indicators(cells: list[str], delimiter: str) -> list[list[int]]:
 
 def check_indicators(flags: list[list[int]], names: tuple[str, ...], where: str) -> None:
     """Raise UserError unless lists of 0 and 1 are as long as there are names."""
-    lengths = Counter(map(len, flags))
-    most = lengths.most_common(1)[0][0]
+    most = mode(map(len, flags))
     other = [str(i) for i, row in enumerate(flags, 1) if len(row) != most]
     if other:
         advice = f"{len(other)} rows have another number ({few(other)}): give each row as many"
@@ -193,35 +191,30 @@ def doubts(sets: list[list[str]], where: str) -> list[str]:
             rows_of[label].append(str(number))
 
     def shown(labels):
-        texts = []
-        for name, label in zip(spelling.quoted(labels), labels, strict=True):
-            rows = rows_of[label]
-            texts.append(f"{name} ({len(rows):,} rows: {few(rows, 3)})")
-        return " and ".join(texts)
+        names = zip(spelling.quoted(labels), map(rows_of.get, labels), strict=True)
+        return " and ".join(f"{name} ({len(rows):,} rows: {few(rows, 3)})" for name, rows in names)
 
     alike = list(map(shown, spelling.alike(rows_of)))
     missing = [label for label in spelling.MISSING if label in rows_of]
     missing += ["-1"] * ({"-1", "0", "1", "2"} <= rows_of.keys() and "-2" not in rows_of)
-    lines = []
+    advice_on = {}
     separator = "" if any(len(labels) > 1 for labels in sets) else separator_of(rows_of)
     if separator:
         advice = f"where they are lists, --task multi_label --label_delimiter {separator!r} splits them"
-        lines.append(warning(f"{where}: labels hold {separator!r} between other labels", advice))
+        advice_on[f"labels hold {separator!r} between other labels"] = advice
     if alike:
         advice = "each is a label of its own; where that is not meant, write them alike in the file"
-        lines.append(
-            warning(f"{where}: labels that look alike: {'; '.join(alike[:5])}{' ...' * (len(alike) > 5)}", advice)
-        )
+        advice_on[f"labels that look alike: {'; '.join(alike[:5])}{' ...' * (len(alike) > 5)}"] = advice
     if missing:
-        lines.append(warning(f"{where}: {shown(missing)}: taken as labels", "remove such rows if they have none"))
+        advice_on[f"{shown(missing)}: taken as labels"] = "remove such rows if they have none"
     if rows_of and all(map(PRINTED.fullmatch, rows_of)):
-        problem = f"{where}: every label is a list, or what a program prints ({next(iter(rows_of))!r:.60})"
-        lines.append(warning(problem, "--task multi_label reads lists; or write the label that is in it"))
+        problem = f"every label is a list, or what a program prints ({next(iter(rows_of))!r:.60})"
+        advice_on[problem] = "--task multi_label reads lists; or write the label that is in it"
     truths = [[label for label in rows_of if label.strip().lower() in words] for words in TRUTHS]
     if not alike and min(map(len, truths)) > 1:
-        problem = f"{where}: labels that mean the same: {'; '.join(map(shown, truths))}"
-        lines.append(warning(problem, "each is a label of its own; write them alike in the file"))
-    return lines
+        problem = f"labels that mean the same: {'; '.join(map(shown, truths))}"
+        advice_on[problem] = "each is a label of its own; write them alike in the file"
+    return [warning(f"{where}: {problem}", advice) for problem, advice in advice_on.items()]
 
 
 def separator_of(labels: Collection[str]) -> str:

@@ -18,7 +18,7 @@ import formats
 from checks import need_output
 from errors import UserError, print_anything
 from latex_clean import HEADINGS, clean, lex
-from latex_syntax import WORD, definitions, ends_of
+from latex_syntax import WORD, definitions, ends_of, without
 from text_bytes import declared, decode, note, refusal
 
 ARG = r"[ \t]*\n?[ \t]*\{([^{}\n#]*)\}"  # a macro's \input{#1} names no path
@@ -61,15 +61,15 @@ def _resolve(target, folders, files):
     target, problem = target.strip(' \t"'), "missing"
     if re.match("/|~|[a-zA-Z]:", target):
         return None, "outside the folder"
-    for folder in folders:
-        path = posixpath.normpath(posixpath.join(folder, target))
+    paths = [posixpath.normpath(posixpath.join(folder, target)) for folder in folders]
+    for path in paths:
         for name in (path + ".tex", path):
             if name in files:
                 return name, ""
         if path.startswith("../"):
             problem = "outside the folder"
-    alike = {posixpath.normpath(posixpath.join(folder, target)).casefold() for folder in folders}
-    names = {name for path in alike for name in _by_small_letters(tuple(files)).get(path.removesuffix(".tex"), ())}
+    alike = _by_small_letters(tuple(files))
+    names = {name for path in paths for name in alike.get(path.casefold().removesuffix(".tex"), ())}
     return (names.pop(), "") if len(names) == 1 else (None, problem)  # as TeX finds Intro.tex where there is intro.tex
 
 
@@ -214,23 +214,13 @@ def split(text: str, most: int) -> list[str]:
     return pieces
 
 
-def _without(text, spans):
-    """The text without these spans (start, end), which come in order; those inside of another do not count."""
-    kept, position = [], 0
-    for start, end in spans:
-        if start >= position:
-            kept.append(text[position:start])
-            position = end
-    return "".join(kept) + text[position:]
-
-
 def _has_text(text, main):
     """Whether there is text beside the definitions: any in a document, sentences, formulas or lists in a fragment."""
     ends = ends_of(text)
     spans = list(definitions(text, ends))
     if main:
-        return bool(re.search(r"[^\W_]", re.sub(WORD, "", _without(text, spans))))
-    sentences = _without(text, sorted([*spans, *ends.items()]))  # the arguments of commands are none
+        return bool(re.search(r"[^\W_]", re.sub(WORD, "", without(text, spans))))
+    sentences = without(text, sorted([*spans, *ends.items()]))  # the arguments of commands are none
     return bool(re.search(PROSE, re.sub(OPTIONS, "|", sentences)))
 
 

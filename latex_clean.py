@@ -7,6 +7,7 @@ nesting: where an argument or an environment ends is read off a table of pairs, 
 import re
 import unicodedata
 from collections import Counter
+from operator import itemgetter
 
 from latex_hidden import Meanings, hidden_parts, may_hide, within_conditional
 from latex_syntax import (
@@ -67,7 +68,7 @@ TOKEN = (
     rf"|(?P<sized_group>\{{\s*\\(?:{SIZES}){END}\s*)|(?P<group>\{{)|(?P<group_end>\}})"
 )
 DEEPER = {"group": 1, "sized_group": 1, "group_end": -1}  # how tokens change the depth of groups
-LINE_END = re.compile(r"[ \t]*\n(?![ \t]*\n)")
+LINE_END = re.compile(r"([ \t]*\n(?![ \t]*\n))?")  # one after \fi is none to TeX
 WORD_AT_END = re.compile(WORD + "$")
 BLOCK = re.compile(r"[ \t]*\\(?:begin|end|item|[][])")  # where TeX ignores a line end
 AFTER_COMMENT = re.compile(rf"{GAP.pattern}(?P<apart>\Z|[\n%]|{BLOCK.pattern})?")
@@ -93,25 +94,22 @@ def _lexer(whole):
 def _raw(text, own_comment, lexer):
     """(kind, start, end, match) of comments, verbatim parts, \\input commands and document tags, in order."""
     unclosed = set()
-    m = lexer.search(text)
-    while m:
-        kind, start, end = m.lastgroup, m.start(), m.end()
+    position = 0
+    while m := lexer.search(text, position):
+        kind, environment, position = m.lastgroup, m["verbatim"], m.end()
         kind = "verb" if kind == "short" else kind
-        if kind == "verbatim":
-            kind = "hidden" if re.fullmatch(HIDDEN, m["verbatim"]) else "verb"
-            if own_comment and m["verbatim"] == "comment":
-                m = lexer.search(text, end)
+        if environment:
+            tag = rf"(?P<tag>\\end[ \t]*\{{{re.escape(environment)}\}})"
+            if tag in unclosed or (own_comment and environment == "comment"):
                 continue
-            tag = rf"\\end[ \t]*\{{{re.escape(m['verbatim'])}\}}"
-            close = tag not in unclosed and re.compile(tag).search(text, end)
-            end = close.end() if close else None
-            if not end:
+            close = re.compile(tag + "[^\n]*").search(text, position)
+            if not close:
                 unclosed.add(tag)  # no later one need look for it again: that would take quadratic time
-            elif kind == "hidden":
-                end = re.compile("[^\n]*").match(text, end).end()  # TeX drops the rest of the line
-        if kind and end:
-            yield kind, start, end, m
-        m = lexer.search(text, end or m.end())
+                continue
+            kind = "hidden" if re.fullmatch(HIDDEN, environment) else "verb"
+            position = close.end() if kind == "hidden" else close.end("tag")  # of a hidden one TeX drops the whole line
+        if kind:
+            yield kind, m.start(), position, m
 
 
 def lex(text: str, styles: str = "", alone: bool = False):
@@ -124,30 +122,24 @@ def lex(text: str, styles: str = "", alone: bool = False):
     own_comment = "comment" in whole and bool(re.search(OWN_COMMENT, whole))
     lexer = _lexer(whole)
     raw = list(_raw(text, own_comment, lexer))
-    hidden, masked = {}, None
+    masked, hidden = _mask(text, raw), {}
     if own_comment or (re.search(CONSTANT, text) if alone else may_hide(whole)):
         meanings = Meanings({"{comment": True} if own_comment else {}, frozen=alone)
         if styles:
             hidden_parts(_mask(styles, _raw(styles, own_comment, lexer)), meanings)
             meanings.groups.clear()
-        masked = _mask(text, raw)
         hidden = hidden_parts(masked, meanings)
-    spans = iter([*hidden.items(), (len(text) + 1, 0)])
-    start, end = next(spans)
+    spans = [("hidden", start, end, None) for start, end in hidden.items()]
     position = 0
-    for part in raw:
-        while start <= part[1]:
-            yield "hidden", start, end, None
+    for part in sorted([*spans, *raw], key=itemgetter(1)):
+        kind, start, end, m = part
+        if not m:
             position = end
-            start, end = next(spans)
-        inside = part[0] in ("endinput", "stop", "only") and within_conditional(
-            masked or _mask(text, raw), part[1], hidden
-        )
-        if part[1] >= position and not inside:
-            yield part
-    while start <= len(text):
-        yield "hidden", start, end, None
-        start, end = next(spans)
+        elif start < position:
+            continue
+        elif kind in ("endinput", "stop", "only") and within_conditional(masked, start, hidden):
+            continue
+        yield part
 
 
 def _mask(text, parts):
@@ -171,9 +163,12 @@ def _uncomment(text, start, end):
     after = AFTER_COMMENT.match(text, end)
     if left < start or after["apart"] is not None or BLOCK.match(text, line):
         return left, "", end
-    end = after.end()
-    glued = text[end].isalpha() and WORD_AT_END.search(text, max(0, left - 40), left)  # \Phi% and a: not \Phia
-    return left, " " if glued else "", end
+    return left, _apart(text, left, after.end()), after.end()
+
+
+def _apart(text, left, right):
+    r"""The blank that stands for what goes, where a letter would become part of a command (\Phi a, not \Phia)."""
+    return " " if text[right : right + 1].isalpha() and WORD_AT_END.search(text, max(0, left - 40), left) else ""
 
 
 def _hide(text, dropped, styles):
@@ -187,7 +182,9 @@ def _hide(text, dropped, styles):
         elif kind == "comment":
             start, left, end = _uncomment(text, start, end)
         elif kind == "hidden":
-            start, left, end = _unhide(text, start, end, m)
+            if not m:
+                end = LINE_END.match(text, end).end()
+            left = _apart(text, start, end)
         else:
             continue
         start = max(start, position)
@@ -196,14 +193,6 @@ def _hide(text, dropped, styles):
         out += [text[position:start], left]
         position = end
     return "".join(out) + text[position:], verbatim
-
-
-def _unhide(text, start, end, environment):
-    """Where a hidden part starts, what is left of it, and where it ends: a line end after \\fi is none to TeX."""
-    if not environment and LINE_END.match(text, end):
-        end = LINE_END.match(text, end).end()
-    glued = text[end : end + 1].isalpha() and WORD_AT_END.search(text, max(0, start - 40), start)
-    return start, " " if glued else "", end
 
 
 # ---- cleaning -------------------------------------------------------------------------------------------------------
@@ -262,8 +251,7 @@ def _cuts(text, abbreviations):
             continue
         start, end = m.span()
         if token in ("group", "group_end") and not formulas and start not in wrapped:  # most tokens
-            depth += DEEPER[token]
-            continue
+            continue  # only within formulas the depth matters
         tag = abbreviations.get(command, (None, None))
         depth = _follow(m, formulas, depth, *tag)
         if tag[0] or (formulas and start not in wrapped):
@@ -285,7 +273,6 @@ def _cuts(text, abbreviations):
             brace = brace and GAP.match(text, brace).end()
             if brace in ends and text[brace] == "{":
                 wrapped.add(ends[brace] - 1)
-                depth += 1
                 cut_end = brace + 1
         elif begin in ENVIRONMENTS:
             kind, cut_end = ENVIRONMENTS[begin], ends.get(start)
@@ -310,8 +297,8 @@ def _strip(text, dropped, abbreviations):
             between = "\n" if between == "\n\n" else ""
         elif between == " " and (before in " ([{~" or after in ")]},.;:~ \n"):
             between = ""
-        elif not between and before.isalpha() and after.isalpha() and WORD_AT_END.search(written):
-            between = " "
+        elif not between and before.isalpha():
+            between = _apart(written + after, len(written), len(written))
         out += [piece, between]
         written += between
         dropped[kind if kind in COUNTED else "layout"] += end - start
@@ -340,10 +327,7 @@ def _preamble(text, body):
     kept = [text[i:j] for i, j in spans if not INTERNAL.match(text, i)]
     if not re.search(PRINTS_FRONT, body):
         return kept, []
-    rest = list(text)
-    for i, j in spans:
-        rest[i:j] = " " * (j - i)
-    rest = "".join(rest)
+    rest = _mask(text, [("hidden", i, j, None) for i, j in spans])
     front = {m.start(): arguments_end(rest, m.end(), "1", ends) for m in re.finditer(FRONT, rest)}
     front |= {m.start(): m.end() for m in re.finditer(FRONT_ABSTRACT, rest)}
     return kept, [text[i:j] for i, j in sorted(front.items()) if j]

@@ -6,7 +6,7 @@ TeX's order. The texts here have blanks for comments and verbatim parts, so that
 """
 
 import re
-from collections import Counter
+from itertools import accumulate, chain
 
 from latex_syntax import (
     DEFINEE,
@@ -20,23 +20,25 @@ from latex_syntax import (
     definitions,
     ends_of,
     table,
+    without,
 )
 from latex_values import Macro, Meanings, outcome, truth
 
 # ---- names ----------------------------------------------------------------------------------------------------------
 
-# Commands that set something for the names in their argument: what is set, and its first value. "if": a flag as \newif
-# makes it; "toggle": one of etoolbox; "{": whether an environment is hidden.
+# Commands that set something for the names in their argument: what is set, and its value. "if": a flag as \newif makes
+# it; "toggle:": one of etoolbox; "{": whether an environment is hidden. The values: True, False, that of a second
+# argument, or False for what is new.
 SETTERS = table("""
-    if=False: newboolean newbool boolfalse if=True: booltrue if=?: setboolean setbool
-    toggle=False: newtoggle togglefalse toggle=True: toggletrue toggle=?: settoggle
+    if=False: newboolean newbool boolfalse if=True: booltrue if=given: setboolean setbool
+    if=new: provideboolean providebool toggle:=new: providetoggle
+    toggle:=False: newtoggle togglefalse toggle:=True: toggletrue toggle:=given: settoggle
     {=True: excludecomment excludeversion {=False: includecomment includeversion specialcomment generalcomment""")
-PROVIDERS = {"provideboolean": "newboolean", "providebool": "newbool", "providetoggle": "newtoggle"}
 # Commands whose name begins with if, and which take two branches in braces: of them some can be decided.
 BRACED = set("""ifthenelse iff ifdef ifcsdef ifundef ifcsundef ifdefmacro ifdefempty ifdefvoid ifdefstring ifstrequal
     ifstrempty ifblank ifnumcomp ifnumequal ifnumodd ifnumgreater ifnumless ifdimcomp ifboolexpr iftoggle ifbool
     ifinlist iflanguage ifstar ifnextchar ifpackageloaded ifclassloaded ifundefined""".split())  # fmt: skip
-NAMED_FLAGS = {"iftoggle": ("toggle", 0), "nottoggle": ("toggle", 1), "ifbool": ("if", 0), "notbool": ("if", 1)}
+NAMED_FLAGS = {"iftoggle": ("toggle:", 0), "nottoggle": ("toggle:", 1), "ifbool": ("if", 0), "notbool": ("if", 1)}
 SILENT = r"\\(?:relax|ignorespaces|unskip|@empty|empty|@bsphack|@esphack|leavevmode|null)(?![a-zA-Z@])|[\s{}]|%\n"
 
 
@@ -49,7 +51,7 @@ BRANCH = re.compile(rf"(?s)\\(?:(?P<quoted>{QUOTED})|(?P<name>if[a-zA-Z@]*|else|
 NEW_CONDITIONAL = r"\\(?:newif|let|def|newcommand\*?\{?)\s*\\(if[a-zA-Z@]+)"
 FLAG = rf"\\([a-zA-Z@]+(?:true|false)){END}"
 WORDS = {*"else or fi unless global begingroup bgroup endgroup egroup NewEnviron RenewEnviron".split()}
-WORDS |= {"texorpdfstring", *DEFINING, *SETTERS, *PROVIDERS, *NAMED_FLAGS}
+WORDS |= {"texorpdfstring", *DEFINING, *SETTERS, *NAMED_FLAGS}
 STEP = re.compile(  # all that may matter to the reading
     rf"(?s)\\(?:(?P<tag>begin|end)[ \t]*\{{(?P<environment>[^{{}}\n]*)\}}|(?P<quoted>{QUOTED})"
     r"|(?P<word>[a-zA-Z@]+)|[\\{}])|[{}]"
@@ -63,6 +65,7 @@ WORTH = re.compile(
 )
 PERHAPS = re.compile(r"\\if(?!f\b)[a-z]|[\]#}\d]\s*\{(?:\s|%[^\n]*\n|\\(?:relax|ignorespaces)\b)*\}", re.IGNORECASE)
 DEFINES = re.compile(r"\\(?:[gex]?def|let|(?:re)?new|provide|declare|set|bool|toggle)", re.IGNORECASE)
+DEEPER = {"{": 1, "}": -1, "": 0}  # how braces change the depth of groups
 DEEP = 50  # groups within groups: more are no text of a person
 # Commands of packages and classes that print nothing: where that is so.
 SWITCHED_OFF = {
@@ -73,9 +76,8 @@ SWITCHED_OFF = {
 EMPTY = re.compile(rf"[\]#}}\d\w]\s*\{{(?:{SILENT})*\}}$")
 NAME = re.compile(r"\s*\{\s*([\w@*, \-]+?)\s*\}")
 BODY = re.compile(r"(?s)\s*(?:\[(\d)\])?\s*(\[[^]]*\])?\s*\{(.*)\}")
-ARGUMENT_BEFORE = re.compile(
-    r"(?:[}\]*]|\\(?!(?:if[a-zA-Z@]*|else|or|fi)\b)[a-zA-Z@]+)\s*$"
-)  # of a group: it may be the argument of a command
+# Before a group: it may be the argument of a command.
+ARGUMENT_BEFORE = re.compile(r"(?:[}\]*]|\\(?!(?:if[a-zA-Z@]*|else|or|fi)\b)[a-zA-Z@]+)\s*$")
 
 # ---- reading in TeX's order -----------------------------------------------------------------------------------------
 
@@ -105,6 +107,7 @@ def hidden_parts(text: str, meanings: Meanings) -> dict[int, int]:
             continue
         start = step.start()
         spans = []
+        learned = []  # (name, its meaning from here on)
         if start in jumps:
             position = jumps[start]
         elif step[0] == "{" or word in ("begingroup", "bgroup"):
@@ -114,7 +117,8 @@ def hidden_parts(text: str, meanings: Meanings) -> dict[int, int]:
         elif step["tag"]:
             spans = _environment(text, step, meanings)
         elif word in DEFINING or (word or "").endswith("Environ"):
-            position = _definition(text, step, ends, meanings, start < undecided, before) or position
+            end, learned = _definition(text, step, ends, meanings)
+            position = end or position
         elif step["quoted"] or word:
             word = word or re.match("[a-z]+", step["quoted"])[0]
             branch, test_end = outcome(text, word, position, meanings)
@@ -123,7 +127,10 @@ def hidden_parts(text: str, meanings: Meanings) -> dict[int, int]:
                 undecided = max(undecided, branches[start][-1][2])
             spans = spans or _braced(text, step, ends, meanings) or _gobbled(text, step, ends, meanings)
             if not spans:
-                _set_flag(text, step, meanings, start < undecided, before)
+                learned = _flags(text, step, meanings)
+        everywhere = word in ("gdef", "xdef") or before == r"\global"
+        for key, meaning in learned:
+            _learn(text, meanings, key, meaning, start < undecided, everywhere)
         if spans:
             decisions.append(spans)
             jumps |= dict(spans)
@@ -146,31 +153,24 @@ def _names(text, bodies, meanings):
 
 def _balanced(text, decisions):
     """The spans of all decisions, if the text without them has its braces in pairs; else of those that hold pairs."""
-    spans = sorted(span for decision in decisions for span in decision)
-    position, visible = 0, []
-    for start, end in spans:
-        visible.append(text[position:start])
-        position = max(position, end)
-    depth = lowest = 0
-    for brace in re.findall(r"(?s)\\.|([{}])", "".join([*visible, text[position:]])):
-        depth += (brace == "{") - (brace == "}")
-        lowest = min(lowest, depth)
-    if depth or lowest:
-        whole = [decision for decision in decisions if not sum(_depth(text[i:j]) for i, j in decision)]
-        spans = sorted(span for decision in whole for span in decision)
+    spans = sorted(chain.from_iterable(decisions))
+    depths = _depths(without(text, spans))
+    if depths[-1] or min(depths):
+        whole = [decision for decision in decisions if not sum(_depths(text[i:j])[-1] for i, j in decision)]
+        spans = sorted(chain.from_iterable(whole))
     return dict(spans)
 
 
-def _depth(text):
-    """How many groups more a text opens than it closes."""
-    braces = Counter(re.findall(r"(?s)\\.|([{}])", text))
-    return braces["{"] - braces["}"]
+def _depths(text):
+    """How many groups are open before a text's first brace and after each: fewer than none where it closes others."""
+    braces = re.findall(r"(?s)\\.|([{}])", text)
+    return list(accumulate((DEEPER[brace] for brace in braces), initial=0))
 
 
 def within_conditional(text: str, position: int, hidden: dict[int, int]) -> bool:
     """Whether a place lies in a group, or in a conditional that is not decided."""
     branches = _branches(text, definitions(text))
-    return bool(_depth(text[:position])) or any(
+    return bool(_depths(text[:position])[-1]) or any(
         start < position < marks[-1][2] for start, marks in branches.items() if start not in hidden
     )
 
@@ -230,7 +230,7 @@ def _braced(text, step, ends, meanings):
     if word in NAMED_FLAGS:
         kind, negated = NAMED_FLAGS[word]
         m = NAME.match(text, position)
-        value = m and meanings.known.get(kind + (" " if kind == "toggle" else "") + m[1])
+        value = m and meanings.known.get(kind + m[1])
     elif word == "texorpdfstring":  # the second text is for bookmarks
         m, negated, value = re.compile("").match(text, position), 0, True
     elif word == "ifthenelse":
@@ -262,30 +262,27 @@ def _learn(text, meanings, key, meaning, undecided, everywhere):
         meanings.learn(key, meaning, everywhere)
 
 
-def _set_flag(text, step, meanings, undecided, before):
-    """Learn from a command that declares or sets a flag, a toggle or an environment."""
-    word, position, everywhere = step["word"] or "", step.end(), before == r"\global"
+def _flags(text, step, meanings):
+    """(key, meaning) of each flag, toggle or environment that a command declares or sets."""
+    word = step["word"] or ""
     flag = re.fullmatch("(.+)(true|false)", word)
     new = re.fullmatch(r"newif\s*\\(if.+)", step["quoted"] or "")
-    setter = PROVIDERS.get(word, word)
-    if setter in SETTERS:
-        kind, _, value = SETTERS[setter].partition("=")
-        m = NAME.match(text, position)
+    if word in SETTERS:
+        kind, value = SETTERS[word].split("=")
+        m = NAME.match(text, step.end())
         given = m and NAME.match(text, m.end())
-        if value == "?":
+        if value == "given":
             value = given[1].capitalize() if given else ""
-        for name in m[1].split(",") if m else ():
-            key = kind + (" " if kind == "toggle" else "") + name.strip()
-            if word not in PROVIDERS or key not in meanings.known:
-                _learn(text, meanings, key, {"True": True, "False": False}.get(value), undecided, everywhere)
-    elif flag and word not in ("iftrue", "iffalse"):
-        _learn(text, meanings, "if" + flag[1], flag[2] == "true", undecided, everywhere)
-    elif new:
-        _learn(text, meanings, new[1], False, undecided, everywhere)
+        keys = [kind + name.strip() for name in m[1].split(",")] if m else []
+        meaning = {"True": True, "False": False, "new": False}.get(value)
+        return [(key, meaning) for key in keys if value != "new" or key not in meanings.known]
+    if flag and word not in ("iftrue", "iffalse"):
+        return [("if" + flag[1], flag[2] == "true")]
+    return [(new[1], False)] if new else []
 
 
-def _definition(text, step, ends, meanings, undecided, before):
-    """Learn from a definition; where it ends, or None."""
+def _definition(text, step, ends, meanings):
+    """(where a definition ends or None, a list of the name that it defines: (key, meaning))."""
     word, position = step["word"], step.end()
     if word.endswith("Environ"):
         end = arguments_end(text, position, "2", ends)
@@ -294,20 +291,17 @@ def _definition(text, step, ends, meanings, undecided, before):
     definee = DEFINEE.match(text, position)
     name = definee and re.search(r"[a-zA-Z@]+", definee[0])
     if not end or not name:
-        return end
+        return end, []
     rest, name = text[definee.end() : end], name[0]
     for flag in re.findall(FLAG, rest):
         if not flag.startswith("if"):
             meanings.doubt("if" + re.sub("(true|false)$", "", flag))  # who knows when the macro is used
-    everywhere = word in ("gdef", "xdef") or before == r"\global"
     key, meaning = _meaning(word, name, rest, meanings)
     if isinstance(meaning, Macro) and meaning.arguments not in ("", "?"):
         meaning.silent = None if r"\if" in meaning.body else _silent(meaning, meanings)
-    if word == "providecommand":
-        meaning = None  # it may be known from elsewhere
-    if word != "providecommand" or name not in meanings.known:
-        _learn(text, meanings, key, meaning, undecided, everywhere)
-    return end
+    if word != "providecommand":
+        return end, [(key, meaning)]
+    return end, [] if name in meanings.known else [(key, None)]  # it may be known from elsewhere
 
 
 def _meaning(word, name, rest, meanings):
@@ -343,7 +337,7 @@ def _arguments(parameters):
     if delimited:
         return delimited[1]
     plain = re.fullmatch(r"(?:#\d\s*)*", parameters)
-    return (str(parameters.count("#") or "")) if plain else "?"
+    return str(parameters.count("#") or "") if plain else "?"
 
 
 def _gobbled(text, step, ends, meanings):
@@ -364,17 +358,8 @@ def _silent(macro, meanings):
     body = macro.body
     if "\\" in body and len(body) < 500:
         sure = {key: value for key, value in meanings.known.items() if getattr(value, "silent", 0) is not None}
-        body = _without(body, hidden_parts(body, Meanings(sure)))
+        body = without(body, hidden_parts(body, Meanings(sure)).items())
     return not re.sub(SILENT, "", body)
-
-
-def _without(text, spans):
-    """The text without spans (start: end) that come in order."""
-    parts, position = [], 0
-    for start, end in spans.items():
-        parts.append(text[position:start])
-        position = end
-    return "".join(parts) + text[position:]
 
 
 def _environment(text, step, meanings):

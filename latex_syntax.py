@@ -78,6 +78,15 @@ PARAMETERS = re.compile(r"[^{]{0,199}")
 # ---- arguments and definitions --------------------------------------------------------------------------------------
 
 
+def without(text: str, spans) -> str:
+    """The text without its parts (start, end), which come in order of their starts."""
+    kept, position = [], 0
+    for start, end in spans:
+        kept.append(text[position:start])
+        position = max(position, end)
+    return "".join(kept) + text[position:]
+
+
 def ends_of(text: str) -> dict[int, int]:
     """Where each closed group, and each closed environment that is to go, ends: by where it starts."""
     ends, opened = {}, defaultdict(list)

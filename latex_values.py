@@ -5,11 +5,7 @@ from dataclasses import dataclass
 
 from latex_syntax import END
 
-OPERATORS = {
-    "<": int.__lt__,
-    "=": int.__eq__,
-    ">": int.__gt__,
-}
+OPERATORS = {"<": int.__lt__, "=": int.__eq__, ">": int.__gt__}
 NUMBER = rf"(?:(-?\d+)|\\([a-zA-Z@]+){END})"
 COMPARED = re.compile(rf"\s*{NUMBER}\s*([<=>])\s*{NUMBER}\s?")
 COUNTED = re.compile(rf"\s*{NUMBER}\s?")
@@ -36,7 +32,7 @@ class Macro:
 class Meanings:
     """What names mean at one place of a source. Changes within a group end with it, unless they are global.
 
-    Keys: "ifdraft" and "hide" for commands, "toggle x", "{x" for environments. Flags are True or False, environments
+    Keys: "ifdraft" and "hide" for commands, "toggle:x", "{x" for environments. Flags are True or False, environments
     True where they are hidden, macros a Macro; None is what cannot be known.
     """
 
@@ -63,7 +59,7 @@ class Meanings:
         """End the innermost group."""
         if self.groups:
             for key, meaning in self.groups.pop()[1].items():
-                self.known[key] = None if key in self.doubtful else meaning
+                self.learn(key, meaning, everywhere=True)
 
 
 # ---- tests ----------------------------------------------------------------------------------------------------------
@@ -81,7 +77,8 @@ def outcome(
         return (0 if word == "iftrue" or known else -1), position
     if word == "ifnum":
         m = COMPARED.match(text, position)
-        left, right = m and (_number(m[1], m[2], meanings), _number(m[4], m[5], meanings)) or (None, None)
+        left = m and _number(m[1], m[2], meanings)
+        right = m and _number(m[4], m[5], meanings)
         if None not in (left, right) and not GOES_ON.match(text, m.end()):
             return (0 if OPERATORS[m[3]](left, right) else -1), m.end()
     if word in ("ifodd", "ifcase"):
@@ -115,7 +112,8 @@ def _compare(text, position, meanings):
     joined = re.compile(COMMENT + r"(\S)").match(text, m.start(3)) if m[3] else None
     if joined and joined[1] in ("\\", m[1]):
         return None, position
-    first, second = m[1] or _word(m[2], meanings), m[3] or (_word(m[4], meanings) if m[4] else None)
+    first = m[1] or _word(m[2], meanings)
+    second = m[3] or _word(m[4], meanings)
     if first and len(first) == 1 and second and len(second) == 1:
         return (0 if first == second else -1), m.end()
     if m[1] and not m[3] and m[4] not in meanings.known:  # a character is no command

@@ -13,7 +13,8 @@ RESPONSES = "response completion output answer solution".split()
 SYSTEMS = "system system_prompt system_message".split()
 CHATS = "messages conversations conversation dialogue dialog".split()
 # What roles are called, by our names.
-ROLES = table("""system: system developer user: user human assistant: assistant gpt chatgpt model bot
+ROLES = table("""
+    system: system developer user: user human assistant: assistant gpt chatgpt model bot
     tool: tool function observation function_response ipython""")
 TEXT_PARTS = ("text", "input_text", "output_text")
 UNLEARNED = "weight train trainable training learn loss loss_mask".split()  # keys of a turn: false ones say so
@@ -29,20 +30,20 @@ def renamed(row: dict[str, str], template_columns: list[str]) -> tuple[dict[str,
 
     template_columns: those of --text, which are no responses. With the default, a row that has a text is a document.
     """
-    lower = {name.lower(): name for name in row}
-    columns = {name: lower[name] for name in [*PROMPTS, *BESIDE, *RESPONSES, *CHATS, *SYSTEMS] if name in lower}
+    columns = {name.lower(): name for name in row}
     default = template_columns == ["text"]
     systems = [columns[name] for name in SYSTEMS if name in columns and columns[name] not in template_columns]
     if default and "text" in row:
         return row, ""
-    chats = [name for name in CHATS if name in columns and columns[name] not in template_columns]
+    others = {name for name, column in columns.items() if column not in template_columns}
+    chats = [columns[name] for name in CHATS if name in others]
     if chats:
-        chat = {**row, "messages": row[columns[chats[0]]]}
+        chat = {**row, "messages": row[chats[0]]}
         if systems:
             chat["system"] = row[systems[0]]
-        return chat, columns[chats[0]]
-    asked = [name for name in PROMPTS if name in columns and (default or columns[name] in template_columns)]
-    answers = [name for name in RESPONSES if name in columns and columns[name] not in template_columns]
+        return chat, chats[0]
+    asked = [name for name in PROMPTS if name in columns and (default or name not in others)]
+    answers = [name for name in RESPONSES if name in others]
     if "response" in answers:
         answers = ["response"]
     if len(answers) != 1 or (default and not asked):
@@ -73,7 +74,12 @@ def _turns(cell):
         turns = json.loads(cell)
     except (ValueError, RecursionError):
         return []
-    return turns if all(isinstance(turn, dict) and "role" in turn for turn in turns) else []
+    return turns if are_objects(turns) and all("role" in turn for turn in turns) else []
+
+
+def are_objects(values) -> bool:
+    """Whether a value of JSON is a list of objects."""
+    return isinstance(values, list) and all(isinstance(value, dict) for value in values)
 
 
 def problem(row: dict[str, str], used: list[str] = ()) -> str:
@@ -96,7 +102,7 @@ def problem(row: dict[str, str], used: list[str] = ()) -> str:
 def read_turns(cell: str) -> list[dict]:
     """The turns of a chat, with role and content. Raises ValueError that says what is not known."""
     turns = json.loads(cell)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    if not are_objects(turns):
         raise ValueError("messages is no list of objects with role and content")
     return [_turn(turn) for turn in turns]
 
@@ -127,7 +133,7 @@ def _turn(turn):
 def _calls(calls):
     """Tool calls with their arguments as objects: a template would write a JSON string as a string."""
     calls = json.loads(calls) if isinstance(calls, str) else calls
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+    if not are_objects(calls):
         raise ValueError("tool_calls is no list of objects")
     read = []
     for call in calls:

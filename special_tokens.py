@@ -87,11 +87,11 @@ def bare_backend(tokenizer):
 
     backend = tokenizer.backend_tokenizer
     spec = json.loads(backend.to_str())
-    renamed = []
-    for token in spec["added_tokens"]:
-        if token["content"] in names:
-            renamed.append({**token, "content": names[token["content"]], "normalized": False})
-    spec["added_tokens"] = renamed
+    spec["added_tokens"] = [
+        {**token, "content": names[token["content"]], "normalized": False}
+        for token in spec["added_tokens"]
+        if token["content"] in names
+    ]
 
     # A unigram model would find the strings itself.
     words = spec["model"].get("vocab")

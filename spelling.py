@@ -40,12 +40,9 @@ def key(text: str) -> str | Decimal:
     text = unescape(text)
     with suppress(UnicodeError):  # UTF-8 that was read as cp1252
         text = text.encode("cp1252").decode()
-    words = look(text).casefold().split()
-    plain = " ".join(words)
+    plain = " ".join(look(text).casefold().split())
     plain = plain.strip("'\"") or plain
-    if NUMBER.fullmatch(plain):
-        return Decimal(plain)
-    return APART.sub(" ", plain)
+    return Decimal(plain) if NUMBER.fullmatch(plain) else APART.sub(" ", plain)
 
 
 def is_blank(text: str) -> bool:
@@ -58,8 +55,7 @@ def alike(texts: Iterable[str]) -> list[list[str]]:
     groups = defaultdict(set)
     for text in texts:
         groups[key(text)].add(text)
-    several = [group for group in groups.values() if len(group) > 1]
-    return list(map(sorted, several))
+    return [sorted(group) for group in groups.values() if len(group) > 1]
 
 
 def quoted(texts: list[str]) -> list[str]:

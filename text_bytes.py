@@ -18,37 +18,34 @@ NAMES = table("""latin-1: latin1 isolatin il1 il1t1 iso8859-2: latin2 isolatin2 
     cp932: sjis shiftjis sjisx0213 dosjapanese macjapanese euc_jp: jis jis2 eucjp euc cp949: ks euckr hangul
     utf-8: utf8 utf8x utf8unicode unicode utf-16: standardunicode utf16""")
 # Where a source declares its encoding: a line of its own, none that is a comment for the packages.
-# Words of which it holds one, in small letters (they are found faster); the pattern.
-DECLARED = r"""inputenc :: LINE\\usepackage[ \t]*\[([\w, \-]{1,80})\][ \t]*\{inputenc[x]?\}
-    inputencoding :: LINE\\inputencoding[ \t]*\{([\w\-]{1,20})\}
-    cjk :: LINE\\begin[ \t]*\{CJK\*?\}[ \t]*(?:\[[^]\n]*\])?[ \t]*\{([\w+\-]{1,20})\}
-    cjk ctex :: LINE\\(?:usepackage|documentclass)[ \t]*\[([\w, \-=]{1,80})\][ \t]*\{(?:ctex\w*|CJK\w*)\}
-    !tex :: (?im)^[ \t]*%[ \t]*!TEX[ \t]+encoding[ \t]*=[ \t]*([\w \-]+)
-    %& :: (?im)^%&.*?(?:translate-file[ \t]*=?|encoding[ \t]*=|-tcx=)[ \t]*([\w\-]+)
-    coding fenc :: (?im)^.*?(?:coding|fileencoding|fenc)[ \t]*[:=][ \t]*([\w\-]+)"""
-DECLARED = DECLARED.replace("LINE", r"(?m)^[^%\n]*?").encode()
-DECLARED = [(words.split(), form) for words, form in (row.split(b" :: ") for row in DECLARED.split(b"\n"))]
-CODING = rb"-\*-|vim?:|ex:|Local Variables|coding[:=]"  # a line of an editor
+LINE = rb"(?m)^[^%\n]*?"
+DECLARED = [  # (words of which it holds one, in small letters: they are found faster; the pattern)
+    (b"inputenc", LINE + rb"\\usepackage[ \t]*\[([\w, \-]{1,80})\][ \t]*\{inputenc[x]?\}"),
+    (b"inputencoding", LINE + rb"\\inputencoding[ \t]*\{([\w\-]{1,20})\}"),
+    (b"cjk", LINE + rb"\\begin[ \t]*\{CJK\*?\}[ \t]*(?:\[[^]\n]*\])?[ \t]*\{([\w+\-]{1,20})\}"),
+    (b"cjk ctex", LINE + rb"\\(?:usepackage|documentclass)[ \t]*\[([\w, \-=]{1,80})\][ \t]*\{(?:ctex\w*|CJK\w*)\}"),
+    (b"!tex", rb"(?im)^[ \t]*%[ \t]*!TEX[ \t]+encoding[ \t]*=[ \t]*([\w \-]+)"),
+    (b"%&", rb"(?im)^%&.*?(?:translate-file[ \t]*=?|encoding[ \t]*=|-tcx=)[ \t]*([\w\-]+)"),
+    (b"coding fenc", rb"(?im)^.*?(?:coding|fileencoding|fenc)[ \t]*[:=][ \t]*([\w\-]+)"),
+]
 # The commonest letters of encodings that may be told from each other by them; of Western ones all that text has.
-COMMON = """gb18030 的一是不了在有人我他这中大来上国和们到说时要就出会可也你对生能而子那得于着下自之年过为所
-    big5hkscs 的一是不了在有人我他這中大來上國和們到說時要就出會可也你對生能而子那得於著下自之年過為所
-    euc_jp のにはをたがでてとしれさあいるっなりもらこかすまんうくきけせよそ
-    cp932 のにはをたがでてとしれさあいるっなりもらこかすまんうくきけせよそ
-    cp949 이다는의에가을를은로고하지도한자리기나사아어인대정서시일수그
-    cp1251 оеаинтсрвлкмдпуя
-    koi8-r оеаинтсрвлкмдпуя
-    cp866 оеаинтсрвлкмдпуя
-    mac_cyrillic оеаинтсрвлкмдпуя
-    cp1252 éèàçùâêîôûëïüöäßñóáíúãõøåæœÉÈÀÇÖÄÜÓÁÍÚÑØÅ¿¡“”‘’–—…«»§°
-    mac_roman éèàçùâêîôûëïüöäßñóáíúãõøåæœÉÈÀÇÖÄÜÓÁÍÚÑØÅ¿¡“”‘’–—…«»§°
-    cp850 éèàçùâêîôûëïüöäßñóáíúãõøåæÉÈÀÇÖÄÜÓÁÍÚÑØÅ¿¡«»§°
-    cp1250 ąćęłńóśźżáčďéěíňřšťúůýžőűöüäßĄĆĘŁŃÓŚŹŻÁČĎÉĚÍŇŘŠŤÚŮÝŽÖÜ“”‘’–—…
-    iso8859-2 ąćęłńóśźżáčďéěíňřšťúůýžőűöüäßĄĆĘŁŃÓŚŹŻÁČĎÉĚÍŇŘŠŤÚŮÝŽÖÜ"""
-COMMON = dict(row.split() for row in COMMON.split("\n"))
+LETTERS = {
+    "gb18030": "的一是不了在有人我他这中大来上国和们到说时要就出会可也你对生能而子那得于着下自之年过为所",
+    "big5hkscs": "的一是不了在有人我他這中大來上國和們到說時要就出會可也你對生能而子那得於著下自之年過為所",
+    "euc_jp cp932": "のにはをたがでてとしれさあいるっなりもらこかすまんうくきけせよそ",
+    "cp949": "이다는의에가을를은로고하지도한자리기나사아어인대정서시일수그",
+    "cp1251 koi8-r cp866 mac_cyrillic": "оеаинтсрвлкмдпуя",
+    "cp1252 mac_roman": "éèàçùâêîôûëïüöäßñóáíúãõøåæœÉÈÀÇÖÄÜÓÁÍÚÑØÅ¿¡“”‘’–—…«»§°",
+    "cp850": "éèàçùâêîôûëïüöäßñóáíúãõøåæÉÈÀÇÖÄÜÓÁÍÚÑØÅ¿¡«»§°",
+    "cp1250": "ąćęłńóśźżáčďéěíňřšťúůýžőűöüäßĄĆĘŁŃÓŚŹŻÁČĎÉĚÍŇŘŠŤÚŮÝŽÖÜ“”‘’–—…",
+    "iso8859-2": "ąćęłńóśźżáčďéěíňřšťúůýžőűöüäßĄĆĘŁŃÓŚŹŻÁČĎÉĚÍŇŘŠŤÚŮÝŽÖÜ",
+}
+COMMON = {codec: letters for codecs, letters in LETTERS.items() for codec in codecs.split()}
 USUAL = ("cp1252", "cp1251")  # where two fit equally, this one
 EASTERN = ("gb18030", "big5hkscs", "euc_jp", "cp932", "cp949")
 # Their letters stand between ASCII ones, those of others in rows.
 WESTERN = ("cp1252", "mac_roman", "cp850", "cp1250", "iso8859-2")
+MARKS = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of UTF-16
 
 
 def known(name: str) -> str | None:
@@ -65,10 +62,10 @@ def declared(raw: bytes) -> str | None:
     """Python's name of the encoding that a source declares, if it does and is known."""
     small_letters = raw.lower()
     for words, pattern in DECLARED:
-        if not any(word in small_letters for word in words):
+        if not any(word in small_letters for word in words.split()):
             continue
         for m in re.finditer(pattern, raw):
-            if b"coding" in words and not _editor_line(raw, m):
+            if b"fenc" in words and not _editor_line(raw, m):
                 continue
             names = [known(name) for name in re.split("[,=]", m[1].decode("ascii", "ignore"))]
             names = [name for name in names if name]
@@ -103,7 +100,7 @@ def decode(raw: bytes, otherwise: str | None = None, guess: bool = True) -> tupl
 
 def _wide(raw):
     """The encoding of text in 16 bits, with a mark or with every other byte zero, or None."""
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if raw.startswith(MARKS):
         return "utf-16"
     low, high = raw[::2], raw[1::2]
     for codec, zeros, letters in (("utf-16-be", low, high), ("utf-16-le", high, low)):
@@ -139,20 +136,20 @@ def _decodes(raw, codec):
 def _by_letters(raw):
     """The encoding in which bytes make the commonest letters of a language, if no other does nearly as well."""
     runs = re.findall(rb"[\x80-\xff]+", raw)
-    in_rows = sum(len(run) for run in runs if len(run) > 2) * 2 > sum(map(len, runs))
+    total = sum(map(len, runs))
+    in_rows = sum(len(run) for run in runs if len(run) > 2) * 2 > total
     scores = {}
     for codec, common in COMMON.items():
         if in_rows == (codec in WESTERN) or not _decodes(raw, codec):
             continue
-        letters = re.sub(r"[\x00-\x7f]", "", raw.decode(codec))
-        if re.search(r"[\x80-\x9f]", letters):  # controls: no text of that encoding has them
+        text = raw.decode(codec)
+        if re.search(r"[\x80-\x9f]", text):  # controls: no text of that encoding has them
             continue
-        fitting = re.sub(r"(?<=[a-zA-Z])[“”‘–—…«»§°](?=[a-zA-Z])", "", raw.decode(codec))
-        scores[codec] = sum(letter in common for letter in re.sub(r"[\x00-\x7f]", "", fitting)) / len(letters)
+        fitting = re.sub(r"(?<=[a-zA-Z])[“”‘–—…«»§°](?=[a-zA-Z])", "", text)
+        scores[codec] = sum(map(fitting.count, common)) / len(re.findall(r"[^\x00-\x7f]", text))
     ranked = sorted(scores, key=lambda codec: (scores[codec], codec in USUAL), reverse=True)
     best = max(scores.values(), default=0)
-    rivals = [codec for codec in ranked if raw.decode(codec) != raw.decode(ranked[0])]
-    second = scores[rivals[0]] if rivals else 0
+    second = max((scores[codec] for codec in scores if raw.decode(codec) != raw.decode(ranked[0])), default=0)
     margin = 0.3 * second if in_rows else 0.05
     least = 0.2 if ranked and ranked[0] in EASTERN else 0.72  # thousands of letters, or few
     if best >= least and (ranked[0] in USUAL or best > second + margin):
@@ -160,7 +157,7 @@ def _by_letters(raw):
     if best >= least and not in_rows and scores.get("cp1252", 0) < best - margin:
         return None
     controls = len(re.findall(rb"[\x80-\x9f]", raw))
-    if in_rows or 2 * controls > sum(map(len, runs)):
+    if in_rows or 2 * controls > total:
         return None
     return "cp1252" if _decodes(raw, "cp1252") else "latin-1"
 
@@ -193,7 +190,7 @@ codecs.register_error("odd", _as_western)
 
 def refusal(raw: bytes) -> str:
     """Why bytes cannot be read as a text whose encoding is told by its letters, or an empty text."""
-    what = "" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") and raw[2:4] != b"\0\0" else formats.binary(raw)
+    what = "" if raw.startswith(MARKS) and raw[2:4] != b"\0\0" else formats.binary(raw)
     if what or b"\0" in raw:
         return what or "binary"
     return note(raw, "") or "binary"
@@ -204,11 +201,11 @@ def note(raw: bytes, encoding: str, otherwise: str | None = None) -> str:
     if not encoding:
         places = [m.start() for m in re.finditer(rb"\0", raw)]
         if places:
-            return f"{_count(raw, places, 'NUL')}"
+            return _count(raw, places, "NUL")
         places = odd_bytes(raw)[0]
         return f"{_count(raw, places, 'no UTF-8')}, and no encoding is declared: save it as UTF-8" if places else ""
     if encoding.startswith("utf-16"):
-        return "" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else f"read as {encoding}, without a byte order mark"
+        return "" if raw.startswith(MARKS) else f"read as {encoding}, without a byte order mark"
     places = odd_bytes(raw)[0]
     if encoding == "utf-8":
         return f"{_count(raw, places, 'no UTF-8')}: each is read as cp1252 has it, or marked U+FFFD" if places else ""
@@ -219,5 +216,5 @@ def note(raw: bytes, encoding: str, otherwise: str | None = None) -> str:
 
 def _count(raw, places, what):
     """Bytes counted, with the line of the first."""
-    line = raw.count(b"\n", 0, places[0]) + 1 if places else 0
+    line = raw.count(b"\n", 0, places[0]) + 1
     return f"{len(places):,} {'byte is' if len(places) == 1 else 'bytes are'} {what}, the first in line {line}"
