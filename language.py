@@ -163,7 +163,8 @@ def generating(lm: nn.Module):
         lm.generation_config = GenerationConfig()
         if attention == models.ATTENTION:
             lm.config._attn_implementation = "sdpa"
-        yield lm
+        with ddp.relaxed():  # top_p adds up probabilities, which GPUs do in any order
+            yield lm
     finally:
         lm.generation_config = settings
         lm.config._attn_implementation = attention

@@ -18,11 +18,13 @@ import fused
 import lora
 import nf4
 import numerics
+import packed_cuda
 from errors import UserError, few, one_line
-from packed import Batch, packed_attention, sequence_of_tokens, takes_grouped
+from packed import KERNELS, Batch, packed_attention, sequence_of_tokens
 
 ATTENTION = "lasttoken"
 AttentionInterface.register(ATTENTION, packed_attention)
+KERNELS["cuda"] = packed_cuda.attention
 logging.disable_progress_bar()  # transformers' bars for weights; ours is the one of training
 logging.set_verbosity_error()  # its tables of missing weights: we account for every tensor ourselves
 
@@ -217,16 +219,12 @@ def first_position(backbone: nn.Module) -> int:
 
 def attention_note(device: torch.device, config, precision: str) -> str:
     """Which attention runs here, and why."""
-    family = family_of(config)
-    if not family.packs:
+    if not family_of(config).packs:
         return f"stock attention on right-padded rows: {config.model_type} is not known to compute packed rows right"
     if device.type != "cuda":
         return "packed, one fused call per sequence: fastest on a CPU, because padding costs time there"
-    if family.encoder:
-        return "packed, one fused call per sequence: a bidirectional row cannot be right-padded without a mask"
-    if takes_grouped(device, numerics.DTYPES[precision]):
-        return "packed, one causal flash call per micro-batch, grouped key heads"
-    return "packed, one causal memory-efficient call per micro-batch, key heads expanded (below 8.0, or fp32)"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return packed_cuda.note(device, numerics.DTYPES[precision], head_dim)
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------

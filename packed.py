@@ -8,7 +8,7 @@
 """
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -98,41 +98,22 @@ def packed_attention(
     query = query.to(value.dtype)
     key = key.to(value.dtype)
 
-    # Fewer key heads than query heads: the kernel takes them as they are, or each is repeated for its group.
+    # A window matters where some sequence is longer.
+    longest = max(packed.lengths)
+    window = sliding_window if sliding_window and sliding_window < longest else None
+    kernel = KERNELS.get(query.device.type, attention_by_sequence)
+    return kernel(query, key, value, packed, dropout, scaling, window, causal), None
+
+
+def attention_by_sequence(query, key, value, packed, dropout, scaling, window, causal):
+    """One call a sequence, with a mask (n, n) only where the sequence is longer than the window: no padding."""
     repeats = query.shape[1] // key.shape[1]
-    grouped = repeats > 1 and query.is_cuda and takes_grouped(query.device, query.dtype)
-    if repeats > 1 and not grouped:
+    if repeats > 1:
         key = key.repeat_interleave(repeats, dim=1)
         value = value.repeat_interleave(repeats, dim=1)
-    attend = partial(
-        scaled_dot_product_attention,
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=grouped,
-    )
-
-    # A window matters where some sequence is longer. On a GPU one call for all wins, on a CPU no padding.
-    windowed = sliding_window and sliding_window < max(packed.lengths)
-    if query.is_cuda and causal and not windowed:
-        out = padded_attention(attend, query, key, value, packed)
-    else:
-        out = attention_by_sequence(attend, query, key, value, packed.lengths, sliding_window, causal)
-    return out.transpose(1, 2), None
-
-
-def padded_attention(attend, query, key, value, packed):
-    """One causal call over right-padded sequences: no token sees what follows it, so padding needs no mask."""
-    index, back = packed.padding
-    padded = [t[0][:, index].transpose(0, 1) for t in (query, key, value)]  # (B, H, L, d) each
-    out = attend(*padded, is_causal=True)
-    return out.transpose(0, 1).flatten(1, 2)[None, :, back]  # (1, H, T, d)
-
-
-def attention_by_sequence(attend, query, key, value, lengths, window, causal):
-    """One call a sequence, with a mask (n, n) only where the sequence is longer than the window."""
     outs = []
-    splits = [t.split(lengths, dim=2) for t in (query, key, value)]
-    for q, k, v, length in zip(*splits, lengths, strict=True):  # (1, H, n, d)
+    splits = [t.split(packed.lengths, dim=2) for t in (query, key, value)]
+    for q, k, v, length in zip(*splits, packed.lengths, strict=True):  # (1, H, n, d)
         mask = None
         if window and window < length:
             positions = torch.arange(length, device=q.device)
@@ -140,10 +121,8 @@ def attention_by_sequence(attend, query, key, value, lengths, window, causal):
             mask = distance.abs() < window
             if causal:
                 mask &= distance >= 0
-        outs.append(attend(q, k, v, mask, is_causal=causal and mask is None))
-    return torch.cat(outs, dim=2)  # (1, H, T, d)
+        outs.append(scaled_dot_product_attention(q, k, v, mask, dropout, causal and mask is None, scale=scaling))
+    return torch.cat(outs, dim=2).transpose(1, 2)  # (1, T, H, d)
 
 
-def takes_grouped(device, dtype) -> bool:
-    """Whether the fused kernel takes fewer key heads than query heads: flash, from capability 8.0 in half precision."""
-    return torch.cuda.get_device_capability(device) >= (8, 0) and dtype.itemsize == 2
+KERNELS = {}  # by the kind of device, instead of this loop: see packed_cuda.py

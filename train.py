@@ -130,6 +130,8 @@ def new_model(cfg: TrainConfig, material: Material, precision: str, say: Callabl
     if cfg.grad_checkpoint:
         models.checkpoint_activations(model.backbone)
     say(models.attention_note(world.device, model.config, precision))
+    if not model.family.packs:
+        torch.use_deterministic_algorithms(False)  # DeBERTa's gradients would sort every cell of its attention
     if cfg.pooling == "last" and model.family.encoder:
         say("note: the last token of an encoder is a separator; its head was made for --pooling cls")
     return model
