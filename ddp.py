@@ -101,13 +101,14 @@ def need_driver() -> None:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if hidden or torch.cuda.is_available() or not glob.glob("/dev/nvidia[0-9]*"):
         return
-    built = f"torch {torch.__version__} is built {f'for CUDA {torch.version.cuda}' if torch.version.cuda else 'for CPUs'}"
     version = Path("/proc/driver/nvidia/version")
     driver = re.search(r"Module\D*([\d.]+)", version.read_text()) if version.is_file() else None
+    words = f", driver {driver[1]}" if driver else ""
+    build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs"
     raise UserError(
-        f"this machine has an NVIDIA GPU, driver {driver[1] if driver else 'unknown'}, which torch cannot use: {built}. "
-        "CUDA 13 needs driver 580 or newer: update it, or take a build for older ones with pip install torch --index-url "
-        "https://download.pytorch.org/whl/cu126; CUDA_VISIBLE_DEVICES=-1 runs on the CPU"
+        f"this machine has an NVIDIA GPU{words}, which torch {torch.__version__}, built {build}, cannot use. CUDA 13 "
+        "needs driver 580 or newer: update it, or install a build for older ones (pip install torch --index-url "
+        "https://download.pytorch.org/whl/cu126); CUDA_VISIBLE_DEVICES=-1 runs on the CPU"
     )
 
 
@@ -191,7 +192,8 @@ def launch(main) -> None:
         if rank > 0 or isinstance(e, RankLost):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
-        if isinstance(e, (KeyboardInterrupt, FloatingPointError, OSError)) or hasattr(e, "exit_status"):
+        expected = KeyboardInterrupt, FloatingPointError, OSError, torch.OutOfMemoryError
+        if isinstance(e, expected) or hasattr(e, "exit_status"):
             tqdm.write(f"error: {e}" if str(e) else "interrupted", file=sys.stderr)  # on a line of its own
         else:
             traceback.print_exc()

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import bases
 import data
 import ddp
+import estimates
 import losses
 import model as models
 import nf4
@@ -104,7 +105,8 @@ def language_scores(lm, tokens: data.Tokens, world: ddp.World, precision: str, m
         if signals.STOP.number:
             break
         ddp.computes()
-        with numerics.autocast(world.device, precision):
+        length = int(tokens.lengths[rows].sum())
+        with estimates.room_for(length, world.device), numerics.autocast(world.device, precision):
             total += next_token_loss(lm, pack(tokens, rows, world.device, predict=True)).double()
     lm.train(was_training)
     if ddp.stopping(world):

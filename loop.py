@@ -30,6 +30,7 @@ import cli
 import data
 import ddp
 import disk
+import estimates
 import faults
 import locks
 import lora
@@ -43,6 +44,7 @@ from errors import warning
 from limits import Limit
 
 LOADED = time.monotonic()
+MOST_TOKENS = 8192  # of --max_tokens auto: more in a launch gain little
 
 
 # ---- state ----------------------------------------------------------------------------------------------------------
@@ -53,6 +55,7 @@ class State:
     """Everything that a run's next step depends on beside tensors. Stored in last/state.json."""
 
     micro_batches: int
+    max_tokens: int = 0  # of a micro-batch; 0 until it is found: see fit_memory
     step: int = 0  # optimizer steps of the plan that are done
     updates: int = 0  # those that changed parameters: the schedule counts these
     skipped: int = 0  # those whose gradients were not finite
@@ -93,7 +96,7 @@ class Job:
     def __post_init__(self):
         cfg = self.cfg
         self.say = partial(ddp.say, self.world)
-        self.state = State(micro_batches=max(cfg.micro_batches, self.world.size))
+        self.state = State(max(cfg.micro_batches, self.world.size), cfg.max_tokens)
         self.scaler = optim.loss_scaler(self.world.device.type, self.precision == "fp16")
         self.gradients = ddp.GradientSum([p for p in self.model.parameters() if p.requires_grad], self.world)
 
@@ -127,12 +130,46 @@ def say_plan(job: Job) -> None:
     mean = np.mean([len(micro_batches) for micro_batches in epoch_of(job, 0)])
     job.say(
         f"plan: {job.total:,} steps of {cfg.batch_size} rows in {mean:.1f} micro-batches of at most "
-        f"{cfg.max_tokens:,} tokens, warm-up {job.warmup}, evaluation every {job.eval_every}, "
+        f"{job.state.max_tokens:,} tokens, warm-up {job.warmup}, evaluation every {job.eval_every}, "
         f"save every {job.save_every}"
     )
     if job.warmup >= job.total:
         problem = f"the warm-up of {job.warmup:,} updates is as long as the run, which never reaches --lr {cfg.lr:g}"
         job.say(warning(problem, "lower --warmup_steps or --warmup_ratio, or train longer"))
+
+
+def fit_memory(job: Job, loss_of: Callable) -> None:
+    """--max_tokens auto: halve the budget until its fullest micro-batch passes forward and backward on every rank.
+
+    It is found once, before the first step, and stored with the state: a run that is resumed takes its own again. Kept
+    free meanwhile: what AdamW will need, and a sixteenth for gaps. Raises OutOfMemory where not even one row fits.
+    """
+    cfg, state, device = job.cfg, job.state, job.world.device
+    if state.max_tokens:
+        return
+    spare = torch.cuda.get_device_properties(device).total_memory // 16 if device.type == "cuda" else 0
+    reserved = torch.empty(8 * job.gradients.count + spare, dtype=torch.uint8, device=device)
+    budget = max(MOST_TOKENS, cfg.max_length)
+    while True:
+        rows = data.fullest(job.lengths, cfg.batch_size, budget)
+        tokens = int(job.lengths[rows].sum())
+        problem = None
+        try:
+            with estimates.room_for(tokens, device):
+                loss_of(rows).backward()
+        except estimates.OutOfMemory as e:
+            problem = e
+        job.gradients.clear()
+        if not ddp.sum_over_ranks(job.world, float(problem is not None)):
+            break
+        if budget == cfg.max_length:
+            raise problem or estimates.OutOfMemory(f"another rank ran out of memory at {tokens:,} tokens")
+        budget = max(budget // 2, cfg.max_length)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    del reserved
+    state.max_tokens = budget
+    job.say(f"--max_tokens auto: {budget:,}, tried with a micro-batch of {tokens:,} tokens")
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------
@@ -141,7 +178,8 @@ def say_plan(job: Job) -> None:
 def epoch_of(job: Job, epoch: int) -> list[list[np.ndarray]]:
     """The steps of an epoch as lists of micro-batches: a function of the seed, not of the number of ranks."""
     cfg = job.cfg
-    return data.plan_epoch(job.lengths, cfg.batch_size, cfg.max_tokens, job.state.micro_batches, cfg.seed, epoch)
+    cut = job.state.max_tokens, job.state.micro_batches
+    return data.plan_epoch(job.lengths, cfg.batch_size, *cut, cfg.seed, epoch)
 
 
 def steps(job: Job) -> Iterator[list[np.ndarray]]:
@@ -198,9 +236,10 @@ def step(job: Job, micro_batches: list[np.ndarray], loss_of: Callable, weight: f
             break
         ddp.computes()
         forwards.append(partial(seeded_loss, job, j, rows, loss_of, weight))
-        faults.probe(job, forwards)
-        loss = forwards[-1]()
-        job.scaler.scale(loss).backward()
+        with estimates.room_for(int(job.lengths[rows].sum()), world.device):
+            faults.probe(job, forwards)
+            loss = forwards[-1]()
+            job.scaler.scale(loss).backward()
         job.gradients.add(loss)
 
     # The loss and the reasons to stop travel with the gradients, so that all ranks decide alike.
@@ -408,5 +447,5 @@ def restore(job: Job, run: Path, read: Callable) -> None:
         problem = "this run began in another precision: equal to rounding, not to the bit"
         job.say(warning(problem, "continue on hardware like that of environment.json"))
     saved["at"].pop("resumed", None)  # of runs before it was left out
-    job.state = State(**saved["at"])
+    job.state = State(**{"max_tokens": job.cfg.max_tokens} | saved["at"])
     job.say(run_folder.restore_best(job.state, run))

@@ -7,9 +7,11 @@ A new family is a row of FAMILIES and a test that packed == padded == alone; a n
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging
 
@@ -196,10 +198,7 @@ class Classifier(nn.Module):
 
 
 def hidden_states(backbone: nn.Module, batch: Batch) -> torch.Tensor:
-    """Final hidden states (T, D) of a packed micro-batch.
-
-    A family that cannot pack runs right-padded inside, with the same result.
-    """
+    """Final hidden states (T, D) of a packed micro-batch; a family that cannot pack runs right-padded inside."""
     if backbone.config._attn_implementation == ATTENTION:
         positions = batch.position_ids + first_position(backbone)
         out = backbone(input_ids=batch.input_ids[None], position_ids=positions[None], use_cache=False, packed=batch)
@@ -444,3 +443,6 @@ def checkpoint_activations(backbone: nn.Module) -> None:
     """Recompute activations in the backward pass; never reentrant, which trains nothing on a frozen base."""
     enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    for layer in filter(fused.installed, bases.decoder_layers(backbone)):
+        layer.gradient_checkpointing = False  # transformers means the forward of the layer's class
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

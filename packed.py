@@ -26,6 +26,7 @@ class Batch:
     cu_seqlens: Tensor  # (B + 1,) int32, where each sequence starts, and the end of the last one
     targets: Tensor | None = None  # (P,) int64, for a language model: positions of the tokens to predict
     asked: Tensor | None = None  # (B,) int64: positions whose last states are all that is needed
+    beside: tuple[Tensor, ...] = ()  # what else came with the rows
 
     @cached_property
     def padding(self) -> tuple[Tensor, Tensor]:
@@ -42,11 +43,11 @@ def sequence_of_tokens(cu_seqlens: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(cu_seqlens.diff().long(), output_size=total)
 
 
-def pack(tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
+def pack(tokens, rows: np.ndarray, device, predict: bool = False, beside=()) -> Batch:
     """Concatenate rows of tokens into one packed micro-batch; predict: with its targets, for a language model.
 
-    tokens: anything with `lengths` (N,), `row(i)` (its ids) and, for predict, `starts`, `stops` (N,), `learned` ((T,)
-    bool over the ids of all rows, or None for everything).
+    beside: arrays that travel with them. tokens: anything with `lengths` (N,), `row(i)` (its ids) and, for predict,
+    `starts`, `stops` (N,), `learned` ((T,) bool over the ids of all rows, or None for everything).
     """
     lengths = tokens.lengths[rows]
     cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
@@ -62,11 +63,12 @@ def pack(tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
         arrays.append(np.flatnonzero(predicted))
 
     # From pinned memory the copy runs while the GPU still computes.
-    tensors = [torch.from_numpy(array) for array in arrays]
+    tensors = [torch.from_numpy(array) for array in (*arrays, *beside)]
     if torch.device(device).type == "cuda":
         tensors = [tensor.pin_memory() for tensor in tensors]
     tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
-    return Batch(tuple(lengths.tolist()), *tensors)
+    count = len(arrays)
+    return Batch(tuple(lengths.tolist()), *tensors[:count], beside=tuple(tensors[count:]))
 
 
 def packed_attention(

@@ -1,4 +1,4 @@
-"""What can be held of the GPU paths without a GPU: what is chosen, shapes on the meta device, equality with plain twins.
+"""What can be held of the GPU paths without a GPU: choices, shapes on the meta device, equality with plain twins.
 
 Nothing here ran on a GPU; dev/LOG.md says what to look at first on one.
 """
