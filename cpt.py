@@ -54,7 +54,7 @@ def main(argv: list[str]) -> dict:
     # ---- settings, ranks, the run to resume -------------------------------------------------------------------------
     cfg, given, world, run = loop.begin(CptConfig, CPT_PRESETS, argv, __doc__)
     say = partial(ddp.say, world)
-    precision = loop.say_ranks(world, cfg.precision)
+    precision = loop.say_ranks(world, cfg)
 
     # ---- data -------------------------------------------------------------------------------------------------------
     # With random_init a base needs no weights, only its config and tokenizer.

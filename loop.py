@@ -109,9 +109,9 @@ class Job:
         self.spikes = faults.Spikes()
 
 
-def say_ranks(world: ddp.World, wanted: str) -> str:
+def say_ranks(world: ddp.World, cfg) -> str:
     """The precision to train in; prints it, and on what."""
-    precision, why = numerics.choose_precision(wanted, world.device)
+    precision, why = numerics.choose_precision(cfg.precision, world.device, cfg.base)
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
     ddp.say(world, f"{ranks} on {world.device.type}; precision {precision} ({why})")
     return precision

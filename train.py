@@ -79,7 +79,7 @@ def main(argv: list[str]) -> dict:
     problems = splits.audit_rows(cfg, labels, train, judges, print) if world.rank == 0 else {}
 
     # ---- model ------------------------------------------------------------------------------------------------------
-    precision = loop.say_ranks(world, cfg.precision)
+    precision = loop.say_ranks(world, cfg)
     say(prepare.untrained_labels(cfg.task, train.labels, labels.names))
     model = new_model(cfg, material, precision, say, world)
     say(evaluate.weak_tokens(model, tokenizer, train.tokens))

@@ -4,6 +4,7 @@ Nothing here ran on a GPU; dev/LOG.md says what to look at first on one.
 """
 
 import glob
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ import bases
 import checkpoint
 import ddp
 import labelling
+import language
+import lora
 import model as models
 import numerics
 import packed
@@ -116,6 +119,53 @@ def test_only_families_that_do_not_pack_are_relaxed(base, family, strict, restor
     labels, tokenizer = labelling.find_labels(["a", "b"]), bases.load_tokenizer("tiny/base")
     train.new_model(cfg, SimpleNamespace(labels=labels, tokenizer=tokenizer), "fp32", print, ddp.World(0, 1, CPU))
     assert torch.are_deterministic_algorithms_enabled() == strict
+
+
+def test_a_trained_vocabulary_is_cut_into_fewer_chunks_on_gpus():
+    head = torch.nn.Linear(4, 9)
+    assert [language.chunk_of(kind, head) for kind in ("cuda", "cpu")] == [2048, 512]
+    assert language.chunk_of("cuda", head.requires_grad_(False)) == 512
+    assert language.chunk_of("cuda", lora.LoRALinear(head, 2, 4.0)) == 512
+
+
+def test_generation_may_run_what_has_no_deterministic_kernel(restored):
+    torch.use_deterministic_algorithms(True)
+    lm = language.load_language_model("tiny/base", CPU, FP32)
+    with language.generating(lm):
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+# ---- fp16 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family, capability, wanted, got",
+    [
+        ("Gemma3Text", (7, 5), "auto", None), ("Gemma3Text", (7, 5), "fp32", "fp32"),
+        ("Gemma3Text", (8, 0), "auto", "bf16"), ("Gemma3Text", (8, 0), "fp16", None), ("Qwen2", (7, 5), "auto", "fp16"),
+    ],
+)  # fmt: skip
+def test_a_base_that_overflows_is_refused_in_fp16(base, monkeypatch, family, capability, wanted, got):  # noqa: F811
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Some GPU")
+    choose = partial(numerics.choose_precision, wanted, torch.device("cuda", 0), base(family))
+    if got:
+        assert choose()[0] == got
+    else:
+        with pytest.raises(UserError, match=r"overflows in fp16.*--precision fp32, or bf16"):
+            choose()
+
+
+def test_the_maxima_of_a_first_forward_pass_cover_what_overflows_inside_a_layer(base):  # noqa: F811
+    """Outputs of o_proj and down_proj, and the product of two activations that down_proj reads; fused layers too."""
+    model = classifier(base("Qwen2"), targets=("all-linear",))
+    with torch.no_grad(), numerics.activation_maxima(model) as maxima:
+        model(batch_of(rows()))
+    names = {name for _, name in maxima}
+    for layer in ("model.layers.0", "model.layers.1"):
+        down = f"{layer}.mlp.down_proj.base_layer"
+        assert {f"{layer}.self_attn.o_proj.base_layer", down, f"input of {down}"} <= names
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------

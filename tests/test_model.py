@@ -657,7 +657,7 @@ def test_precision_and_kernel_by_capability_never_by_is_bf16_supported(monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Some GPU")
     cuda = torch.device("cuda", 0)
-    assert numerics.choose_precision("auto", cuda) == (
+    assert numerics.choose_precision("auto", cuda, "tiny/base") == (
         precision,
         f"Some GPU, capability {capability[0]}.{capability[1]}",
     )
@@ -670,7 +670,7 @@ def test_precision_and_kernel_by_capability_never_by_is_bf16_supported(monkeypat
 
 @pytest.mark.parametrize("wanted, got", [("auto", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")])
 def test_precision_on_a_cpu(wanted, got):
-    assert numerics.choose_precision(wanted, CPU)[0] == got
+    assert numerics.choose_precision(wanted, CPU, "")[0] == got
     assert numerics.weight_dtype(CPU, got) == torch.float32
 
 
