@@ -99,6 +99,14 @@ def equal(a, b):
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
+def with_our_masks(model) -> None:
+    """Give peft's model our dropout: it draws its masks by torch's slower generator, from the same seed others."""
+    for module in model.modules():
+        for name, part in module.named_children():
+            if isinstance(module, torch.nn.ModuleDict) and isinstance(part, torch.nn.Dropout):
+                module[name] = lora.Dropout(part.p)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # parity with peft, in memory
 
@@ -111,14 +119,7 @@ def test_logits_and_gradients_equal_peft_bit_for_bit(bias, rslora, dropout):
     base = toy_base()
     ours, theirs = adapted(base, bias=bias, rslora=rslora, dropout=dropout), peft_model(base, QV, bias, rslora, dropout)
     named = copy_to_peft(ours, theirs)
-    for module in theirs.modules():  # peft draws its masks by torch's slower generator
-        if (
-            isinstance(module, torch.nn.ModuleDict)
-            and dropout
-            and "default" in module
-            and not module["default"]._parameters
-        ):
-            module["default"] = lora.Dropout(dropout)
+    with_our_masks(theirs)
     logits = []
     for model in (ours, theirs):
         model.train(dropout > 0)

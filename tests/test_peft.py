@@ -24,6 +24,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
+from test_lora import with_our_masks
 
 import checkpoint
 import configs
@@ -449,7 +450,7 @@ BITS = {
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("case", BITS)
 def test_logits_and_gradients_equal_those_of_peft_bit_for_bit(case, dropout, base):
-    """The same weights, seed and dropout masks on transformers' own model; and exactly the same tensors are trained."""
+    """The same weights and dropout masks on transformers' own model; and exactly the same tensors are trained."""
     family, fields = BITS[case]
     family, task = family.split()[0], "CAUSAL_LM" if family.endswith("LM") else "SEQ_CLS"
     whole = stock(folder_of(base, task, family, True), task)
@@ -465,6 +466,7 @@ def test_logits_and_gradients_equal_those_of_peft_bit_for_bit(case, dropout, bas
     assert named.keys() == state.keys()
     for key, p in named.items():
         p.data.copy_(state[key])
+    with_our_masks(theirs)
     ids = torch.tensor([ROWS[2], [ROWS[0][0], 0, 0, *ROWS[2][3:]]])  # the padding row's id among them
     logits = []
     for model in (ours, theirs):
