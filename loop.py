@@ -148,7 +148,7 @@ def fit_memory(job: Job, loss_of: Callable) -> None:
     if state.max_tokens:
         return
     spare = torch.cuda.get_device_properties(device).total_memory // 16 if device.type == "cuda" else 0
-    reserved = torch.empty(8 * job.gradients.count + spare, dtype=torch.uint8, device=device)
+    _reserved = torch.empty(8 * job.gradients.count + spare, dtype=torch.uint8, device=device)
     budget = max(MOST_TOKENS, cfg.max_length)
     while True:
         rows = data.fullest(job.lengths, cfg.batch_size, budget)
@@ -167,7 +167,6 @@ def fit_memory(job: Job, loss_of: Callable) -> None:
         budget = max(budget // 2, cfg.max_length)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    del reserved
     state.max_tokens = budget
     job.say(f"--max_tokens auto: {budget:,}, tried with a micro-batch of {tokens:,} tokens")
 

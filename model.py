@@ -222,7 +222,8 @@ def attention_note(device: torch.device, config, precision: str) -> str:
         return f"stock attention on right-padded rows: {config.model_type} is not known to compute packed rows right"
     if device.type != "cuda":
         return "packed, one fused call per sequence: fastest on a CPU, because padding costs time there"
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return packed_cuda.note(device, numerics.DTYPES[precision], head_dim)
 
 

@@ -101,8 +101,9 @@ def packed_attention(
     key = key.to(value.dtype)
 
     # A window matters where some sequence is longer.
-    longest = max(packed.lengths)
-    window = sliding_window if sliding_window and sliding_window < longest else None
+    window = None
+    if sliding_window and sliding_window < max(packed.lengths):
+        window = sliding_window
     kernel = KERNELS.get(query.device.type, attention_by_sequence)
     return kernel(query, key, value, packed, dropout, scaling, window, causal), None
 
@@ -123,7 +124,8 @@ def attention_by_sequence(query, key, value, packed, dropout, scaling, window, c
             mask = distance.abs() < window
             if causal:
                 mask &= distance >= 0
-        outs.append(scaled_dot_product_attention(q, k, v, mask, dropout, causal and mask is None, scale=scaling))
+        whole = causal and mask is None
+        outs.append(scaled_dot_product_attention(q, k, v, mask, dropout, whole, scale=scaling))
     return torch.cat(outs, dim=2).transpose(1, 2)  # (1, T, H, d)
 
 

@@ -12,7 +12,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 def attention(query, key, value, packed, dropout, scaling, window, causal):
     """One packed row: query (1, H, T, d), key and value (1, H_kv, T, d) -> (1, T, H, d)."""
-    kernel = KERNELS[kernel_of(capability(query.device), query.dtype, query.shape[-1], window, dropout)]
+    gpu = capability(query.device)
+    kind = kernel_of(gpu, query.dtype, query.shape[-1], window, dropout)
+    kernel = KERNELS[kind]
     return kernel(query, key, value, packed, dropout, scaling, window, causal)
 
 
@@ -24,7 +26,9 @@ def capability(device: torch.device) -> tuple[int, int]:
     if not torch.version.cuda:
         return 0, 0  # ROCm: its own kernels take other arguments
     found = torch.cuda.get_device_capability(device)
-    return found if torch.backends.cuda.is_flash_attention_available() else min(found, (7, 5))
+    if not torch.backends.cuda.is_flash_attention_available():
+        found = min(found, (7, 5))
+    return found
 
 
 def kernel_of(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, window=None, dropout=0.0) -> str:
@@ -33,19 +37,24 @@ def kernel_of(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, wi
     All three compute causal and bidirectional rows. Key heads that are fewer than query heads are repeated, but for
     flash.
     """
-    half = dtype in (torch.float16, torch.bfloat16)
+    new = capability >= (8, 0)
     if head_dim * dtype.itemsize % 16:  # rows of heads that are not aligned
         return "padded"
 
     # Where shared memory is small, the backward pass of large heads is not built.
     small = (8, 6) <= capability <= (8, 9) or capability >= (12, 0)
-    unbuilt = small and head_dim > 192 and (head_dim <= 224 or dropout > 0)
-    if half and capability >= (8, 0) and head_dim <= 256 and not unbuilt:
+    most = 256
+    if small and (dropout or head_dim <= 224):
+        most = 192
+    half = dtype in (torch.float16, torch.bfloat16)
+    if new and half and head_dim <= most:
         return "flash"
 
     # Its backward pass is not told of a window (torch 2.13), and would give wrong gradients.
-    known = dtype in (torch.float16, torch.float32) or (half and capability >= (8, 0))
-    if known and capability >= (5, 0) and not window:
+    known = [torch.float16, torch.float32]
+    if new:
+        known.append(torch.bfloat16)
+    if dtype in known and capability >= (5, 0) and not window:
         return "efficient"
     return "padded"
 
@@ -66,54 +75,40 @@ def note(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
 def flash(query, key, value, packed, dropout, scaling, window, causal):
     """Flash attention (Dao 2023, arXiv:2307.08691) of sequences of any lengths."""
     left = window - 1 if window else -1  # -1: no limit
+    right = 0 if causal else left
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, H, d)
-    starts, longest = packed.cu_seqlens, max(packed.lengths)
-    out, *_ = torch.ops.aten._flash_attention_forward(
-        q,
-        k,
-        v,
-        starts,
-        starts,
-        longest,
-        longest,
-        dropout,
-        causal,
-        False,
-        scale=scaling,
-        window_size_left=left,
-        window_size_right=0 if causal else left,
-    )
-    return out[None]
+    sizes = {"window_size_left": left, "window_size_right": right}
+    attend = torch.ops.aten._flash_attention_forward
+    results = attend(q, k, v, *bounds(packed), dropout, causal, False, scale=scaling, **sizes)
+    return results[0][None]
 
 
 def efficient(query, key, value, packed, dropout, scaling, window, causal):
     """Memory-efficient attention (Rabe & Staats 2021, arXiv:2112.05682) of sequences of any lengths."""
-    q, k, v = (t.transpose(1, 2) for t in (query, *expanded(query, key, value)))  # (1, T, H, d)
-    starts, longest = packed.cu_seqlens, max(packed.lengths)
-    out, *_ = torch.ops.aten._efficient_attention_forward(
-        q,
-        k,
-        v,
-        None,
-        starts,
-        starts,
-        longest,
-        longest,
-        dropout,
-        int(causal),
-        torch.is_grad_enabled(),
-        scale=scaling,
-    )
-    return out
+    key, value = expanded(query, key, value)
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))  # (1, T, H, d)
+    trains = torch.is_grad_enabled()
+    attend = torch.ops.aten._efficient_attention_forward
+    kind = int(causal)
+    results = attend(q, k, v, None, *bounds(packed), dropout, kind, trains, scale=scaling)
+    return results[0]
+
+
+def bounds(packed):
+    """Where queries and keys of each sequence start, and the longest of both."""
+    longest = max(packed.lengths)
+    return packed.cu_seqlens, packed.cu_seqlens, longest, longest
 
 
 def padded(query, key, value, packed, dropout, scaling, window, causal):
     """One call over right-padded sequences, with a mask where a token could see padding or too far."""
     index, back = packed.padding  # (B, L), (T,)
     columns = torch.arange(index.shape[1], device=query.device)
-    real = columns < packed.cu_seqlens.diff()[:, None]  # (B, L)
+    lengths = packed.cu_seqlens.diff()
+    real = columns < lengths[:, None]  # (B, L)
     there = index.masked_fill(~real, query.shape[2]).flatten()
-    heads = (Take.apply(t[0], there, back) for t in (query, *expanded(query, key, value)))
+    key, value = expanded(query, key, value)
+    heads = (Take.apply(t[0], there, back) for t in (query, key, value))
     q, k, v = (t.unflatten(1, index.shape).transpose(0, 1) for t in heads)  # (B, H, L, d)
 
     # A causal row needs no mask: nothing sees what follows it. Padding sees padding, or its softmax would be NaN.
@@ -126,16 +121,18 @@ def padded(query, key, value, packed, dropout, scaling, window, causal):
         if causal:
             mask = mask & (distance >= 0)
     out = scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling)
-    out = Take.apply(out.transpose(0, 1).flatten(1, 2), back, there)  # (H, T, d)
+    rows = out.transpose(0, 1).flatten(1, 2)  # (H, B * L, d)
+    out = Take.apply(rows, back, there)  # (H, T, d)
     return out.transpose(0, 1)[None]
 
 
 def expanded(query, key, value):
     """Key and value with each head repeated for its group of query heads."""
     repeats = query.shape[1] // key.shape[1]
-    if repeats == 1:
-        return key, value
-    return key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if repeats > 1:
+        key = key.repeat_interleave(repeats, dim=1)
+        value = value.repeat_interleave(repeats, dim=1)
+    return key, value
 
 
 class Take(Function):
@@ -152,7 +149,8 @@ class Take(Function):
     @staticmethod
     def backward(ctx, d):
         (back,) = ctx.saved_tensors
-        return pad(d, (0, 0, 0, 1))[:, back], None, None
+        taken = pad(d, (0, 0, 0, 1))[:, back]
+        return taken, None, None
 
 
 KERNELS = {"flash": flash, "efficient": efficient, "padded": padded}

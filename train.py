@@ -108,7 +108,9 @@ def main(argv: list[str]) -> dict:
         loop.restore(job, run, partial(read_save, model=model))
     if cfg.init_from and not job.state.step:
         say(chains.start_from(Path(cfg.init_from), cfg, labels, model))
-    on_device = None if weights is None else torch.from_numpy(weights).float().to(world.device)
+    on_device = None
+    if weights is not None:
+        on_device = torch.from_numpy(weights).float().to(world.device)
     loss_of = partial(batch_loss, job, train, on_device)
     loop.fit_memory(job, loss_of)
     loop.say_plan(job)
@@ -164,7 +166,9 @@ def dry_run(job: loop.Job, loss_of: Callable) -> dict:
     tokens = float(job.lengths.sum()) * job.total / job.steps_per_epoch
     total = sum(memory.values())
     parts = ", ".join(f"{name} {gigabytes:.2f}" for name, gigabytes in memory.items())
-    peak = f"; peak without AdamW {estimates.peak_memory_gb(device):.2f} GB" if device.type == "cuda" else ""
+    peak = ""
+    if device.type == "cuda":
+        peak = f"; peak without AdamW {estimates.peak_memory_gb(device):.2f} GB"
     job.say(f"memory: about {total:.2f} GB a rank at the largest micro-batch, {size:,} tokens ({parts}){peak}")
     job.say(
         f"time: about {tokens / rate / 60:.1f} min for {tokens:,.0f} tokens at {rate:,.0f} tokens/s, "
@@ -187,7 +191,9 @@ def dry_run(job: loop.Job, loss_of: Callable) -> dict:
 def batch_loss(job: loop.Job, train: Split, weights: torch.Tensor | None, rows: np.ndarray) -> torch.Tensor:
     """The loss of a micro-batch, summed over its rows. weights (C,): of classes, or of labels' positives."""
     device = job.world.device
-    targets = [train.labels[rows]] if train.soft is None else [train.labels[rows], train.soft[rows]]
+    targets = [train.labels[rows]]
+    if train.soft is not None:
+        targets.append(train.soft[rows])
     batch = pack(train.tokens, rows, device, beside=targets)
     with numerics.autocast(device, job.precision):
         logits = job.model(batch)

@@ -8,12 +8,15 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from test_ddp import toy_flags
 from test_model import Causal, base, batch_of, classifier, heads, naive_attention, near, rows  # noqa: F401
 
 import bases
 import checkpoint
+import data
 import ddp
 import labelling
 import language
@@ -134,6 +137,32 @@ def test_generation_may_run_what_has_no_deterministic_kernel(restored):
     with language.generating(lm):
         assert not torch.are_deterministic_algorithms_enabled()
     assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_gradients_that_are_not_finite_are_named_where_the_sum_is_the_gradient(tmp_path, small_base, monkeypatch):
+    """Above the limit there is one buffer: a step that is not taken must leave it to be looked at."""
+    monkeypatch.setattr(ddp, "FP64_LIMIT", 0)
+    model = trained.new_classifier
+
+    def poisoned(*args):
+        made = model(*args)
+        made.get_submodule("model.layers.1.mlp.up_proj").lora_B.weight.register_hook(lambda g: g * float("nan"))
+        return made
+
+    monkeypatch.setattr(trained, "new_classifier", poisoned)
+    flags = toy_flags(tmp_path, small_base, targets="up_proj")
+    with pytest.raises(FloatingPointError, match=r"gradients of model.layers.1.mlp.up_proj.lora_B.* not finite"):
+        train.main(flags)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_targets_travel_with_the_tokens(soft):
+    tokens = data.join_tokens([[3, 4], [5], [6, 7, 8]])
+    chosen, labels, shares = np.array([2, 0]), np.array([1, 0, 2]), np.eye(3, dtype=np.float32)
+    beside = [labels[chosen], shares[chosen]] if soft else [labels[chosen]]
+    batch = packed.pack(tokens, chosen, CPU, beside=beside)
+    assert [t.tolist() for t in batch.beside] == [array.tolist() for array in beside]
+    assert batch.input_ids.tolist() == [6, 7, 8, 3, 4] and batch.targets is None and batch.asked is None
 
 
 # ---- fp16 -----------------------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ configs presets checks cli formats spelling delimited
 lora peft_format losses metrics tables bootstrap calibrate decide optim ddp checkpoint run_folder parts tracking limits
 template_trial answer_numbers answer_parser prompts
 latex_syntax latex_values text_bytes pair_formats latex_hidden latex_clean latex audit
-files cutting special_tokens labelling strata packed bases numerics nf4 model estimates data splits faults loop
+files cutting special_tokens labelling strata packed packed_cuda fused bases numerics nf4 model
+estimates data splits faults loop
 evaluate language document_files corpus holdout
 trained lasttoken chains prepare foreign predictions writer chats answers
 report_runs report_numbers pictures page report_sections compare_runs
@@ -53,8 +54,10 @@ FORBIDDEN = {"datasets", "tokenizers", "peft", "token", "profile", "utils"}  # w
 # soft targets, train_only rows and attention pooling (460 tokens); then trust in what users bring: LaTeX that is never
 # printed, encodings, layouts of pairs (10,600), files, labels and long rows (7,000), saves, locks, signals and ranks
 # (6,400), bases, adapters, exports and stated probabilities (3,600), ids, calibration and part files (2,500).
+# Then fused layers and masks from 16 bits (2,900), and GPU paths (2,350): attention of any lengths, --max_tokens auto,
+# memory that is counted, deterministic kernels.
 # Rules, fields, presets and LaTeX commands are tables with a row on each line, so that the lines are many.
-TOTAL_TOKENS, TOTAL_LINES = 98_100, 9_830
+TOTAL_TOKENS, TOTAL_LINES = 103_400, 10_300
 FILE_LINES, FUNCTION_LINES = 450, 80  # all kinds of lines
 DENSITY, READ_MOST = 11.5, 10.0  # tokens per code line; in the files that are read most
 READ_MOST_FILES = {"train", "cpt", "infer", "loop", "packed", "lora", "losses"}
