@@ -447,3 +447,4 @@ def checkpoint_activations(backbone: nn.Module) -> None:
     for layer in filter(fused.installed, bases.decoder_layers(backbone)):
         layer.gradient_checkpointing = False  # transformers means the forward of the layer's class
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward.__func__ = fused.forward  # still an installed one
