@@ -50,10 +50,10 @@ METRICS = lists("""
 """)
 # fmt: off
 RANGES = {name: rule for names, *rule in (  # fields, what is expected, test
-    ("lr epochs batch_size max_new_tokens max_tokens micro_batches max_length alpha soft_temperature",
+    ("lr epochs batch_size max_new_tokens micro_batches max_length alpha soft_temperature",
      "a number above 0", lambda value: value > 0),
     ("rank head_lr embed_lr weight_decay max_steps warmup_steps grad_clip eval_every save_every keep patience seed "
-     "eval_rows limit samples worst folds", "0 or more", lambda value: value >= 0),
+     "eval_rows max_tokens limit samples worst folds", "0 or more", lambda value: value >= 0),
     ("lora_dropout head_dropout label_smoothing warmup_ratio", "a fraction from 0 to below 1",
      lambda value: 0 <= value < 1),
     ("soft_share", "a fraction from 0 to 1", lambda value: 0 <= value <= 1),
@@ -173,7 +173,7 @@ it is for --task multi_label; two classes take global
 # fmt: off
 PROBLEMS = [
     ("Shared", "--max_tokens {max_tokens} is below --max_length {max_length}: the longest row fits in no micro-batch",
-     lambda cfg: cfg.max_tokens < cfg.max_length),
+     lambda cfg: 0 < cfg.max_tokens < cfg.max_length),
     ("Shared", "--optimizer {optimizer} needs bitsandbytes: pip install bitsandbytes",
      lambda cfg: cfg.optimizer != "adamw" and _missing("bitsandbytes")),
     ("Shared", "--targets {targets}: all-linear cannot be combined with names",
@@ -194,6 +194,8 @@ PROBLEMS = [
      lambda cfg: cfg.task in METRICS and _not_among(cfg.metric, METRICS[cfg.task])),
     ("CptConfig", "--export {export}: {problem}", lambda cfg: _export_problem(cfg.export, cfg.base)),
     ("InferConfig", "--export {export}: {problem}", lambda cfg: _export_problem(cfg.export)),
+    *[(command, "--max_tokens 0: expected a number above 0", lambda cfg: not cfg.max_tokens)
+      for command in ("InferConfig", "EnsembleConfig")],
     ("InferConfig", "--runs {runs} moved: python ensemble.py --runs A B combines several runs",
      lambda cfg: len(cfg.runs) > 1),
     ("InferConfig", "--output {output}: expected a name that ends in .csv or .jsonl",

@@ -18,7 +18,7 @@ from pathlib import Path
 import checks
 import seals
 import signals
-from configs import Several
+from configs import OrAuto, Several
 from errors import Untrusted, UserError, nearest, print_anything, refuse
 
 # Flags that live in another command now: commands, flags, what to do instead.
@@ -63,6 +63,9 @@ def early(cls, presets: dict, doc: str, argv: list[str] | None = None) -> None:
     """
     signals.early()
     print_anything()
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # Micro-batches differ in size: pieces of a GPU's memory that can grow leave fewer gaps.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if os.environ.get("RANK", "0") != "0":
         return
     try:
@@ -171,6 +174,7 @@ TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 READERS = {  # type of a field: how a text is read as its value, what is expected
     bool: (lambda text: TRUTH[text.lower()], "true or false"),
     int: (whole_number, "a whole number"),
+    OrAuto: (lambda text: 0 if text == "auto" else whole_number(text), "a whole number, or auto"),
     float: (float, "a number"),
     str: (str, "a string"),
     Several: (several, "values separated by commas; one that holds a comma in quotation marks: 'a,\"b, c\"'"),

@@ -10,10 +10,12 @@ presets.py has the named settings, checks.py says what does not go together, cli
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NewType
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_PROJECTIONS = ATTENTION + ("gate_proj", "up_proj", "down_proj")
 Several = tuple[str, ...]  # values of one field, separated by commas or spaces
+OrAuto = NewType("OrAuto", int)  # a whole number, or auto, which is stored as 0
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Shared:
     epochs: int = 3  # passes over the training rows
     max_steps: int = 0  # stop after this many optimizer steps, 0 for no limit
     batch_size: int = 16  # examples per optimizer step, over all ranks
-    max_tokens: int = 4096  # token budget of one micro-batch
+    max_tokens: OrAuto = 4096  # token budget of one micro-batch; auto: what memory holds, tried before the first step
     micro_batches: int = 1  # minimum number of micro-batches per step: set it to the number of GPUs
     schedule: str = "cosine"  # cosine, linear or constant, after a linear warm-up
     warmup_steps: int = 0  # warm-up in optimizer steps; replaces warmup_ratio
@@ -149,7 +151,7 @@ class CptConfig(Shared):
     weight_decay: float = 0.1  # AdamW weight decay, on matrices only
     epochs: int = 1  # passes over the documents
     batch_size: int = 64  # segments per optimizer step, over all ranks
-    max_tokens: int = 8192  # token budget of one micro-batch
+    max_tokens: OrAuto = 8192  # token budget of one micro-batch; auto: what memory holds, tried before the first step
     warmup_ratio: float = 0.02  # warm-up as a fraction of all steps
 
     # run

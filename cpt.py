@@ -37,6 +37,7 @@ import language
 import locks
 import loop
 import lora
+import memory
 import model as models
 import numerics
 import optim
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> dict:
     # ---- settings, ranks, the run to resume -------------------------------------------------------------------------
     cfg, given, world, run = loop.begin(CptConfig, CPT_PRESETS, argv, __doc__)
     say = partial(ddp.say, world)
-    precision = loop.say_ranks(world, cfg.precision)
+    precision = loop.say_ranks(world, cfg)
 
     # ---- data -------------------------------------------------------------------------------------------------------
     # With random_init a base needs no weights, only its config and tokenizer.
@@ -86,30 +87,33 @@ def main(argv: list[str]) -> dict:
     # ---- resume, or a new run ---------------------------------------------------------------------------------------
     if run:
         loop.restore(job, run, partial(trained.read_save, model=lm))
+    loss_of = partial(batch_loss, job, texts)
+    memory.fit(job, loss_of)
     loop.say_plan(job)
     loop.open_run(job, run, partial(write_record, texts=texts))
 
     # ---- loop, end --------------------------------------------------------------------------------------------------
     write = partial(write_save, lm=lm, tokenizer=tokenizer)
     with loop.stoppable(job, write):
-        fit(job, texts, write)
+        fit(job, texts, loss_of, write)
     return finish(job, texts)
 
 
 # ---- loop -----------------------------------------------------------------------------------------------------------
 
 
-def fit(job: loop.Job, texts: "Texts", write: Callable) -> None:
+def batch_loss(job: loop.Job, texts: "Texts", rows: np.ndarray) -> torch.Tensor:
+    """The next-token loss of a micro-batch, summed over its targets."""
+    device = job.world.device
+    batch = pack(texts.train, rows, device, predict=True)
+    with numerics.autocast(device, job.precision):
+        return language.next_token_loss(job.model, batch)
+
+
+def fit(job: loop.Job, texts: "Texts", loss_of: Callable, write: Callable) -> None:
     """Step, log, evaluation, save, until the plan is done or a signal stops it."""
-    state, device = job.state, job.world.device
+    state = job.state
     learned = texts.train.targets  # (N,) tokens to learn of each row
-
-    def loss_of(rows: np.ndarray) -> torch.Tensor:
-        """The next-token loss of a micro-batch, summed over its targets."""
-        batch = pack(texts.train, rows, device, predict=True)
-        with numerics.autocast(device, job.precision):
-            return language.next_token_loss(job.model, batch)
-
     if not state.evals:
         held_out(job, 0, texts.val, texts)
     for micro_batches in loop.steps(job):
@@ -131,7 +135,7 @@ def fit(job: loop.Job, texts: "Texts", write: Callable) -> None:
 def held_out(job: loop.Job, step: int, val: data.Tokens, texts: "Texts") -> float:
     """Evaluate on held-out and guard text, log and print it with a few completions; returns the held-out loss."""
     world = job.world
-    options = world, job.precision, job.cfg.max_tokens
+    options = world, job.precision, job.state.max_tokens
     scores = language.language_scores(job.model, val, *options)
     if texts.guard:
         general = language.language_scores(job.model, texts.guard, *options)

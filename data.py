@@ -402,6 +402,18 @@ def cut_step(rows: np.ndarray, lengths: np.ndarray, max_tokens: int, micro_batch
     return list(map(np.array, bins))
 
 
+def fullest(lengths: np.ndarray, count: int, max_tokens: int) -> np.ndarray:
+    """At most `count` rows, long ones first, that fill max_tokens as a micro-batch of a step may; one row at least."""
+    rows, load = [], 0
+    for row in np.argsort(-lengths, kind="stable"):
+        if not rows or load + lengths[row] <= max_tokens:
+            rows.append(row)
+            load += lengths[row]
+        if len(rows) == count or load >= max_tokens:
+            break
+    return np.array(rows)
+
+
 def pack_by_length(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Micro-batches for scoring: rows in order of length, as many as fit max_tokens, each row once."""
     batches, load = [], 0

@@ -4,14 +4,17 @@ Started by torchrun (RANK, WORLD_SIZE, LOCAL_RANK set) or alone. The number of r
 micro-batch, never what is computed: see the batch plan in data.py.
 """
 
+import glob
 import json
 import os
+import re
 import signal
 import sys
 import time
 import traceback
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +27,8 @@ from errors import UserError, one_line
 from watch import Watch
 
 WAIT = timedelta(hours=12)  # the others wait while rank 0 encodes a corpus; see watch.py for a rank that never comes
-FP64_LIMIT = 200_000_000  # trained parameters up to which gradients are summed in fp64
+# Trained parameters up to which gradients are summed in fp64. GPUs would wait for twice the bytes, and for slow sums.
+FP64_LIMIT, FP64_LIMIT_ON_GPUS = 200_000_000, 20_000_000
 
 
 class World(NamedTuple):
@@ -65,16 +69,16 @@ def ranks() -> tuple[int, int, int]:
 def setup() -> World:
     """Join torchrun's process group (nccl on GPUs, gloo on CPUs), or be a world of one.
 
-    On GPUs, deterministic kernels are chosen where there is a choice. Raises UserError for more ranks than GPUs.
+    Raises UserError for more ranks than GPUs, and for a GPU that this torch cannot use.
     """
     rank, local, size = ranks()
+    need_driver()
     device, backend = torch.device("cpu"), {"backend": "gloo"}
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if local >= gpus:
             raise UserError(f"local rank {local} has no GPU of its own: use --nproc_per_node={gpus}")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        choose_kernels()
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         backend = {"backend": "nccl", "device_id": device}
@@ -90,6 +94,46 @@ def setup() -> World:
             dist.init_process_group(**backend, store=store, rank=rank, world_size=size, timeout=WAIT)
         watch.meet(store.clone())
     return World(rank, size, device)
+
+
+def need_driver() -> None:
+    """Raise UserError where a GPU is present that this torch cannot use: on the CPU it would train for weeks."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or torch.cuda.is_available() or not glob.glob("/dev/nvidia[0-9]*"):
+        return
+    version = Path("/proc/driver/nvidia/version")
+    driver = re.search(r"Module\D*([\d.]+)", version.read_text()) if version.is_file() else None
+    words = f", driver {driver[1]}" if driver else ""
+    build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs"
+    raise UserError(
+        f"this machine has an NVIDIA GPU{words}, which torch {torch.__version__}, built {build}, cannot use. CUDA 13 "
+        "needs driver 580 or newer: update it, or install a build for older ones (pip install torch --index-url "
+        "https://download.pytorch.org/whl/cu126); CUDA_VISIBLE_DEVICES=-1 runs on the CPU"
+    )
+
+
+def choose_kernels() -> None:
+    """On GPUs: kernels that repeat to the bit, and none that are slow with sequences of many lengths."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    # Strict: with warn_only, attention adds up its gradients in any order. What has no such version relaxes it.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # another kernel for every new tensor
+
+    # cuDNN plans each new shape of attention anew, for half a second.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+@contextmanager
+def relaxed():
+    """Inside the block also kernels may run that add up in any order."""
+    strict = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict)
 
 
 @contextmanager
@@ -151,7 +195,8 @@ def launch(main) -> None:
         if rank > 0 or isinstance(e, RankLost):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
-        if isinstance(e, (KeyboardInterrupt, FloatingPointError, OSError)) or hasattr(e, "exit_status"):
+        expected = KeyboardInterrupt, FloatingPointError, OSError, torch.OutOfMemoryError
+        if isinstance(e, expected) or hasattr(e, "exit_status"):
             tqdm.write(f"error: {e}" if str(e) else "interrupted", file=sys.stderr)  # on a line of its own
         else:
             traceback.print_exc()
@@ -170,8 +215,8 @@ class GradientSum:
     Every trained parameter's .grad is a view into one flat fp32 tensor, so a backward pass writes there directly.
     `add` adds that to an fp64 buffer: fp32 values are summed in fp64 almost without rounding, so the sum does not
     depend on the order. `reduce` sums over ranks and writes the result back into the .grad views; with it travel the
-    loss, the number of micro-batches, two reasons to stop, and whose gradients are not finite. Above FP64_LIMIT
-    parameters everything is fp32, equal to rounding only.
+    loss, the number of micro-batches, two reasons to stop, and whose gradients are not finite. Above the limit of
+    parameters the flat tensor is the sum itself: fp32, equal to rounding only.
     """
 
     def __init__(self, params: list[torch.nn.Parameter], world: World):
@@ -179,19 +224,21 @@ class GradientSum:
             raise AssertionError(f"trained parameters must be fp32 masters: {sorted({str(p.dtype) for p in params})}")
         sizes = [p.numel() for p in params]
         self.world, self.count = world, sum(sizes)
-        self.exact = self.count <= FP64_LIMIT
-        self.flat = torch.zeros(self.count, device=params[0].device)
+        device = params[0].device
+        self.exact = self.count <= (FP64_LIMIT if device.type == "cpu" else FP64_LIMIT_ON_GPUS)
         dtype = torch.float64 if self.exact else torch.float32
         riders = 4 + world.size
-        self.total = torch.zeros(self.count + riders, dtype=dtype, device=self.flat.device)
+        self.total = torch.zeros(self.count + riders, dtype=dtype, device=device)
         self.sums, self.riders = self.total.split([self.count, riders])
+        self.flat = torch.zeros(self.count, device=device) if self.exact else self.sums
         for p, view in zip(params, self.flat.split(sizes), strict=True):
             p.grad = view.view_as(p)
 
     def add(self, loss: torch.Tensor) -> None:
         """Add the gradients of the micro-batch just run backward, and its loss."""
-        self.sums.add_(self.flat)
-        self.flat.zero_()
+        if self.exact:
+            self.sums.add_(self.flat)
+            self.flat.zero_()
         self.riders[0] += loss.detach()
         self.riders[1] += 1
 
@@ -208,11 +255,13 @@ class GradientSum:
                 dist.all_reduce(self.total)
                 if self.total.is_cuda:
                     torch.cuda.synchronize()  # a GPU is waited for here, where the wait is watched
-        self.flat.copy_(self.sums)
+        if self.exact:
+            self.flat.copy_(self.sums)
         return self.riders
 
     def clear(self) -> None:
         self.total.zero_()
+        self.flat.zero_()
 
 
 def gather_rows(world: World, rows: np.ndarray, values: np.ndarray, count: int, partial: bool = False) -> np.ndarray:

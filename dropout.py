@@ -15,15 +15,19 @@ def keep_mask(x: torch.Tensor, dropout: float) -> torch.Tensor:
     """
     dropped = round(dropout * LEVELS)
     if x.device.type != "cpu":
-        return torch.empty(x.shape, dtype=torch.uint8, device=x.device).bernoulli_(1 - dropped / LEVELS)
-    seed = int(torch.randint(2**62, ()))
-    draws = np.random.SFC64(seed).random_raw(x.numel() // 4 + 1).view(np.uint16)
-    return torch.from_numpy(draws[: x.numel()] >= dropped).view(torch.uint8).view(x.shape)
+        keep = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+        return keep.bernoulli_(1 - dropped / LEVELS)
+    seed = torch.randint(2**62, ())
+    count = x.numel()
+    draws = np.random.SFC64(int(seed)).random_raw(count // 4 + 1)
+    keep = draws.view(np.uint16)[:count] >= dropped
+    return torch.from_numpy(keep).view(torch.uint8).view(x.shape)
 
 
 def keep_scale(dropout: float) -> float:
     """What elements that are kept are multiplied with, so that the mean stays."""
-    return LEVELS / max(1, LEVELS - round(dropout * LEVELS))
+    dropped = round(dropout * LEVELS)
+    return LEVELS / max(1, LEVELS - dropped)
 
 
 class Dropout(nn.Dropout):
@@ -32,4 +36,5 @@ class Dropout(nn.Dropout):
     def forward(self, x):
         if not (self.training and self.p):
             return x
-        return x * keep_mask(x, self.p).to(x.dtype) * keep_scale(self.p)
+        keep = keep_mask(x, self.p).to(x.dtype)
+        return x * keep * keep_scale(self.p)

@@ -1,11 +1,15 @@
 """Estimates of what a run takes: FLOPs and memory; and the memory that it took."""
 
 import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 
-TRAINED_BYTES = 20  # of a trained weight: its gradient (4), the sum of gradients in fp64 (8), AdamW's two moments (8)
+import bases
+import ddp
 
 
 def training_flops(model, lengths) -> float:
@@ -33,22 +37,60 @@ def training_flops(model, lengths) -> float:
     return tokens * (4 * weights + 2 * trained) + 3 * attention
 
 
-def memory_estimate(model, max_tokens: int, precision: str, checkpointing: bool) -> dict[str, float]:
-    """Rough GB of one rank: weights, trained state (gradients, sums, AdamW), and activations of one micro-batch."""
-    config = model.config
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+def memory_estimate(model, gradients: ddp.GradientSum, forward: Callable) -> dict[str, float]:
+    """GB of one rank: weights, trained state (gradients, their sums, AdamW's moments), and activations.
 
-    # A layer keeps its residual stream in fp32, the inputs of its linears in half precision.
-    size = 4 if precision == "fp32" else 2
-    hidden = config.hidden_size
-    inner = getattr(config, "intermediate_size", 4 * hidden)
-    stream = max_tokens * hidden * 4
-    layer = stream + max_tokens * size * (6 * hidden + 3 * inner)
-    activations = config.num_hidden_layers * layer
-    if checkpointing:
-        activations = config.num_hidden_layers * stream + layer
-    return {"weights": weights / 1e9, "trained state": trained * TRAINED_BYTES / 1e9, "activations": activations / 1e9}
+    Activations are what forward(), the loss of a micro-batch, keeps for its backward pass. Where layers are computed
+    again there, one of them is kept whole: so much exists at a time.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with kept_whole(bases.decoder_layers(model)[0]), hooks:
+        loss = forward()  # noqa: F841  alive: no two tensors that are kept have the same place
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    state = gradients.total.nbytes + 8 * gradients.count + (gradients.flat.nbytes if gradients.exact else 0)
+    return {"weights": weights / 1e9, "trained state": state / 1e9, "activations": sum(kept.values()) / 1e9}
+
+
+@contextmanager
+def kept_whole(layer: nn.Module):
+    """Inside the block a layer keeps what its backward pass needs: nothing is computed again."""
+    flag, forward = getattr(layer, "gradient_checkpointing", False), layer.forward
+    layer.gradient_checkpointing = False
+    if isinstance(forward, partial):  # see checkpoint_activations in model.py
+        layer.forward = forward.args[0]
+    yield
+    layer.gradient_checkpointing = flag
+    if isinstance(forward, partial):
+        layer.forward = forward
+
+
+class OutOfMemory(RuntimeError):
+    """A micro-batch that a GPU's memory does not hold."""
+
+    exit_status = 1
+
+
+@contextmanager
+def room_for(tokens: int, device: torch.device):
+    """Around a micro-batch of so many tokens. Raises OutOfMemory, which says what to do, where it does not fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        size = torch.cuda.get_device_properties(device).total_memory / 1e9 if device.type == "cuda" else 0.0
+        raise OutOfMemory(
+            f"out of memory at a micro-batch of {tokens:,} tokens, after a peak of {peak_memory_gb(device):.1f} of "
+            f"{size:.1f} GB: lower --max_tokens (in training auto tries what fits), or train with --grad_checkpoint "
+            "or --quant nf4"
+        ) from None
 
 
 def peak_memory_gb(device: torch.device) -> float:

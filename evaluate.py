@@ -7,6 +7,7 @@ import torch
 
 import data
 import ddp
+import estimates
 import files
 import lora
 import metrics
@@ -78,7 +79,8 @@ def score(
         if seconds and time.perf_counter() - started > seconds:
             continue
         ddp.computes()
-        with numerics.autocast(world.device, precision):
+        tokens_here = sum(batch.lengths)
+        with estimates.room_for(tokens_here, world.device), numerics.autocast(world.device, precision):
             running = number, rows, model(batch)
     fetch()
     model.train(was_training)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
 
 import lora
 from dropout import keep_mask, keep_scale
@@ -50,15 +51,40 @@ def plain():
         PLAIN[0] = False
 
 
-def forward(layer, hidden_states: Tensor, position_embeddings=None, cache=None, packed=None, **options) -> Tensor:
+def recompute(layer: nn.Module) -> None:
+    """Let an installed layer keep its input alone, and compute the rest again in the backward pass.
+
+    transformers would do so with the forward of the layer's class.
+    """
+    layer.gradient_checkpointing = False
+    layer.recomputed = True
+
+
+def forward(layer, hidden_states: Tensor, **options) -> Tensor:
     """A layer over one packed row: hidden states (1, T, D) -> (1, T, D), or (1, B, D) of the tokens it is asked for."""
+    if layer.training and getattr(layer, "recomputed", False):
+        return checkpoint(compute, layer, hidden_states, use_reentrant=False, **options)
+    return compute(layer, hidden_states, **options)
+
+
+def compute(layer, hidden_states: Tensor, position_embeddings=None, cache=None, packed=None, **options) -> Tensor:
     attention, mlp = layer.self_attn, layer.mlp
     norms = layer.input_layernorm, layer.post_attention_layernorm
-    inner = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-    products = [product_of(linear) for linear in (*inner, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    linears = [
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+        attention.o_proj,
+        mlp.gate_proj,
+        mlp.up_proj,
+        mlp.down_proj,
+    ]
+    products = list(map(product_of, linears))
     is_last = attention.layer_idx == attention.config.num_hidden_layers - 1
     asked = packed.asked if packed and is_last else None
-    if PLAIN[0] or packed is None or cache is not None or None in products or not all(map(is_frozen, norms)):
+
+    fits = None not in products and all(map(is_frozen, norms))
+    if PLAIN[0] or packed is None or cache is not None or not fits:
         options |= {"position_embeddings": position_embeddings, "cache": cache, "packed": packed}
         out = type(layer).forward(layer, hidden_states, **options)
         return out if asked is None else out[:, asked]
@@ -66,16 +92,19 @@ def forward(layer, hidden_states: Tensor, position_embeddings=None, cache=None, 
     # The residual stream stays in fp32; products run in the dtype of autocast.
     stream = hidden_states[0]
     kind = stream.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else stream.dtype
+    dtype = stream.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
     q, k, v, o, gate, up, down = products
     with torch.autocast(kind, enabled=False):
         queries, keys, values = project(stream, norms[0], [q, k, v], dtype)
         states = attend(attention, queries, keys, values, position_embeddings, packed)
         if asked is not None:  # nobody reads the other tokens of the last layer
-            stream, states = stream[asked], states[asked]
-        stream = Added.apply(stream, states, o, *o.factors)
-        factors = [*gate.factors, *up.factors, *down.factors]
-        stream = Fed.apply(stream, norms[1], gate, up, down, dtype, *factors)
+            stream = stream[asked]
+            states = states[asked]
+        stream = Added.apply(stream, states, o, *o.trained)
+        trained = [*gate.trained, *up.trained, *down.trained]
+        stream = Fed.apply(stream, norms[1], gate, up, down, dtype, *trained)
     return stream[None]
 
 
@@ -84,67 +113,89 @@ def forward(layer, hidden_states: Tensor, position_embeddings=None, cache=None, 
 
 @dataclass(frozen=True)
 class Product:
-    """A linear with frozen weights, and the LoRA update that it may have."""
+    """A linear with a frozen weight, its bias, and the LoRA update that it may have."""
 
     weight: Tensor  # (D_out, D_in)
     bias: Tensor | None
-    factors: tuple[Tensor, ...] = ()  # A (rank, D_in) and B (D_out, rank)
+    a: Tensor | None = None  # (rank, D_in)
+    b: Tensor | None = None  # (D_out, rank)
     scaling: float = 1.0
     dropout: float = 0.0
 
-    def out(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(..., D_out), with what its backward pass needs: the dropout mask, and A's output (T, rank)."""
-        out = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        if not self.factors:
-            return out, None, None
-        a, b = (factor.to(x.dtype) for factor in self.factors)
-        keep = keep_mask(x, self.dropout) if self.dropout else None
-        low = F.linear(kept(x, keep), a)
-        out.addmm_(low, b.T, alpha=self.scale)
-        return out, keep, low
+    @property
+    def trained(self) -> list[Tensor]:
+        """What gets a gradient: A and B, and a bias that is trained."""
+        return [p for p in (self.a, self.b, self.bias) if p is not None and p.requires_grad]
 
     @property
     def scale(self) -> float:
+        """Of the update, with what dropout multiplies by."""
         return self.scaling * keep_scale(self.dropout)
 
+    def out(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(T, D_out), with what its backward pass needs: the dropout mask, and A's output (T, rank)."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        out = F.linear(x, self.weight.to(x.dtype), bias)
+        if self.a is None:
+            return out, None, None
+        keep = keep_mask(x, self.dropout) if self.dropout else None
+        low = F.linear(kept(x, keep), self.a.to(x.dtype))
+        out.addmm_(low, self.b.to(x.dtype).T, alpha=self.scale)
+        return out, keep, low
+
     def back(self, d: Tensor, x: Tensor | None, keep, low, into: Tensor | None, first=True) -> list[Tensor]:
-        """Gradients of A and B from that of the output, d. The input's goes to `into`, unless that is None.
+        """Gradients of what is trained from that of the output, d. The input's goes to `into`, unless that is None.
 
         first: it is written there, for the first product of an input; otherwise added.
         """
         if into is not None:
             into.addmm_(d, self.weight.to(d.dtype), beta=not first)
-        if not self.factors:
-            return []
-        a, b = (factor.to(d.dtype) for factor in self.factors)
-        d_low = (d @ b).mul_(self.scale)
-        d_b = (d.T @ low).mul_(self.scale)
-        d_a = d_low.T @ kept(x, keep)
-        if into is not None and keep is None:
-            into.addmm_(d_low, a)
-        elif into is not None:
-            into.addcmul_(d_low @ a, keep.to(d.dtype))
-        return [d_a.float(), d_b.float()]
+        grads = []
+        if self.a is not None:
+            d_low = (d @ self.b.to(d.dtype)).mul_(self.scale)
+            d_a = d_low.T @ kept(x, keep)
+            d_b = (d.T @ low).mul_(self.scale)
+            grads = [(self.a, d_a), (self.b, d_b)]
+            if into is not None:
+                add_kept(into, d_low @ self.a.to(d.dtype), keep)
+        if self.bias is not None:
+            grads.append((self.bias, d))
+        return [d.float().sum(0) if p is self.bias else d.float() for p, d in grads if p.requires_grad]
 
 
 def kept(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else x * keep.to(x.dtype)
 
 
+def add_kept(total: Tensor, x: Tensor, keep: Tensor | None) -> None:
+    if keep is None:
+        total.add_(x)
+    else:
+        total.addcmul_(x, keep.to(x.dtype))
+
+
 def product_of(module: nn.Module) -> Product | None:
     """The product of a linear, adapted or not; None where it is of another kind."""
     base = module.base_layer if type(module) is lora.LoRALinear else module
-    if type(base) is not nn.Linear or not (is_frozen(base) and is_plain(module)):
+    if type(base) is not nn.Linear or not (is_plain(base) and is_plain(module)):
+        return None
+    if base.weight.requires_grad and torch.is_grad_enabled():
         return None
     if module is base or not module.enabled:
         return Product(base.weight, base.bias)
-    dropout = module.lora_dropout.p if module.training else 0.0
-    return Product(base.weight, base.bias, (module.lora_A.weight, module.lora_B.weight), module.scaling, dropout)
+    return Product(
+        base.weight,
+        base.bias,
+        module.lora_A.weight,
+        module.lora_B.weight,
+        module.scaling,
+        module.lora_dropout.p if module.training else 0.0,
+    )
 
 
 def is_frozen(module: nn.Module) -> bool:
     """Whether none of a module's own parameters gets a gradient, and nobody looks at what it computes."""
-    trained = [p for p in module._parameters.values() if p is not None and p.requires_grad]
+    trained = any(p.requires_grad for p in module.parameters(recurse=False))
     return is_plain(module) and not (trained and torch.is_grad_enabled())
 
 
@@ -159,8 +210,9 @@ def is_plain(module: nn.Module) -> bool:
 def normed(stream: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) of (..., D), and the factor (..., 1) that each vector got."""
     size = torch.linalg.vector_norm(stream, dim=-1, keepdim=True)
-    factor = size.square_().div_(stream.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
-    return (stream * factor).mul_(norm.weight), factor
+    mean_square = size.square_().div_(stream.shape[-1])
+    factor = mean_square.add_(norm.variance_epsilon).rsqrt_()
+    return normed_again(stream, norm, factor), factor
 
 
 def normed_again(stream: Tensor, norm: nn.Module, factor: Tensor) -> Tensor:
@@ -169,9 +221,10 @@ def normed_again(stream: Tensor, norm: nn.Module, factor: Tensor) -> Tensor:
 
 def normed_back(d: Tensor, stream: Tensor, norm: nn.Module, factor: Tensor) -> Tensor:
     """The stream's gradient from that of the normed stream, d, which is overwritten."""
-    d = d.mul_(norm.weight)
-    shared = (d * stream).sum(-1, keepdim=True).mul_(factor.pow(3) / stream.shape[-1])
-    return d.mul_(factor).addcmul_(stream, shared, value=-1)
+    d.mul_(norm.weight)
+    along = (d * stream).sum(-1, keepdim=True)
+    along.mul_(factor.pow(3)).div_(stream.shape[-1])
+    return d.mul_(factor).addcmul_(stream, along, value=-1)
 
 
 # ---- the three functions --------------------------------------------------------------------------------------------
@@ -179,13 +232,13 @@ def normed_back(d: Tensor, stream: Tensor, norm: nn.Module, factor: Tensor) -> T
 
 def project(stream: Tensor, norm: nn.Module, products: list[Product], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Norm, then products that share its output: (T, D) -> (T, D_out) each."""
-    factors = [factor for product in products for factor in product.factors]
-    return Projected.apply(stream, norm, products, dtype, *factors)
+    trained = [p for product in products for p in product.trained]
+    return Projected.apply(stream, norm, products, dtype, *trained)
 
 
 class Projected(Function):
     @staticmethod
-    def forward(ctx, stream, norm, products, dtype, *factors):
+    def forward(ctx, stream, norm, products, dtype, *trained):
         x, factor = normed(stream, norm)
         x = x.to(dtype)
         outs, keeps, lows = zip(*(product.out(x) for product in products), strict=True)
@@ -200,8 +253,10 @@ class Projected(Function):
         x = normed_again(stream, ctx.norm, factor).to(ctx.dtype)
         into = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grads = []
-        for d, product, keep, low in zip(ds, ctx.products, rest[:count], rest[count:], strict=True):
-            grads += product.back(d, x, keep, low, into, first=product is ctx.products[0])
+        keeps, lows = rest[:count], rest[count:]
+        for d, product, keep, low in zip(ds, ctx.products, keeps, lows, strict=True):
+            first = product is ctx.products[0]
+            grads += product.back(d, x, keep, low, into, first)
         d_stream = None if into is None else normed_back(into.float(), stream, ctx.norm, factor)
         return d_stream, None, None, None, *grads
 
@@ -210,10 +265,10 @@ class Added(Function):
     """stream (T, D) plus a product of x (T, D_in)."""
 
     @staticmethod
-    def forward(ctx, stream, x, product, *factors):
+    def forward(ctx, stream, x, product, *trained):
         out, keep, low = product.out(x)
         ctx.product = product
-        ctx.save_for_backward(x if product.factors else None, keep, low)
+        ctx.save_for_backward(None if product.a is None else x, keep, low)
         return stream + out
 
     @staticmethod
@@ -230,7 +285,7 @@ class Fed(Function):
     """stream (T, D) plus the gated MLP of its norm: down(silu(gate(x)) * up(x)), Shazeer 2020, arXiv:2002.05202."""
 
     @staticmethod
-    def forward(ctx, stream, norm, gate, up, down, dtype, *factors):
+    def forward(ctx, stream, norm, gate, up, down, dtype, *trained):
         x, factor = normed(stream, norm)
         x = x.to(dtype)
         opened, *of_gate = gate.out(x)
@@ -247,21 +302,19 @@ class Fed(Function):
         of_gate, of_up, of_down = rest[:2], rest[2:4], rest[4:]
         gated = F.silu(opened)
         d_inner = torch.empty_like(opened)
-        grads = down.back(d.to(opened.dtype), gated * raised if down.factors else None, *of_down, d_inner)
+        inner = None if down.a is None else gated * raised
+        of_inner = down.back(d.to(opened.dtype), inner, *of_down, d_inner)
 
         d_raised = gated.mul_(d_inner)
         d_opened = torch.ops.aten.silu_backward(d_inner.mul_(raised), opened)
         x = None
-        if gate.factors or up.factors:
+        if not gate.a is up.a is None:
             x = normed_again(stream, ctx.norm, factor).to(opened.dtype)
         into = opened.new_empty(stream.shape)
-        grads = [
-            *gate.back(d_opened, x, *of_gate, into),
-            *up.back(d_raised, x, *of_up, into, first=False),
-            *grads,
-        ]
-        d_stream = normed_back(into.float(), stream, ctx.norm, factor).add_(d)
-        return d_stream, None, None, None, None, None, *grads
+        grads = gate.back(d_opened, x, *of_gate, into)
+        grads += up.back(d_raised, x, *of_up, into, first=False)
+        d_stream = normed_back(into.float(), stream, ctx.norm, factor)
+        return d_stream.add_(d), None, None, None, None, None, *grads, *of_inner
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
@@ -292,18 +345,26 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attend(module, queries, keys, values, position_embeddings, packed) -> Tensor:
     """Attention of one packed row: queries (T, H * d), keys and values (T, H_kv * d) -> (T, H * d)."""
-    queries, keys, values = (t.unflatten(-1, (-1, module.head_dim)) for t in (queries, keys, values))
+    heads = (-1, module.head_dim)
+    queries = queries.unflatten(-1, heads)
+    keys = keys.unflatten(-1, heads)
+    values = values.unflatten(-1, heads)
     if hasattr(module, "q_norm"):
         queries = module.q_norm(queries)
         keys = module.k_norm(keys)
     cos, sin = (angles[0, :, None, : module.head_dim // 2] for angles in position_embeddings)
-    queries, keys = (Rotated.apply(t, cos, sin) for t in (queries, keys))
+    queries = Rotated.apply(queries, cos, sin)
+    keys = Rotated.apply(keys, cos, sin)
+    if hasattr(module, "sliding_window"):
+        window = module.sliding_window
+    else:  # Mistral has one for all layers
+        window = getattr(module.config, "sliding_window", None)
     out, _ = packed_attention(
         module,
         *(t.transpose(0, 1)[None] for t in (queries, keys, values)),
         scaling=module.scaling,
         dropout=module.attention_dropout if module.training else 0.0,
-        sliding_window=getattr(module, "sliding_window", getattr(module.config, "sliding_window", None)),
+        sliding_window=window,
         packed=packed,
     )
     return out[0].flatten(1)

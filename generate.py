@@ -167,7 +167,7 @@ def complete(cfg: GenerateConfig, given: set[str]) -> dict:
         name = trained.find_run(cfg.runs, cfg.outputs, "cpt.py")
         source = writer.of_run(name, cfg.base)
         cfg = as_trained(cfg, given, source.config, name)
-    precision, _ = numerics.choose_precision(cfg.precision, world.device)
+    precision, _ = numerics.choose_precision(cfg.precision, world.device, source.config.base)
 
     # ---- prompts, before any weight is loaded -----------------------------------------------------------------------
     live = not cfg.input and sys.stdin.isatty()

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import bases
 import data
 import ddp
+import estimates
 import losses
 import model as models
 import nf4
@@ -88,7 +89,17 @@ def whole_config(lm) -> dict:
 def next_token_loss(lm, batch: Batch) -> torch.Tensor:
     """Sum of the next-token losses (nats) of a packed micro-batch; no token is predicted from another sequence."""
     hidden = models.hidden_states(lm.base_model, batch)[batch.targets - 1]  # (P, D) states that predict a token
-    return losses.lm_cross_entropy(hidden, vocabulary_head(lm), batch.input_ids[batch.targets])
+    chunk = chunk_of(hidden.device.type, lm.get_output_embeddings())
+    return losses.lm_cross_entropy(hidden, vocabulary_head(lm), batch.input_ids[batch.targets], chunk)
+
+
+def chunk_of(kind: str, head: nn.Module) -> int:
+    """Rows of logits at a time: a trained head adds up a gradient (V, D) for each chunk, so that GPUs take fewer."""
+    return 2048 if kind == "cuda" and is_trained(head) else 512
+
+
+def is_trained(head: nn.Module) -> bool:
+    return any(p.requires_grad for name, p in head.named_parameters() if "lora_" not in name)
 
 
 @torch.no_grad()
@@ -104,7 +115,8 @@ def language_scores(lm, tokens: data.Tokens, world: ddp.World, precision: str, m
         if signals.STOP.number:
             break
         ddp.computes()
-        with numerics.autocast(world.device, precision):
+        length = int(tokens.lengths[rows].sum())
+        with estimates.room_for(length, world.device), numerics.autocast(world.device, precision):
             total += next_token_loss(lm, pack(tokens, rows, world.device, predict=True)).double()
     lm.train(was_training)
     if ddp.stopping(world):
@@ -163,7 +175,8 @@ def generating(lm: nn.Module):
         lm.generation_config = GenerationConfig()
         if attention == models.ATTENTION:
             lm.config._attn_implementation = "sdpa"
-        yield lm
+        with ddp.relaxed():  # top_p adds up probabilities, which GPUs do in any order
+            yield lm
     finally:
         lm.generation_config = settings
         lm.config._attn_implementation = attention

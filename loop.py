@@ -55,6 +55,7 @@ class State:
     """Everything that a run's next step depends on beside tensors. Stored in last/state.json."""
 
     micro_batches: int
+    max_tokens: int = 0  # of a micro-batch; 0 until it is found: see memory.py
     step: int = 0  # optimizer steps of the plan that are done
     updates: int = 0  # those that changed parameters: the schedule counts these
     skipped: int = 0  # those whose gradients were not finite
@@ -96,7 +97,7 @@ class Job:
     def __post_init__(self):
         cfg = self.cfg
         self.say = partial(ddp.say, self.world)
-        self.state = State(micro_batches=max(cfg.micro_batches, self.world.size))
+        self.state = State(max(cfg.micro_batches, self.world.size), cfg.max_tokens)
         self.scaler = optim.loss_scaler(self.world.device.type, self.precision == "fp16")
         self.gradients = ddp.GradientSum([p for p in self.model.parameters() if p.requires_grad], self.world)
 
@@ -109,9 +110,9 @@ class Job:
         self.spikes = faults.Spikes()
 
 
-def say_ranks(world: ddp.World, wanted: str) -> str:
+def say_ranks(world: ddp.World, cfg) -> str:
     """The precision to train in; prints it, and on what."""
-    precision, why = numerics.choose_precision(wanted, world.device)
+    precision, why = numerics.choose_precision(cfg.precision, world.device, cfg.base)
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
     ddp.say(world, f"{ranks} on {world.device.type}; precision {precision} ({why})")
     return precision
@@ -130,7 +131,7 @@ def say_plan(job: Job) -> None:
     mean = np.mean([len(micro_batches) for micro_batches in epoch_of(job, 0)])
     job.say(
         f"plan: {job.total:,} steps of {cfg.batch_size} rows in {mean:.1f} micro-batches of at most "
-        f"{cfg.max_tokens:,} tokens, warm-up {job.warmup}, evaluation every {job.eval_every}, "
+        f"{job.state.max_tokens:,} tokens, warm-up {job.warmup}, evaluation every {job.eval_every}, "
         f"save every {job.save_every}"
     )
     if job.warmup >= job.total:
@@ -144,7 +145,8 @@ def say_plan(job: Job) -> None:
 def epoch_of(job: Job, epoch: int) -> list[list[np.ndarray]]:
     """The steps of an epoch as lists of micro-batches: a function of the seed, not of the number of ranks."""
     cfg = job.cfg
-    return data.plan_epoch(job.lengths, cfg.batch_size, cfg.max_tokens, job.state.micro_batches, cfg.seed, epoch)
+    cut = job.state.max_tokens, job.state.micro_batches
+    return data.plan_epoch(job.lengths, cfg.batch_size, *cut, cfg.seed, epoch)
 
 
 def steps(job: Job) -> Iterator[list[np.ndarray]]:
@@ -203,9 +205,10 @@ def step(job: Job, micro_batches: list[np.ndarray], loss_of: Callable, weight: f
             break
         ddp.computes()
         forwards.append(partial(seeded_loss, job, j, rows, loss_of, weight))
-        faults.probe(job, forwards)
-        loss = forwards[-1]()
-        job.scaler.scale(loss).backward()
+        with estimates.room_for(int(job.lengths[rows].sum()), world.device):
+            faults.probe(job, forwards)
+            loss = forwards[-1]()
+            job.scaler.scale(loss).backward()
         job.gradients.add(loss)
 
     # The loss and the reasons to stop travel with the gradients, so that all ranks decide alike.
@@ -430,5 +433,5 @@ def restore(job: Job, run: Path, read: Callable) -> None:
         problem = "this run began in another precision: equal to rounding, not to the bit"
         job.say(warning(problem, "continue on hardware like that of environment.json"))
     saved["at"].pop("resumed", None)  # of runs before it was left out
-    job.state = State(**saved["at"])
+    job.state = State(**{"max_tokens": job.cfg.max_tokens} | saved["at"])
     run_folder.best_save(job.state, run, job.say)

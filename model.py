@@ -19,11 +19,13 @@ import fused
 import lora
 import nf4
 import numerics
+import packed_cuda
 from errors import UserError, few, one_line
-from packed import Batch, packed_attention, sequence_of_tokens, takes_grouped
+from packed import KERNELS, Batch, packed_attention, sequence_of_tokens
 
 ATTENTION = "lasttoken"
 AttentionInterface.register(ATTENTION, packed_attention)
+KERNELS["cuda"] = packed_cuda.attention
 logging.disable_progress_bar()  # transformers' bars for weights; ours is the one of training
 logging.set_verbosity_error()  # its tables of missing weights: we account for every tensor ourselves
 
@@ -179,8 +181,8 @@ class Classifier(nn.Module):
         """fp32 logits (B, C) of a packed micro-batch."""
         pool = getattr(self, f"{self.pooling}_pooling", POOLINGS[self.pooling])
         if self.pooling == "last" and fused.installed(bases.decoder_layers(self.backbone)[-1]):
-            batch = replace(batch, asked=batch.cu_seqlens[1:].long() - 1)  # what it gives is pooled already
-            pool = lambda states, _: states  # noqa: E731
+            batch = replace(batch, asked=batch.cu_seqlens[1:].long() - 1)
+            pool = lambda pooled, _: pooled  # noqa: E731
         hidden = hidden_states(self.backbone, batch)  # (T, D), or (B, D)
         with torch.autocast(hidden.device.type, enabled=False):
             pooled = pool(hidden.float(), batch.cu_seqlens)  # (B, D)
@@ -197,10 +199,7 @@ class Classifier(nn.Module):
 
 
 def hidden_states(backbone: nn.Module, batch: Batch) -> torch.Tensor:
-    """Final hidden states (T, D) of a packed micro-batch.
-
-    A family that cannot pack runs right-padded inside, with the same result.
-    """
+    """Final hidden states (T, D) of a packed micro-batch; a family that cannot pack runs right-padded inside."""
     if backbone.config._attn_implementation == ATTENTION:
         positions = batch.position_ids + first_position(backbone)
         out = backbone(input_ids=batch.input_ids[None], position_ids=positions[None], use_cache=False, packed=batch)
@@ -220,16 +219,12 @@ def first_position(backbone: nn.Module) -> int:
 
 def attention_note(device: torch.device, config, precision: str) -> str:
     """Which attention runs here, and why."""
-    family = family_of(config)
-    if not family.packs:
+    if not family_of(config).packs:
         return f"stock attention on right-padded rows: {config.model_type} is not known to compute packed rows right"
     if device.type != "cuda":
         return "packed, one fused call per sequence: fastest on a CPU, because padding costs time there"
-    if family.encoder:
-        return "packed, one fused call per sequence: a bidirectional row cannot be right-padded without a mask"
-    if takes_grouped(device, numerics.DTYPES[precision]):
-        return "packed, one causal flash call per micro-batch, grouped key heads"
-    return "packed, one causal memory-efficient call per micro-batch, key heads expanded (below 8.0, or fp32)"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return packed_cuda.note(device, numerics.DTYPES[precision], head_dim)
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -305,14 +300,10 @@ def prepare_layers(model: nn.Module) -> None:
 
     Cast again before the first layer, for some bases project a narrow embedding to the layers' width in between.
     """
-    model.get_input_embeddings().register_forward_hook(_cast_output)
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
     layers = bases.decoder_layers(model)
     layers[0].register_forward_pre_hook(_cast_input)
     fused.install(layers, model.config)
-
-
-def _cast_output(module, inputs, output):
-    return output.float()
 
 
 def _cast_input(module, inputs):
@@ -453,3 +444,5 @@ def checkpoint_activations(backbone: nn.Module) -> None:
     """Recompute activations in the backward pass; never reentrant, which trains nothing on a frozen base."""
     enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    for layer in filter(fused.installed, bases.decoder_layers(backbone)):
+        fused.recompute(layer)

@@ -14,8 +14,19 @@ FP16_MOST = torch.finfo(torch.float16).max
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
-    """The autocast precision and why. By compute capability, for torch.cuda.is_bf16_supported() is True on a T4."""
+OVERFLOWING = ("gemma3", "gemma3_text")  # activations of 8e5 (unslothai/unsloth#4014)
+
+
+def choose_precision(wanted: str, device: torch.device, base: str) -> tuple[str, str]:
+    """The autocast precision and why. Raises UserError for fp16 on a GPU where a base of this kind overflows."""
+    precision, why = _precision_of(wanted, device)
+    if precision == "fp16" and device.type == "cuda" and bases.load_config(base).model_type in OVERFLOWING:
+        raise UserError(f"--base {base} overflows in fp16 ({why}): --precision fp32, or bf16 from capability 8.0 on")
+    return precision, why
+
+
+def _precision_of(wanted, device):
+    """By compute capability, for torch.cuda.is_bf16_supported() is True on a T4."""
     if wanted != "auto":
         if wanted not in DTYPES:
             raise UserError(f"precision {wanted!s:.40}: expected auto, {', '.join(DTYPES)}")
@@ -39,7 +50,8 @@ def weight_dtype(device: torch.device, precision: str) -> torch.dtype:
 
 @contextmanager
 def activation_maxima(model: nn.Module):
-    """Inside the block, note the largest absolute output of each layer and of every module that has no parts.
+    """Inside the block, note the largest absolute output of each layer and of every module that has no parts, and the
+    largest input of linears.
 
     The dict is filled by a forward pass, in its order: {(place, module): maximum, in the output's dtype}. A place is
     "layer 3", or the module's own name outside the layers (embedding, final norm, head).
@@ -48,6 +60,8 @@ def activation_maxima(model: nn.Module):
 
     def note(place, name, module, inputs, output):
         states = output[0] if isinstance(output, tuple) else output
+        if isinstance(module, nn.Linear) and inputs and is_floating(inputs[0]):  # a product of activations, in MLPs
+            maxima[place, f"input of {name}"] = inputs[0].detach().abs().max()
         if is_floating(states):
             maxima[place, name] = states.detach().abs().max()
 

@@ -1,4 +1,4 @@
-"""Parameter groups, schedules, and the optimizer step: unscale, clip, step, update, zero."""
+"""Parameter groups, schedules, and the optimizer step: unscale, clip, step, zero, update."""
 
 import logging
 import math
@@ -90,8 +90,8 @@ def step(
 
     factor: of the schedule; riders: numbers on the device that are read together with the norm, in the step's only
     host read. Returns the gradient norm before clipping, whether the step was taken, and the riders. A step whose
-    gradients are not finite changes no parameter; with fp16 the scaler then lowers its scale. Where whole(riders) is
-    false, micro-batches are missing, and nothing changes at all.
+    gradients are not finite changes no parameter and keeps them to be looked at; with fp16 the scaler then lowers its
+    scale. Where whole(riders) is false, micro-batches are missing, and nothing changes at all.
     """
     # The gradients are still scaled (fp16): their true norm decides whether the step is taken, and is clipped.
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -107,6 +107,6 @@ def step(
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
         scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=False)  # the .grad tensors are views of GradientSum's buffer: they stay
     scaler.update()
-    optimizer.zero_grad(set_to_none=False)  # the .grad tensors are views of GradientSum's buffer: they stay
     return host_norm, taken, read

@@ -8,7 +8,7 @@
 """
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ class Batch:
     cu_seqlens: Tensor  # (B + 1,) int32, where each sequence starts, and the end of the last one
     targets: Tensor | None = None  # (P,) int64, for a language model: positions of the tokens to predict
     asked: Tensor | None = None  # (B,) int64: positions whose last states are all that is needed
+    beside: tuple[Tensor, ...] = ()  # what else came with the rows
 
     @cached_property
     def padding(self) -> tuple[Tensor, Tensor]:
@@ -42,11 +43,11 @@ def sequence_of_tokens(cu_seqlens: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(cu_seqlens.diff().long(), output_size=total)
 
 
-def pack(tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
+def pack(tokens, rows: np.ndarray, device, predict: bool = False, beside=()) -> Batch:
     """Concatenate rows of tokens into one packed micro-batch; predict: with its targets, for a language model.
 
-    tokens: anything with `lengths` (N,), `row(i)` (its ids) and, for predict, `starts`, `stops` (N,), `learned` ((T,)
-    bool over the ids of all rows, or None for everything).
+    beside: arrays that travel with them. tokens: anything with `lengths` (N,), `row(i)` (its ids) and, for predict,
+    `starts`, `stops` (N,), `learned` ((T,) bool over the ids of all rows, or None for everything).
     """
     lengths = tokens.lengths[rows]
     cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
@@ -62,11 +63,12 @@ def pack(tokens, rows: np.ndarray, device, predict: bool = False) -> Batch:
         arrays.append(np.flatnonzero(predicted))
 
     # From pinned memory the copy runs while the GPU still computes.
-    tensors = [torch.from_numpy(array) for array in arrays]
+    tensors = [torch.from_numpy(array) for array in (*arrays, *beside)]
     if torch.device(device).type == "cuda":
         tensors = [tensor.pin_memory() for tensor in tensors]
     tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
-    return Batch(tuple(lengths.tolist()), *tensors)
+    count = len(arrays)
+    return Batch(tuple(lengths.tolist()), *tensors[:count], beside=tuple(tensors[count:]))
 
 
 def packed_attention(
@@ -98,41 +100,23 @@ def packed_attention(
     query = query.to(value.dtype)
     key = key.to(value.dtype)
 
-    # Fewer key heads than query heads: the kernel takes them as they are, or each is repeated for its group.
+    # A window matters where some sequence is longer.
+    window = None
+    if sliding_window and sliding_window < max(packed.lengths):
+        window = sliding_window
+    kernel = KERNELS.get(query.device.type, attention_by_sequence)
+    return kernel(query, key, value, packed, dropout, scaling, window, causal), None
+
+
+def attention_by_sequence(query, key, value, packed, dropout, scaling, window, causal):
+    """One call a sequence, with a mask (n, n) only where the sequence is longer than the window: no padding."""
     repeats = query.shape[1] // key.shape[1]
-    grouped = repeats > 1 and query.is_cuda and takes_grouped(query.device, query.dtype)
-    if repeats > 1 and not grouped:
+    if repeats > 1:
         key = key.repeat_interleave(repeats, dim=1)
         value = value.repeat_interleave(repeats, dim=1)
-    attend = partial(
-        scaled_dot_product_attention,
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=grouped,
-    )
-
-    # A window matters where some sequence is longer. On a GPU one call for all wins, on a CPU no padding.
-    windowed = sliding_window and sliding_window < max(packed.lengths)
-    if query.is_cuda and causal and not windowed:
-        out = padded_attention(attend, query, key, value, packed)
-    else:
-        out = attention_by_sequence(attend, query, key, value, packed.lengths, sliding_window, causal)
-    return out.transpose(1, 2), None
-
-
-def padded_attention(attend, query, key, value, packed):
-    """One causal call over right-padded sequences: no token sees what follows it, so padding needs no mask."""
-    index, back = packed.padding
-    padded = [t[0][:, index].transpose(0, 1) for t in (query, key, value)]  # (B, H, L, d) each
-    out = attend(*padded, is_causal=True)
-    return out.transpose(0, 1).flatten(1, 2)[None, :, back]  # (1, H, T, d)
-
-
-def attention_by_sequence(attend, query, key, value, lengths, window, causal):
-    """One call a sequence, with a mask (n, n) only where the sequence is longer than the window."""
     outs = []
-    splits = [t.split(lengths, dim=2) for t in (query, key, value)]
-    for q, k, v, length in zip(*splits, lengths, strict=True):  # (1, H, n, d)
+    splits = [t.split(packed.lengths, dim=2) for t in (query, key, value)]
+    for q, k, v, length in zip(*splits, packed.lengths, strict=True):  # (1, H, n, d)
         mask = None
         if window and window < length:
             positions = torch.arange(length, device=q.device)
@@ -140,10 +124,9 @@ def attention_by_sequence(attend, query, key, value, lengths, window, causal):
             mask = distance.abs() < window
             if causal:
                 mask &= distance >= 0
-        outs.append(attend(q, k, v, mask, is_causal=causal and mask is None))
-    return torch.cat(outs, dim=2)  # (1, H, T, d)
+        whole = causal and mask is None
+        outs.append(scaled_dot_product_attention(q, k, v, mask, dropout, whole, scale=scaling))
+    return torch.cat(outs, dim=2).transpose(1, 2)  # (1, T, H, d)
 
 
-def takes_grouped(device, dtype) -> bool:
-    """Whether the fused kernel takes fewer key heads than query heads: flash, from capability 8.0 in half precision."""
-    return torch.cuda.get_device_capability(device) >= (8, 0) and dtype.itemsize == 2
+KERNELS = {}  # by the kind of device, instead of this loop: see packed_cuda.py

@@ -1,6 +1,7 @@
 """Presets: each is a function that returns complete settings, and its name is what `--cfg` takes.
 
 A preset states only what differs from the defaults of configs.py. To add one, write a function and list it at the end.
+max_tokens is what 15 GB hold without computing activations again, by arithmetic; --max_tokens auto tries it instead.
 """
 
 from dataclasses import replace
@@ -11,7 +12,7 @@ from configs import ALL_PROJECTIONS, CptConfig, TrainConfig
 DATASET = dict(train_data="dataset/train.csv", test_data="dataset/test.csv", micro_batches=2)
 LLAMA8B = dict(  # what the two published recipes of the verifier share
     base="meta-llama/Llama-3.1-8B", max_length=2048, eval_rows=500, lora_dropout=0.0, targets=("all-linear",),
-    quant="nf4", lr=1e-4, warmup_steps=100, batch_size=8, micro_batches=2, optimizer="paged_adamw", precision="fp16",
+    quant="nf4", lr=1e-4, warmup_steps=100, batch_size=8, micro_batches=2, optimizer="paged_adamw",
     grad_checkpoint=True, eval_every=500, save_every=500,
 )
 
@@ -28,28 +29,28 @@ def qwen05b() -> TrainConfig:
     """Qwen2.5-0.5B on the math problems, on two T4s: the published recipe of the 3B, at the smallest size."""
     return TrainConfig(
         **DATASET, base="Qwen/Qwen2.5-0.5B", bias="all", head_dropout=0.5, epochs=5, label_smoothing=0.1,
-        weight_decay=0.001, lr=5e-5, head_lr=1e-4, grad_checkpoint=True,
+        weight_decay=0.001, lr=5e-5, head_lr=1e-4,
     )
 
 
 def qwen15b() -> TrainConfig:
     """Qwen2.5-1.5B with the same recipe."""
-    return replace(qwen05b(), base="Qwen/Qwen2.5-1.5B")
+    return replace(qwen05b(), base="Qwen/Qwen2.5-1.5B", max_tokens=2048)
 
 
 def qwen3b() -> TrainConfig:
     """Qwen2.5-3B with the same recipe: published micro-F1 0.87 on the math problems, where encoders reach 0.85."""
-    return replace(qwen05b(), base="Qwen/Qwen2.5-3B")
+    return replace(qwen05b(), base="Qwen/Qwen2.5-3B", max_tokens=1024)
 
 
 def qwen32b() -> TrainConfig:
     """Qwen2.5-32B with the same recipe in nf4: needs 24 GB or more on each GPU."""
-    return replace(qwen05b(), base="Qwen/Qwen2.5-32B", quant="nf4")
+    return replace(qwen05b(), base="Qwen/Qwen2.5-32B", quant="nf4", grad_checkpoint=True, max_tokens=1536)
 
 
 def llama1b() -> TrainConfig:
     """Llama-3.2-1B with the same recipe."""
-    return replace(qwen05b(), base="meta-llama/Llama-3.2-1B")
+    return replace(qwen15b(), base="meta-llama/Llama-3.2-1B")
 
 
 def mathbert() -> TrainConfig:
@@ -100,7 +101,7 @@ def qwen15b_rules() -> TrainConfig:
     return TrainConfig(
         **DATASET, base="Qwen/Qwen2.5-1.5B-Instruct", prompt="rules_structured", label_column="rule_violation",
         id_column="row_id", group_column="body", by_column="rule", head="label_words", max_length=1024,
-        lora_dropout=0.05, targets=("q_proj", "v_proj"), epochs=2, warmup_ratio=0.05, grad_checkpoint=True,
+        lora_dropout=0.05, targets=("q_proj", "v_proj"), epochs=2, warmup_ratio=0.05, max_tokens=2048,
         metric="roc_auc",
     )
 
@@ -110,7 +111,7 @@ def llama1b_multilabel() -> TrainConfig:
     return TrainConfig(
         base="meta-llama/Llama-3.2-1B", train_data="dataset/train.jsonl", text="{text}", label_column="labels",
         task="multi_label", rank=2, alpha=2.0, lora_dropout=0.05, targets=ALL_PROJECTIONS, quant="nf4",
-        precision="bf16", max_length=1024, batch_size=32, epochs=20, patience=2, optimizer="adamw8bit", keep=0, seed=1,
+        max_length=1024, batch_size=32, epochs=20, patience=2, optimizer="adamw8bit", keep=0, seed=1,
     )
 
 
@@ -127,7 +128,7 @@ def qwen_math15b() -> CptConfig:
     return CptConfig(
         base="Qwen/Qwen2.5-Math-1.5B", train_data="dataset/papers", max_length=2048, rank=8,
         targets=ALL_PROJECTIONS + ("embed_tokens", "lm_head"), lr=1e-4, embed_lr=1e-5, weight_decay=0.01, epochs=3,
-        batch_size=16, max_tokens=2048, micro_batches=2, precision="fp16", grad_checkpoint=True,
+        batch_size=16, max_tokens=2048, micro_batches=2, grad_checkpoint=True,
     )
 
 

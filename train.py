@@ -34,6 +34,7 @@ import locks
 import loop
 import lora
 import losses
+import memory
 import metrics
 import model as models
 import numerics
@@ -76,11 +77,12 @@ def main(argv: list[str]) -> dict:
     problems = splits.audit_rows(cfg, labels, train, judges, print) if world.rank == 0 else {}
 
     # ---- model ------------------------------------------------------------------------------------------------------
-    precision = loop.say_ranks(world, cfg.precision)
+    precision = loop.say_ranks(world, cfg)
     say(prepare.untrained_labels(cfg.task, train.labels, labels.names))
     model = new_model(cfg, material, precision, say, world)
     say(evaluate.weak_tokens(model, tokenizer, train.tokens))
     say(lora.trainable_table(model))
+    weights = losses.label_weights(cfg.task, cfg.class_weights, cfg.pos_weight, train.labels, len(labels.names))
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
     rates = cfg.lr, cfg.head_lr, cfg.weight_decay
@@ -104,16 +106,21 @@ def main(argv: list[str]) -> dict:
         loop.restore(job, run, partial(trained.read_save, model=model))
     if cfg.init_from and not job.state.step:
         say(chains.start_from(Path(cfg.init_from), cfg, labels, model))
+    on_device = None
+    if weights is not None:
+        on_device = torch.from_numpy(weights).float().to(world.device)
+    loss_of = partial(batch_loss, job, train, on_device)
+    memory.fit(job, loss_of)
     loop.say_plan(job)
     if cfg.dry_run:
-        return dry_run(job, train)
+        return dry_run(job, loss_of)
     fill = partial(prepare.write, cfg=cfg, material=material, problems=problems)
     loop.open_run(job, run, fill, val_tokens=float(judges.tokens.lengths.sum()))
 
     # ---- loop, end --------------------------------------------------------------------------------------------------
     write = partial(trained.write_classifier, model=model, tokenizer=tokenizer, labels=labels)
     with loop.stoppable(job, write):
-        fit(job, train, judges, len(labels.names), write)
+        fit(job, train, judges, loss_of, weights, write)
     return finish(job, train, judges, labels)
 
 
@@ -127,29 +134,34 @@ def new_model(cfg: TrainConfig, material: Material, precision: str, say: Callabl
     if cfg.grad_checkpoint:
         models.checkpoint_activations(model.backbone)
     say(models.attention_note(world.device, model.config, precision))
+    if not model.family.packs:
+        torch.use_deterministic_algorithms(False)  # DeBERTa's gradients would sort every cell of its attention
     if cfg.pooling == "last" and model.family.encoder:
         say("note: the last token of an encoder is a separator; its head was made for --pooling cls")
     return model
 
 
-def dry_run(job: loop.Job, train: Split) -> dict:
-    """Time one micro-batch forward and backward, print what the run would take, and stop."""
-    cfg, world = job.cfg, job.world
-    rows = loop.epoch_of(job, 0)[0][0]
-    for _ in range(2):  # the first one warms up
-        started = time.perf_counter()
-        with numerics.autocast(world.device, job.precision):
-            logits = job.model(pack(train.tokens, rows, world.device))
-        logits.square().sum().backward()
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-    rate = float(job.lengths[rows].sum()) / seconds * world.size
+def dry_run(job: loop.Job, loss_of: Callable) -> dict:
+    """Time the largest micro-batch forward and backward, print what the run would take, and stop."""
+    device = job.world.device
+    rows = max(sum(loop.epoch_of(job, 0), []), key=lambda rows: job.lengths[rows].sum())
+    size = int(job.lengths[rows].sum())
+    with estimates.room_for(size, device):
+        memory = estimates.memory_estimate(job.model, job.gradients, partial(loss_of, rows))
+        for _ in range(2):  # the first one warms up
+            started = time.perf_counter()
+            loss_of(rows).backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+    rate = size / seconds * job.world.size
     tokens = float(job.lengths.sum()) * job.total / job.steps_per_epoch
-    memory = estimates.memory_estimate(job.model, cfg.max_tokens, job.precision, cfg.grad_checkpoint)
     total = sum(memory.values())
     parts = ", ".join(f"{name} {gigabytes:.2f}" for name, gigabytes in memory.items())
-    job.say(f"memory: about {total:.2f} GB a rank ({parts})")
+    peak = ""
+    if device.type == "cuda":
+        peak = f"; peak without AdamW {estimates.peak_memory_gb(device):.2f} GB"
+    job.say(f"memory: about {total:.2f} GB a rank at the largest micro-batch, {size:,} tokens ({parts}){peak}")
     job.say(
         f"time: about {tokens / rate / 60:.1f} min for {tokens:,.0f} tokens at {rate:,.0f} tokens/s, "
         "without evaluations (one micro-batch timed)"
@@ -158,7 +170,7 @@ def dry_run(job: loop.Job, train: Split) -> dict:
         "run": None,
         "dry_run": True,
         "steps": job.total,
-        "rows": len(train.labels),
+        "rows": len(job.lengths),
         "tokens": int(tokens),
         "memory_gb": round(total, 3),
         "train_seconds": round(tokens / rate, 1),
@@ -168,27 +180,25 @@ def dry_run(job: loop.Job, train: Split) -> dict:
 # ---- loop -----------------------------------------------------------------------------------------------------------
 
 
-def fit(job: loop.Job, train: Split, judges: Split, classes: int, write: Callable) -> None:
-    """Step, log, evaluation, save: until the plan is done, patience or a time limit ends it, or a signal stops it."""
-    cfg, world, state = job.cfg, job.world, job.state
-    device = world.device
-    weights = losses.label_weights(cfg.task, cfg.class_weights, cfg.pos_weight, train.labels, classes)
-    on_device = None if weights is None else torch.from_numpy(weights).float().to(device)
-    some = splits.periodic_rows(cfg, judges.labels, classes)
+def batch_loss(job: loop.Job, train: Split, weights: torch.Tensor | None, rows: np.ndarray) -> torch.Tensor:
+    """The loss of a micro-batch, summed over its rows. weights (C,): of classes, or of labels' positives."""
+    device = job.world.device
+    targets = [train.labels[rows]]
+    if train.soft is not None:
+        targets.append(train.soft[rows])
+    batch = pack(train.tokens, rows, device, beside=targets)
+    with numerics.autocast(device, job.precision):
+        logits = job.model(batch)
+    return losses.loss_sum(job.cfg, logits, batch.beside[0], weights, *batch.beside[1:])
 
-    def loss_of(rows: np.ndarray) -> torch.Tensor:
-        """The loss of a micro-batch, summed over its rows."""
-        labels = torch.from_numpy(train.labels[rows]).to(device)
-        soft = None if train.soft is None else torch.from_numpy(train.soft[rows]).to(device)
-        with numerics.autocast(device, job.precision):
-            logits = job.model(pack(train.tokens, rows, device))
-        return losses.loss_sum(
-            cfg,
-            logits,
-            labels,
-            on_device,
-            soft,
-        )
+
+def fit(job: loop.Job, train: Split, judges: Split, loss_of: Callable, weights, write: Callable) -> None:
+    """Step, log, evaluation, save: until the plan is done, patience or a time limit ends it, or a signal stops it.
+
+    weights: of classes or of labels' positives, or None.
+    """
+    cfg, world, state = job.cfg, job.world, job.state
+    some = splits.periodic_rows(cfg, judges.labels, job.model.outputs)
 
     for micro_batches in loop.steps(job):
         # step, log: micro-batches are means over the whole step, so their losses are divided by its weight
@@ -199,7 +209,7 @@ def fit(job: loop.Job, train: Split, judges: Split, classes: int, write: Callabl
         # evaluation: best/ holds the model with the best metric so far
         if loop.due(job, job.eval_every):
             tokens = judges.tokens.take(some)
-            logits = evaluate.score(job.model, tokens, world, job.precision, cfg.max_tokens)
+            logits = evaluate.score(job.model, tokens, world, job.precision, state.max_tokens)
             if not np.isfinite(logits).all():
                 forward = partial(loss_of, micro_batches[0])
                 raise faults.not_finite(job, [forward], f"step {state.step}: scores not finite")
@@ -241,7 +251,7 @@ def finish(job: loop.Job, train: Split, judges: Split, labels: Labels) -> dict:
     ddp.barrier(world)  # rank 0 has written best/
     best = run_folder.best_save(state, run, say)
     trained.read_classifier(best.folder, job.model)
-    logits = evaluate.score(job.model, judges.tokens, world, job.precision, cfg.max_tokens)
+    logits = evaluate.score(job.model, judges.tokens, world, job.precision, state.max_tokens)
     scores = metrics.of_task(cfg.task, logits, judges.labels)
     loop.lap(job, "eval_seconds")
     reached = scores.get(cfg.metric, -1.0)

@@ -111,10 +111,18 @@ def new_classifier(cfg: TrainConfig, labels: Labels, tokenizer, device, precisio
     adapter: one read from a file, instead of the config's.
     """
     head, dtype = _head_of(cfg, labels, tokenizer), numerics.weight_dtype(device, precision)
-    model = models.load_classifier(cfg.base, head, device, dtype, cfg.quant, numerics.DTYPES[precision], cfg.seed)
+    compute = numerics.DTYPES[precision]
+
+    # Weights that are trained start from the stored values, not rounded to half precision and back.
+    whole = not (cfg.rank or adapter) and cfg.train_layers != 0
+    place = (torch.device("cpu"), torch.float32) if whole else (device, dtype)
+    model = models.load_classifier(cfg.base, head, *place, cfg.quant, compute, cfg.seed)
     model.config.problem_type = PROBLEM_TYPES[cfg.task]
     _adapt(model, cfg, adapter)  # what the base lacks of a head is known now, and trained whole
-    return model
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    for p in frozen if whole else ():
+        p.data = p.data.to(dtype)
+    return model.to(device)
 
 
 def threshold_kind(cfg: TrainConfig) -> str:
@@ -353,7 +361,7 @@ def load_run(
     cfg = replace(cfg, quant=quant or cfg.quant, base=base or cfg.base)
     need_base(path, cfg.base)
     tokenizer = bases.load_tokenizer(str(first))
-    precision, _ = numerics.choose_precision(precision, world.device)
+    precision, _ = numerics.choose_precision(precision, world.device, cfg.base)
     adapter = None
     if cfg.rank:
         adapter = peft_format.read_adapter_config(checkpoint.load_json(first / "adapter_config.json"))

@@ -189,7 +189,8 @@ RECIPE = {  # the published recipe of the 3B and the choices beside it, as DESIG
     "batch_size": 16,
     "max_length": 512,
     "schedule": "cosine",
-    "grad_checkpoint": True,
+    "grad_checkpoint": False,
+    "max_tokens": 1024,
     "micro_batches": 2,
     "train_data": "dataset/train.csv",
     "text": "{Question}",
@@ -209,17 +210,25 @@ def test_qwen3b_is_the_published_recipe():
 
 
 @pytest.mark.parametrize(
-    "name, base",
+    "name, base, max_tokens",
     [
-        ("qwen05b", "Qwen/Qwen2.5-0.5B"),
-        ("qwen15b", "Qwen/Qwen2.5-1.5B"),
-        ("llama1b", "meta-llama/Llama-3.2-1B"),
-        ("qwen32b", "Qwen/Qwen2.5-32B"),
+        ("qwen05b", "Qwen/Qwen2.5-0.5B", 4096),
+        ("qwen15b", "Qwen/Qwen2.5-1.5B", 2048),
+        ("llama1b", "meta-llama/Llama-3.2-1B", 2048),
+        ("qwen32b", "Qwen/Qwen2.5-32B", 1536),
     ],
 )
-def test_same_recipe_on_other_bases(name, base):
-    changed = {"base": base} | ({"quant": "nf4"} if name == "qwen32b" else {})
+def test_same_recipe_on_other_bases(name, base, max_tokens):
+    changed = {"base": base, "max_tokens": max_tokens}
+    if name == "qwen32b":
+        changed |= {"quant": "nf4", "grad_checkpoint": True}
     assert presets.TRAIN_PRESETS[name]() == dataclasses.replace(presets.qwen3b(), **changed)
+
+
+@pytest.mark.parametrize("make", [*presets.TRAIN_PRESETS.values(), *presets.CPT_PRESETS.values()])
+def test_presets_take_the_precision_of_the_gpu(make):
+    """A T4 has no bf16, and fp16 needs a loss scale that newer ones do without; on a CPU the user decides."""
+    assert make().precision == "auto" or make is presets.cpt_tiny
 
 
 @pytest.mark.parametrize("name", sorted(presets.TRAIN_PRESETS))

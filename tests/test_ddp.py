@@ -291,6 +291,7 @@ def test_gradient_sum_wants_fp32_masters_and_knows_its_limit(monkeypatch):
     large.add(torch.tensor(2.0))
     assert not large.exact and large.total.dtype == torch.float32
     assert large.reduce(False, True).tolist() == [2.0, 1, 0, 1, 0] and torch.equal(weight.grad, torch.ones(3, 3))
+    assert weight.grad.data_ptr() == large.total.data_ptr()  # no second copy
     large.clear()
     (weight.sum() * float("nan")).backward()
     large.add(torch.tensor(2.0))

@@ -135,13 +135,24 @@ def test_where_it_does_not_apply_a_layer_runs_its_own_forward(base, change, monk
         assert max(differences(ours, run(model)).values()) < 20 * ROUNDING
 
 
-def test_trained_biases_are_not_forgotten(base, monkeypatch):  # noqa: F811
-    model = adapted(base("Qwen2"), QKVO, bias="lora_only")
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_get_their_gradients(base, bias, monkeypatch):  # noqa: F811
+    model = adapted(base("Qwen2"), QKVO, dropout=0.3, bias=bias)
     seen = calls(monkeypatch)
-    assert sum(name.endswith("bias") for name in run(model)) == 6 and not seen
+    ours = run(model)
+    assert sum(name.endswith("bias") for name in ours) == 6 and len(seen) == 2
+    with fused.plain():
+        assert max(differences(ours, run(model)).values()) < 20 * ROUNDING
+
+
+def test_whole_bases_are_scored_alike_before_and_after_a_save(base, monkeypatch):  # noqa: F811
+    """Trained weights keep the plain layers in training alone."""
+    model = adapted(base("Qwen2"), ())
+    seen = calls(monkeypatch)
+    assert run(model) and not seen
     with torch.no_grad():
         model(batch_of(rows()))
-    assert len(seen) == 2, "scores are computed alike before and after a model is saved and loaded"
+    assert len(seen) == 2
 
 
 def test_a_merged_or_disabled_adapter_is_seen(base):  # noqa: F811
