@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import nn
@@ -63,14 +62,12 @@ def memory_estimate(model, gradients: ddp.GradientSum, forward: Callable) -> dic
 @contextmanager
 def kept_whole(layer: nn.Module):
     """Inside the block a layer keeps what its backward pass needs: nothing is computed again."""
-    flag, forward = getattr(layer, "gradient_checkpointing", False), layer.forward
-    layer.gradient_checkpointing = False
-    if isinstance(forward, partial):  # see checkpoint_activations in model.py
-        layer.forward = forward.args[0]
+    flags = {name: getattr(layer, name, False) for name in ("gradient_checkpointing", "recomputed")}  # see fused.py
+    for name in flags:
+        setattr(layer, name, False)
     yield
-    layer.gradient_checkpointing = flag
-    if isinstance(forward, partial):
-        layer.forward = forward
+    for name, flag in flags.items():
+        setattr(layer, name, flag)
 
 
 class OutOfMemory(RuntimeError):

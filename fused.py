@@ -83,7 +83,8 @@ def compute(layer, hidden_states: Tensor, position_embeddings=None, cache=None, 
     is_last = attention.layer_idx == attention.config.num_hidden_layers - 1
     asked = packed.asked if packed and is_last else None
 
-    fits = None not in products and all(map(is_frozen, norms))
+    modules = (*norms, attention, mlp)
+    fits = None not in products and all(map(is_frozen, modules))
     if PLAIN[0] or packed is None or cache is not None or not fits:
         options |= {"position_embeddings": position_embeddings, "cache": cache, "packed": packed}
         out = type(layer).forward(layer, hidden_states, **options)

@@ -119,6 +119,7 @@ def hook_a_base(model):
 FALLBACKS = {
     "a hook on an adapted linear": hook_a_part,
     "a hook on its base": hook_a_base,
+    "a hook on an MLP": lambda model: model.backbone.layers[1].mlp.register_forward_hook(lambda *args: None),
     "a trained norm": lambda model: model.backbone.layers[0].input_layernorm.requires_grad_(),
     "a trained matrix": lambda model: model.backbone.layers[1].mlp.up_proj.requires_grad_(),
 }
