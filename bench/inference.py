@@ -20,6 +20,7 @@ merged. bf16 is autocast over fp32 weights on all sides.
 """
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -54,7 +55,7 @@ def main() -> None:
                     sides = tuple(side for side in sides if side in options.sides)
                     if not sides:
                         continue
-                    tokens = found[head]["tokens"] * BATCH // options.count
+                    tokens = found[head]["tokens"] // options.count * BATCH
                     run = partial(run_side, options, folder, dtype)
                     rounds = measure.alternate(options, sides, run, found[head], tokens, dtype)
                     results[f"{base} {dtype} {head}"] = rounds
@@ -115,7 +116,9 @@ def train_adapter(base: str, head: str, folder: str, rows: str, labels: list[str
         "audit": "none",
         "outputs": f"{folder}/outputs_{head}",
     }
-    measure.process(measure.command_of("train.py", flags), 1, allowed=(0, 5))  # 5: random weights may score all alike
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    command = measure.command_of("train.py", flags)
+    measure.process(command, threads, allowed=(0, 5))  # 5: random weights may score every row alike
     (run,) = Path(flags["outputs"]).rglob("result.json")
     (Path(folder) / head).symlink_to(run.parent)
 

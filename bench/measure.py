@@ -5,7 +5,6 @@ what its parent held when it was started.
 """
 
 import argparse
-import csv
 import datetime
 import importlib.metadata
 import json
@@ -56,8 +55,12 @@ def options_of(doc: str, sides: tuple, quick: dict, more: Callable, bases="tiny,
 
 
 def read_rows(path: str) -> list[dict]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    """The rows as train.py reads them: texts that were stored as Python's b'...' are decoded, for the peers too."""
+    import files
+
+    rows = files.read_rows(path, "rows")
+    files.decode_bytes_literals(rows, ["Question"])
+    return rows
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -223,7 +226,7 @@ def rounded(result: dict) -> dict:
 
 def table_rows(base: str, dtype: str, results: dict[str, list]) -> list[str]:
     """A line for each side: medians over the rounds, and ours over it in tokens/s, taken within each round."""
-    lines = []
+    own, lines = next((side for side in results if side.startswith("ours")), None), []
     for side, rounds in results.items():
         middle = {
             name: statistics.median(result[name] for result in rounds)
@@ -231,9 +234,9 @@ def table_rows(base: str, dtype: str, results: dict[str, list]) -> list[str]:
         }
         computed = sum(r["computed"] for r in rounds) / sum(r["tokens"] for r in rounds)
         ratio = ""
-        if side != "ours" and "ours" in results:
-            pairs = zip(results["ours"], rounds, strict=True)
-            ratios = [own["tokens_per_second"] / other["tokens_per_second"] for own, other in pairs]
+        if own and side != own:
+            pairs = zip(results[own], rounds, strict=True)
+            ratios = [ours["tokens_per_second"] / peer["tokens_per_second"] for ours, peer in pairs]
             ratio = f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})"
         cells = [
             base,

@@ -179,12 +179,10 @@ def trainer(folder: str, base: str, dtype: str, warmup: int, batch_size: int) ->
     )
     torch.manual_seed(SEED)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     run = transformers.Trainer(
         model=get_peft_model(model, adapter),
         args=arguments,
-        data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        train_dataset=[{"input_ids": ids} for step in steps for ids in step],
+        train_dataset=[{"input_ids": ids, "labels": ids} for step in steps for ids in step],
         callbacks=[Clock()],
     )
     run.train()

@@ -43,9 +43,7 @@ measured between the rounds. FLOPs: 4 x parameters of the layers x tokens, plus 
 
 
 def main() -> None:
-    options = measure.options_of(
-        __doc__, SIDES, {"steps": 3, "batch_size": 4, "max_length": 64}, add_options, "tiny,wide,real"
-    )
+    options = measure.options_of(__doc__, SIDES, {"steps": 3, "batch_size": 4, "max_length": 64}, add_options)
     measure.need("peft", "accelerate", "trl", "datasets")
     lines, results, notes = [], {}, []
     for base in options.bases:
