@@ -60,6 +60,7 @@ def main() -> None:
                     rounds = measure.alternate(options, sides, run, found[head], tokens, dtype)
                     results[f"{base} {dtype} {head}"] = rounds
                     lines += measure.table_rows(base, dtype, rounds)
+                    notes.append(measure.products_note(f"{base}, {head}", dtype, rounds))
                     notes += equal_logits(options, folder, base, dtype, sides)
         notes.append(f"{base}: {measure.BASES[base]}")
     how = "merged" if options.merge else "live"

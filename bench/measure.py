@@ -253,6 +253,13 @@ def table_rows(base: str, dtype: str, results: dict[str, list]) -> list[str]:
     return lines
 
 
+def products_note(base: str, dtype: str, results: dict[str, list]) -> str:
+    """The rates that shares are taken of: where they differ from round to round, the machine was disturbed."""
+    rates = [result["probe_gflops"] for result in next(iter(results.values()))]
+    middle, least, most = statistics.median(rates), min(rates), max(rates)
+    return f"{base} {dtype}: products run at {middle:.0f} GFLOP/s (rounds {least:.0f} to {most:.0f})"
+
+
 def report(options, about: str, lines: list[str], results: dict, notes=()) -> None:
     """Print the section for bench/RESULTS.md; the last line is one JSON object with every result."""
     print(f"\n{about}\n\n{HEADER}", *lines, "", *(f"- {note}" for note in notes), sep="\n")

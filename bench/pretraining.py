@@ -47,7 +47,7 @@ def main() -> None:
                 rounds = measure.alternate(options, options.sides, run, found, options.max_length, dtype)
                 results[f"{base} {dtype}"] = rounds
                 lines += measure.table_rows(base, dtype, rounds)
-                notes += equal_losses(base, dtype, rounds)
+                notes += [measure.products_note(base, dtype, rounds), *equal_losses(base, dtype, rounds)]
         notes.append(f"{base}: {measure.BASES[base]}; vocabulary {found['vocabulary']:,}")
     measure.report(options, ABOUT.format(**vars(options)), lines, results, notes)
 

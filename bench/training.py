@@ -53,8 +53,10 @@ def main() -> None:
             for dtype in options.dtypes:
                 run = partial(run_side, options, found, folder, dtype)
                 tokens = found["tokens"] // options.steps
-                results[f"{base} {dtype}"] = measure.alternate(options, options.sides, run, found, tokens, dtype)
-                lines += measure.table_rows(base, dtype, results[f"{base} {dtype}"])
+                rounds = measure.alternate(options, options.sides, run, found, tokens, dtype)
+                results[f"{base} {dtype}"] = rounds
+                lines += measure.table_rows(base, dtype, rounds)
+                notes.append(measure.products_note(base, dtype, rounds))
         whole = found["computed"]
         notes.append(
             f"{base}: {measure.BASES[base]}; a whole epoch of random batches computes {whole['random']:.2f} tokens for "
