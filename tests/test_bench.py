@@ -82,7 +82,7 @@ def test_sides_that_compute_something_else_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [training, inference, pretraining])
+@pytest.mark.parametrize("script", [training, inference, pretraining], ids=lambda script: script.__name__)
 def test_the_script_runs(script):
     """--quick, to the table and the JSON of every side."""
     for name in ("peft", "accelerate", "trl", "datasets"):
