@@ -25,7 +25,7 @@ FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 
 # Where each file stands: it may import files of the lines above it, or to its left. Commands never import each other.
 HOUSE = """
-errors signals watch disk seals locks
+errors signals watch disk seals locks spool
 configs presets checks cli formats spelling delimited
 lora peft_format losses metrics tables bootstrap calibrate decide optim ddp checkpoint run_folder parts tracking limits
 template_trial answer_numbers answer_parser prompts
