@@ -100,6 +100,14 @@ class TokenReport:
     lengths: list[int] = field(default_factory=list)  # tokens of each row before it was cut
     keys: np.ndarray | None = None  # where scores are compared: `Tokens.keys`
 
+    def add(self, other: "TokenReport") -> None:
+        """Add what happened to the rows that follow."""
+        for name in ("tokens", "cut_rows", "cut_tokens", "guarded", "empty", "unknown", "partly", "unsure", "lengths"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+        if other.keys is not None:
+            self.keys = other.keys if self.keys is None else np.concatenate([self.keys, other.keys])
+
     def __str__(self):
         text = f"{len(self.lengths):,} rows, {self.tokens:,} tokens, longest {self.longest}"
         if self.cut_rows:
@@ -194,7 +202,8 @@ def encode(
         if answers and len(kept) > 1 and ids[kept[-1]] == ids[kept[-2]] == tokenizer.eos_token_id:  # likewise
             kept = kept[:-1]
         report.empty += not kept
-        encoded.append([ids[t] for t in kept] or [end_of_text(tokenizer)])
+        is_whole = len(kept) == len(ids) > 0
+        encoded.append(ids if is_whole else [ids[t] for t in kept] or [end_of_text(tokenizer)])
         if answers:
             learned.append(_learned(spans, kept, places)[kept] if kept else [False])
             if not any(learned[i][1:]):

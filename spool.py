@@ -20,10 +20,11 @@ import disk
 
 MEMORY = 2**24  # characters of a file's rows that stay in memory
 TYPED = "*"  # begins the line of a record with cells that are no plain str: [record, {column: kind}]
+as_json = json.JSONEncoder(ensure_ascii=False).encode
 KINDS: dict[str, type] = {}  # the kinds of these, by name
 
 
-class Records:
+class Records(Sequence):
     """What was read of a file, in its order."""
 
     def __init__(self):
@@ -44,7 +45,9 @@ class Records:
 
     def line(self, i: int) -> bytes:
         """A record as it lies on the disk."""
-        start, end = self.ends[i : i + 2]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        start, end = self.ends[i], self.ends[i + 1]
         if self.file.tell() != start:
             self.file.seek(start)
         return self.file.read(end - start)
@@ -62,14 +65,17 @@ class Records:
                 self._write(record)
 
     def _write(self, record):
-        text = json.dumps(record, ensure_ascii=False)
+        text = as_json(record)
         if isinstance(record, dict):
             kinds = {name: type(cell).__name__ for name, cell in record.items() if type(cell) is not str}
-            text = TYPED + json.dumps([record, kinds], ensure_ascii=False) if kinds else text
+            text = TYPED + as_json([record, kinds]) if kinds else text
         data = text.encode("utf-8", "surrogatepass")
-        with disk.told(Path(tempfile.gettempdir()), len(data)):
+        try:
             self.file.seek(self.ends[-1])
             self.file.write(data)
+        except OSError as e:
+            folder = Path(tempfile.gettempdir())
+            raise disk.disk_error(folder, f"{e.strerror} (TMPDIR names another folder)", len(data)) from None
         self.ends.append(self.ends[-1] + len(data))
 
     def rows(self, make: Callable = lambda record: record):

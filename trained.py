@@ -5,6 +5,7 @@ run = load_run("outputs/tiny__base/tiny/run_0")
 run.predict(["What is 2 + 2?"])            # [{"label": "0", "name": "0", "probabilities": [...], "logits": [...]}]
 """
 
+import sys
 import time
 import warnings
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import bases
 import checkpoint
@@ -39,6 +41,7 @@ from labelling import Labels
 from metrics import Array
 from model import Classifier
 
+WINDOW = 2**14  # rows that are encoded and scored together: more do not take more memory
 # transformers' names of tasks: by them its pipeline takes a softmax of the logits, a sigmoid, or neither.
 PROBLEM_TYPES = {
     "single_label": "single_label_classification",
@@ -250,8 +253,28 @@ class Run:
         """fp32 logits (N, C) of rows that have the template's columns, and a report of their tokenization.
 
         seconds: a time limit, 0 for none; rows that no save reached in time are NaN. output: the file that they are
-        for, beside which progress is kept.
+        for, beside which progress is kept. Many rows are encoded and scored window by window.
         """
+        end = time.perf_counter() + seconds
+        report, scores = data.TokenReport(), []
+        is_quiet = len(rows) <= WINDOW or self.world.rank != 0
+        with tqdm(total=len(rows), desc="scoring", unit=" rows", disable=is_quiet, file=sys.stderr) as bar:
+            for start in range(0, max(1, len(rows)), WINDOW):
+                window = rows[start : start + WINDOW]
+                left = seconds and max(1e-3, end - time.perf_counter())
+                # No rank stops alone. What no rank has time for is not even encoded.
+                if start and seconds and ddp.sum_over_ranks(self.world, float(left <= 1e-3)):
+                    own = np.full((len(window), self.model.outputs), np.nan, np.float32)
+                    about = data.TokenReport(keys=np.zeros(len(window), np.int64))
+                else:
+                    own, about = self._window(window, max_tokens, left, output)
+                report.add(about)
+                scores.append(own)
+                bar.update(len(window))
+        return np.concatenate(scores), report
+
+    def _window(self, rows, max_tokens, seconds, output):
+        """As `logits`, of rows that are encoded together."""
         end = time.perf_counter() + seconds
         cfg = self.config
         tokens, report = data.tokenize(self.tokenizer, cfg.text, rows, cfg.max_length, cfg.kept, cfg.budgets)
