@@ -8,6 +8,7 @@ row of concatenated sequences.
 """
 
 import hashlib
+import mmap
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ UNKNOWN = 0.2  # a larger share of tokens that are unknown is a warning
 BULK, BULK_TEXT = 1000, 2**22  # rows, and characters, that are encoded at once: many, for speed; not all, for memory
 LONG = 2**17  # characters of a row that may be encoded in part: shorter ones never are
 PER_TOKEN, LEAST, MOST = 16, 2**12, 2**20  # characters of its fields that are tried: at first so many, at most so many
+STRETCH = 2**22  # tokens that are looked at together
 PIECE, WINDOW, TRIES = 2**16, 64, 32  # characters of a long document's pieces, and around a cut; places to try
 CUT = re.compile(r"[^\W\d_](?=[ -&(-/:-@\[-^`{-~\n\t])")  # words end between a letter and ASCII that is none
 BREAK = re.compile(r"[^\W_]\s")  # between these two every tokenizer's words end, whatever follows
@@ -72,9 +74,17 @@ class Tokens:
         """sha256 over the tokens of all rows and more arrays: a resumed run must see the same."""
         digest = hashlib.sha256()
         for array in (self.ids, self.starts, self.stops, self.learned, *more):
-            if array is not None:
-                digest.update(np.ascontiguousarray(array))
+            for part in [] if array is None else pages(array):
+                digest.update(np.ascontiguousarray(part))
         return digest.hexdigest()
+
+
+def pages(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Stretches of an array, one after the other; of one in a file the memory of each is given back."""
+    for i in range(0, len(array), STRETCH):
+        yield array[i : i + STRETCH]
+        if isinstance(array, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+            array._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def join_tokens(rows: list) -> Tokens:

@@ -186,9 +186,6 @@ def _probe(run, rows, live):
     return moved if moved > 1e-6 * max(1.0, abs(live).max()) else 0.0
 
 
-PART = 2**22  # tokens that are looked at together: a copy of them is sorted
-
-
 def weak_tokens(model, tokenizer, tokens: data.Tokens) -> str:
     """A warning for tokens in use whose embedding was never trained (its norm is almost 0), or an empty string.
 
@@ -196,8 +193,7 @@ def weak_tokens(model, tokenizer, tokens: data.Tokens) -> str:
     """
     table = getattr(model, "backbone", model).get_input_embeddings()
     weight = getattr(table, "base_layer", table).weight  # below an adapter
-    parts = [np.unique(tokens.ids[i : i + PART]) for i in range(0, len(tokens.ids), PART)]
-    used = torch.from_numpy(np.unique(np.concatenate(parts)))
+    used = torch.from_numpy(np.unique(np.concatenate(list(map(np.unique, data.pages(tokens.ids))))))
     norms = weight[used].float().norm(dim=1).cpu()
     damaged = ~norms.isfinite()
     wrong = damaged if damaged.any() else norms <= 0.01 * norms.median()
