@@ -63,6 +63,11 @@ def normal_form(text: str) -> str:
     return " ".join(normalize("NFKC", folded).split())
 
 
+def digest_of(text: str) -> bytes:
+    """16 bytes that stand for a text, where many are compared."""
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
 def audit(texts: Sequence[str], labels: list, splits: list[str], near: bool = True) -> Findings:
     """The findings of N texts with their labels and splits. Of texts that lie on the disk only digests are in memory.
 
@@ -72,7 +77,7 @@ def audit(texts: Sequence[str], labels: list, splits: list[str], near: bool = Tr
     in_memory, rows_of = isinstance(texts, list), defaultdict(list)
     for row, text in enumerate(texts):
         form = normal_form(text)
-        rows_of[form if in_memory else blake2b(form.encode("utf-8", "surrogatepass"), digest_size=16).digest()].append(row)
+        rows_of[form if in_memory else digest_of(form)].append(row)
     forms = sorted(rows_of)
     groups = []
     if near and len(forms) > 1:

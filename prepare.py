@@ -21,7 +21,6 @@ from errors import UserError, warning
 from labelling import Labels
 from splits import Split
 
-
 ALONE = ddp.World(0, 1, None)
 
 

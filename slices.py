@@ -260,7 +260,7 @@ def keys_of(cfg: SlicesConfig, rows: list[dict[str, str]]) -> dict[str, set[str]
         rows = [dict(row) for row in rows]
         files.decode_bytes_literals(rows, list(cfg.text_columns))
         forms = (audit.normal_form("\n".join(row[c] for c in cfg.text_columns)) for row in rows)
-        keys["texts"] = {hashlib.sha256(form.encode("utf-8", "surrogatepass")).digest() for form in forms}
+        keys["texts"] = set(map(audit.digest_of, forms))
     return keys
 
 

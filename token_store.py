@@ -39,8 +39,7 @@ def tokenize(cfg, tokenizer, rows: spool.Sequence, world: ddp.World) -> tuple[da
         except Untrusted as e:
             print(f"{e}: it is made again")
             checkpoint.fs_remove(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(folder, lambda hidden: write(hidden, rows, *how), {"rows": len(rows)}, keep=0)
+        checkpoint.save_once(folder, lambda hidden: write(hidden, rows, *how), {"rows": len(rows)})
         return folder
 
     folder = Path(ddp.from_rank0(world, on_rank0))

@@ -1,6 +1,6 @@
 """A large file of verification rows, made from the real ones: every question with many solutions, none of them twice.
 
-    python bench/million.py 1000000 /tmp/million.csv        # about 550 MB
+python bench/million.py 1000000 /tmp/million.csv        # about 550 MB
 """
 
 import csv

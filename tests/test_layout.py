@@ -30,7 +30,8 @@ configs presets checks cli formats spelling delimited
 lora peft_format losses metrics tables bootstrap calibrate decide optim ddp checkpoint run_folder parts tracking limits
 template_trial answer_numbers answer_parser prompts
 latex_syntax latex_values text_bytes pair_formats latex_hidden latex_clean latex audit
-files cutting special_tokens labelling strata packed bases numerics nf4 model estimates data token_store splits faults loop
+files cutting special_tokens labelling strata packed bases numerics nf4 model estimates data token_store splits
+faults loop
 evaluate language document_files corpus holdout
 trained lasttoken chains prepare foreign predictions writer chats answers
 report_runs report_numbers pictures page report_sections compare_runs
