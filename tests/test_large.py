@@ -291,7 +291,7 @@ def test_a_slice_encodes_its_own_rows_alone(tmp_path, small_base, monkeypatch):
 
 FLAT = 48  # MB that 80,000 more rows may take: their ids, labels and lengths; their texts are 80 MB
 CHILD = """
-import re, sys
+import sys
 sys.path.insert(0, sys.argv[1])
 import ddp, bases, splits, token_store
 from configs import TrainConfig
@@ -299,7 +299,7 @@ cfg = TrainConfig(train_data=sys.argv[2], text="{text}", base=sys.argv[3], outpu
 rows, _, labels = splits.read(cfg, print)
 rows.tokens, _ = token_store.tokenize(cfg, bases.load_tokenizer(cfg.base), rows.rows, ddp.World(0, 1, None))
 splits.digests(rows, None, labels)
-peak = re.search("VmHWM: *\\t*([0-9]+)", open("/proc/self/status").read())[1]  # ru_maxrss would be a parent's too
+(peak,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))  # a parent's in ru_maxrss
 print(len(rows.tokens.lengths), int(peak) // 1024)
 """
 
