@@ -74,10 +74,12 @@ def audit(texts: Sequence[str], labels: list, splits: list[str], near: bool = Tr
     labels: strings, numbers, lists (compared as sets), or None for an unlabelled row. splits: each of SPLITS. near:
     False leaves out the search for nearly equal texts.
     """
-    in_memory, rows_of = isinstance(texts, list), defaultdict(list)
+    rows_of = defaultdict(list)
     for row, text in enumerate(texts):
         form = normal_form(text)
-        rows_of[form if in_memory else digest_of(form)].append(row)
+        if not isinstance(texts, list):
+            form = digest_of(form)
+        rows_of[form].append(row)
     forms = sorted(rows_of)
     groups = []
     if near and len(forms) > 1:
@@ -155,9 +157,11 @@ def _near(texts):
             if _jaccard(shingles(i), shingles(j)) < NEAR:
                 vain[[i, j]] += 1
                 continue
-            small, large = sorted(group_of[[i, j]].tolist(), key=lambda group: len(members.get(group, [group])))
-            group_of[members.get(small, [small])] = large
-            members.setdefault(large, [large]).extend(members.pop(small, [small]))
+            both = group_of[[i, j]].tolist()
+            small, large = sorted(both, key=lambda group: len(members.get(group, "1")))
+            joining = members.pop(small, [small])
+            group_of[joining] = large
+            members.setdefault(large, [large]).extend(joining)
     return list(members.values())
 
 
@@ -193,13 +197,15 @@ def _sketches(texts):
     bits = np.empty((len(texts), BANDS * ROWS), np.uint8)
     size = 0
     for start in range(0, len(texts), CHUNK):
-        block = [texts[i] for i in range(start, min(start + CHUNK, len(texts)))]
+        stop = min(start + CHUNK, len(texts))
+        block = [texts[i] for i in range(start, stop)]
         size += sum(map(len, block))
         signatures = _signatures(block)
-        own = slice(start, start + len(block))
-        bits[own] = signatures.T
+        bits[start:stop] = signatures.T
+        own = keys[:, start:stop]
         for k in range(ROWS):
-            keys[:, own] = keys[:, own] * FACTOR + signatures[k::ROWS]
+            own *= FACTOR
+            own += signatures[k::ROWS]
     return keys, bits, size
 
 

@@ -136,9 +136,10 @@ def save(target: Path, write, about: dict, keep: int = 1, needed: int = 0) -> No
 
 
 def save_once(target: Path, write, about: dict) -> None:
-    """As `save`, of a folder that follows from its name: where another process was first, its folder stays."""
+    """As `save`, of a folder whose content follows from its name: where another process was first, its folder stays."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    mine = target.with_name(f"{os.getpid()}-{target.name}")
+    disk.temporary_of(target)  # removes what processes that were killed left
+    mine = target.with_name(f"{target.name}.{disk.HOST}-{os.getpid()}")
     save(mine, write, about, keep=0)
     try:
         with disk.told(target):

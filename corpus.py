@@ -34,7 +34,7 @@ KINDS = {
 }  # files of a cache
 # What tokens follow from besides texts.
 CODE = """audit corpus cutting data delimited document_files files formats latex latex_clean latex_hidden latex_syntax
-    latex_values pair_formats prompts special_tokens spelling text_bytes""".split()
+    latex_values pair_formats prompts special_tokens spelling spool text_bytes""".split()
 Sources = list[tuple[Path, list[Path]]]  # (folder, its files)
 
 

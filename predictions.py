@@ -145,7 +145,7 @@ def _readable(read, rows):
     except KeyError as e:
         problem = f"rows without a column {e}"
     good = [i for i, row in enumerate(rows) if takes(row)]
-    return np.array(good, int), read(rows=[rows[i] for i in good]) if good else [], problem
+    return np.array(good, int), read(rows=spool.take(rows, good)) if good else [], problem
 
 
 # ---- rows that a time limit leaves out ------------------------------------------------------------------------------
