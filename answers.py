@@ -20,6 +20,7 @@ import numerics
 import parts
 import predictions
 import prompts
+import run_folder
 import trained
 import writer
 from answer_parser import parse_answer
@@ -56,7 +57,7 @@ def subject(cfg) -> Subject:
         labels = Labels(cfg.label_names, cfg.label_names)
         name = cfg.adapter or cfg.base
     else:
-        name = trained.find_run(cfg.runs, cfg.outputs)
+        name = run_folder.finished_run(cfg.runs, cfg.outputs)
         config, labels = trained.run_facts(name)
         if len(labels.values) != 2 or config.head != "label_words":
             raise UserError(f"run {name}: expected two classes and --head label_words, whose words an answer says")

@@ -19,7 +19,8 @@ Pairs worth comparing share a band of their MinHash signatures (Leskovec, Rajara
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
+from hashlib import blake2b
 from itertools import combinations
 from unicodedata import normalize
 
@@ -37,6 +38,7 @@ BANDS, ROWS = 20, 5  # of signatures; a pair of similarity s shares a band with 
 LEAST = 0.6  # agreement of their signatures below which no pair is compared: 5 standard deviations under NEAR
 WIDTH, WORK = 32, 200_000_000  # comparisons a row, and characters of all comparisons
 CHUNK = 64  # texts hashed at once
+KEPT = 2**16  # texts whose shingles are kept, to be compared again
 LONGEST = 2**18  # characters: what follows them does not count for nearly equal texts
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: Knuth's multiplicative hashing
 
@@ -61,19 +63,27 @@ def normal_form(text: str) -> str:
     return " ".join(normalize("NFKC", folded).split())
 
 
-def audit(texts: list[str], labels: list, splits: list[str], near: bool = True) -> Findings:
-    """The findings of N texts with their labels and splits.
+def digest_of(text: str) -> bytes:
+    """16 bytes that stand for a text, where many are compared."""
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def audit(texts: Sequence[str], labels: list, splits: list[str], near: bool = True) -> Findings:
+    """The findings of N texts with their labels and splits. Of texts that lie on the disk only digests are in memory.
 
     labels: strings, numbers, lists (compared as sets), or None for an unlabelled row. splits: each of SPLITS. near:
     False leaves out the search for nearly equal texts.
     """
     rows_of = defaultdict(list)
     for row, text in enumerate(texts):
-        rows_of[normal_form(text)].append(row)
+        form = normal_form(text)
+        if not isinstance(texts, list):
+            form = digest_of(form)
+        rows_of[form].append(row)
     forms = sorted(rows_of)
     groups = []
     if near and len(forms) > 1:
-        groups = _near([form[:LONGEST] for form in forms])
+        groups = _near(Forms(texts, [rows_of[form][0] for form in forms]))
     kinds = (
         [rows for rows in rows_of.values() if len(rows) > 1],
         sorted(sorted(row for form in group for row in rows_of[forms[form]]) for group in groups),
@@ -81,6 +91,19 @@ def audit(texts: list[str], labels: list, splits: list[str], near: bool = True) 
     conflicts = [_conflicts(groups, labels) for groups in kinds]
     leaks = [_leaks(groups, splits) for groups in kinds]
     return Findings(*kinds, *conflicts, *leaks)
+
+
+class Forms(Sequence):
+    """The normal forms of some rows' texts, as far as they count for nearly equal texts."""
+
+    def __init__(self, texts: Sequence[str], rows: list[int]):
+        self.texts, self.rows = texts, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i: int):
+        return normal_form(self.texts[self.rows[i]])[:LONGEST]
 
 
 def _conflicts(groups, labels):
@@ -109,36 +132,37 @@ def _several(label):
 
 def _near(texts):
     """The groups of nearly equal texts among two or more different ones."""
-    signatures = _signatures(texts)
-    sketch = signatures.T.astype(np.uint8, order="C")  # b-bit minwise hashing (Li, König 2010)
-    width = max(WIDTH, WORK // sum(map(len, texts)))
+    keys, bits, size = _sketches(texts)
+    width = max(WIDTH, WORK // size)
     group_of = np.arange(len(texts))
     vain = np.zeros(len(texts))
-    members = {row: [row] for row in range(len(texts))}
+    members = {}  # of the groups of two or more
 
-    @cache
+    @lru_cache(KEPT)
     def shingles(row):
         hashes = np.sort(_shingles([texts[row]])[0])
         return hashes[np.append(True, np.diff(hashes) > 0)]  # np.unique is ten times as slow
 
-    for a, b in _candidates(signatures, width):
+    for a, b in _candidates(keys, width):
         apart = group_of[a] != group_of[b]
         a, b = a[apart], b[apart]
 
         # The more comparisons were in vain for both, the more of their signatures must agree.
         wasted = np.minimum(vain[a], vain[b]) / width
         least = (LEAST + (1 - LEAST) * wasted**2) * BANDS * ROWS
-        agree = np.count_nonzero(sketch[a] == sketch[b], axis=1) >= least
+        agree = np.count_nonzero(bits[a] == bits[b], axis=1) >= least
         for i, j in zip(a[agree], b[agree], strict=True):
             if group_of[i] == group_of[j]:
                 continue
             if _jaccard(shingles(i), shingles(j)) < NEAR:
                 vain[[i, j]] += 1
                 continue
-            small, large = sorted(group_of[[i, j]], key=lambda group: len(members[group]))
-            group_of[members[small]] = large
-            members[large] += members.pop(small)
-    return [group for group in members.values() if len(group) > 1]
+            both = group_of[[i, j]].tolist()
+            small, large = sorted(both, key=lambda group: len(members.get(group, "1")))
+            joining = members.pop(small, [small])
+            group_of[joining] = large
+            members.setdefault(large, [large]).extend(joining)
+    return list(members.values())
 
 
 def _shingles(texts):
@@ -160,24 +184,40 @@ def _shingles(texts):
 def _signatures(texts):
     """MinHash signatures (BANDS * ROWS, N) uint32 of N texts: the least x * factor mod 2^32 of a text's shingles x."""
     factors = 2 * np.random.default_rng(0).integers(2**31, size=BANDS * ROWS, dtype=np.uint32) + 1
-    blocks = []
+    hashes, segments = _shingles(texts)
+    x = (hashes >> np.uint64(32)).astype(np.uint32)
+    return np.array([np.minimum.reduceat(x * factor, segments) for factor in factors])
+
+
+def _sketches(texts):
+    """(keys (BANDS, N) uint64 of the bands of N signatures, their last bits (N, BANDS * ROWS) uint8, the characters of
+    all texts). For b-bit minwise hashing see Li, König 2010.
+    """
+    keys = np.zeros((BANDS, len(texts)), np.uint64)
+    bits = np.empty((len(texts), BANDS * ROWS), np.uint8)
+    size = 0
     for start in range(0, len(texts), CHUNK):
-        hashes, segments = _shingles(texts[start : start + CHUNK])
-        x = (hashes >> np.uint64(32)).astype(np.uint32)
-        blocks.append([np.minimum.reduceat(x * factor, segments) for factor in factors])
-    return np.hstack(blocks)
+        stop = min(start + CHUNK, len(texts))
+        block = [texts[i] for i in range(start, stop)]
+        size += sum(map(len, block))
+        signatures = _signatures(block)
+        bits[start:stop] = signatures.T
+        own = keys[:, start:stop]
+        for k in range(ROWS):
+            own *= FACTOR
+            own += signatures[k::ROWS]
+    return keys, bits, size
 
 
-def _candidates(signatures, width):
-    """Pairs (P,) and (P,) of rows that share a band of their signatures (BANDS * ROWS, N).
+def _candidates(keys, width):
+    """Pairs (P,) and (P,) of rows that share a band of their signatures, by its keys (BANDS, N), which are sorted.
 
     Of each band the rows that are next to each other when sorted by it, then those two apart, up to `width` apart.
     """
-    keys = np.uint64(0)  # becomes (BANDS, N)
-    for k in range(ROWS):
-        keys = keys * FACTOR + signatures[k::ROWS]
-    orders = np.argsort(keys, axis=1, kind="stable")
-    keys = np.take_along_axis(keys, orders, axis=1)
+    orders = np.empty(keys.shape, np.uint32)
+    for key, rows in zip(keys, orders, strict=True):
+        rows[:] = np.argsort(key, kind="stable")
+        key[:] = key[rows]
     for step in range(1, min(width + 1, keys.shape[1])):
         for key, rows in zip(keys, orders, strict=True):
             pairs = np.flatnonzero(key[step:] == key[:-step])

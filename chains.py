@@ -8,6 +8,7 @@ import files
 import labelling
 import seals
 import splits
+import spool
 import trained
 from configs import TrainConfig
 from errors import Untrusted, UserError, warning
@@ -43,6 +44,8 @@ def check_chain(cfg: TrainConfig, train: splits.Split, judges: splits.Split) -> 
 
     Returns a note on texts that it trains on again, or a warning where the earlier rows cannot be read any more.
     """
+    if not cfg.init_from:
+        return ""
     own, judging, seen = _normal_texts(cfg, train), _normal_texts(cfg, judges), set()
     for run in chain(cfg.init_from):
         try:
@@ -72,13 +75,13 @@ def _texts_of(run, cfg):
     recorded = {row["id"] for row in files.read_rows(str(run / "split.csv"), "init_from") if row["part"] == "train"}
     if not recorded <= set(train.ids):
         raise UserError(f"{other.train_data} has changed since")
-    files.need_columns([*train.rows, *judges.rows], files.template_columns(cfg.text), str(run), "init_from")
+    files.need_columns(spool.joined([train.rows, judges.rows]), files.template_columns(cfg.text), str(run), "init_from")
     return _normal_texts(cfg, train), _normal_texts(cfg, judges)
 
 
 def _normal_texts(cfg, part):
-    """The different texts of a split, but for case and white space."""
-    return {audit.normal_form(text) for text in splits.texts(cfg, part.rows)}
+    """Digests of the different texts of a split, but for case and white space."""
+    return {audit.digest_of(audit.normal_form(text)) for text in splits.texts(cfg, part.rows)}
 
 
 def chain_table(cfg: TrainConfig, result: dict, say) -> list[dict]:

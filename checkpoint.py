@@ -30,7 +30,7 @@ import disk
 import locks
 import seals
 from disk import append_whole, fs_remove, fs_rename, fs_sync, fs_write, sha256, write_atomic  # noqa: F401 (for others)
-from errors import Untrusted, UserError, one_line, warning
+from errors import DiskError, Untrusted, UserError, one_line, warning
 from seals import seal_of
 
 MANIFEST = "manifest.json"
@@ -134,6 +134,22 @@ def save(target: Path, write, about: dict, keep: int = 1, needed: int = 0) -> No
         fs_sync(target.parent)
         if keep == 0:
             fs_remove(places[1])
+
+
+def save_once(target: Path, write, about: dict) -> None:
+    """As `save`, of a folder whose content follows from its name: where another process was first, its folder stays."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    disk.temporary_of(target)  # removes what processes that were killed left
+    mine = target.with_name(f"{target.name}.{disk.HOST}-{os.getpid()}")
+    save(mine, write, about, keep=0)
+    try:
+        with disk.told(target):
+            fs_rename(mine, target)
+    except DiskError:
+        fs_remove(mine)
+        if not target.exists():  # the disk failed; otherwise the other run was first
+            raise
+        verify(target)
 
 
 def size_of(folder: Path) -> int:

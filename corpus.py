@@ -6,7 +6,6 @@ A corpus is read and encoded once, by rank 0, into memory-mapped files named by 
 
 import hashlib
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +16,12 @@ import audit
 import checkpoint
 import data
 import ddp
-import disk
 import files
 import latex
 import pair_formats
 import prompts
 from document_files import ENDS, NAMED, as_pairs, read_bytes, rows_of
-from errors import DiskError, Untrusted, UserError, few
+from errors import Untrusted, UserError, few
 
 NO_CHAT = " need a chat template, and this tokenizer has none or --chat no was given"
 COMPARED, BEGINNING = 20_000, 20_000  # documents at most, and characters of each, that are compared with others
@@ -36,7 +34,7 @@ KINDS = {
 }  # files of a cache
 # What tokens follow from besides texts.
 CODE = """audit corpus cutting data delimited document_files files formats latex latex_clean latex_hidden latex_syntax
-    latex_values pair_formats prompts special_tokens spelling text_bytes""".split()
+    latex_values pair_formats prompts special_tokens spelling spool text_bytes""".split()
 Sources = list[tuple[Path, list[Path]]]  # (folder, its files)
 
 
@@ -197,17 +195,7 @@ def _store(corpus, target):
         about = {name: vars(corpus)[name] for name in ("pairs", "files", "summary", "names", "near")}
         checkpoint.save_json(folder / "corpus.json", about)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    mine = target.with_name(f"{os.getpid()}-{target.name}")  # another run may be making the same one
-    checkpoint.save(mine, write, {"documents": len(corpus.sizes)}, keep=0)
-    try:
-        with disk.told(target):
-            checkpoint.fs_rename(mine, target)
-    except DiskError:
-        checkpoint.fs_remove(mine)
-        if not target.exists():  # the disk failed; otherwise the other run was first
-            raise
-        checkpoint.verify(target)
+    checkpoint.save_once(target, write, {"documents": len(corpus.sizes)})
 
 
 # ---- encoding -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ row of concatenated sequences.
 """
 
 import hashlib
+import mmap
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -25,6 +27,7 @@ UNKNOWN = 0.2  # a larger share of tokens that are unknown is a warning
 BULK, BULK_TEXT = 1000, 2**22  # rows, and characters, that are encoded at once: many, for speed; not all, for memory
 LONG = 2**17  # characters of a row that may be encoded in part: shorter ones never are
 PER_TOKEN, LEAST, MOST = 16, 2**12, 2**20  # characters of its fields that are tried: at first so many, at most so many
+STRETCH = 2**22  # tokens that are looked at together
 PIECE, WINDOW, TRIES = 2**16, 64, 32  # characters of a long document's pieces, and around a cut; places to try
 CUT = re.compile(r"[^\W\d_](?=[ -&(-/:-@\[-^`{-~\n\t])")  # words end between a letter and ASCII that is none
 BREAK = re.compile(r"[^\W_]\s")  # between these two every tokenizer's words end, whatever follows
@@ -71,9 +74,17 @@ class Tokens:
         """sha256 over the tokens of all rows and more arrays: a resumed run must see the same."""
         digest = hashlib.sha256()
         for array in (self.ids, self.starts, self.stops, self.learned, *more):
-            if array is not None:
-                digest.update(np.ascontiguousarray(array))
+            for part in [] if array is None else pages(array):
+                digest.update(np.ascontiguousarray(part))
         return digest.hexdigest()
+
+
+def pages(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Stretches of an array, one after the other; of one in a file the memory of each is given back."""
+    for i in range(0, len(array), STRETCH):
+        yield array[i : i + STRETCH]
+        if isinstance(array, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+            array._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def join_tokens(rows: list) -> Tokens:
@@ -98,6 +109,14 @@ class TokenReport:
     unsure: int = 0  # those of them without white space where it would prove that the tokens are the same
     lengths: list[int] = field(default_factory=list)  # tokens of each row before it was cut
     keys: np.ndarray | None = None  # where scores are compared: `Tokens.keys`
+
+    def add(self, other: "TokenReport") -> None:
+        """Add what happened to the rows that follow."""
+        for name in ("tokens", "cut_rows", "cut_tokens", "guarded", "empty", "unknown", "partly", "unsure", "lengths"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+        if other.keys is not None:
+            self.keys = other.keys if self.keys is None else np.concatenate([self.keys, other.keys])
 
     def __str__(self):
         text = f"{len(self.lengths):,} rows, {self.tokens:,} tokens, longest {self.longest}"
@@ -193,7 +212,8 @@ def encode(
         if answers and len(kept) > 1 and ids[kept[-1]] == ids[kept[-2]] == tokenizer.eos_token_id:  # likewise
             kept = kept[:-1]
         report.empty += not kept
-        encoded.append([ids[t] for t in kept] or [end_of_text(tokenizer)])
+        is_whole = len(kept) == len(ids) > 0
+        encoded.append(ids if is_whole else [ids[t] for t in kept] or [end_of_text(tokenizer)])
         if answers:
             learned.append(_learned(spans, kept, places)[kept] if kept else [False])
             if not any(learned[i][1:]):

@@ -2,10 +2,12 @@
 
 import csv
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
+import spool
 from errors import UserError, duplicates, few, note, warning
 
 LIMIT, LINES = 2**25, 2**20  # characters of a line, and of a cell; lines of a cell: no text has more
@@ -23,30 +25,41 @@ class Record:
     values: list[str]
 
 
-def read(lines: Iterable[str], where: str, usual: str) -> list[dict[str, str]]:
-    """The rows of a file's lines. usual: the delimiter of such a file. Raises UserError for what cannot be read."""
+def read(lines: Iterable[str], where: str, usual: str, limit: int = 0) -> Sequence[dict[str, str]]:
+    """The rows of a file's lines, or the first `limit` of them; see spool.py. usual: the delimiter of such a file.
+
+    Raises UserError for what cannot be read.
+    """
     delimiter, every = records(lines, where, usual)
-    names, rows, ragged, several = next(every, Record(0, [], [])).values, [], [], []
+    names, ragged = next(every, Record(0, [], [])).values, []
+    rows, several = spool.Records(), spool.Records()
     for name in duplicates(filter(str.strip, names)):
         raise UserError(f"{where}: column {name!r} is duplicated in the header")
-    for record in every:
+    unnamed, filled = [j for j, name in enumerate(names) if not name.strip()], set()
+    for record in islice(every, limit or None):
         rows.append(record.values)
         last = record.line + len(record.lines) - 1
         if len(record.values) != len(names):
             ragged.append(f"line {last} has {len(record.values)}")
-        elif len(record.lines) > 1:
-            several.append(record)
+            continue
+        if len(record.lines) > 1 and may_hold_rows(record, delimiter):
+            several.append([str(record.line), *record.lines, *record.values])
+        filled.update(j for j in unnamed if record.values[j].strip())
     if ragged:
         raise UserError(f"{where}: {len(ragged)} rows do not have the header's {len(names)} columns ({few(ragged)})")
     if several:
-        refuse_swallowed(several, rows, delimiter, where)
-    unnamed = [j for j, name in enumerate(names) if not name.strip()]
-    filled = [str(j + 1) for j in unnamed if any(row[j].strip() for row in rows)]
+        whole = (Record(int(n[0]), n[1 : -len(names)], n[-len(names) :]) for n in several)
+        refuse_swallowed(whole, rows, delimiter, where)
     if len(filled) > 1:
-        raise UserError(f"{where}: columns {few(filled)} have no name in the header, but cells: give them names")
+        numbers = [str(j + 1) for j in sorted(filled)]
+        raise UserError(f"{where}: columns {few(numbers)} have no name in the header, but cells: give them names")
     # What has neither a name nor cells is no column: each line ends with a delimiter, as spreadsheets write it.
-    columns = [j for j in range(len(names)) if j not in unnamed or str(j + 1) in filled]
-    return [{names[j]: row[j] for j in columns} for row in rows]
+    columns = [(j, names[j]) for j in range(len(names)) if j not in unnamed or j in filled]
+
+    def row_of(record):
+        return record if isinstance(record, dict) else {name: record[j] for j, name in columns}
+
+    return rows.rows(row_of)
 
 
 def records(lines: Iterable[str], where: str, usual: str) -> tuple[str, Iterator[Record]]:
@@ -114,7 +127,13 @@ def _records(lines, number, where, delimiter):
 # ---- quotation marks that are text ----------------------------------------------------------------------------------
 
 
-def refuse_swallowed(several: list[Record], rows: list[list[str]], delimiter: str, where: str) -> None:
+def may_hold_rows(record: Record, delimiter: str) -> bool:
+    """Whether several lines of a record, or all, have as many cells as the header: others are no rows of the file."""
+    are_rows = [line.count(delimiter) == len(record.values) - 1 for line in record.lines]
+    return all(are_rows) or are_rows[1:-1].count(True) > 1
+
+
+def refuse_swallowed(several: Iterable[Record], rows: Sequence[list[str]], delimiter: str, where: str) -> None:
     """Raise UserError for records of several lines that hold whole rows of the file: files that quote nothing, where
     one text begins with a quotation mark and a later one ends with one.
 
@@ -126,7 +145,7 @@ def refuse_swallowed(several: list[Record], rows: list[list[str]], delimiter: st
     for record in several:
         cells = [line.rstrip("\r\n").split(delimiter) for line in record.lines]
         whole = all(len(line) == len(record.values) > 1 for line in cells)
-        known = [_is_known(record, k, line, few_values, str) for k, line in enumerate(cells)]
+        known = [_is_known(record, k, line, few_values, hash) for k, line in enumerate(cells)]
         place = f"lines {record.line} to {record.line + len(cells) - 1}"
         if known[1:-1].count(True) > 1 or (whole and True in known and False not in known):
             sure.append(place)
@@ -144,17 +163,20 @@ def refuse_swallowed(several: list[Record], rows: list[list[str]], delimiter: st
         note(warning(f"{where}: {count} ({few(unsure)})", "if so, write quotation marks that are text twice"))
 
 
-def telling_columns(rows: list[list[str]]) -> tuple[dict[int, set[str]], dict[int, set[str]]]:
-    """The values of the columns that have few different ones, and the kind of those whose values are of one kind."""
-    few_values, one_kind = {}, {}
-    for j, cells in enumerate(zip(*rows, strict=True)):
-        values = [cell for cell in cells if not LINE_END.search(cell)]
-        different = set(values)
-        kinds = set(map(_kind, different))
-        if len(values) >= 2 * len(different) > 0:
-            few_values[j] = different
-        elif len(kinds) == 1:
-            one_kind[j] = kinds
+def telling_columns(rows: Sequence[list[str]]) -> tuple[dict[int, set[int]], dict[int, set[str]]]:
+    """The values (as hashes) of the columns that have few different ones, and the kind of those of one kind."""
+    cells, hashes = Counter(), [set() for _ in rows[0]]
+    kinds = [set() for _ in rows[0]]
+    for row in rows:
+        for j, cell in enumerate(row):
+            if LINE_END.search(cell):
+                continue
+            cells[j] += 1
+            hashes[j].add(hash(cell))
+            if len(kinds[j]) < 2:
+                kinds[j].add(_kind(cell))
+    few_values = {j: values for j, values in enumerate(hashes) if cells[j] >= 2 * len(values) > 0}
+    one_kind = {j: own for j, own in enumerate(kinds) if len(own) == 1 and j not in few_values}
     return few_values, one_kind
 
 

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import socket
 import stat
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,9 +25,9 @@ KINDS = {"d": "folder", "p": "pipe", "s": "socket", "c": "device", "b": "device"
 # ---- the four kinds of changes --------------------------------------------------------------------------------------
 
 
-def fs_write(path: Path, data: bytes) -> None:
+def fs_write(path: Path, data: bytes | Iterable[bytes]) -> None:
     with open(path, "wb") as f:
-        f.write(data)
+        f.writelines([data] if isinstance(data, bytes) else data)
         f.flush()
         os.fsync(f.fileno())
 
@@ -94,14 +95,14 @@ def need_room(path: Path, needed: int) -> None:
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file beside its place, fsync it, then rename: readers see the old file or the new one, whoever else
-    writes it too.
+def write_atomic(path: Path, data: bytes | str | Iterable[str]) -> None:
+    """Write a file, whole or in pieces, beside its place, fsync it, then rename: readers see the old file or the new
+    one, whoever else writes it too.
     """
     path = Path(path)
-    data = data.encode() if isinstance(data, str) else data
+    data = data.encode() if isinstance(data, str) else data if isinstance(data, bytes) else map(str.encode, data)
     temporary = temporary_of(path)
-    with told(path, len(data)):
+    with told(path, len(data) if isinstance(data, bytes) else 0):
         try:
             fs_write(temporary, data)
             fs_rename(temporary, path)

@@ -195,7 +195,7 @@ def weak_tokens(model, tokenizer, tokens: data.Tokens) -> str:
     """
     table = getattr(model, "backbone", model).get_input_embeddings()
     weight = getattr(table, "base_layer", table).weight  # below an adapter
-    used = torch.from_numpy(np.unique(tokens.ids))
+    used = torch.from_numpy(np.unique(np.concatenate(list(map(np.unique, data.pages(tokens.ids))))))
     norms = weight[used].float().norm(dim=1).cpu()
     damaged = ~norms.isfinite()
     wrong = damaged if damaged.any() else norms <= 0.01 * norms.median()

@@ -7,15 +7,17 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import delimited
 import formats
 import prompts
 import spelling
+import spool
 from errors import UserError, duplicates, few, nearest, note, one_line, warning
 
 LONE = re.compile("[\ud800-\udfff]")  # half a surrogate pair: cannot be encoded, so neither read nor printed
@@ -29,6 +31,13 @@ UNPACKED, RATIO = 2**26, 200  # a gzip file that unpacks to more bytes than this
 
 class Nested(str):
     """The cell of a column that holds a list or an object: that as JSON."""
+
+
+class Unreadable(str):
+    """The cell of a column that holds no text: what it holds. It may be in a row, but not be used."""
+
+
+spool.KINDS.update(Nested=Nested, Unreadable=Unreadable)
 
 
 class Number(float):
@@ -45,17 +54,19 @@ class Number(float):
         return self.text
 
 
-class Unreadable(str):
-    """The cell of a column that holds no text: what it holds. It may be in a row, but not be used."""
-
-
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
 def read_rows(path: str, flag: str) -> Rows:
-    """The rows of a CSV, TSV or JSONL file (each also .gz) or Parquet file, all values as strings.
+    """The rows of a file as a list; see `stream_rows`."""
+    return list(stream_rows(path, flag))
 
-    flag: the command-line flag that names the file, for errors. Raises UserError with what is wrong and where.
+
+def stream_rows(path: str, flag: str, limit: int = 0) -> Sequence[dict[str, str]]:
+    """The rows of a CSV, TSV or JSONL file (each also .gz) or Parquet file, all values as strings; see spool.py.
+
+    flag: the command-line flag that names the file, for errors. limit: most rows that are read; 0: all. Raises
+    UserError with what is wrong and where.
     """
     where = f"--{flag} {path}"
     suffix = format_of(path)
@@ -65,18 +76,18 @@ def read_rows(path: str, flag: str) -> Rows:
             reason = " (one file is read, no list and no pattern)"
         raise UserError(f"{where}: no such file{reason}; give the path of a CSV, TSV or JSONL file with --{flag} PATH")
     if suffix == ".parquet":
-        rows = _parquet(path, where)
+        rows = _parquet(path, where)[: limit or None]
     elif suffix == ".jsonl":
-        rows = _jsonl(read_lines(path, where, "\n"), where)
+        rows = _jsonl(read_lines(path, where, "\n", limit), where, limit)
     elif suffix in DELIMITERS:
-        rows = delimited.read(read_lines(path, where), where, DELIMITERS[suffix])
+        rows = delimited.read(read_lines(path, where, "", limit), where, DELIMITERS[suffix], limit)
     else:
         advice = f"; {AS_LINES}" if suffix == ".json" else ""
         expected = f"expected a name ending in .csv, .tsv, .jsonl (.gz too) or .parquet, got '{suffix}'"
         raise UserError(f"{where}: {expected}{advice}")
     if not rows:
         raise UserError(f"{where}: no rows")
-    for names in spelling.alike(set().union(*rows)):
+    for names in spelling.alike(set(chain.from_iterable(rows))):
         note(f"note: {where}: {' and '.join(spelling.quoted(names))} are different columns")
     return rows
 
@@ -91,13 +102,14 @@ def read_text(path: str, where: str) -> str:
     return "".join(read_lines(path, where))
 
 
-def read_lines(path: str, where: str, newline: str = "") -> Iterator[str]:
-    """The lines of a UTF-8 file, unpacked, with their ends and without a BOM. newline: as for `open`.
+def read_lines(path: str, where: str, newline: str = "", limit: int = 0) -> Iterator[str]:
+    """The lines of a UTF-8 file, unpacked, with their ends and without a BOM. newline: as for `open`. limit: where only
+    so many rows are read, all of a packed file is not unpacked first.
 
     Raises UserError, beginning with `where`, for anything else, and for what is too long before it is in memory.
     """
     try:
-        with _opened(path, where) as raw:
+        with _opened(path, where, limit) as raw:
             text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline)
             for number, line in enumerate(iter(partial(text.readline, delimited.LIMIT), ""), 1):
                 if len(line) == delimited.LIMIT:
@@ -115,7 +127,7 @@ def read_lines(path: str, where: str, newline: str = "") -> Iterator[str]:
         raise UserError(f"{where}: cannot be read ({reason})") from None
 
 
-def _opened(path, where):
+def _opened(path, where, limit=0):
     """The unpacked bytes of a file as a stream. Raises UserError for what is no text."""
     if path.lower().endswith(".gz"):
         start = formats.first_bytes(path)
@@ -124,7 +136,7 @@ def _opened(path, where):
             raise UserError(f"{where}: cannot be read: it is not packed; take .gz off its name")
         most = max(UNPACKED, RATIO * Path(path).stat().st_size)
         with gzip.open(path) as raw:
-            while raw.read(2**20):
+            while not limit and raw.read(2**20):
                 if raw.tell() > most:
                     raise UserError(f"{where}: it unpacks to more than {most:,} bytes: no data, but a gzip bomb")
         raw = gzip.open(path)
@@ -169,9 +181,11 @@ def from_json(text: str):
     return json.loads(text, object_pairs_hook=unique_keys, **numbers)
 
 
-def _jsonl(lines, where):
-    rows, problems = [], []
+def _jsonl(lines, where, limit):
+    rows, problems = spool.Records(), []
     for number, line in enumerate(lines, 1):
+        if limit and len(rows) + len(problems) == limit:
+            break
         line = line.lstrip("\ufeff")
         if not line.strip():
             continue
@@ -187,7 +201,7 @@ def _jsonl(lines, where):
             problems.append(f"line {number}: {e}")
     if problems:
         raise UserError(f"{where}: {len(problems)} lines are not JSON objects ({few(problems)}); {AS_LINES}")
-    return rows
+    return rows.rows()
 
 
 def _parquet(path, where):
@@ -202,8 +216,10 @@ def _parquet(path, where):
         raise UserError(f"{where}: cannot be read as Parquet ({one_line(e)})") from None
     for name in duplicates(table.column_names):
         raise UserError(f"{where}: column {name!r} is duplicated")
-    columns = map(_cells, table.columns)
-    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+    rows = spool.Records()
+    for row in zip(*map(_cells, table.columns), strict=True):
+        rows.append(dict(zip(table.column_names, row, strict=True)))
+    return rows.rows()
 
 
 def _cells(column):
@@ -333,7 +349,7 @@ def _hint(rows, row, missing, path):
         return "; rename a column with braces in its name"
     if any(name and name == cell for other in rows[:1000] for name, cell in other.items()):
         return "; the first line looks like a row: write one with the names of the columns before it"
-    if len(row) == 1 and row is rows[0]:
+    if len(row) == 1 and row == rows[0]:
         name = next(iter(row))
         if isinstance(row[name], Nested) and len(rows) == 1:
             return f"; {name} holds a list or object: {AS_LINES}"
@@ -356,6 +372,7 @@ def decode_bytes_literals(rows: Rows, columns: list[str]) -> int:
                 # what cannot be decoded is ordinary text that merely looks like one
                 with suppress(ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
                     row[column] = ast.literal_eval(row[column]).decode("utf-8")
+                    rows[i] = row  # it may lie on the disk
                     changed.add(i)
     return len(changed)
 

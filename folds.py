@@ -383,7 +383,7 @@ def pooled_logits(labels: labelling.Labels, judged: Split, members: list[Member]
 
     Raises Untrusted when a run's val_predictions.csv is not that of its rows, or a row was judged by no run.
     """
-    place = {id(row): i for i, row in enumerate(judged.rows)}
+    place = {row: i for i, row in enumerate(judged.places)}
     of_seeds: dict[int, np.ndarray] = {}
     for member in members:
         ids, targets, logits = report_runs.validation_rows(member.folder, member.cfg, labels)
@@ -391,7 +391,7 @@ def pooled_logits(labels: labelling.Labels, judged: Split, members: list[Member]
             raise Untrusted(f"{member.folder}: val_predictions.csv does not hold this run's validation rows")
         if member.cfg.seed not in of_seeds:
             of_seeds[member.cfg.seed] = np.full((len(place), logits.shape[1]), np.nan, np.float32)
-        of_seeds[member.cfg.seed][[place[id(row)] for row in member.judges.rows]] = logits
+        of_seeds[member.cfg.seed][[place[row] for row in member.judges.places]] = logits
     logits = np.mean(list(of_seeds.values()), axis=0)
     if np.isnan(logits).any():
         raise Untrusted(f"{int(np.isnan(logits).any(axis=1).sum())} rows were judged by no run of every seed")

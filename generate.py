@@ -90,8 +90,8 @@ import numerics
 import parts
 import predictions
 import prompts
+import run_folder
 import seals
-import trained
 import writer
 from errors import UserError
 
@@ -164,7 +164,7 @@ def complete(cfg: GenerateConfig, given: set[str]) -> dict:
         name = cfg.adapter or cfg.base
         source = writer.of_base(cfg.base, cfg.adapter, cfg.quant)
     else:
-        name = trained.find_run(cfg.runs, cfg.outputs, "cpt.py")
+        name = run_folder.finished_run(cfg.runs, cfg.outputs, "cpt.py")
         source = writer.of_run(name, cfg.base)
         cfg = as_trained(cfg, given, source.config, name)
     precision, _ = numerics.choose_precision(cfg.precision, world.device, source.config.base)

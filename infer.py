@@ -27,6 +27,7 @@ import files
 import foreign
 import lora
 import predictions
+import run_folder
 import trained
 from errors import UserError
 
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> dict:
         path, train_cfg, labels = Path(cfg.adapter or cfg.base), given.config, given.labels
         load = partial(foreign.load_given, given, world, cfg.precision)
     else:
-        path = trained.find_run(cfg.runs[0] if cfg.runs else "", cfg.outputs)
+        path = run_folder.finished_run(cfg.runs[0] if cfg.runs else "", cfg.outputs)
         train_cfg, labels = trained.run_facts(path)
         members = list(trained.members(path).values())
         if len(members) > 1 and (cfg.merge or cfg.export):

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ import metrics
 import parts
 import seals
 import spelling
+import spool
 import tables
 import trained
 from errors import Degenerate, UserError, few, warning
@@ -48,7 +49,7 @@ class Ids(NamedTuple):
 
 def read_input(cfg, train_cfg, source: str, columns: list[str], say) -> tuple[files.Rows, Ids]:
     """(rows, ids) of the file to predict, up to --limit. Raises UserError unless every row has all columns."""
-    rows = files.read_rows(source, "input")[: cfg.limit or None]
+    rows = files.stream_rows(source, "input", cfg.limit)
     files.need_texts(rows, columns, source, "input", filter(None, (cfg.by_column, cfg.id_column)))
     say(f"{len(rows):,} rows of {source}")
     labelled = train_cfg.label_columns or (train_cfg.label_column,)
@@ -153,7 +154,7 @@ def _readable(read, rows):
     except KeyError as e:
         problem = f"rows without a column {e}"
     good = [i for i, row in enumerate(rows) if takes(row)]
-    return np.array(good, int), read(rows=[rows[i] for i in good]) if good else [], problem
+    return np.array(good, int), read(rows=spool.take(rows, good)) if good else [], problem
 
 
 # ---- rows that a time limit leaves out ------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, inputs, s
         for name, way in ways.items():
             scores = metrics.of_task(task, judged, known.targets, predicted=way)
             result[name] = {score: round(value, 6) for score, value in scores.items()}
-        labelled = [rows[i] for i in known.rows]
+        labelled = spool.take(rows, known.rows)
         result |= evaluate.by_value(train_cfg, cfg.by_column, labelled, judged, known.targets, say)
     if cfg.time_limit:
         result["unscored"] = len(unscored)
@@ -242,7 +243,7 @@ def finish(cfg, train_cfg, labels, decision, rows, ids, known, logits, inputs, s
         for i in np.flatnonzero(~np.isfinite(logits).all(axis=1)):  # --force writes what there is
             answers[i] = ""
         ranking = as_probability(cfg, train_cfg, labels)
-        write_records(cfg, labels, ids, answers, probabilities.tolist(), ranking)
+        write_records(cfg, labels, ids, answers, probabilities, ranking)
         write_lines(cfg, "unscored", ["id"], unscored)
         parts.remove(cfg.output)
     return result
@@ -277,20 +278,27 @@ def as_cells(answers: list[list[str]], train_cfg, labels: Labels) -> list[str]:
 
 def write_records(cfg, labels: Labels, ids: Ids, answers, shares, probability: bool) -> None:
     """Write the two columns of a submission, or id, prediction and a probability for each class, in one piece."""
-    header = _header(cfg)
-    if header:
-        values = [share[-1] for share in shares] if probability else answers
-        table = list(zip(ids.values, values, strict=True))
-        if probability:
-            print(f"column {header[1]} holds the probability of {labels.names[-1]}")
-    else:
-        header = [ids.column, "prediction", *(f"{labelling.TEACHER}{value}" for value in labels.values)]
-        table = [[id_, answer, *share] for id_, answer, share in zip(ids.values, answers, shares, strict=True)]
-    table = [[_cell(value) for value in row] for row in table]
-    out = Path(cfg.output)
-    lines = (json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) + "\n" for row in table)
-    write_output(cfg, "".join(lines) if out.suffix == ".jsonl" else csv_text([header, *table]))
-    print(f"wrote {len(table):,} predictions to {out}")
+    two = _header(cfg)
+    header = two or [ids.column, "prediction", *(f"{labelling.TEACHER}{value}" for value in labels.values)]
+    if two and probability:
+        print(f"column {header[1]} holds the probability of {labels.names[-1]}")
+    out, count = Path(cfg.output), len(ids.values)
+
+    def text_of(start):
+        rows = slice(start, start + trained.WINDOW)
+        table = []
+        for id_, answer, share in zip(ids.values[rows], answers[rows], np.asarray(shares[rows]).tolist(), strict=True):
+            cells = [id_, share[-1] if probability else answer] if two else [id_, answer, *share]
+            table.append([_cell(value) for value in cells])
+        if out.suffix == ".jsonl":
+            lines = (json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) + "\n" for row in table)
+            return "".join(lines)
+        return csv_text(table if start else [header, *table])
+
+    starts = range(0, max(1, count), trained.WINDOW)
+    text = map(text_of, starts) if len(starts) > 1 else text_of(0)
+    write_output(cfg, text)
+    print(f"wrote {count:,} predictions to {out}")
 
 
 def _cell(value):
@@ -331,7 +339,7 @@ def csv_text(lines) -> str:
     return "".join(texts)
 
 
-def write_output(cfg, text: str) -> None:
+def write_output(cfg, text: str | Iterable[str]) -> None:
     """Write an output in one piece, also where it is a link. What was there before is copied beside it, unless
     --overwrite is set.
     """

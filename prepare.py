@@ -9,16 +9,19 @@ import numpy as np
 
 import bases
 import chains
-import data
+import ddp
 import losses
 import prompts
 import seals
 import splits
+import token_store
 import trained
 from configs import TrainConfig
 from errors import UserError, warning
 from labelling import Labels
 from splits import Split
+
+ALONE = ddp.World(0, 1, None)
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Material:
     tokenizer: object
 
 
-def read(cfg: TrainConfig, say: Callable) -> tuple[TrainConfig, Material]:
+def read(cfg: TrainConfig, say: Callable, world: ddp.World = ALONE) -> tuple[TrainConfig, Material]:
     """The config with its prompt as text, and the rows. Raises UserError for what is wrong with files, base or adapter.
 
     say: prints what is worth knowing about the rows.
@@ -44,7 +47,7 @@ def read(cfg: TrainConfig, say: Callable) -> tuple[TrainConfig, Material]:
     trained.check_model(cfg, labels, tokenizer)
     for name, split in (("train_data", rows), ("val_data", val)):
         if split:
-            split.tokens, report = data.tokenize(tokenizer, cfg.text, split.rows, cfg.max_length, cfg.kept, cfg.budgets)
+            split.tokens, report = token_store.tokenize(cfg, tokenizer, split.rows, world)
             split.uncut = np.array(report.lengths)
             say(f"{name}: {report}")
     tokenizer.model_max_length = cfg.max_length  # as others read it from a save

@@ -85,3 +85,14 @@ def best_save(state, run: Path, say: Callable) -> checkpoint.Save | None:
         say(warning(lost, f"the best save is now that of step {step}: check this disk"))
         state.best, state.best_step = save.manifest.get("best", state.best), step  # older saves hold no score
     return save
+
+
+def finished_run(run: str, outputs: str, script: str = "train.py") -> Path:
+    """The named run, or the newest finished one of a script under `outputs`. Raises UserError when there is none."""
+    if run:
+        return Path(run)
+    present, absent = ("labels.json", "") if script == "train.py" else ("config.json", "labels.json")
+    newest = checkpoint.newest_finished(outputs, present, absent)
+    if newest is None:
+        raise UserError(f"no finished run under {outputs}/: train one (python {script}), or name one with --runs")
+    return newest

@@ -45,7 +45,9 @@ if __name__ == "__main__":  # help and typos are answered before torch is loaded
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import combinations
+from operator import itemgetter, ne
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,7 @@ import delimited
 import files
 import labelling
 import splits
+import spool
 import strata
 from errors import UserError, few, refuse
 
@@ -129,40 +132,43 @@ class Records:
     """The rows of a file as they are written there."""
 
     header: str
-    rows: list[str]
+    rows: Sequence[str]
 
 
-def read_records(cfg: SlicesConfig) -> tuple[list[dict[str, str]], Records]:
+def read_records(cfg: SlicesConfig) -> tuple[files.Rows, Records]:
     """(rows, their records); without an id column the row index is put in front of both."""
-    where = f"--train_data {cfg.train_data}"
-    rows = files.read_rows(cfg.train_data, "train_data")
-    suffix = files.format_of(cfg.train_data)
-    if suffix == ".parquet":
-        files.need_columns(rows, list(rows[0]), cfg.train_data, "train_data")
-        records = Records("", [json.dumps(row, ensure_ascii=False) + "\n" for row in rows])
-    elif suffix == ".jsonl":
-        lines = files.read_lines(cfg.train_data, "train_data", "\n")
-        records = Records("", [line.strip() + "\n" for line in lines if line.strip()])
-    else:
-        lines = files.read_lines(cfg.train_data, where)
-        separator, every = delimited.records(lines, where, files.DELIMITERS[suffix])
-        header, *texts = ("".join(record.lines) for record in every)
-        if texts and not texts[-1].endswith(("\n", "\r")):
-            texts[-1] += "\n"
-        records = Records(header, texts)
-
-    if not any(cfg.id_column in row for row in rows):
-        rows = [{cfg.id_column: str(i), **row} for i, row in enumerate(rows)]
+    rows = files.stream_rows(cfg.train_data, "train_data")
+    texts, separator = written_rows(cfg, rows)
+    header = next(texts) if separator else ""
+    kept = spool.Records()
+    is_numbered = not any(cfg.id_column in row for row in rows)
+    if is_numbered:
+        for i, row in enumerate(rows):
+            rows[i] = {cfg.id_column: str(i), **row}
         name = json.dumps(cfg.id_column, ensure_ascii=False)
-        if records.header:
-            records.header = f"{cfg.id_column}{separator}{records.header}"
-            records.rows = [f"{i}{separator}{record}" for i, record in enumerate(records.rows)]
-        else:
-            records.rows = [f"{{{name}: {i}, {record[1:].lstrip()}" for i, record in enumerate(records.rows)]
+        header = header and f"{cfg.id_column}{separator}{header}"
+    for i, text in enumerate(texts):
+        if is_numbered:
+            text = f"{i}{separator}{text}" if header else f"{{{name}: {i}, {text[1:].lstrip()}"
+        kept.append([text if text.endswith(("\n", "\r")) else f"{text}\n"])
+    records = Records(header, kept.rows(itemgetter(0)))
     columns = [cfg.id_column, cfg.group_column, *cfg.text_columns, *(cfg.label_columns or (cfg.label_column,))]
     needed = list(filter(None, columns))
     files.need_columns(rows, needed, cfg.train_data, "train_data")
     return rows, records
+
+
+def written_rows(cfg: SlicesConfig, rows: files.Rows) -> tuple[Iterator[str], str]:
+    """(the header, if there is one, and the rows as they are written in the file; the separator of its cells)."""
+    where, suffix = f"--train_data {cfg.train_data}", files.format_of(cfg.train_data)
+    if suffix == ".parquet":
+        files.need_columns(rows, list(rows[0]), cfg.train_data, "train_data")
+        return (json.dumps(row, ensure_ascii=False) for row in rows[:]), ""
+    if suffix == ".jsonl":
+        lines = files.read_lines(cfg.train_data, "train_data", "\n")
+        return (line.strip() for line in lines if line.strip()), ""
+    separator, every = delimited.records(files.read_lines(cfg.train_data, where), where, files.DELIMITERS[suffix])
+    return ("".join(record.lines) for record in every), separator
 
 
 # ---- which row goes where -------------------------------------------------------------------------------------------
@@ -227,7 +233,7 @@ def prove(cfg: SlicesConfig, labels: labelling.Labels, written: dict[str, splits
     for name, rows in written.items():
         path = Path(cfg.output) / name
         again = files.read_rows(str(path), "output")
-        if again != rows.rows:
+        if len(again) != len(rows.rows) or any(map(ne, again, rows.rows)):
             raise AssertionError(f"{path} does not hold the rows that were written")
         known[name] = keys_of(cfg, again)
         counts = {}
@@ -253,7 +259,8 @@ def keys_of(cfg: SlicesConfig, rows: list[dict[str, str]]) -> dict[str, set[str]
     if cfg.text_columns:
         rows = [dict(row) for row in rows]
         files.decode_bytes_literals(rows, list(cfg.text_columns))
-        keys["texts"] = {audit.normal_form("\n".join(row[c] for c in cfg.text_columns)) for row in rows}
+        forms = (audit.normal_form("\n".join(row[c] for c in cfg.text_columns)) for row in rows)
+        keys["texts"] = set(map(audit.digest_of, forms))
     return keys
 
 

@@ -8,9 +8,9 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import compress
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ import metrics
 import prompts
 import seals
 import spelling
+import spool
 import strata
 from configs import TrainConfig
 from errors import UserError, duplicates, few, refuse, warning
@@ -47,8 +48,11 @@ class Split:
     uncut: np.ndarray | None = None  # (N,) tokens of each row before it was cut to max_length
     soft: np.ndarray | None = None  # (N, C) float32: a teacher's probabilities; rows without a teacher are NaN
     train_only: np.ndarray | None = None  # (N,) bool: rows that never judge; default: none
+    places: np.ndarray | None = None  # (N,) the row's index in the rows that were read, whatever is taken of them
 
     def __post_init__(self):
+        if self.places is None:
+            self.places = np.arange(len(self.ids))
         if self.train_only is None:
             self.train_only = np.zeros(len(self.ids), bool)
 
@@ -57,7 +61,7 @@ class Split:
         indices = np.arange(len(self.ids))[chosen]
         arrays = {name: values[indices] for name, values in vars(self).items() if isinstance(values, np.ndarray)}
         tokens = self.tokens and self.tokens.take(indices)
-        return Split([self.rows[i] for i in indices], [self.ids[i] for i in indices], tokens=tokens, **arrays)
+        return Split(spool.take(self.rows, indices), [self.ids[i] for i in indices], tokens=tokens, **arrays)
 
     def judging(self) -> "Split":
         """The rows that may judge."""
@@ -127,7 +131,7 @@ def _labelled(cfg, flag, labels, say):
         problems.append(f"{len(numbers)} rows have an empty label (rows {few(numbers, 20)})")
     is_new = labels is None
     if is_new and not blank.all():
-        labelled = list(compress(rows, ~blank))
+        labelled = spool.take(rows, np.flatnonzero(~blank)) if blank.any() else rows
         labels = attempt(labels_of, cfg, labelled)
     train_only = attempt(labelling.train_only, rows)
     if labels and train_only is not None:
@@ -176,7 +180,7 @@ def _texts(cfg, flag, *others):
     the columns of the text and all others.
     """
     path, columns = getattr(cfg, flag), files.template_columns(cfg.text)
-    rows = files.read_rows(path, flag)
+    rows = files.stream_rows(path, flag)
     needed = list(filter(None, others))
     if any(cfg.id_column in row for row in rows):  # else the row index counts, which must not be the id of another row
         needed.append(cfg.id_column)
@@ -201,14 +205,28 @@ def _ids(cfg, rows):
     return [row.get(cfg.id_column, str(i)) for i, row in enumerate(rows)]
 
 
-def texts(cfg: TrainConfig, rows: Rows) -> list[str]:
+def texts(cfg: TrainConfig, rows: Rows) -> Sequence[str]:
     """Each row's rendered text, as the model reads it."""
-    return [prompts.plain(prompts.render(cfg.text, row)) for row in rows]
+    return spool.mapped(lambda row: prompts.plain(prompts.render(cfg.text, row)), rows)
 
 
 def digest_of(rows: Rows | list) -> str:
-    """sha256 of rows, or of other values: whether two runs were judged on the same ones."""
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    """sha256 of the JSON of rows, or of other values: whether two runs were judged on the same ones."""
+    digest = hashlib.sha256()
+
+    def feed(values):
+        before = "["
+        for value in values:
+            digest.update(before.encode())
+            before = ", "
+            if isinstance(value, spool.View):
+                feed(value)
+            else:
+                digest.update(json.dumps(value, sort_keys=True).encode())
+        digest.update(b"]" if len(values) else b"[]")
+
+    feed(rows)
+    return digest.hexdigest()
 
 
 def digests(train: Split, judges: Split | None, labels: Labels) -> dict[str, str]:
@@ -365,7 +383,7 @@ def audit_rows(
     for split, part in parts.items():
         answers += labelling.answers(cfg.task, part.labels, labels)
         splits += [split] * len(part.ids)
-        rows += part.rows
+        rows.append(part.rows)
         ids += part.ids
     if cfg.task != "regression":
         say(audit.label_counts(answers, splits, labels.values))
@@ -376,11 +394,12 @@ def audit_rows(
     tests = _test_rows(cfg, say)
     answers += [None] * len(tests)
     splits += ["test"] * len(tests)
-    rows += tests
+    rows.append(tests)
     ids += _ids(cfg, tests)
-    for split, row, id in zip(splits, rows, ids, strict=True):  # a row is named by its id, or its number in the file
+    for split, row, id in zip(splits, chain(*rows), ids, strict=True):  # named by its id, or its number in the file
         names.append(f"{split} {cfg.id_column} {id}" if cfg.id_column in row else f"{split} row {int(id) + 1}")
-    findings = audit.audit(texts(cfg, rows), answers, splits, near=cfg.audit == "near")
+    every = spool.joined(texts(cfg, part) for part in rows)
+    findings = audit.audit(every, answers, splits, near=cfg.audit == "near")
     warnings = audit.warnings_of(findings, answers, splits, names)
     alike = len(findings.duplicates) + len(findings.near)
     if val is None and alike and not cfg.group_column:

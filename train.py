@@ -68,7 +68,7 @@ def main(argv: list[str]) -> dict:
 
     # ---- data -------------------------------------------------------------------------------------------------------
     # Everything that can be wrong with the rows is found here, before the base's weights are loaded.
-    cfg, material = prepare.read(cfg, say)
+    cfg, material = prepare.read(cfg, say, world)
     labels, tokenizer = material.labels, material.tokenizer
     train, judges = splits.cut(cfg, material.rows, material.val, run, say)
     digests = splits.digests(train, judges, labels)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import bases
 import checkpoint
@@ -39,6 +40,7 @@ from labelling import Labels
 from metrics import Array
 from model import Classifier
 
+WINDOW = 2**14  # rows that are encoded and scored together: more do not take more memory
 # transformers' names of tasks: by them its pipeline takes a softmax of the logits, a sigmoid, or neither.
 PROBLEM_TYPES = {
     "single_label": "single_label_classification",
@@ -111,12 +113,11 @@ def new_classifier(cfg: TrainConfig, labels: Labels, tokenizer, device, precisio
     adapter: one read from a file, instead of the config's.
     """
     head, dtype = _head_of(cfg, labels, tokenizer), numerics.weight_dtype(device, precision)
-    compute = numerics.DTYPES[precision]
 
     # Weights that are trained start from the stored values, not rounded to half precision and back.
     whole = not (cfg.rank or adapter) and cfg.train_layers != 0
     place = (torch.device("cpu"), torch.float32) if whole else (device, dtype)
-    model = models.load_classifier(cfg.base, head, *place, cfg.quant, compute, cfg.seed)
+    model = models.load_classifier(cfg.base, head, *place, cfg.quant, numerics.DTYPES[precision], cfg.seed)
     model.config.problem_type = PROBLEM_TYPES[cfg.task]
     _adapt(model, cfg, adapter)  # what the base lacks of a head is known now, and trained whole
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -265,10 +266,29 @@ class Run:
         """fp32 logits (N, C) of rows that have the template's columns, and a report of their tokenization.
 
         seconds: a time limit, 0 for none; rows that no save reached in time are NaN. output: the file that they are
-        for, beside which progress is kept.
+        for, beside which progress is kept. Many rows are encoded and scored window by window.
         """
         end = time.perf_counter() + seconds
-        cfg = self.config
+        report, scores = data.TokenReport(), []
+        is_quiet = len(rows) <= WINDOW or self.world.rank != 0
+        with tqdm(total=len(rows), desc="scoring", unit=" rows", disable=is_quiet) as bar:  # on stderr
+            for start in range(0, max(1, len(rows)), WINDOW):
+                window = rows[start : start + WINDOW]
+                left = seconds and max(1e-3, end - time.perf_counter())
+                # No rank stops alone. What no rank has time for is not even encoded.
+                if start and seconds and ddp.sum_over_ranks(self.world, float(left <= 1e-3)):
+                    own = np.full((len(window), self.model.outputs), np.nan, np.float32)
+                    about = data.TokenReport(keys=np.zeros(len(window), np.int64))
+                else:
+                    own, about = self._window(window, max_tokens, left, output)
+                report.add(about)
+                scores.append(own)
+                bar.update(len(window))
+        return np.concatenate(scores), report
+
+    def _window(self, rows, max_tokens, seconds, output):
+        """As `logits`, of rows that are encoded together."""
+        end, cfg = time.perf_counter() + seconds, self.config
         tokens, report = data.tokenize(self.tokenizer, cfg.text, rows, cfg.max_length, cfg.kept, cfg.budgets)
         report.keys = tokens.keys()
         scores = []
@@ -388,17 +408,6 @@ def check_base(model, saved: dict, base: str) -> None:
     differs = bases.compare_fingerprints(saved, model.base_fingerprint)
     if differs:
         raise Untrusted(f"base {base} is not the one this run was trained on: {'; '.join(differs[:3])}")
-
-
-def find_run(run: str, outputs: str, script: str = "train.py") -> Path:
-    """The named run, or the newest finished one of a script under `outputs`. Raises UserError when there is none."""
-    if run:
-        return Path(run)
-    present, absent = ("labels.json", "") if script == "train.py" else ("config.json", "labels.json")
-    newest = checkpoint.newest_finished(outputs, present, absent)
-    if newest is None:
-        raise UserError(f"no finished run under {outputs}/: train one (python {script}), or name one with --runs")
-    return newest
 
 
 # ---- the decision fitted on validation rows --------------------------------------------------------------------------
