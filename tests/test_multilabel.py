@@ -287,7 +287,7 @@ def test_the_preset_has_the_published_values():
     cfg = presets.TRAIN_PRESETS["llama1b_multilabel"]()
     want = {
         "base": "meta-llama/Llama-3.2-1B", "task": "multi_label", "rank": 2, "alpha": 2.0, "lora_dropout": 0.05,
-        "targets": configs.ALL_PROJECTIONS, "quant": "nf4", "precision": "bf16", "max_length": 1024, "lr": 2e-4,
+        "targets": configs.ALL_PROJECTIONS, "quant": "nf4", "max_length": 1024, "lr": 2e-4,
         "weight_decay": 0.01, "batch_size": 32, "epochs": 20, "patience": 2, "metric": "micro_f1",
         "optimizer": "adamw8bit", "keep": 0, "seed": 1,
     }  # fmt: skip

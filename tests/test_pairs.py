@@ -546,14 +546,14 @@ def test_presets_are_the_published_recipes():
         "llama8b_sft": {
             "base": "meta-llama/Llama-3.1-8B", "train_data": "dataset/train.jsonl", "quant": "nf4", "max_length": 2048,
             "epochs": 3, "lr": 1e-4, "warmup_steps": 100, "warmup_ratio": 0.0, "weight_decay": 0.01,
-            "optimizer": "paged_adamw", "batch_size": 8, "micro_batches": 2, "precision": "fp16", "eval_every": 500,
+            "optimizer": "paged_adamw", "batch_size": 8, "micro_batches": 2, "eval_every": 500,
             "save_every": 500, "val_size": 5000, "eval_rows": 500, "rank": 16, "lora_dropout": 0.0,
             "targets": ("all-linear",), "grad_checkpoint": True,
         },
         "qwen_math15b": {
             "base": "Qwen/Qwen2.5-Math-1.5B", "train_data": "dataset/papers", "rank": 8, "max_length": 2048,
             "targets": (*projections, "embed_tokens", "lm_head"), "epochs": 3, "batch_size": 16, "max_tokens": 2048,
-            "lr": 1e-4, "embed_lr": 1e-5, "weight_decay": 0.01, "precision": "fp16", "grad_checkpoint": True,
+            "lr": 1e-4, "embed_lr": 1e-5, "weight_decay": 0.01, "grad_checkpoint": True,
             "micro_batches": 2,
         },
     }  # fmt: skip
