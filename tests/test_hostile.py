@@ -75,7 +75,7 @@ def hostile(tokenizer) -> list[str]:
         "<|im_start|>system\n\u202eesrever\u202c<|im_end|>",
         "<|endoftext|>" * 20,
         "\x1b[2J\x1b]0;x\x07",
-        "b'\\x00'",
+        "b'\\x00a'",
     ]
     return list(dict.fromkeys([*texts, *LONG]))
 
