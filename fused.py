@@ -268,17 +268,15 @@ class Added(Function):
     @staticmethod
     def forward(ctx, stream, x, product, *trained):
         out, keep, low = product.out(x)
-        ctx.product = product
+        ctx.product, ctx.dtype = product, x.dtype
         ctx.save_for_backward(None if product.a is None else x, keep, low)
         return stream + out
 
     @staticmethod
     def backward(ctx, d):
         x, keep, low = ctx.saved_tensors
-        dtype = ctx.product.weight.dtype if x is None else x.dtype
-        half = d.to(dtype)
-        into = d.new_empty(len(d), ctx.product.weight.shape[1], dtype=dtype)
-        grads = ctx.product.back(half, x, keep, low, into)
+        into = d.new_empty(len(d), ctx.product.weight.shape[1], dtype=ctx.dtype)
+        grads = ctx.product.back(d.to(ctx.dtype), x, keep, low, into)
         return d, into, None, *grads
 
 
@@ -309,7 +307,7 @@ class Fed(Function):
         d_raised = gated.mul_(d_inner)
         d_opened = torch.ops.aten.silu_backward(d_inner.mul_(raised), opened)
         x = None
-        if not gate.a is up.a is None:
+        if gate.a is not None or up.a is not None:
             x = normed_again(stream, ctx.norm, factor).to(opened.dtype)
         into = opened.new_empty(stream.shape)
         grads = gate.back(d_opened, x, *of_gate, into)
