@@ -101,7 +101,7 @@ def score(cfg) -> dict:
     say(f"{asked.name}: {len(rows):,} rows of {source}; tokens: {report}")
 
     # ---- write and read the answers ---------------------------------------------------------------------------------
-    precision, _ = numerics.choose_precision(cfg.precision, world.device, asked.given.config.base)
+    precision, _ = numerics.choose_precision(cfg.precision, world, asked.given.config.base)
     lm, matched = foreign.load_writer(asked.given, world, precision)
     say(matched)
     options = precision, cfg.max_new_tokens, cfg.temperature, cfg.top_p

@@ -51,7 +51,7 @@ class Shared:
     warmup_ratio: float = 0.0  # warm-up as a fraction of all steps
     grad_clip: float = 1.0  # maximum gradient norm, 0 for no clipping
     optimizer: str = "adamw"  # adamw; from bitsandbytes adamw8bit, paged_adamw, paged_adamw8bit (paging: GPUs only)
-    precision: str = "auto"  # fp32, fp16, bf16, or auto: by the GPU's compute capability; fp32 on a CPU
+    precision: str = "auto"  # fp32, fp16, bf16, or auto: by the GPU's capability; on a CPU bf16 where it is much faster
     grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, about a third slower
 
     # run

@@ -119,7 +119,7 @@ def main(argv: list[str]) -> dict:
         run = None
         cfg, folders = settings_of_pool(cfg)
     else:
-        cfg, run = run_folder.to_resume(cfg, given - {"nproc_per_node"}, WORLD, family=True)
+        cfg, run = loop.to_resume(cfg, given - {"nproc_per_node"}, WORLD, family=True)
         folders = trained.members(run) if run else {}
     if not (cfg.folds or cfg.seeds):
         raise UserError("nothing to train: give --folds 5, or --seeds 1,2,3, or finished runs to --pool")

@@ -80,7 +80,7 @@ def load_given(given: Given, world: ddp.World, precision: str = "auto", quant: s
 
     Raises UserError when a part of the head is nowhere, Untrusted for an adapter that holds no usable values.
     """
-    precision, _ = numerics.choose_precision(precision, world.device, given.config.base)
+    precision, _ = numerics.choose_precision(precision, world, given.config.base)
     cfg = replace(given.config, quant=quant or given.config.quant)
     adapter, path, report = given.adapter, given.folder or Path(cfg.base), "no adapter: the base alone"
     model = trained.new_classifier(cfg, given.labels, given.tokenizer, world.device, precision, adapter)
@@ -211,7 +211,8 @@ def export_writer(cfg, world: ddp.World) -> dict:
     if cfg.input:
         raise UserError("--input: an adapter of a language model has no classes to compare rows by: leave it out")
     given = given_writer(CptConfig(base=cfg.base), bases.find_adapter(cfg.adapter))
-    precision, _ = numerics.choose_precision(cfg.precision, world.device, given.config.base)
+    wanted = numerics.exact(cfg.precision, world)
+    precision, _ = numerics.choose_precision(wanted, world, given.config.base)
     lm, report = load_writer(given, world, precision)
     ddp.say(world, report)
     lora.merge(lm)

@@ -12,7 +12,6 @@ modules, a cache of keys, attention of another kind.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MethodType
 
 import torch
@@ -21,9 +20,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-import lora
-from dropout import keep_mask, keep_scale
 from packed import packed_attention
+from products import Product, back, is_frozen, outs_of, product_of, trained_by
 
 KNOWN = {f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 PLAIN = [False]
@@ -104,105 +102,8 @@ def compute(layer, hidden_states: Tensor, position_embeddings=None, cache=None, 
             stream = stream[asked]
             states = states[asked]
         stream = Added.apply(stream, states, o, *o.trained)
-        trained = [*gate.trained, *up.trained, *down.trained]
-        stream = Fed.apply(stream, norms[1], gate, up, down, dtype, *trained)
+        stream = Fed.apply(stream, norms[1], gate, up, down, dtype, *trained_by([gate, up, down]))
     return stream[None]
-
-
-# ---- products with frozen weights -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Product:
-    """A linear with a frozen weight, its bias, and the LoRA update that it may have."""
-
-    weight: Tensor  # (D_out, D_in)
-    bias: Tensor | None
-    a: Tensor | None = None  # (rank, D_in)
-    b: Tensor | None = None  # (D_out, rank)
-    scaling: float = 1.0
-    dropout: float = 0.0
-
-    @property
-    def trained(self) -> list[Tensor]:
-        """What gets a gradient: A and B, and a bias that is trained."""
-        return [p for p in (self.a, self.b, self.bias) if p is not None and p.requires_grad]
-
-    @property
-    def scale(self) -> float:
-        """Of the update, with what dropout multiplies by."""
-        return self.scaling * keep_scale(self.dropout)
-
-    def out(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(T, D_out), with what its backward pass needs: the dropout mask, and A's output (T, rank)."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        out = F.linear(x, self.weight.to(x.dtype), bias)
-        if self.a is None:
-            return out, None, None
-        keep = keep_mask(x, self.dropout) if self.dropout else None
-        low = F.linear(kept(x, keep), self.a.to(x.dtype))
-        out.addmm_(low, self.b.to(x.dtype).T, alpha=self.scale)
-        return out, keep, low
-
-    def back(self, d: Tensor, x: Tensor | None, keep, low, into: Tensor | None, first=True) -> list[Tensor]:
-        """Gradients of what is trained from that of the output, d. The input's goes to `into`, unless that is None.
-
-        first: it is written there, for the first product of an input; otherwise added.
-        """
-        if into is not None:
-            into.addmm_(d, self.weight.to(d.dtype), beta=not first)
-        grads = []
-        if self.a is not None:
-            d_low = (d @ self.b.to(d.dtype)).mul_(self.scale)
-            d_a = d_low.T @ kept(x, keep)
-            d_b = (d.T @ low).mul_(self.scale)
-            grads = [(self.a, d_a), (self.b, d_b)]
-            if into is not None:
-                add_kept(into, d_low @ self.a.to(d.dtype), keep)
-        if self.bias is not None:
-            grads.append((self.bias, d))
-        return [d.float().sum(0) if p is self.bias else d.float() for p, d in grads if p.requires_grad]
-
-
-def kept(x: Tensor, keep: Tensor | None) -> Tensor:
-    return x if keep is None else x * keep.to(x.dtype)
-
-
-def add_kept(total: Tensor, x: Tensor, keep: Tensor | None) -> None:
-    if keep is None:
-        total.add_(x)
-    else:
-        total.addcmul_(x, keep.to(x.dtype))
-
-
-def product_of(module: nn.Module) -> Product | None:
-    """The product of a linear, adapted or not; None where it is of another kind."""
-    base = module.base_layer if type(module) is lora.LoRALinear else module
-    if type(base) is not nn.Linear or not (is_plain(base) and is_plain(module)):
-        return None
-    if base.weight.requires_grad and torch.is_grad_enabled():
-        return None
-    if module is base or not module.enabled:
-        return Product(base.weight, base.bias)
-    return Product(
-        base.weight,
-        base.bias,
-        module.lora_A.weight,
-        module.lora_B.weight,
-        module.scaling,
-        module.lora_dropout.p if module.training else 0.0,
-    )
-
-
-def is_frozen(module: nn.Module) -> bool:
-    """Whether none of a module's own parameters gets a gradient, and nobody looks at what it computes."""
-    trained = any(p.requires_grad for p in module.parameters(recurse=False))
-    return is_plain(module) and not (trained and torch.is_grad_enabled())
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module has no hooks, which would not be called here."""
-    return not (module._forward_hooks or module._forward_pre_hooks)
 
 
 # ---- norms ----------------------------------------------------------------------------------------------------------
@@ -233,32 +134,24 @@ def normed_back(d: Tensor, stream: Tensor, norm: nn.Module, factor: Tensor) -> T
 
 def project(stream: Tensor, norm: nn.Module, products: list[Product], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Norm, then products that share its output: (T, D) -> (T, D_out) each."""
-    trained = [p for product in products for p in product.trained]
-    return Projected.apply(stream, norm, products, dtype, *trained)
+    return Projected.apply(stream, norm, products, dtype, *trained_by(products))
 
 
 class Projected(Function):
     @staticmethod
     def forward(ctx, stream, norm, products, dtype, *trained):
         x, factor = normed(stream, norm)
-        x = x.to(dtype)
-        outs, keeps, lows = zip(*(product.out(x) for product in products), strict=True)
+        outs, keep, low = outs_of(products, x.to(dtype))
         ctx.norm, ctx.products, ctx.dtype = norm, products, dtype
-        ctx.save_for_backward(stream, factor, *keeps, *lows)
-        return outs
+        ctx.save_for_backward(stream, factor, keep, low)
+        return tuple(outs)
 
     @staticmethod
     def backward(ctx, *ds):
-        stream, factor, *rest = ctx.saved_tensors
-        count = len(ctx.products)
+        stream, factor, keep, low = ctx.saved_tensors
         x = normed_again(stream, ctx.norm, factor).to(ctx.dtype)
-        into = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grads = []
-        keeps, lows = rest[:count], rest[count:]
-        for d, product, keep, low in zip(ds, ctx.products, keeps, lows, strict=True):
-            first = product is ctx.products[0]
-            grads += product.back(d, x, keep, low, into, first)
-        d_stream = None if into is None else normed_back(into.float(), stream, ctx.norm, factor)
+        d_x, grads = back(ctx.products, ds, x, keep, low, needed=ctx.needs_input_grad[0])
+        d_stream = None if d_x is None else normed_back(d_x.float(), stream, ctx.norm, factor)
         return d_stream, None, None, None, *grads
 
 
@@ -267,17 +160,16 @@ class Added(Function):
 
     @staticmethod
     def forward(ctx, stream, x, product, *trained):
-        out, keep, low = product.out(x)
+        (out,), keep, low = outs_of([product], x)
         ctx.product, ctx.dtype = product, x.dtype
         ctx.save_for_backward(None if product.a is None else x, keep, low)
-        return stream + out
+        return stream + out.to(stream.dtype)
 
     @staticmethod
     def backward(ctx, d):
         x, keep, low = ctx.saved_tensors
-        into = d.new_empty(len(d), ctx.product.weight.shape[1], dtype=ctx.dtype)
-        grads = ctx.product.back(d.to(ctx.dtype), x, keep, low, into)
-        return d, into, None, *grads
+        d_x, grads = back([ctx.product], [d.to(ctx.dtype)], x, keep, low)
+        return d, d_x, None, *grads
 
 
 class Fed(Function):
@@ -286,33 +178,28 @@ class Fed(Function):
     @staticmethod
     def forward(ctx, stream, norm, gate, up, down, dtype, *trained):
         x, factor = normed(stream, norm)
-        x = x.to(dtype)
-        opened, *of_gate = gate.out(x)
-        raised, *of_up = up.out(x)
-        out, *of_down = down.out(F.silu(opened).mul_(raised))
+        (opened, raised), *of_inputs = outs_of([gate, up], x.to(dtype))
+        (out,), *of_down = outs_of([down], F.silu(opened).mul_(raised))
         ctx.norm, ctx.products = norm, (gate, up, down)
-        ctx.save_for_backward(stream, factor, opened, raised, *of_gate, *of_up, *of_down)
-        return stream + out
+        ctx.save_for_backward(stream, factor, opened, raised, *of_inputs, *of_down)
+        return stream + out.to(stream.dtype)
 
     @staticmethod
     def backward(ctx, d):
         stream, factor, opened, raised, *rest = ctx.saved_tensors
         gate, up, down = ctx.products
-        of_gate, of_up, of_down = rest[:2], rest[2:4], rest[4:]
+        of_inputs, of_down = rest[:2], rest[2:]
         gated = F.silu(opened)
-        d_inner = torch.empty_like(opened)
         inner = None if down.a is None else gated * raised
-        of_inner = down.back(d.to(opened.dtype), inner, *of_down, d_inner)
+        d_inner, of_inner = back([down], [d.to(opened.dtype)], inner, *of_down)
 
         d_raised = gated.mul_(d_inner)
         d_opened = torch.ops.aten.silu_backward(d_inner.mul_(raised), opened)
         x = None
         if gate.a is not None or up.a is not None:
             x = normed_again(stream, ctx.norm, factor).to(opened.dtype)
-        into = opened.new_empty(stream.shape)
-        grads = gate.back(d_opened, x, *of_gate, into)
-        grads += up.back(d_raised, x, *of_up, into, first=False)
-        d_stream = normed_back(into.float(), stream, ctx.norm, factor)
+        d_x, grads = back([gate, up], [d_opened, d_raised], x, *of_inputs)
+        d_stream = normed_back(d_x.float(), stream, ctx.norm, factor)
         return d_stream.add_(d), None, None, None, None, None, *grads, *of_inner
 
 

@@ -167,7 +167,7 @@ def complete(cfg: GenerateConfig, given: set[str]) -> dict:
         name = run_folder.finished_run(cfg.runs, cfg.outputs, "cpt.py")
         source = writer.of_run(name, cfg.base)
         cfg = as_trained(cfg, given, source.config, name)
-    precision, _ = numerics.choose_precision(cfg.precision, world.device, source.config.base)
+    precision, _ = numerics.choose_precision(cfg.precision, world, source.config.base)
 
     # ---- prompts, before any weight is loaded -----------------------------------------------------------------------
     live = not cfg.input and sys.stdin.isatty()

@@ -26,6 +26,7 @@ import evaluate
 import files
 import foreign
 import lora
+import numerics
 import predictions
 import run_folder
 import trained
@@ -45,12 +46,13 @@ def main(argv: list[str]) -> dict:
         return foreign.export_writer(cfg, world)
 
     # What predicts, from its config and headers alone: a mistake is found before any weight is loaded.
+    precision = numerics.exact(cfg.precision, world) if cfg.export or cfg.merge else cfg.precision
     if (cfg.base or cfg.adapter) and not cfg.runs:
         given = foreign.given_model(cfg)
         if not (cfg.force or cfg.export):
             foreign.refuse_other_base(given)
         path, train_cfg, labels = Path(cfg.adapter or cfg.base), given.config, given.labels
-        load = partial(foreign.load_given, given, world, cfg.precision)
+        load = partial(foreign.load_given, given, world, precision)
     else:
         path = run_folder.finished_run(cfg.runs[0] if cfg.runs else "", cfg.outputs)
         train_cfg, labels = trained.run_facts(path)
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> dict:
             raise UserError(f"--export and --merge take a single run: {count}; name one of them, such as {members[0]}")
         if cfg.merge and train_cfg.quant != "none":
             raise UserError(f"--merge: {path} is quantized, which takes no update; --export DIR merges its 16-bit base")
-        load = partial(trained.load_run, path, world, cfg.precision, base=cfg.base)
+        load = partial(trained.load_run, path, world, precision, base=cfg.base)
     predictions.as_probability(cfg, train_cfg, labels)
     say(f"run {path}")
 

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -112,7 +112,7 @@ class Job:
 
 def say_ranks(world: ddp.World, cfg) -> str:
     """The precision to train in; prints it, and on what."""
-    precision, why = numerics.choose_precision(cfg.precision, world.device, cfg.base)
+    precision, why = numerics.choose_precision(cfg.precision, world, cfg.base)
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
     ddp.say(world, f"{ranks} on {world.device.type}; precision {precision} ({why})")
     return precision
@@ -330,9 +330,15 @@ def begin(cls, presets: dict, argv: list[str], doc: str, clashes=()):
     cfg = checks.own_data(cfg, given)
     checks.check(cfg, given, clashes=clashes)
     world = ddp.setup()
-    cfg, run = run_folder.to_resume(cfg, given, world)
+    cfg, run = to_resume(cfg, given, world)
     ddp.say(world, checks.preset_note(given, argv))
     return cfg, given, world, run
+
+
+def to_resume(cfg, given: set[str], world: ddp.World, family: bool = False):
+    """As run_folder.to_resume, with the precision that the run keeps."""
+    cfg, run = run_folder.to_resume(cfg, given, world, family)
+    return replace(cfg, precision=numerics.settled(cfg.precision, world, resumed=bool(run))), run
 
 
 def open_run(job: Job, run: Path | None, fill: Callable, val_tokens: float = 0.0) -> None:

@@ -1,41 +1,83 @@
 """Precision: which one runs here, autocast, and where activations overflow."""
 
 import math
+import time
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import bases
+import ddp
 from errors import UserError
 
 FP16_MOST = torch.finfo(torch.float16).max
+MUCH_FASTER = 1.5  # less gain is not worth bf16's rounding
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 OVERFLOWING = ("gemma3", "gemma3_text")  # activations of 8e5 (unslothai/unsloth#4014)
 
 
-def choose_precision(wanted: str, device: torch.device, base: str) -> tuple[str, str]:
-    """The autocast precision and why. Raises UserError for fp16 on a GPU where a base of this kind overflows."""
-    precision, why = _precision_of(wanted, device)
-    if precision == "fp16" and device.type == "cuda" and bases.load_config(base).model_type in OVERFLOWING:
+def choose_precision(wanted: str, world: ddp.World, base: str) -> tuple[str, str]:
+    """The autocast precision, the same on every rank, and why.
+
+    Raises UserError for fp16 on a GPU where a base of this kind overflows.
+    """
+    precision, why = _precision_of(wanted, world)
+    if precision == "fp16" and world.device.type == "cuda" and bases.load_config(base).model_type in OVERFLOWING:
         raise UserError(f"--base {base} overflows in fp16 ({why}): --precision fp32, or bf16 from capability 8.0 on")
     return precision, why
 
 
-def _precision_of(wanted, device):
+def _precision_of(wanted, world):
     """By compute capability, for torch.cuda.is_bf16_supported() is True on a T4."""
     if wanted != "auto":
         if wanted not in DTYPES:
             raise UserError(f"precision {wanted!s:.40}: expected auto, {', '.join(DTYPES)}")
-        return wanted, "as given"
-    if device.type != "cuda":
-        return "fp32", "a CPU"
-    major, minor = torch.cuda.get_device_capability(device)
+        return wanted, "as set"
+    if world.device.type != "cuda":
+        return ddp.gather_objects(world, _fastest_of_a_cpu())[0]
+    major, minor = torch.cuda.get_device_capability(world.device)
     precision = "bf16" if major >= 8 else "fp16"
-    return precision, f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}"
+    return precision, f"{torch.cuda.get_device_name(world.device)}, capability {major}.{minor}"
+
+
+@cache
+def _fastest_of_a_cpu():
+    """bf16 where its products are much faster; a CPU with the instructions may still be slower with them."""
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "fp32", "a CPU without products in bf16"
+    best = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
+    for _ in range(5):
+        for dtype in best:
+            x, weight = torch.ones(256, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
+            started = time.perf_counter()
+            F.linear(x, weight)
+            best[dtype] = min(best[dtype], time.perf_counter() - started)
+    gain = best[torch.float32] / best[torch.bfloat16]
+    return "bf16" if gain >= MUCH_FASTER else "fp32", f"products in bf16 are {gain:.1f} times as fast as in fp32 here"
+
+
+def settled(wanted: str, world: ddp.World, resumed: bool) -> str:
+    """The precision setting that a run keeps: on a CPU auto is decided once, for later sessions must not differ.
+
+    Runs from before there was a choice computed in fp32.
+    """
+    if wanted != "auto" or torch.cuda.is_available():
+        return wanted
+    if resumed:
+        return "fp32"
+    precision, why = _precision_of(wanted, world)
+    ddp.say(world, f"--precision auto: {precision} ({why})")
+    return precision
+
+
+def exact(wanted: str, world: ddp.World) -> str:
+    """The precision setting to merge and export with: on a CPU auto is fp32, which rounds nothing."""
+    return "fp32" if wanted == "auto" and world.device.type != "cuda" else wanted
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -44,8 +86,8 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def weight_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """Of frozen weights: the autocast dtype on a GPU, fp32 on a CPU."""
-    return DTYPES[precision] if device.type == "cuda" else torch.float32
+    """Of frozen weights: the autocast dtype; fp32 instead of fp16 on a CPU, which computes it no faster."""
+    return torch.float32 if device.type != "cuda" and precision == "fp16" else DTYPES[precision]
 
 
 @contextmanager

@@ -110,10 +110,6 @@ def packed_attention(
 
 def attention_by_sequence(query, key, value, packed, dropout, scaling, window, causal):
     """One call a sequence, with a mask (n, n) only where the sequence is longer than the window: no padding."""
-    repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
-        key = key.repeat_interleave(repeats, dim=1)
-        value = value.repeat_interleave(repeats, dim=1)
     outs = []
     splits = [t.split(packed.lengths, dim=2) for t in (query, key, value)]
     for q, k, v, length in zip(*splits, packed.lengths, strict=True):  # (1, H, n, d)
@@ -125,8 +121,14 @@ def attention_by_sequence(query, key, value, packed, dropout, scaling, window, c
             if causal:
                 mask &= distance >= 0
         whole = causal and mask is None
-        outs.append(scaled_dot_product_attention(q, k, v, mask, dropout, whole, scale=scaling))
+
+        # Torch's kernel for CPUs takes twice as long in half precision, unless the sequence is long.
+        if length <= SHORT:
+            q, k, v = q.float(), k.float(), v.float()
+        out = scaled_dot_product_attention(q, k, v, mask, dropout, whole, scale=scaling, enable_gqa=True)
+        outs.append(out.to(value.dtype))
     return torch.cat(outs, dim=2).transpose(1, 2)  # (1, T, H, d)
 
 
+SHORT = 512  # tokens of a sequence
 KERNELS = {}  # by the kind of device, instead of this loop: see packed_cuda.py

@@ -19,15 +19,16 @@ def to_resume(cfg, given: set[str], world: ddp.World, family: bool = False):
     family: whether a family of runs over folds and seeds is meant, or one run. Rank 0 looks for it. Raises UserError
     for flags given by hand that contradict the run.
     """
-    if not cfg.resume:
-        return cfg, None
-    name = configs.dataset_name(cfg)
-    run = ddp.from_rank0(world, lambda: checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, name, family))
-    if not run:
-        ddp.say(world, "--resume auto: no unfinished run of this base and dataset; a new one starts")
-        return cfg, None
-    ddp.say(world, seals.note(Path(run)))
-    return cli.resumed(cfg, given, Path(run)), Path(run)
+    run = None
+    if cfg.resume:
+        name = configs.dataset_name(cfg)
+        found = ddp.from_rank0(world, lambda: checkpoint.find_run(cfg.resume, cfg.outputs, cfg.base, name, family))
+        run = Path(found) if found else None
+        note = "--resume auto: no unfinished run of this base and dataset; a new one starts"
+        ddp.say(world, seals.note(run) if run else note)
+    if run:
+        cfg = cli.resumed(cfg, given, run)
+    return cfg, run
 
 
 def make(cfg, world: ddp.World, run: Path | None, digests: dict[str, str], fill: Callable) -> Path:

@@ -381,7 +381,7 @@ def load_run(
     cfg = replace(cfg, quant=quant or cfg.quant, base=base or cfg.base)
     need_base(path, cfg.base)
     tokenizer = bases.load_tokenizer(str(first))
-    precision, _ = numerics.choose_precision(precision, world.device, cfg.base)
+    precision, _ = numerics.choose_precision(precision, world, cfg.base)
     adapter = None
     if cfg.rank:
         adapter = peft_format.read_adapter_config(checkpoint.load_json(first / "adapter_config.json"))

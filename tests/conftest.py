@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch at import: bit-equality holds for one thread count
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")  # --precision auto is fp32 on every CPU: no bf16 products
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -1,5 +1,6 @@
 """fused.py against its plain twin, transformers' own forward of a layer: values, gradients, fallbacks."""
 
+import sys
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ import fused
 import lora
 import model as models
 import numerics
+import products
 from dropout import LEVELS, Dropout, keep_mask
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -52,11 +54,22 @@ def calls(monkeypatch) -> list:
     return seen
 
 
+def equal_masks(monkeypatch) -> None:
+    """Inputs of one shape are dropped alike: fused products of one input share a mask, plain ones draw their own."""
+
+    def mask(x, p):
+        return (torch.rand(x.shape, generator=torch.Generator().manual_seed(x.shape[-1])) >= p).to(torch.uint8)
+
+    for module in (products, sys.modules["dropout"]):
+        monkeypatch.setattr(module, "keep_mask", mask)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("targets", [QKVO, ("all-linear",), ("k_proj", "down_proj")], ids="qkvo all two".split())
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_values_and_gradients_are_those_of_the_plain_layer(base, family, targets, dropout, monkeypatch):  # noqa: F811
-    """The same masks are drawn from the same seed. 20 times the rounding of a sum: gradients pass two layers."""
+    """With the same masks. 20 times the rounding of a sum: gradients pass two layers."""
+    equal_masks(monkeypatch)
     model = adapted(base(family), targets, dropout)
     seen = calls(monkeypatch)
     ours = run(model)
@@ -67,6 +80,22 @@ def test_values_and_gradients_are_those_of_the_plain_layer(base, family, targets
     if dropout:
         model.eval()
         assert max(differences(ours, run(model)).values()) > 0.01, "dropout did nothing"
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_products_of_either_backend_are_equal(through, monkeypatch):
+    """oneDNN and torch's own, with and without a bias and a sum: to the rounding of a sum of 96 products."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: through)
+    torch.manual_seed(0)
+    x, weight, bias, total = torch.randn(7, 96), torch.randn(33, 96), torch.randn(33), torch.randn(7, 33)
+    exact = x.double() @ weight.double().T
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5, check_dtype=False)
+    close(products.linear(x, weight), exact)
+    close(products.linear(x, weight, bias), exact + bias)
+    close(products.add_product(None, x, weight.T.contiguous()), exact)
+    close(products.add_product(total.clone(), x, weight.T.contiguous()), exact + total)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,6 +120,15 @@ def test_half_precision_is_as_near_to_fp32_as_the_plain_layer(base, targets):  #
         theirs = differences(run(model, "bf16"), exact)
     mean = lambda values: np.mean(list(values.values()))  # noqa: E731
     assert 1e-4 < mean(ours) < 1.5 * mean(theirs)
+
+
+def test_updates_of_one_input_share_a_mask(base, monkeypatch):  # noqa: F811
+    """Four masks in a layer: of q, k and v; of the output; of gate and up; of the product of both."""
+    model = adapted(base("Llama"), ("all-linear",), dropout=0.3)
+    draws, draw = [], products.keep_mask
+    monkeypatch.setattr(products, "keep_mask", lambda *args: (draws.append(1), draw(*args))[1])
+    run(model)
+    assert len(draws) == 2 * 4
 
 
 def test_recomputed_activations_give_the_same_gradients(base):  # noqa: F811
@@ -139,6 +177,7 @@ def test_where_it_does_not_apply_a_layer_runs_its_own_forward(base, change, monk
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_trained_biases_get_their_gradients(base, bias, monkeypatch):  # noqa: F811
+    equal_masks(monkeypatch)
     model = adapted(base("Qwen2"), QKVO, dropout=0.3, bias=bias)
     seen = calls(monkeypatch)
     ours = run(model)

@@ -178,7 +178,7 @@ def test_targets_travel_with_the_tokens(soft):
 def test_a_base_that_overflows_is_refused_in_fp16(base, monkeypatch, family, capability, wanted, got):  # noqa: F811
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Some GPU")
-    choose = partial(numerics.choose_precision, wanted, torch.device("cuda", 0), base(family))
+    choose = partial(numerics.choose_precision, wanted, ddp.World(0, 1, torch.device("cuda", 0)), base(family))
     if got:
         assert choose()[0] == got
     else:

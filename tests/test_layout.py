@@ -30,7 +30,7 @@ configs presets checks cli formats spelling delimited dropout
 lora peft_format losses metrics tables bootstrap calibrate decide optim ddp checkpoint run_folder parts tracking limits
 template_trial answer_numbers answer_parser prompts
 latex_syntax latex_values text_bytes pair_formats latex_hidden latex_clean latex audit
-files cutting special_tokens labelling strata packed packed_cuda fused bases numerics nf4 model
+files cutting special_tokens labelling strata packed packed_cuda products fused bases numerics nf4 model
 estimates data token_store splits faults loop memory
 evaluate language document_files corpus holdout
 trained lasttoken chains prepare foreign predictions writer chats answers

@@ -23,6 +23,7 @@ from torch import nn
 import bases
 import configs
 import data
+import ddp
 import estimates
 import labelling
 import language
@@ -657,7 +658,7 @@ def test_precision_and_kernel_by_capability_never_by_is_bf16_supported(monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Some GPU")
     cuda = torch.device("cuda", 0)
-    assert numerics.choose_precision("auto", cuda, "tiny/base") == (
+    assert numerics.choose_precision("auto", ddp.World(0, 1, cuda), "tiny/base") == (
         precision,
         f"Some GPU, capability {capability[0]}.{capability[1]}",
     )
@@ -670,8 +671,29 @@ def test_precision_and_kernel_by_capability_never_by_is_bf16_supported(monkeypat
 
 @pytest.mark.parametrize("wanted, got", [("auto", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")])
 def test_precision_on_a_cpu(wanted, got):
-    assert numerics.choose_precision(wanted, CPU, "")[0] == got
-    assert numerics.weight_dtype(CPU, got) == torch.float32
+    """Its frozen weights are stored as they are computed with, but for fp16, which no CPU computes faster."""
+    assert numerics.choose_precision(wanted, ddp.World(0, 1, CPU), "")[0] == got
+    assert numerics.weight_dtype(CPU, got) == (torch.bfloat16 if got == "bf16" else torch.float32)
+
+
+@pytest.mark.parametrize("instructions", [False, True])
+def test_a_cpu_computes_in_bf16_where_its_products_are_much_faster(monkeypatch, instructions):
+    """A CPU may have the instructions and be slow with them, as the tests' own is made to be (see conftest.py)."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: instructions)
+    for much, got in ((1.5, "fp32"), (0.0, "bf16" if instructions else "fp32")):
+        monkeypatch.setattr(numerics, "MUCH_FASTER", much)
+        assert numerics._fastest_of_a_cpu.__wrapped__()[0] == got
+
+
+def test_a_run_keeps_the_precision_that_auto_found_on_its_cpu(monkeypatch):
+    world = ddp.World(0, 1, CPU)
+    monkeypatch.setattr(numerics, "_fastest_of_a_cpu", lambda: ("bf16", "as this test says"))
+    assert numerics.settled("auto", world, resumed=False) == "bf16"
+    assert numerics.settled("auto", world, resumed=True) == "fp32", "that of runs before there was a choice"
+    assert numerics.settled("fp16", world, resumed=True) == "fp16" and numerics.exact("auto", world) == "fp32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert numerics.settled("auto", world, resumed=False) == "auto", "a GPU's own is known without a try"
 
 
 def test_training_flops_by_hand(base):
