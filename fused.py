@@ -102,7 +102,8 @@ def compute(layer, hidden_states: Tensor, position_embeddings=None, cache=None, 
             stream = stream[asked]
             states = states[asked]
         stream = Added.apply(stream, states, o, *o.trained)
-        stream = Fed.apply(stream, norms[1], gate, up, down, dtype, *trained_by([gate, up, down]))
+        trained = trained_by([gate, up, down])
+        stream = Fed.apply(stream, norms[1], gate, up, down, dtype, *trained)
     return stream[None]
 
 

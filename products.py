@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import compress
 from pathlib import Path
 
 import torch
@@ -41,17 +40,20 @@ def outs_of(products: list[Product], x: Tensor) -> tuple[list[Tensor], Tensor | 
     That is a dropout mask (T, D_in), and the outputs (T, ranks) of all A side by side: one wide product instead of
     thin ones. Updates of the same input have the same mask.
     """
-    outs = [linear(x, p.weight.to(x.dtype), None if p.bias is None else p.bias.to(x.dtype)) for p in products]
-    adapted = [p.a is not None for p in products]
-    if not any(adapted):
+    outs = []
+    for p in products:
+        bias = None if p.bias is None else p.bias.to(x.dtype)
+        outs.append(linear(x, p.weight.to(x.dtype), bias))
+
+    updates = updates_among(products)
+    if not updates:
         return outs, None, None
-    updates = list(compress(products, adapted))
-    dropout = updates[0].dropout
+    dropout = products[updates[0]].dropout
     keep = keep_mask(x, dropout) if dropout else None
-    low = F.linear(kept(x, keep), side_by_side(updates, x.dtype))
-    lows = low.split([len(p.a) for p in updates], 1)
-    for out, p, own in zip(compress(outs, adapted), updates, lows, strict=True):
-        out.addmm_(own, p.b.to(x.dtype).T, alpha=p.scale)
+    low = F.linear(kept(x, keep), side_by_side(products, x.dtype))
+    for i, own in zip(updates, split_by_rank(low, products), strict=True):
+        p = products[i]
+        outs[i].addmm_(own, p.b.to(x.dtype).T, alpha=p.scale)
     return outs, keep, low
 
 
@@ -67,16 +69,19 @@ def back(products: list[Product], ds, x: Tensor | None, keep, low, needed=True) 
 
     # Through the updates, all A at once.
     grads = {}
-    updates = [(p, d) for p, d in zip(products, ds, strict=True) if p.a is not None]
+    updates = updates_among(products)
     if updates:
-        ranks = [len(p.a) for p, _ in updates]
-        d_low = torch.cat([(d @ p.b.to(d.dtype)).mul_(p.scale) for p, d in updates], 1)
-        d_as = (d_low.T @ kept(x, keep)).split(ranks)
-        for (p, d), own, d_a in zip(updates, low.split(ranks, 1), d_as, strict=True):
-            grads[p.a] = d_a
+        d_lows = []
+        for i, own in zip(updates, split_by_rank(low, products), strict=True):
+            p, d = products[i], ds[i]
+            d_lows.append((d @ p.b.to(d.dtype)).mul_(p.scale))
             grads[p.b] = (own.T @ d).mul_(p.scale).T
+        d_low = torch.cat(d_lows, 1)
+        d_as = d_low.T @ kept(x, keep)
+        for i, d_a in zip(updates, split_by_rank(d_as.T, products), strict=True):
+            grads[products[i].a] = d_a.T
         if needed:
-            add_kept(d_x, d_low @ side_by_side([p for p, _ in updates], d_low.dtype), keep)
+            add_kept(d_x, d_low @ side_by_side(products, d_low.dtype), keep)
 
     for d, p in zip(ds, products, strict=True):
         if p.bias is not None and p.bias.requires_grad:
@@ -88,9 +93,19 @@ def trained_by(products: list[Product]) -> list[Tensor]:
     return [parameter for p in products for parameter in p.trained]
 
 
-def side_by_side(updates: list[Product], dtype: torch.dtype) -> Tensor:
+def updates_among(products: list[Product]) -> list[int]:
+    """Places of the products that have an update."""
+    return [i for i, p in enumerate(products) if p.a is not None]
+
+
+def side_by_side(products: list[Product], dtype: torch.dtype) -> Tensor:
     """(ranks, D_in) every A of the products."""
-    return torch.cat([p.a for p in updates]).to(dtype)
+    return torch.cat([p.a for p in products if p.a is not None]).to(dtype)
+
+
+def split_by_rank(low: Tensor, products: list[Product]) -> tuple[Tensor, ...]:
+    """What belongs to each update of (T, ranks)."""
+    return low.split([len(p.a) for p in products if p.a is not None], 1)
 
 
 def kept(x: Tensor, keep: Tensor | None) -> Tensor:
@@ -131,9 +146,10 @@ def through_onednn(x: Tensor) -> bool:
 def onednn_is_faster() -> bool:
     """Whether fp32 products run through oneDNN: on AMD's CPUs MKL, torch's own choice, takes a tenth longer."""
     try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        maker = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
+    return "AuthenticAMD" in maker and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 # ---- of a model's modules -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ generate         model.generate for one new token, one row at a time; the answer
 
 The logits of all sides are compared with ours of the same head, and must be equal up to a tolerance. Rows that are
 longer than max_length are left out, so that nothing is truncated. The adapter is live on all sides, with --merge it is
-merged. bf16 is autocast over fp32 weights on all sides.
+merged. bf16 is autocast on all sides: over fp32 weights for the peers, while ours stores frozen weights in bf16.
 """
 
 import json

@@ -19,7 +19,7 @@ trl_packed       the same with packing=True: as many packed sequences a step as 
 
 The measured rows are the same for all: steps that group_by_length makes of the whole epoch, evenly spaced by length.
 trainer_grouped gets these steps, the others get their rows in random order. Packing warms up on some of the rows.
-bf16 is autocast over fp32 weights on all sides.
+bf16 is autocast on all sides: over fp32 weights for the peers, while ours stores frozen weights in bf16.
 """
 
 import csv

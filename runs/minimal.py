@@ -4,7 +4,8 @@
     python runs/minimal.py my_train.csv my_val.csv "{text}" label 200
 
 Each step is one micro-batch, and nothing is resumed, saved or shared between ranks: train.py adds that around the same
-calls. A test holds these losses equal, to the bit, to those of train.py with micro-batches that are large enough.
+calls. A test holds these losses equal, to the bit, to those of train.py --precision fp32 with micro-batches that are
+large enough.
 """
 
 import sys

@@ -412,7 +412,8 @@ def ends_with_4(folder: Path, base: str, place: str, precision: str, ranks: int)
     for side in ("best", "last"):
         step = checkpoint.verify(run / side)["step"]
         tensors = checkpoint.load_tensors(run / side / "adapter_model.safetensors")
-        assert step <= 7 and all(t.isfinite().all() for t in tensors.values())
+        latest = 10 if place == "gradient" else 7  # skipped steps change nothing, and an evaluation follows the tenth
+        assert step <= latest and all(t.isfinite().all() for t in tensors.values())
     return run, errors[0]
 
 

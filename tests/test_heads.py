@@ -531,7 +531,7 @@ def test_a_regression_is_the_same_on_two_ranks(small_base, tmp_path):
 )
 def test_best_is_the_smallest_error_or_the_largest_auc(small_base, tmp_path, metric, sign):
     """Over evaluations that go up and down, with other extremes for errors than for ranks."""
-    changes = {"metric": metric, "eval_every": 1, "max_steps": 12, "lr": 2e-2, "epochs": 3, "val_data": None}
+    changes = {"metric": metric, "eval_every": 1, "max_steps": 12, "lr": 2e-2, "epochs": 3, "val_data": None, "seed": 3}
     flags = regression_flags(tmp_path, small_base, lambda c, i: float(c > 3), **changes, val_size=20)
     result = train.main(flags)
     scores = {line["step"]: line["eval"] for line in log_of(Path(result["run"])) if "eval" in line}
