@@ -164,7 +164,7 @@ class Added(Function):
         (out,), keep, low = outs_of([product], x)
         ctx.product, ctx.dtype = product, x.dtype
         ctx.save_for_backward(None if product.a is None else x, keep, low)
-        return stream + out.to(stream.dtype)
+        return out.to(stream.dtype).add_(stream)
 
     @staticmethod
     def backward(ctx, d):
@@ -183,7 +183,7 @@ class Fed(Function):
         (out,), *of_down = outs_of([down], F.silu(opened).mul_(raised))
         ctx.norm, ctx.products = norm, (gate, up, down)
         ctx.save_for_backward(stream, factor, opened, raised, *of_inputs, *of_down)
-        return stream + out.to(stream.dtype)
+        return out.to(stream.dtype).add_(stream)
 
     @staticmethod
     def backward(ctx, d):
