@@ -338,7 +338,7 @@ def begin(cls, presets: dict, argv: list[str], doc: str, clashes=()):
 def to_resume(cfg, given: set[str], world: ddp.World, family: bool = False):
     """As run_folder.to_resume, with the precision that the run keeps."""
     cfg, run = run_folder.to_resume(cfg, given, world, family)
-    return replace(cfg, precision=numerics.settled(cfg.precision, world, resumed=bool(run))), run
+    return replace(cfg, precision=numerics.settled(cfg.precision, world, cfg.base, resumed=bool(run))), run
 
 
 def open_run(job: Job, run: Path | None, fill: Callable, val_tokens: float = 0.0) -> None:

@@ -15,6 +15,7 @@ from errors import UserError
 
 FP16_MOST = torch.finfo(torch.float16).max
 MUCH_FASTER = 1.5  # less gain is not worth bf16's rounding
+NARROW = 512  # of hidden states: tiny/base, of 256, trains no faster in bf16
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -26,28 +27,33 @@ def choose_precision(wanted: str, world: ddp.World, base: str) -> tuple[str, str
 
     Raises UserError for fp16 on a GPU where a base of this kind overflows.
     """
-    precision, why = _precision_of(wanted, world)
+    precision, why = _precision_of(wanted, world, base)
     if precision == "fp16" and world.device.type == "cuda" and bases.load_config(base).model_type in OVERFLOWING:
         raise UserError(f"--base {base} overflows in fp16 ({why}): --precision fp32, or bf16 from capability 8.0 on")
     return precision, why
 
 
-def _precision_of(wanted, world):
+def _precision_of(wanted, world, base):
     """By compute capability, for torch.cuda.is_bf16_supported() is True on a T4."""
     if wanted != "auto":
         if wanted not in DTYPES:
             raise UserError(f"precision {wanted!s:.40}: expected auto, {', '.join(DTYPES)}")
         return wanted, "as set"
     if world.device.type != "cuda":
-        return ddp.gather_objects(world, _fastest_of_a_cpu())[0]
+        return ddp.gather_objects(world, _fastest_of_a_cpu(bases.load_config(base).hidden_size < NARROW))[0]
     major, minor = torch.cuda.get_device_capability(world.device)
     precision = "bf16" if major >= 8 else "fp16"
     return precision, f"{torch.cuda.get_device_name(world.device)}, capability {major}.{minor}"
 
 
 @cache
-def _fastest_of_a_cpu():
-    """bf16 where its products are much faster; a CPU with the instructions may still be slower with them."""
+def _fastest_of_a_cpu(narrow):
+    """bf16 where its products are much faster; a CPU with the instructions may still be slower with them.
+
+    narrow: whether the base is so narrow that its products take less time than all else.
+    """
+    if narrow:
+        return "fp32", f"a CPU, and a base narrower than {NARROW}"
     if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return "fp32", "a CPU without products in bf16"
     best = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
@@ -61,7 +67,7 @@ def _fastest_of_a_cpu():
     return "bf16" if gain >= MUCH_FASTER else "fp32", f"products in bf16 are {gain:.1f} times as fast as in fp32 here"
 
 
-def settled(wanted: str, world: ddp.World, resumed: bool) -> str:
+def settled(wanted: str, world: ddp.World, base: str, resumed: bool) -> str:
     """The precision setting that a run keeps: on a CPU auto is decided once, for later sessions must not differ.
 
     Runs from before there was a choice computed in fp32.
@@ -70,7 +76,10 @@ def settled(wanted: str, world: ddp.World, resumed: bool) -> str:
         return wanted
     if resumed:
         return "fp32"
-    precision, why = _precision_of(wanted, world)
+    try:
+        precision, why = _precision_of(wanted, world, base)
+    except UserError:  # of the base: found again, beside all else that is wrong with it
+        return wanted
     ddp.say(world, f"--precision auto: {precision} ({why})")
     return precision
 

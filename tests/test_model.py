@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -672,7 +673,7 @@ def test_precision_and_kernel_by_capability_never_by_is_bf16_supported(monkeypat
 @pytest.mark.parametrize("wanted, got", [("auto", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")])
 def test_precision_on_a_cpu(wanted, got):
     """Its frozen weights are stored as they are computed with, but for fp16, which no CPU computes faster."""
-    assert numerics.choose_precision(wanted, ddp.World(0, 1, CPU), "")[0] == got
+    assert numerics.choose_precision(wanted, ddp.World(0, 1, CPU), "tiny/base")[0] == got
     assert numerics.weight_dtype(CPU, got) == (torch.bfloat16 if got == "bf16" else torch.float32)
 
 
@@ -683,17 +684,21 @@ def test_a_cpu_computes_in_bf16_where_its_products_are_much_faster(monkeypatch, 
         monkeypatch.setattr(torch.cpu, name, lambda: instructions)
     for much, got in ((1.5, "fp32"), (0.0, "bf16" if instructions else "fp32")):
         monkeypatch.setattr(numerics, "MUCH_FASTER", much)
-        assert numerics._fastest_of_a_cpu.__wrapped__()[0] == got
+        assert numerics._fastest_of_a_cpu.__wrapped__(narrow=False)[0] == got
+        assert numerics._fastest_of_a_cpu.__wrapped__(narrow=True)[0] == "fp32"
 
 
 def test_a_run_keeps_the_precision_that_auto_found_on_its_cpu(monkeypatch):
     world = ddp.World(0, 1, CPU)
-    monkeypatch.setattr(numerics, "_fastest_of_a_cpu", lambda: ("bf16", "as this test says"))
-    assert numerics.settled("auto", world, resumed=False) == "bf16"
-    assert numerics.settled("auto", world, resumed=True) == "fp32", "that of runs before there was a choice"
-    assert numerics.settled("fp16", world, resumed=True) == "fp16" and numerics.exact("auto", world) == "fp32"
+    monkeypatch.setattr(numerics, "_fastest_of_a_cpu", lambda narrow: ("fp32" if narrow else "bf16", "a test"))
+    monkeypatch.setattr(numerics, "NARROW", 256)
+    settled = partial(numerics.settled, world=world, base="tiny/base")
+    assert settled("auto", resumed=False) == "bf16"
+    assert settled("auto", resumed=True) == "fp32", "that of runs before there was a choice"
+    assert numerics.settled("auto", world, "no/such base", resumed=False) == "auto", "reported with all else"
+    assert settled("fp16", resumed=True) == "fp16" and numerics.exact("auto", world) == "fp32"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert numerics.settled("auto", world, resumed=False) == "auto", "a GPU's own is known without a try"
+    assert settled("auto", resumed=False) == "auto", "a GPU's own is known without a try"
 
 
 def test_training_flops_by_hand(base):

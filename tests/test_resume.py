@@ -116,14 +116,14 @@ def test_resumed_on_two_ranks_after_one(whole, tmp_path, small_base):
 
 def test_resumed_where_auto_would_find_another_precision(tmp_path, small_base, monkeypatch):
     """A killed run goes on in its own precision, to the bit."""
-    monkeypatch.setattr(numerics, "_fastest_of_a_cpu", lambda: ("bf16", "as this test says"))
+    monkeypatch.setattr(numerics, "_fastest_of_a_cpu", lambda narrow: ("bf16", "as this test says"))
     whole = Path(train.main(toy_flags(tmp_path, small_base, **LONG))["run"])
     due = loop.due
     monkeypatch.setattr(loop, "due", lambda job, every: due(job, every) if job.state.step < 11 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(toy_flags(tmp_path, small_base, **LONG))
     monkeypatch.setattr(loop, "due", due)
-    monkeypatch.setattr(numerics, "_fastest_of_a_cpu", lambda: ("fp32", "as this test says"))
+    monkeypatch.setattr(numerics, "_fastest_of_a_cpu", lambda narrow: ("fp32", "as this test says"))
     run = whole.with_name("run_1")
     assert checkpoint.load_json(run / "config.json")["precision"] == "bf16"
     train.main(["--resume", str(run)])
