@@ -1,8 +1,6 @@
 """Products with frozen weights and LoRA updates, forward and backward: what the autograd functions of fused.py do."""
 
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +41,7 @@ def outs_of(products: list[Product], x: Tensor) -> tuple[list[Tensor], Tensor | 
     outs = []
     for p in products:
         bias = None if p.bias is None else p.bias.to(x.dtype)
-        outs.append(linear(x, p.weight.to(x.dtype), bias))
+        outs.append(F.linear(x, p.weight.to(x.dtype), bias))
 
     updates = updates_among(products)
     if not updates:
@@ -65,7 +63,8 @@ def back(products: list[Product], ds, x: Tensor | None, keep, low, needed=True) 
     d_x = None
     for d, p in zip(ds, products, strict=True):
         if needed:
-            d_x = add_product(d_x, d, p.weight.to(d.dtype))
+            weight = p.weight.to(d.dtype)
+            d_x = d @ weight if d_x is None else d_x.addmm_(d, weight)
 
     # Through the updates, all A at once.
     grads = {}
@@ -117,39 +116,6 @@ def add_kept(total: Tensor, x: Tensor, keep: Tensor | None) -> None:
         total.add_(x)
     else:
         total.addcmul_(x, keep.to(x.dtype))
-
-
-# ---- one product ----------------------------------------------------------------------------------------------------
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (T, D_in) times weight (D_out, D_in), plus a bias."""
-    if through_onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
-def add_product(total: Tensor | None, d: Tensor, weight: Tensor) -> Tensor:
-    """total (T, D_in), if there is one, plus d (T, D_out) times weight (D_out, D_in)."""
-    if total is None:
-        return linear(d, weight.T)
-    if through_onednn(d):
-        return total.add_(linear(d, weight.T))
-    return total.addmm_(d, weight)
-
-
-def through_onednn(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and onednn_is_faster()
-
-
-@cache
-def onednn_is_faster() -> bool:
-    """Whether fp32 products run through oneDNN: on AMD's CPUs MKL, torch's own choice, takes a tenth longer."""
-    try:
-        maker = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "AuthenticAMD" in maker and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 # ---- of a model's modules -------------------------------------------------------------------------------------------

@@ -82,22 +82,6 @@ def test_values_and_gradients_are_those_of_the_plain_layer(base, family, targets
         assert max(differences(ours, run(model)).values()) > 0.01, "dropout did nothing"
 
 
-@pytest.mark.parametrize("through", [False, True])
-def test_products_of_either_backend_are_equal(through, monkeypatch):
-    """oneDNN and torch's own, with and without a bias and a sum: to the rounding of a sum of 96 products."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: through)
-    torch.manual_seed(0)
-    x, weight, bias, total = torch.randn(7, 96), torch.randn(33, 96), torch.randn(33), torch.randn(7, 33)
-    exact = x.double() @ weight.double().T
-    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5, check_dtype=False)
-    close(products.linear(x, weight), exact)
-    close(products.linear(x, weight, bias), exact + bias)
-    close(products.add_product(None, x, weight.T.contiguous()), exact)
-    close(products.add_product(total.clone(), x, weight.T.contiguous()), exact + total)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_pooled_tokens_pass_the_last_mlp(base, family):  # noqa: F811
     """Logits and gradients as when all do."""
