@@ -49,7 +49,8 @@ def outs_of(products: list[Product], x: Tensor) -> tuple[list[Tensor], Tensor | 
     dropout = products[updates[0]].dropout
     keep = keep_mask(x, dropout) if dropout else None
     low = F.linear(kept(x, keep), side_by_side(products, x.dtype))
-    for i, own in zip(updates, split_by_rank(low, products), strict=True):
+    lows = split_by_rank(low, products)
+    for i, own in zip(updates, lows, strict=True):
         p = products[i]
         outs[i].addmm_(own, p.b.to(x.dtype).T, alpha=p.scale)
     return outs, keep, low
@@ -62,9 +63,13 @@ def back(products: list[Product], ds, x: Tensor | None, keep, low, needed=True) 
     """
     d_x = None
     for d, p in zip(ds, products, strict=True):
-        if needed:
-            weight = p.weight.to(d.dtype)
-            d_x = d @ weight if d_x is None else d_x.addmm_(d, weight)
+        if not needed:
+            break
+        weight = p.weight.to(d.dtype)
+        if d_x is None:
+            d_x = d @ weight
+        else:
+            d_x.addmm_(d, weight)
 
     # Through the updates, all A at once.
     grads = {}
@@ -108,7 +113,9 @@ def split_by_rank(low: Tensor, products: list[Product]) -> tuple[Tensor, ...]:
 
 
 def kept(x: Tensor, keep: Tensor | None) -> Tensor:
-    return x if keep is None else x * keep.to(x.dtype)
+    if keep is None:
+        return x
+    return x * keep.to(x.dtype)
 
 
 def add_kept(total: Tensor, x: Tensor, keep: Tensor | None) -> None:
